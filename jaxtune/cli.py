@@ -1,0 +1,82 @@
+"""What the commands share: `jaxtune VERB`, argument parsing, and modules that can be called."""
+
+import argparse
+import inspect
+import runpy
+import sys
+import types
+from collections.abc import Callable, Sequence
+
+from jaxtune import errors
+
+VERBS = {
+    "train": "fine-tune a model as a config says",
+    "evaluate": "perplexity and task metrics, base beside tuned",
+    "generate": "sample from a model, with or without an adapter",
+    "export": "write a run's result as HF, PEFT or GGUF files",
+    "data": "show what the model will see: counts, lengths, masks, problems",
+    "plan": "will it fit, and what takes the memory",
+}
+
+
+def callable_module(name: str, function: Callable) -> None:
+    """Make the module `name` callable as `function`, so that `jt.generate` is both the module and the verb.
+
+    `import jaxtune.generate` binds the module to `jaxtune.generate` and would hide a function of that name; with this,
+    whichever was bound last, the name means the same thing.
+    """
+
+    class CallableModule(types.ModuleType):
+        def __call__(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    module = sys.modules[name]
+    module.__class__ = CallableModule
+    module.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
+    """An argument parser for one verb; the description is the module's docstring, printed as written."""
+    return argparse.ArgumentParser(
+        prog=f"jaxtune {verb}", description=description or VERBS[verb], formatter_class=_Help, allow_abbrev=False
+    )
+
+
+def config_parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
+    """A parser that begins with `CONFIG.yaml [key=value ...]`: `config` (str) and `overrides` (list of str)."""
+    result = parser(verb, description)
+    result.add_argument("config", metavar="CONFIG.yaml", help="the config file")
+    result.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, nested keys with dots: lora.r=32")
+    return result
+
+
+def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, letting `key=value` stand before, between or after the options (plain argparse takes them only together)."""
+    return the_parser.parse_intermixed_args(argv)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return f"usage: jaxtune VERB ...\n\n{verbs}\n\njaxtune VERB --help says more; it is the same as python -m jaxtune.VERB"
+
+
+def _dispatch() -> int | None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(_usage())
+        return None
+    verb = sys.argv[1]
+    if verb not in VERBS:
+        raise errors.ConfigError(f"{verb} is not a verb of jaxtune.\n{_usage()}")
+    sys.argv = [f"jaxtune {verb}", *sys.argv[2:]]
+    runpy.run_module(f"jaxtune.{verb}", run_name="__main__")
+    return None
+
+
+def main() -> None:
+    """The `jaxtune` console script."""
+    errors.run(_dispatch)

@@ -1,0 +1,85 @@
+"""One family of errors, and the one place where a command turns them into a message and an exit code."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+
+class JaxtuneError(Exception):
+    """A mistake the user can put right: says what was given, why it cannot work, and what to write instead."""
+
+
+class ConfigError(JaxtuneError):
+    """A key or value of the config or the command line."""
+
+
+class DataError(JaxtuneError):
+    """A data file or row."""
+
+
+class CheckpointError(JaxtuneError):
+    """A training checkpoint or a run folder."""
+
+
+class ModelError(JaxtuneError):
+    """A model, tokenizer or adapter file, or a switch in its config that is not implemented."""
+
+
+_SYSTEM = {
+    errno.ENOSPC: "the disk is full; free some space, or write to another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",
+    errno.EROFS: "the folder is on a read-only file system; write to another folder",
+    errno.EACCES: "permission denied; choose a file or folder that this user may use",
+}
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything it was raised from, outermost first."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for an error that is the user's or the machine's to put right; None when it is a bug of ours.
+
+    Libraries below (Orbax, TensorStore) wrap the operating system's error, some of them as text only, so the whole
+    chain is searched, and its messages too.
+    """
+    for link in _chain(error):
+        if isinstance(link, JaxtuneError):
+            return str(link)
+        for number, reason in _SYSTEM.items():
+            if isinstance(link, OSError) and link.errno == number:
+                return f"{link.filename}: {reason}" if link.filename else reason
+            if os.strerror(number) in str(link):
+                return f"{reason} ({str(link).splitlines()[0]})"
+    return None
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's `main` and exit: 0, or 2 with `error: ...` on stderr and no traceback for a user's mistake.
+
+    Ctrl-C exits 130 and a closed pipe 141 (what a shell reports for the signals), both quietly. Anything else is a bug
+    and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; point stdout elsewhere so that the interpreter's own flush does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

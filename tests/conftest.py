@@ -1,0 +1,27 @@
+"""Every test runs without a network, on eight fake CPU devices, and with rank promotion an error."""
+
+import os
+import shutil
+import tempfile
+
+# Before anything imports huggingface_hub, which reads these once: an empty cache and no way out.
+_HOME = tempfile.mkdtemp(prefix="jaxtune-tests-")
+os.environ.update(
+    HF_HOME=_HOME,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    XDG_CACHE_HOME=_HOME,
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JAX_PLATFORMS=cuda pytest ...
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_HOME, ignore_errors=True)

@@ -1,0 +1,45 @@
+import inspect
+import sys
+import types
+
+import pytest
+
+from jaxtune import cli
+
+
+def test_callable_module_is_both_module_and_function(monkeypatch):
+    module = types.ModuleType("some_verb")
+    module.helper = 5
+    monkeypatch.setitem(sys.modules, "some_verb", module)
+
+    def some_verb(model, temperature=0.0):
+        return model, temperature
+
+    cli.callable_module("some_verb", some_verb)
+    assert module("m", temperature=1.0) == ("m", 1.0)
+    assert module.helper == 5
+    assert list(inspect.signature(module).parameters) == ["model", "temperature"]
+
+
+def test_overrides_may_stand_around_options():
+    parser = cli.config_parser("plan")
+    parser.add_argument("--target")
+    args = cli.parse(parser, ["c.yaml", "lora.r=4", "--target", "v5e-8", "seed=1"])
+    assert (args.config, args.overrides, args.target) == ("c.yaml", ["lora.r=4", "seed=1"], "v5e-8")
+
+
+def test_no_verb_lists_the_verbs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxtune"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in cli.VERBS)
+
+
+def test_an_unknown_verb_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxtune", "trian"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "trian is not a verb" in capsys.readouterr().err

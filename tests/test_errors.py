@@ -1,0 +1,75 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxtune import errors
+
+
+def exit_of(main, capsys):
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("kind", [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.ModelError])
+def test_a_users_mistake_is_one_line_and_exit_code_2(kind, capsys):
+    code, err = exit_of(raising(kind("lora.rank is not a key; did you mean lora.r?")), capsys)
+    assert (code, err) == (2, "error: lora.rank is not a key; did you mean lora.r?\n")
+
+
+def test_success_exits_0_and_a_returned_code_is_kept(capsys):
+    assert exit_of(lambda: None, capsys) == (0, "")
+    assert exit_of(lambda: 3, capsys) == (3, "")
+
+
+def test_interrupt_exits_130(capsys):
+    assert exit_of(raising(KeyboardInterrupt()), capsys) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied"), (errno.EDQUOT, "quota")],
+)
+def test_the_machines_errors_become_a_sentence(number, says, capsys):
+    code, err = exit_of(raising(OSError(number, os.strerror(number), "runs/first")), capsys)
+    assert code == 2 and says in err and "runs/first" in err and "Traceback" not in err
+
+
+def test_a_wrapped_or_textual_disk_error_is_found(capsys):
+    def wrapped():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "checkpoints/3")
+        except OSError as error:
+            raise RuntimeError("async save failed") from error
+
+    assert "checkpoints/3: the disk is full" in exit_of(wrapped, capsys)[1]
+    text = ValueError("RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]")
+    code, err = exit_of(raising(text), capsys)
+    assert code == 2 and "disk is full" in err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        errors.run(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):
+        errors.run(raising(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+
+
+def test_a_closed_pipe_is_quiet():
+    program = "from jaxtune import errors\nerrors.run(lambda: [print('x' * 100) for _ in range(10000)] and None)"
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    err = child.stderr.read()
+    child.stderr.close()
+    assert (child.wait(), err) == (141, b"")
