@@ -1,0 +1,199 @@
+"""Packed matrices: 4-bit NF4 / FP4 (QLoRA, arXiv 2305.14314) and int8 (LLM.int8, arXiv 2208.07339), as bitsandbytes packs them.
+
+Blocks run over the flattened matrix, as in bitsandbytes, so that its checkpoints load without being quantised again.
+Everything here is for one matrix `[out, in]`; stacks of layers carry a leading axis on every field.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxtune.model.weight import Weight
+
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # in code order, which is not sorted
+FP4_CODE = _FP4_POSITIVE + tuple(-v if v else 0.0 for v in _FP4_POSITIVE)
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+NESTED_BLOCK = 256  # bitsandbytes' block size for the absmax of the absmax
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed 8-bit dynamic map, 256 sorted float32 values (embedded: its own arithmetic depends on the CPU)."""
+    positive = np.asarray(_DYNAMIC_POSITIVE, np.float32)
+    return np.concatenate([-positive[:-1][::-1], np.zeros(1, np.float32), positive])
+
+
+class NF4(Weight):
+    """A 4-bit matrix: `W = code[codes] * absmax`, one absmax for every `block_size` elements of the flattened matrix.
+
+    codes          uint8 `[rows, cols / 2]`; the high nibble is the earlier element. `(rows, cols)` is `(out, in)` where blocks end with
+                   the rows and `(1, out * in, padded to whole blocks)` where they do not.
+    absmax         float32 `[rows, cols / block_size]`, or uint8 codes of `dynamic_map` when `nested_absmax` is there
+    nested_absmax  float32 `[ceil(blocks / 256)]` and
+    nested_offset  float32 `[]`: double quantisation, `absmax = dynamic_map[absmax] * nested_absmax + nested_offset`
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None = None
+    nested_offset: jax.Array | None = None
+    shape: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
+    block_size: int = struct.field(pytree_node=False, default=64)
+    kind: str = struct.field(pytree_node=False, default="nf4")
+
+    def scales(self) -> jax.Array:
+        """absmax per block, float32 `[rows, blocks per row]`."""
+        if self.nested_absmax is None:
+            return self.absmax
+        block = jnp.arange(self.absmax.size).reshape(self.absmax.shape) // NESTED_BLOCK
+        return jnp.asarray(dynamic_map())[self.absmax] * self.nested_absmax[block] + self.nested_offset
+
+    def dense(self, dtype) -> jax.Array:
+        """`[out, in]`; products in float32, then cast, as bitsandbytes does."""
+        code = jnp.asarray(CODES[self.kind], jnp.float32)
+        values = jnp.stack([code[self.codes >> 4], code[self.codes & 0xF]], axis=-1)
+        blocks = values.reshape(*self.absmax.shape, self.block_size) * self.scales()[..., None]
+        out, width = self.shape
+        return blocks.reshape(-1)[: out * width].reshape(out, width).astype(dtype)
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        return _packed_matmul(self, x)
+
+
+class Int8(Weight):
+    """`W = codes * absmax / 127`, one absmax per row (LLM.int8's weights; activations stay in their own dtype)."""
+
+    codes: jax.Array  # int8 [out, in]
+    absmax: jax.Array  # float32 [out]
+
+    def dense(self, dtype) -> jax.Array:
+        return (self.codes.astype(jnp.float32) * (self.absmax[:, None] * jnp.float32(1 / 127))).astype(dtype)
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        return _packed_matmul(self, x)
+
+
+@jax.custom_vjp
+def _packed_matmul(w, x):
+    return Weight.apply(w, x)
+
+
+def _packed_matmul_fwd(w, x):
+    return Weight.apply(w, x), w
+
+
+def _packed_matmul_bwd(w, dy):
+    # The barrier keeps XLA from finding the forward pass's dense matrix again and holding it until here.
+    w, dy = jax.lax.optimization_barrier((w, dy))
+    dense_w = w.dense(dy.dtype)
+    return None, jax.lax.dot_general(dy, dense_w, (((dy.ndim - 1,), (0,)), ((), ())))
+
+
+_packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)
+
+
+# ---- packing ----
+
+
+def quantize(w, kind: str, block_size: int = 64) -> Weight:
+    """One dense matrix `[out, in]` packed as `kind`: "nf4", "nf4-dq", "fp4", "fp4-dq" or "int8" (the keys of `QUANTIZERS`)."""
+    return QUANTIZERS[kind](w, block_size)
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "kind"))
+def _quantize_blocks(w, block_size: int, kind: str):
+    """Codes `[rows, cols / 2]` and absmax `[rows, blocks]`; the arithmetic of bitsandbytes' CPU kernel, ties included."""
+    out, width = w.shape
+    flat = w.astype(jnp.float32).reshape(-1)
+    pad = -flat.size % block_size
+    rows = out if width % block_size == 0 else 1
+    blocks = jnp.pad(flat, (0, pad)).reshape(rows, -1, block_size)
+    absmax = jnp.abs(blocks).max(-1)
+    floor = jnp.maximum(absmax, jnp.float32(1e-38))
+    scaled = jnp.clip(blocks * (1.0 / floor)[..., None], -1.0, 1.0)
+    if pad:  # bitsandbytes divides in the last, partial block and multiplies by the reciprocal elsewhere
+        scaled = scaled.at[0, -1].set(jnp.clip(blocks[0, -1] / floor[0, -1], -1.0, 1.0))
+        absmax = absmax.at[0, -1].set(floor[0, -1])
+    order = np.argsort(np.asarray(CODES[kind], np.float32), kind="stable")
+    values = np.asarray(CODES[kind], np.float32)[order]
+    thresholds = (values[1:] + values[:-1]) / np.float32(2)
+    rank = sum((scaled > t).astype(jnp.uint8) for t in thresholds)
+    codes = (rank if kind == "nf4" else jnp.asarray(order, jnp.uint8)[rank]).reshape(rows, -1, 2)
+    return codes[..., 0] << 4 | codes[..., 1], absmax
+
+
+def _quantize_4bit(w, block_size: int, kind: str, nested: bool) -> NF4:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block size {block_size} is not one of {BLOCK_SIZES}")
+    codes, absmax = _quantize_blocks(jnp.asarray(w), block_size, kind)
+    leaf = NF4(codes, absmax, shape=tuple(w.shape), block_size=block_size, kind=kind)
+    return _nest(leaf) if nested else leaf
+
+
+def _nest(leaf: NF4) -> NF4:
+    """Double quantisation of the scales: nearest value of the dynamic map to `(absmax - mean) / nested_absmax`."""
+    absmax = np.asarray(leaf.absmax)
+    offset = np.float32(absmax.mean(dtype=np.float64))
+    centred = (absmax - offset).reshape(-1)
+    pad = -centred.size % NESTED_BLOCK
+    nested = np.abs(np.pad(centred, (0, pad))).reshape(-1, NESTED_BLOCK).max(-1)
+    scale = np.repeat(nested, NESTED_BLOCK)[: centred.size]
+    scaled = np.divide(centred, scale, out=np.zeros_like(centred), where=scale > 0)
+    table = dynamic_map()
+    codes = np.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(np.uint8)
+    return leaf.replace(
+        absmax=jnp.asarray(codes.reshape(absmax.shape)), nested_absmax=jnp.asarray(nested), nested_offset=jnp.asarray(offset)
+    )
+
+
+def _quantize_int8(w, block_size: int = 0) -> Int8:
+    """LLM.int8's weights: rounded to float16 first, then `round(w * (127 / absmax))` per row, as bitsandbytes does."""
+    w = np.asarray(w).astype(np.float16).astype(np.float32)
+    absmax = np.abs(w).max(-1)
+    inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0)
+    codes = np.rint(w * (np.float32(127) * inverse)[:, None]).astype(np.int8)
+    return Int8(jnp.asarray(codes), jnp.asarray(absmax))
+
+
+QUANTIZERS = {
+    "nf4": functools.partial(_quantize_4bit, kind="nf4", nested=False),
+    "nf4-dq": functools.partial(_quantize_4bit, kind="nf4", nested=True),
+    "fp4": functools.partial(_quantize_4bit, kind="fp4", nested=False),
+    "fp4-dq": functools.partial(_quantize_4bit, kind="fp4", nested=True),
+    "int8": _quantize_int8,
+}
+
+_DYNAMIC_POSITIVE = (
+    5.500000384017767e-07, 3.250000190746505e-06, 7.749999895168003e-06, 2.1249998098937795e-05, 4.374999844003469e-05,
+    6.625000241911039e-05, 8.874999912222847e-05, 0.00015625001105945557, 0.0002687500382307917, 0.0003812500217463821,
+    0.000493750034365803, 0.0006062500760890543, 0.0007187500596046448, 0.0008312499849125743, 0.0009437500848434865,
+    0.001281249918974936, 0.001843750011175871, 0.002406249986961484, 0.002968749962747097, 0.0035312497057020664,
+    0.004093749914318323, 0.0046562496572732925, 0.0052187503315508366, 0.005781250074505806, 0.006343749817460775,
+    0.006906250026077032, 0.0074687497690320015, 0.008031249977648258, 0.008593750186264515, 0.009156249463558197,
+    0.009718749672174454, 0.011406250298023224, 0.014218750409781933, 0.017031250521540642, 0.019843751564621925,
+    0.02265625074505806, 0.025468749925494194, 0.028281250968575478, 0.031093750149011612, 0.033906251192092896,
+    0.03671875223517418, 0.039531249552965164, 0.04234374687075615, 0.04515625163912773, 0.047968748956918716, 0.05078125,
+    0.053593751043081284, 0.05640624836087227, 0.05921875312924385, 0.062031250447034836, 0.06484375149011612, 0.0676562562584877,
+    0.07046874612569809, 0.07328125089406967, 0.07609374821186066, 0.07890625298023224, 0.08171875774860382, 0.08453124761581421,
+    0.08734375238418579, 0.09015624970197678, 0.09296875447034836, 0.09578125923871994, 0.09859374910593033, 0.10703125596046448,
+    0.12109375, 0.13515624403953552, 0.14921875298023224, 0.16328124701976776, 0.17734375596046448, 0.19140625,
+    0.20546874403953552, 0.21953125298023224, 0.23359374701976776, 0.24765624105930328, 0.26171875, 0.2757812738418579,
+    0.28984373807907104, 0.30390626192092896, 0.3179687261581421, 0.33203125, 0.3460937440395355, 0.36015623807907104,
+    0.37421876192092896, 0.3882812261581421, 0.40234375, 0.4164062440395355, 0.43046873807907104, 0.44453126192092896,
+    0.4585937261581421, 0.47265625, 0.48671871423721313, 0.500781238079071, 0.5148437023162842, 0.5289062261581421, 0.54296875,
+    0.5570312738418579, 0.5710937976837158, 0.585156261920929, 0.5992187261581421, 0.61328125, 0.6273437738418579,
+    0.6414062976837158, 0.655468761920929, 0.6695312261581421, 0.68359375, 0.6976562738418579, 0.7117187976837158,
+    0.725781261920929, 0.7398437261581421, 0.75390625, 0.7679687738418579, 0.782031238079071, 0.796093761920929,
+    0.8101562261581421, 0.82421875, 0.8382812738418579, 0.852343738079071, 0.866406261920929, 0.8804687261581421, 0.89453125,
+    0.9085937738418579, 0.922656238079071, 0.936718761920929, 0.9507812261581421, 0.96484375, 0.9789062738418579,
+    0.992968738079071, 1.0,
+)  # fmt: skip

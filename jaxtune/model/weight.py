@@ -1,0 +1,64 @@
+"""The leaves of a parameter tree and the only ways to use them.
+
+A matrix `[out, in]` in the tree is a `jax.Array` or a `Weight`: a pytree that stands for a matrix (packed, or composed of
+others). `linear` multiplies by it, `rows` looks rows up (embeddings), `dense` is the matrix itself. Weights nest.
+"""
+
+from typing import Union
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+class Weight(struct.PyTreeNode):
+    """A matrix `[out, in]` that is not stored as one array.
+
+    Subclasses must not let autodiff keep what `dense` makes: a packed leaf that leaves a dense copy of every layer for the
+    backward pass costs more memory than no packing at all (and no numerical test would notice; see tests/laws).
+    The first field is a matrix, so that a stack of layers is told from a single one by its number of axes.
+    """
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """`x [..., in] -> x W^T [..., out]`, in x's dtype."""
+        return _matmul(x, self.dense(x.dtype))
+
+    def dense(self, dtype) -> jax.Array:
+        """The matrix itself, `[out, in]`."""
+        raise NotImplementedError
+
+    def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows `ids` of the matrix, `[..., in]`."""
+        return self.dense(dtype)[ids]
+
+
+Matrix = Union[jax.Array, Weight]
+
+
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`x [..., in] -> x W^T + bias [..., out]` in x's dtype, for any leaf."""
+    y = w.apply(x) if isinstance(w, Weight) else _matmul(x, w.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def dense(w: Matrix, dtype=None) -> jax.Array:
+    """The matrix a leaf stands for, as one array (stacked leaves `[L, out, in]` too)."""
+    if not isinstance(w, Weight):
+        return w if dtype is None else w.astype(dtype)
+    dtype = dtype or jnp.float32
+    stacked = jax.tree.leaves(w)[0].ndim > 2  # every kind of leaf begins with a matrix
+    return jax.lax.map(lambda layer: dense(layer, dtype), w) if stacked else w.dense(dtype)
+
+
+def rows(w: Matrix, ids: jax.Array, dtype) -> jax.Array:
+    """Rows `ids` of an embedding matrix, `[..., in]`."""
+    return w.rows(ids, dtype) if isinstance(w, Weight) else w[ids].astype(dtype)
+
+
+def is_weight(leaf) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_weight)`: stop at whole matrices."""
+    return isinstance(leaf, Weight)
