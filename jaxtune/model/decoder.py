@@ -114,7 +114,7 @@ def logits(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
 
 def output_head(params: dict):
     """The matrix `[V, D]` that makes logits: the embedding itself where the head is tied."""
-    return params.get("head", params["embed"])
+    return params["head"] if "head" in params else params["embed"]
 
 
 class Place(NamedTuple):
