@@ -1,0 +1,9 @@
+"""The config: one frozen, hashable, checked object for a run, from YAML and `key=value` overrides."""
+
+from jaxtune.config.checks import interval
+from jaxtune.config.load import describe, load_config
+from jaxtune.config.schema import Config, DataConfig, EvalConfig, LoraConfig, MeshConfig, ObjectiveConfig, Source
+
+__all__ = [
+    "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeshConfig", "ObjectiveConfig", "Source", "describe", "interval", "load_config",
+]  # fmt: skip

