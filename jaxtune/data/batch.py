@@ -1,0 +1,33 @@
+"""What one forward pass sees."""
+
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+
+@struct.dataclass
+class Batch:
+    """Rows of tokens, shape `[B, T]`, or `[A, B, T]` for A micro-batches. Leaves are numpy arrays on the host.
+
+    Attributes:
+        tokens: int32 token ids; any id where `segments` is 0.
+        weights: float32 weight of a token *as a target*, predicted from the token before it. 0 is not trained; the first
+            token of a segment is always 0, since nothing in its own document comes before it.
+        positions: int32 position inside the document, from 0.
+        segments: int32; 0 is padding, 1, 2, ... are the documents of the row. Attention stays inside a segment.
+        capacity: static; no row of the plan this batch belongs to has more tokens of non-zero weight, so logits are needed
+            at that many places of a row only. None: T.
+    """
+
+    tokens: Any
+    weights: Any
+    positions: Any
+    segments: Any
+    capacity: int | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], capacity: int | None = None) -> "Batch":
+        """A batch of padding only, to be filled in."""
+        ints = [np.zeros(shape, np.int32) for _ in range(3)]
+        return cls(ints[0], np.zeros(shape, np.float32), ints[1], ints[2], capacity)

@@ -1,0 +1,226 @@
+"""Rows out of files: JSONL, JSON, CSV, Parquet, Arrow, hub data sets."""
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from jaxtune.errors import DataError
+
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+    ".parquet": "parquet", ".arrow": "arrow", ".txt": "txt",
+}  # fmt: skip
+UNIT = {"jsonl": "line", "csv": "line", "tsv": "line", "txt": "line"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands: `number` counts from 1, in lines where the file has lines."""
+
+    file: str
+    number: int
+    unit: str
+    fields: dict[str, Any]
+
+    def fail(self, reason: str) -> DataError:
+        """The error that names this row."""
+        return DataError(f"{self.file}, {self.unit} {self.number}: {reason}")
+
+
+def find(path: str) -> list[Path] | None:
+    """The files that a path, folder or glob names, sorted; None when it can only be a hub id."""
+    here = Path(path).expanduser()
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
+            return [here]
+        files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith("."))
+        if not files:
+            raise DataError(f"{path}: the folder holds none of {', '.join(KINDS)} files; name a file")
+        return files
+    if glob.has_magic(path):
+        files = sorted(Path(p) for p in glob.glob(str(here), recursive=True) if Path(p).is_file())
+        if not files:
+            raise DataError(f"{path}: no file matches; check the pattern and the folder the command is run in")
+        return files
+    if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise DataError(f"{path}: no such file; check the path, which is taken from the folder the command is run in ({Path.cwd()})")
+    return None
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, or of all files of an Arrow folder with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode() + b"\0")
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of one file, streamed."""
+    kind = "folder" if path.is_dir() else _kind(path)
+    if kind is None:
+        raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(KINDS)}, also with .gz or .zst")
+    empty = True
+    for number, fields in READERS[kind](path):
+        empty = False
+        yield Row(str(path), number, UNIT.get(kind, "row"), fields)
+    if empty:
+        raise DataError(f"{path}: the file holds no rows; check that it was written, or name another file")
+
+
+def hub(path: str, name: str | None, split: str | None) -> Any:
+    """A data set of the Hugging Face hub."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, name, split=split or "train")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path}: neither a file here nor a data set that the hub gives us ({reason}); check the path, or the id and split"
+        ) from None
+
+
+def read_hub(path: str, name: str | None, split: str | None) -> Iterator[Row]:
+    """The rows of a data set of the hub."""
+    for number, fields in enumerate(hub(path, name, split), 1):
+        yield Row(path, number, "row", dict(fields))
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    return KINDS.get(Path(name).suffix.lower())
+
+
+def _open(path: Path) -> IO[str]:
+    """The file as UTF-8 text, decompressed, a byte order mark taken off."""
+    if path.suffix == ".gz":
+        binary: Any = gzip.open(path, "rb")
+    elif path.suffix == ".zst":
+        import zstandard
+
+        binary = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True)
+    else:
+        binary = open(path, "rb")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with _open(path) as stream:
+            # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
+            for number, line in enumerate(stream, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}, after line {number}: the compressed file is damaged ({error}); fetch it again") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
+            raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
+        if not isinstance(fields, dict):
+            raise DataError(f'{path}, line {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
+        yield number, fields
+
+
+def _json(path: Path) -> Iterator[tuple[int, dict]]:
+    text = "".join(line for _, line in _lines(path))
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; if it holds one object a line, name it .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise DataError(f"{path}: a JSON file must hold a list of objects, or an object with one such list")
+        rows = lists[0]
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a JSON file must hold a list of objects, this is a {_name(rows)}")
+    for number, fields in enumerate(rows, 1):
+        if not isinstance(fields, dict):
+            raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
+        yield number, fields
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(1 << 30)
+    lines = _lines(path)
+    reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            if None in fields or None in fields.values():
+                names = reader.fieldnames or ()
+                raise DataError(f"{path}, line {reader.line_num}: the row has not as many fields as the header, which names {len(names)}")
+            yield reader.line_num, fields
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV, {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, fields
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
+    import datasets
+
+    try:
+        rows = datasets.Dataset.from_file(str(path)) if path.is_file() else datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path}: not a readable Arrow data set ({str(error).splitlines()[0]}); save it again with save_to_disk") from None
+    if isinstance(rows, datasets.DatasetDict):
+        raise DataError(f"{path}: holds the splits {', '.join(rows)}; name one of their folders, like {path / next(iter(rows))}")
+    for number, fields in enumerate(rows, 1):
+        yield number, dict(fields)
+
+
+def _text(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
+
+
+def _name(value: Any) -> str:
+    names = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null", dict: "object"}
+    return names.get(type(value), type(value).__name__)
+
+
+READERS = {
+    "jsonl": _jsonl, "json": _json, "csv": lambda p: _table(p, ","), "tsv": lambda p: _table(p, "\t"),
+    "parquet": _parquet, "arrow": _dataset, "folder": _dataset, "txt": _text,
+}  # fmt: skip

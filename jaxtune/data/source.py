@@ -1,0 +1,115 @@
+"""Batches as a pure function of the step number."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from jaxtune.data.batch import Batch
+from jaxtune.data.documents import Documents
+from jaxtune.data.packing import Plan, permutation
+from jaxtune.errors import DataError
+
+
+class Source:
+    """The training or evaluation rows of a run.
+
+    `batch_at(step)` reads no state but the plan: resume is a step number. Epoch e visits the rows in a permutation drawn from
+    `(seed, e)`; `shuffle=False` keeps the plan's order, which for `packing: false` is the order of the file. A step
+    takes `accumulation * rows` rows, so that (rows 8, accumulation 1) and (1, 8) see the same ones; the last step
+    of an epoch is filled up with empty rows, which weigh nothing.
+
+    Attributes:
+        rows: rows of a micro-batch, all devices and processes together (B).
+        accumulation: micro-batches of a step (A).
+        plan: which documents share a row.
+    """
+
+    def __init__(self, documents: Documents, plan: Plan, rows: int, accumulation: int = 1, seed: int = 0, shuffle: bool = True):
+        self.documents, self.plan, self.rows, self.accumulation = documents, plan, rows, accumulation
+        self.seed, self.shuffle = seed, shuffle
+        self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that visit each row once."""
+        per_step = self.rows * self.accumulation
+        return int(sum(-(-count // per_step) for count in np.bincount(self.plan.group)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an epoch, padding not counted."""
+        return int(self.documents.lengths[self.plan.docs].sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of an epoch that the loss is taken on."""
+        return int(self.documents.trained[self.plan.docs].sum())
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens by places for tokens: 1 means no padding."""
+        return self.tokens / max(self.plan.slots(), 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides what step n trains on."""
+        digest = hashlib.sha256(self.documents.fingerprint.encode())
+        for array in (self.plan.docs, self.plan.starts, self.plan.group):
+            digest.update(np.ascontiguousarray(array, np.int64).data)
+        digest.update(repr((self.plan.lengths, self.rows * self.accumulation, self.seed, self.shuffle)).encode())
+        return digest.hexdigest()
+
+    def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+        """The batch of step `step` (from 0), int32 / float32 `[A, B / processes, T]`.
+
+        Process p holds the p-th of `processes` equal parts of every micro-batch, so that the parts side by side are the same
+        bytes on any number of hosts.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes)
+
+    def batches(self, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+        """Each row once, in order, as batches `[1, B / processes, T]`; the last ones are filled up with empty rows."""
+        for rows in self._steps(np.arange(len(self.plan)), self.rows):
+            yield self._batch(rows[None], process, processes)
+
+    def _steps_of_epoch(self, epoch: int) -> np.ndarray:
+        order = permutation(len(self.plan), self.seed, epoch) if self.shuffle else np.arange(len(self.plan))
+        steps = self._steps(order, self.rows * self.accumulation)
+        several = self.shuffle and len(self.plan.lengths) > 1
+        return steps[permutation(len(steps), self.seed, epoch, 1)] if several else steps
+
+    def _steps(self, order: np.ndarray, per_step: int) -> np.ndarray:
+        """Row numbers [steps, per_step], -1 where there is none; the rows of a step are of one shape."""
+        steps = []
+        for group in range(len(self.plan.lengths)):
+            rows = order[self.plan.group[order] == group]
+            steps.append(np.pad(rows, (0, -len(rows) % per_step), constant_values=-1).reshape(-1, per_step))
+        return np.concatenate(steps)
+
+    def _batch(self, rows_AB: np.ndarray, process: int, processes: int) -> Batch:
+        if self.rows % processes:
+            raise DataError(
+                f"{self.rows} rows of a micro-batch do not divide by {processes} processes; make "
+                "per_device_train_batch_size times the devices a multiple of the processes"
+            )
+        group = self.plan.group[rows_AB.max()]
+        mine = np.split(rows_AB, processes, axis=1)[process]
+        batch = Batch.empty((*mine.shape, self.plan.lengths[group]), self.plan.capacities[group])
+        for place, row in np.ndenumerate(mine):
+            if row >= 0:
+                self._fill(batch, place, row)
+        return batch
+
+    def _fill(self, batch: Batch, place: tuple[int, ...], row: int) -> None:
+        start = 0
+        docs = self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]
+        for segment, doc in enumerate(docs, 1):
+            tokens, mask = self.documents[doc]
+            where = (*place, slice(start, start + len(tokens)))
+            batch.tokens[where], batch.weights[where] = tokens, mask
+            batch.positions[where] = np.arange(len(tokens))
+            batch.segments[where] = segment
+            start += len(tokens)

@@ -1,0 +1,155 @@
+"""From turns to text, and where in that text the assistant speaks.
+
+The tokenizer's own Jinja template is the only template. Each turn is rendered a second time between two markers (characters of
+Unicode's private plane 16 that no text holds); where the markers come out is where the turn's text stands. The
+marked text without its markers must be the plain text again, or the template looked at what it was given and the row
+is refused. A turn that cannot carry markers (tool calls, an empty answer, text that the template rewrites) is found
+as the difference between the prompt and the prompt with the answer, which must both be beginnings of the whole.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtune.data.files import Row
+from jaxtune.data.formats import Chat
+from jaxtune.errors import DataError
+
+FLAGS = ("train", "training", "weight")
+_MARK = re.compile("[\U00100000-\U0010fffd]")
+_BASE = 0x100000
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where one turn's text stands: `text[start:end]` is what was said, `text[end:stop]` the token that ends the turn."""
+
+    role: str
+    start: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text. `turns` lists those turns that were asked for."""
+
+    text: str
+    turns: list[Turn] = field(default_factory=list)
+
+
+class Template:
+    """The chat template of a tokenizer, or `override` (Jinja source) in its place."""
+
+    def __init__(self, tokenizer: Any, override: str | None = None):
+        self.tokenizer, self.override = tokenizer, override
+        if not (override or tokenizer.chat_template):
+            raise DataError(
+                "the tokenizer has no chat template, so messages cannot be written as text; use the tokenizer of an instruct "
+                "model, or set data.chat_template to a .jinja file"
+            )
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) or r"(?!)")
+
+    def render(self, row: Row, chat: Chat, messages: list[dict] | None = None, generation: bool = False) -> str:
+        """The text of `messages` (default: all of the chat's), with the opening of an answer if `generation`."""
+        turns = [{k: v for k, v in m.items() if k not in FLAGS} for m in (chat.messages if messages is None else messages)]
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tools=chat.tools, chat_template=self.override, tokenize=False, add_generation_prompt=generation,
+                **chat.template_kwargs,
+            )  # fmt: skip
+        except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise row.fail(f"the chat template refuses the messages: {reason}") from None
+
+    def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
+        """The text of a chat, and the places of the turns numbered in `wanted`."""
+        text = self.render(row, chat)
+        places = self._marked(row, chat, text)
+        opening = self._opening(row, chat)
+        turns = []
+        for number, message in enumerate(chat.messages):
+            said = _content(message)
+            if said and number not in places and message["role"] != "assistant":
+                raise row.fail(
+                    f"the chat template drops message {number + 1} ({message['role']}); "
+                    "take the message out, or set data.chat_template to a template that shows it"
+                )
+            if number not in wanted:
+                continue
+            start, end = places.get(number, (0, 0))
+            faithful = number in places and text[start:end] in (said, said.strip()) and not message.get("tool_calls")
+            if message["role"] == "assistant" and not (faithful and text.endswith(opening, 0, start)):
+                turns.append(self._difference(row, chat, text, number, (start, end) if faithful else None))
+            elif faithful:
+                turns.append(Turn(message["role"], start, end, self._stop(text, end)))
+            else:
+                raise row.fail(f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained")
+        return Rendered(text, turns)
+
+    def _opening(self, row: Row, chat: Chat) -> str:
+        """What the template writes before an answer when it asks for one; empty if it does not."""
+        first = next((n for n, m in enumerate(chat.messages) if m["role"] == "assistant"), 0)
+        if not first:
+            return ""
+        prompt = chat.messages[:first]
+        without, with_opening = self.render(row, chat, prompt), self.render(row, chat, prompt, generation=True)
+        return with_opening[len(without) :] if with_opening.startswith(without) else ""
+
+    def _marked(self, row: Row, chat: Chat, text: str) -> dict[int, tuple[int, int]]:
+        """Start and end of each turn's content in `text`, for the turns whose two markers came through."""
+        if any(_MARK.search(_content(message)) for message in chat.messages):
+            raise row.fail("the text holds characters of Unicode's private plane 16, which jaxtune uses as markers; remove them")
+        # A template may trim what it is given: markers then go inside the white space, first for all but the assistant.
+        for inside in (lambda role: False, lambda role: role != "assistant", lambda role: True):
+            marked = [
+                {**m, "content": _mark(n, m["content"], inside(m["role"]))} if _content(m) else m for n, m in enumerate(chat.messages)
+            ]
+            rendered = self.render(row, chat, marked)
+            if _MARK.sub("", rendered) == text:
+                break
+        else:
+            return {}
+        found: dict[int, int] = {}
+        for passed, match in enumerate(_MARK.finditer(rendered)):
+            # setdefault: a template that repeats a turn (the first user turn as a title, say) counts where it stands first
+            found.setdefault(ord(match.group()) - _BASE, match.start() - passed)
+        return {n: (found[2 * n], found[2 * n + 1]) for n in range(len(chat.messages)) if 2 * n in found and 2 * n + 1 in found}
+
+    def _difference(self, row: Row, chat: Chat, text: str, number: int, content: tuple[int, int] | None) -> Turn:
+        """Find the turn between the text of the prompt before it and the text that ends with it."""
+        prompt = self.render(row, chat, chat.messages[:number], generation=True)
+        upto = self.render(row, chat, chat.messages[: number + 1])
+        if content and not (text.startswith(prompt) and len(prompt) <= content[0]):
+            return Turn("assistant", *content, self._stop(text, content[1]))
+        if content:  # the template writes something of its own before the answer, which the model will have to write too
+            return Turn("assistant", len(prompt), content[1], self._stop(text, content[1]))
+        if not (text.startswith(prompt) and text.startswith(upto)):
+            raise row.fail(
+                f"the chat template rewrites message {number + 1} (assistant) when later messages follow, so what would be trained is not "
+                "what was said; use train_on: last, or one row per answer"
+            )
+        last = max(self._special.finditer(text, len(prompt), len(upto)), key=re.Match.start, default=None)
+        end = len(prompt) + len(text[len(prompt) : len(upto)].rstrip())
+        if last is not None and not text[last.end() : len(upto)].strip():
+            return Turn("assistant", len(prompt), last.start(), last.end())
+        return Turn("assistant", len(prompt), end, end)
+
+    def _stop(self, text: str, end: int) -> int:
+        """Where the token that ends a turn ends; `end` if there is none."""
+        match = self._special.match(text, end)
+        return match.end() if match else end
+
+
+def _content(message: dict) -> str:
+    return message.get("content") or ""
+
+
+def _mark(number: int, content: str, inside: bool) -> str:
+    before, after = chr(_BASE + 2 * number), chr(_BASE + 2 * number + 1)
+    if not inside:
+        return before + content + after
+    core = content.strip()
+    at = content.index(core) if core else len(content)
+    return content[:at] + before + core + after + content[at + len(core) :]
