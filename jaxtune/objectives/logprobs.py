@@ -1,0 +1,109 @@
+"""Log-probabilities of the trained tokens, the one primitive under every objective. Never a full `[B, T, V]`.
+
+Logits exist for one chunk of trained tokens at a time. The forward pass keeps, instead of logits, the derivative of each token's
+log-probability to its hidden state (`[B, N, D]`), so that the backward pass of a frozen head is one multiplication.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.data.batch import Batch
+from jaxtune.model import decoder
+from jaxtune.model.families import ModelConfig
+
+CHUNK = 512  # tokens whose logits exist at one time
+
+
+class TokenLogprobs(NamedTuple):
+    """Of each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether
+    the token was the likeliest, and where it stands in the row. Entropy and `correct_BN` carry no gradient."""
+
+    logp_BN: jax.Array
+    weights_BN: jax.Array
+    entropy_BN: jax.Array
+    correct_BN: jax.Array
+    index_BN: jax.Array
+
+
+def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
+    """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
+    hidden_BTD = decoder.hidden(config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD).hidden_BTD
+    N = batch.capacity or batch.tokens.shape[1]
+    trained_BT = batch.weights != 0
+    index_BN = jnp.argsort(~trained_BT, axis=1, stable=True)[:, :N]  # trained tokens first, in order
+    targets_BN, weights_BN = (jnp.take_along_axis(x, index_BN, axis=1) for x in (batch.tokens, batch.weights))
+    before_BN = jnp.maximum(index_BN - 1, 0)  # the state that predicts a token is the one before it
+    hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
+    logp, entropy, correct = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
+    live = (weights_BN != 0).astype(jnp.float32)
+    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN)
+
+
+def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):
+    """`(logp, entropy, correct)`, float32 `[B, N]`, of targets under the head's softmax, `CHUNK` tokens at a time."""
+    B, N, D = hidden_BND.shape
+    size = min(N, max(1, CHUNK // B))  # chunks run along N, so that rows may lie on different devices
+    pad = -N % size
+    hidden = jnp.pad(hidden_BND, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
+    targets = jnp.pad(targets_BN, ((0, 0), (0, pad))).reshape(B, -1, size).swapaxes(0, 1)
+    out = _chunked(config, head, hidden, targets)
+    return tuple(x.swapaxes(0, 1).reshape(B, N + pad)[:, :N] for x in out)
+
+
+def _logits(config, head, hidden):
+    return decoder.logits(config, {"head": head}, hidden)
+
+
+def _statistics(config, head, hidden, targets):
+    """logp, entropy, correct, and the logits' derivative of logp, of one chunk."""
+    logits = _logits(config, head, hidden)
+    logz = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    probs = jnp.exp(logits - logz)
+    logp = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - logz[..., 0]
+    entropy = logz[..., 0] - (probs * logits).sum(-1)
+    correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+    return logp, entropy, correct, jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - probs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(config, head, hidden, targets):
+    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:3], (hidden, targets))
+
+
+def _chunked_fwd(config, head, hidden, targets):
+    head_perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(head))
+    head, hidden, targets = jax.tree.map(lambda primal: primal.value, (head, hidden, targets))
+
+    def chunk(args):
+        h, y = args
+        logp, entropy, correct, dlogits = _statistics(config, head, h, y)
+        _, pull = jax.vjp(lambda h: _logits(config, head, h), h)
+        return (logp, entropy, correct), pull(dlogits)[0]
+
+    out, dhidden = jax.lax.map(chunk, (hidden, targets))
+    return out, (dhidden, (head, hidden, targets) if head_perturbed else None)
+
+
+def _chunked_bwd(config, residuals, cotangents):
+    dhidden, recompute = residuals
+    g = cotangents[0]
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    dhead = None
+    if recompute is not None:
+        head, hidden, targets = recompute
+
+        def chunk(total, args):
+            h, y, g = args
+            _, pull = jax.vjp(lambda head: _logits(config, head, h), head)
+            (dhead,) = pull(_statistics(config, head, h, y)[3] * g[..., None])
+            return jax.tree.map(jnp.add, total, dhead), None
+
+        dhead, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, head), (hidden, targets, g))
+    return dhead, (dhidden * g[..., None]).astype(dhidden.dtype), None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)

@@ -1,0 +1,24 @@
+"""Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.data.batch import Batch
+from jaxtune.model import decoder
+from jaxtune.model.families import ModelConfig
+from jaxtune.objectives.logprobs import token_logprobs
+from jaxtune.objectives.loss import Loss
+
+
+def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
+    """`-sum(w log p)` over trained tokens and `sum(w)`; with `neftune_noise_alpha` and a key, noisy embeddings (arXiv 2310.05914)."""
+    embeds_BTD = None
+    if config.neftune_noise_alpha and key is not None:
+        embeds_BTD = decoder.embed(model_config, params, batch.tokens)
+        _, T, D = embeds_BTD.shape
+        bound = config.neftune_noise_alpha / (T * D) ** 0.5
+        embeds_BTD += jax.random.uniform(key, embeds_BTD.shape, embeds_BTD.dtype, -bound, bound)
+    out = token_logprobs(model_config, params, batch, embeds_BTD)
+    count = (out.weights_BN != 0).astype(jnp.float32).sum()
+    metrics = {"mean_token_accuracy": (out.correct_BN.sum(), count), "entropy": (out.entropy_BN.sum(), count)}
+    return Loss(-(out.logp_BN * out.weights_BN).sum(), out.weights_BN.sum(), metrics)

@@ -1,0 +1,54 @@
+"""Parameter-efficient methods: what is trained, and how it is put into the frozen tree.
+
+`METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` makes plain arrays of it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxtune.model.weight import dense, is_weight
+from jaxtune.peft import lora
+
+
+class Method(NamedTuple):
+    """`init(key, model_config, base, config) -> trainable`; `quantized`: whether the base may be packed, and is by default."""
+
+    init: Callable
+    quantization: str | None = None
+    summary: str = ""
+
+
+def _init_full(key, model_config, base, config):
+    return base
+
+
+def _init_lora(key, model_config, base, config):
+    return lora.init(key, model_config, base, config.lora)
+
+
+METHODS = {
+    "full": Method(_init_full, summary="every parameter"),
+    "lora": Method(_init_lora, summary="low-rank pairs beside frozen matrices"),
+    "qlora": Method(_init_lora, quantization="nf4-dq", summary="LoRA over a 4-bit base"),
+}
+
+
+def compose(base: dict, trainable, key: jax.Array | None = None) -> dict:
+    """The parameter tree to compute with: `base` with an adapter's leaves in place, or a fully trained tree as it is.
+
+    O(1): swaps leaves, computes nothing; call it inside jit. `key` switches dropout on.
+    """
+    if trainable is None:
+        return base
+    if isinstance(trainable, lora.Adapter):
+        return lora.compose(base, trainable, key)
+    return trainable
+
+
+def merge(base: dict, trainable=None, dtype=None) -> dict:
+    """Plain arrays: adapters multiplied in, packed matrices dequantised, in `dtype` (by default the embedding's)."""
+    params = compose(base, trainable)
+    dtype = dtype or dense(base["embed"]).dtype
+    return jax.tree.map(lambda leaf: dense(leaf, dtype) if is_weight(leaf) else leaf, params, is_leaf=is_weight)

@@ -1,0 +1,80 @@
+"""The train step: one pure function, whatever the method, the objective and the machine."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxtune.optim import clip_by_global_norm
+from jaxtune.peft import compose
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that changes in training: the step's number, what is trained, the optimiser's state, the PRNG key."""
+
+    step: jax.Array
+    trainable: struct.PyTreeNode | dict
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def init_state(trainable, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(seed))
+
+
+def make_step(config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None) -> Callable:
+    """`step(state, base, batch) -> (state, metrics)`, to be jitted (or pmapped with `axis_name`).
+
+    `batch` has leading axes `[A, B, T]`; sums of loss, gradient and weight over the A micro-batches (and devices) are divided once by
+    the total weight, so A, B and the number of devices cannot change the result. `metrics` are float32 scalars on the device.
+    """
+
+    def step(state: TrainState, base: dict, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 2 * batch.tokens.shape[0])
+        if axis_name is not None:  # each device draws its own dropout
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jax.lax.axis_index(axis_name))
+
+        def total(trainable, micro, key_pair):
+            params = compose(base, trainable, key=key_pair[0])
+            loss = objective(config, model_config, params, base, micro, key_pair[1])
+            return loss.total, loss
+
+        def one(micro, key_pair):
+            grads, loss = jax.grad(total, has_aux=True)(state.trainable, micro, key_pair)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss
+
+        sums = _sum_over(one, (batch, keys.reshape(-1, 2)))
+        if axis_name is not None:
+            sums = jax.lax.psum(sums, axis_name)
+        grads, loss = sums
+        grads = jax.tree.map(lambda g: g / loss.weight, grads)
+        grads, grad_norm = clip_by_global_norm(grads, config.max_grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss.total / loss.weight, "grad_norm": grad_norm, "weight": loss.weight}
+        metrics |= {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in loss.metrics.items()}
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return step
+
+
+def _sum_over(function: Callable, xs):
+    """Sum of `function(*x)` over the leading axis, one at a time."""
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        return function(*jax.tree.map(lambda x: x[0], xs))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, function(*x)), None), zeros, xs)
+    return total
+
+
+def make_eval_step(config, model_config, objective: Callable) -> Callable:
+    """`eval_step(trainable, base, batch [B, T]) -> Loss` of sums, without dropout or noise."""
+
+    def eval_step(trainable, base: dict, batch):
+        return objective(config, model_config, compose(base, trainable), base, batch, None)
+
+    return eval_step
