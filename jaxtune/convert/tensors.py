@@ -1,0 +1,209 @@
+"""safetensors files, single and sharded, read and written one tensor at a time.
+
+The `safetensors` package maps a file into memory or writes a whole dict at once; both make a conversion as large as the model.
+The format is eight bytes of length, a JSON header and the tensors' bytes, so a reader that holds one tensor is short.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxtune.convert.sources import PICKLES, refuse_pickle
+from jaxtune.errors import ModelError
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # the safetensors package's own bound
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its file, dtype and shape, and its first byte."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class Checkpoint(Protocol):
+    """What the loader needs of a checkpoint: which tensors it has, under Hugging Face's names, and one of them at a time."""
+
+    entries: Mapping[str, Entry]
+
+    def read(self, name: str) -> Any:
+        """The tensor as a numpy array, or as a packed `Weight`."""
+        ...
+
+
+class Safetensors:
+    """The tensors of a model folder (or of one file): `entries[name]`, `read(name)`."""
+
+    def __init__(self, path: str | os.PathLike, stem: str = "model"):
+        path = Path(path)
+        self.entries: dict[str, Entry] = {}
+        for file in [path] if path.is_file() else _shards(path, stem):
+            self.entries.update(_read_header(file))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read into memory of its own."""
+        file, dtype, shape, start = self.entries[name]
+        size = math.prod(shape) * dtype.itemsize
+        data = np.fromfile(file, np.uint8, size, offset=start)
+        if data.size != size:
+            raise ModelError(f"{file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
+        return data.view(dtype).reshape(shape)
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a folder: `model.safetensors`, or what `model.safetensors.index.json` lists."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLES and not file.name.startswith("training_args"))
+        if pickles:
+            raise refuse_pickle(pickles[0])
+        raise ModelError(f"{folder} holds no {single.name} and no {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and "/" not in file for file in weight_map.values()):
+        raise ModelError(f"{index}: weight_map is not a map from tensor names to files of this folder")
+    for name, file in weight_map.items():
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder / file} is missing; {index.name} says that it holds {name}. Fetch it again")
+        if name not in _read_header(folder / file):
+            raise ModelError(f"{folder / file} does not hold {name}, though {index.name} says so. Fetch the folder again")
+    return sorted({folder / file for file in weight_map.values()})
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8 or length > _HEADER_LIMIT:
+            raise ModelError(f"{file} is not a safetensors file, or is cut inside its header ({size} bytes). Fetch it again")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(file, 8 + length, size, name, info) for name, info in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{file} has a corrupt header ({error}). Fetch it again") from error
+    end = max((e.start + math.prod(e.shape) * e.dtype.itemsize for e in entries.values()), default=8 + length)
+    if end != size:
+        raise ModelError(f"{file} is {size} bytes long, but its header describes {end}. Fetch it again")
+    return entries
+
+
+def _entry(file: Path, base: int, size: int, name: str, info: dict) -> Entry:
+    begin, end = info["data_offsets"]
+    shape = tuple(info["shape"])
+    if info["dtype"] not in DTYPES:
+        raise ModelError(f"{file}: tensor {name} has dtype {info['dtype']}, which is not supported; there are {', '.join(DTYPES)}")
+    dtype = DTYPES[info["dtype"]]
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        said = f"{info['dtype']} {list(shape)}"
+        raise ModelError(f"{file}: tensor {name} says {said} but takes {end - begin} bytes; the file is corrupt. Fetch it again")
+    if base + end > size:
+        raise ModelError(f"{file}: tensor {name} ends at byte {base + end}, but the file has {size}; it was cut. Fetch it again")
+    return Entry(file, dtype, shape, base + begin)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file; ModelError when it is missing, malformed or not an object."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} is missing") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+# ---- writing ----
+
+
+class Plan(NamedTuple):
+    """A tensor to be written: its dtype and shape are known before it is made."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str | int) -> int:
+    """`5GB`, `500MB`, `2GiB` or a number of bytes."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", str(text), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise ModelError(f"{text!r} is not a size; write 5GB, 500MB or a number of bytes")
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+
+
+def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarray], max_shard_size: str | int = "5GB") -> None:
+    """`model.safetensors`, or shards of at most `max_shard_size` with their index; `make(name)` is called once, in order, per tensor."""
+    shards, room = [], 0
+    limit = parse_size(max_shard_size)
+    for plan in sorted(plans, key=lambda plan: _natural(plan.name)):
+        if not shards or (plan.size > room):
+            shards.append([])
+            room = limit
+        shards[-1].append(plan)
+        room -= plan.size
+    if len(shards) <= 1:
+        write_file(folder / "model.safetensors", [plan for shard in shards for plan in shard], make)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard, make)
+        weight_map |= {plan.name: file for plan in shard}
+    total = sum(plan.size for shard in shards for plan in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_file(file: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarray]) -> None:
+    """One safetensors file, tensor by tensor."""
+    # Wide types first: each tensor then starts at a multiple of its own size.
+    plans = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for plan in plans:
+        header[plan.name] = {"dtype": _NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, offset + plan.size]}
+        offset += plan.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for plan in plans:
+            array = np.asarray(make(plan.name), order="C")
+            assert array.dtype == plan.dtype and array.shape == plan.shape, (plan, array.dtype, array.shape)
+            stream.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Indented JSON, as transformers writes it."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _natural(name: str) -> list:
+    """Sort key that puts layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
