@@ -1,84 +1,33 @@
 """Other spellings that are understood, and keys of torch tools that are done differently here.
 
-An alias is a new name, or a function of the value that gives {key: value}. Using one prints a one-line note.
+`ALIASES` names the key an alias stands for; `TRANSLATE`, by alias or by key, turns a value of other tools into ours: by a
+table (what it lacks is passed on, for the key's own check to judge) or by a function. Using an alias prints a one-line note.
 """
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
 from jaxtune.errors import ConfigError
 
-Updates = dict[str, Any]
+DEFAULT = object()  # the value asks for what is the default anyway
 
-
-def _rename(path: str) -> Callable[[Any], Updates]:
-    return lambda value: {path: value}
-
-
-def _choice(path: str, values: dict[Any, Any]) -> Callable[[Any], Updates]:
-    """The value is translated by a table; what the table lacks is passed on, for the key's own check to judge."""
-    return lambda value: {path: values.get(value, value)} if values.get(value, value) is not None else {}
-
-
-def _warmup_ratio(value: Any) -> Updates:
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"warmup_ratio is {value!r}, but has to be a share of all steps, from 0 to below 1; for a number write warmup_steps.")
-    return {"warmup_steps": value}
-
-
-def _resume(value: Any) -> Updates:
-    if isinstance(value, str) and value not in ("last", "latest", "auto", "allow"):
-        raise ConfigError(f"resume_from_checkpoint is {value!r}, but a run resumes from its own newest checkpoint; write output_dir and resume: true.")
-    return {"resume": bool(value)}
-
-
-def _truncation_mode(value: Any) -> Updates:
-    sides = {"keep_start": "right", "keep_end": "left"}
-    if value not in sides:
-        raise ConfigError(f"truncation_mode is {value!r}, but has to be one of keep_start, keep_end.")
-    return {"data.length_policy": "truncate", "data.truncation_side": sides[value]}
-
-
-def _target(value: Any) -> Updates:
-    return {"lora.target_modules": "all-linear" if value == "all" else value.split(",") if isinstance(value, str) and "," in value else value}
-
-
-def _optim_args(value: Any) -> Updates:
-    """HF's `"rho=0.9,decay=1e-3"`; a table is passed on."""
-    return {"optim_args": dict(pair.split("=", 1) for pair in value.replace(" ", "").split(","))} if isinstance(value, str) else {"optim_args": value}
-
-
-_AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "sharegpt": "sharegpt"}
-
-
-def _datasets(value: Any) -> Updates:
-    """Axolotl's list of {path, type, ...}: `type` is our `format`."""
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return {"data.train": value}
-    sources = []
-    for entry in value:
-        if isinstance(entry, dict) and "type" in entry:
-            kind = entry["type"]
-            if kind not in _AXOLOTL_TYPES:
-                raise ConfigError(f"datasets type is {kind!r}, but only {', '.join(_AXOLOTL_TYPES)} are understood; write data.train with format and columns.")
-            entry = {key: item for key, item in entry.items() if key != "type"} | {"format": _AXOLOTL_TYPES[kind]}
-        sources.append(entry)
-    return {"data.train": sources}
-
-
-ALIASES: dict[str, Callable[[Any], Updates]] = {
-    alias: _rename(path)
+ALIASES: dict[str, str] = {
+    alias: path
     for path, names in {
         "model": "base_model model_name_or_path model_name pretrained_model_name_or_path",
-        "method": "finetuning_type adapter",
-        "dtype": "torch_dtype bnb_4bit_compute_dtype compute_dtype",
+        "method": "finetuning_type adapter use_peft full_finetuning",
+        "objective": "stage rl",
+        "resume": "resume_from_checkpoint",
+        "dtype": "torch_dtype bnb_4bit_compute_dtype compute_dtype bf16",
         "per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_gpu_train_batch_size",
         "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
         "gradient_accumulation_steps": "grad_accum gradient_accumulation",
         "num_train_epochs": "num_epochs epochs",
         "learning_rate": "lr",
+        "lr_scheduler_type": "lr_scheduler scheduler",
+        "warmup_steps": "warmup_ratio num_warmup_steps",
+        "optim": "optimizer",
         "max_grad_norm": "gradient_clipping grad_clip",
         "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
         "attention": "attn_implementation",
@@ -87,125 +36,180 @@ ALIASES: dict[str, Callable[[Any], Updates]] = {
         "lora.r": "lora_r lora_rank",
         "lora.lora_alpha": "lora_alpha",
         "lora.lora_dropout": "lora_dropout",
+        "lora.target_modules": "lora_target lora_target_modules lora_target_linear target_modules",
         "lora.use_rslora": "use_rslora peft_use_rslora",
         "lora.use_dora": "use_dora peft_use_dora",
-        "lora.modules_to_save": "lora_modules_to_save additional_target",
+        "lora.modules_to_save": "lora_modules_to_save additional_target modules_to_save",
         "lora.rank_pattern": "lora_rank_pattern",
         "lora.alpha_pattern": "lora_alpha_pattern",
         "lora.target_parameters": "lora_target_parameters",
         "lora.init_lora_weights": "peft_init_lora_weights init_lora_weights",
         "lora.trainable_token_indices": "peft_trainable_token_indices trainable_token_indices",
-        "data.train": "dataset train_file train_dataset dataset_name train_data",
+        "data.train": "dataset datasets train_file train_dataset dataset_name train_data",
         "data.eval": "val_set_size val_size validation_file eval_dataset eval_file test_datasets",
+        "data.columns": "dataset_text_field",
         "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size",
-        "data.packing": "packing sample_packing",
+        "data.length_policy": "excess_length_strategy",
+        "data.truncation_side": "truncation_mode",
+        "data.packing": "packing sample_packing group_by_length train_sampling_strategy",
+        "data.train_on": "train_on_inputs train_on_prompt mask_history completion_only_loss assistant_only_loss",
         "data.shuffle": "shuffle_dataset",
         "data.num_proc": "dataset_num_proc preprocessing_num_workers dataset_processes",
         "data.chat_template": "chat_template chat_template_path",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
     }.items()
     for alias in names.split()
-} | {
-    "warmup_ratio": _warmup_ratio,
-    "resume_from_checkpoint": _resume,
-    "lora_target": _target,
-    "lora_target_modules": _target,
-    "lora_target_linear": _choice("lora.target_modules", {True: "all-linear", False: None}),
-    "use_peft": _choice("method", {True: "lora", False: "full"}),
-    "full_finetuning": _choice("method", {True: "full", False: None}),
-    "bf16": _choice("dtype", {True: "bfloat16", False: None}),
-    "stage": _choice("objective", {"pt": "sft", "rm": "reward"}),
-    "rl": _choice("objective", {"ipo": "dpo"}),
-    "train_on_inputs": _choice("data.train_on", {True: "all", False: "completion"}),
-    "train_on_prompt": _choice("data.train_on", {True: "all", False: "completion"}),
-    "mask_history": _choice("data.train_on", {True: "last", False: "assistant"}),
-    "completion_only_loss": _choice("data.train_on", {True: "completion", False: "all"}),
-    "assistant_only_loss": _choice("data.train_on", {True: "assistant", False: None}),
-    "group_by_length": _choice("data.packing", {True: "group", False: None}),
-    "train_sampling_strategy": _choice("data.packing", {"group_by_length": "group", "random": None}),
-    "truncation_mode": _truncation_mode,
-    "excess_length_strategy": _choice("data.length_policy", {"raise": "error"}),
-    "dataset_text_field": lambda value: {"data.columns": {"text": value}},
-    "datasets": _datasets,
-}  # fmt: skip
-
-_ADAM = dict.fromkeys(
-    "adam adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision adamw_hf adamw_jax paged_adamw "
-    "paged_adamw_32bit".split(),
-    "adamw",
-)
-VALUES: dict[str, dict[Any, Any]] = {
-    "optim": _ADAM | dict.fromkeys(["lion_32bit", "paged_lion_32bit"], "lion"),
-    "lr_scheduler_type": {"wsd": "warmup_stable_decay", "warmup_stable_decay_linear": "warmup_stable_decay"},
-    "method": {"adapter": "lora"},
-    "dtype": {"bf16": "bfloat16", "fp32": "float32", "torch.bfloat16": "bfloat16", "torch.float32": "float32", "float": "float32"},
-    "attention": dict.fromkeys(["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"], "auto"),
-    "gradient_checkpointing": {"unsloth": True},
-    "report_to": {"none": [], "all": ["tensorboard"]},
-    "quantization": {"nf4_dq": "nf4-dq", "4bit": "nf4", "8bit": "int8"},
 }
 
-OPTIMIZER = ("optim", "optimizer")  # names of one key whose value is translated as well
-SCHEDULER = ("lr_scheduler_type", "lr_scheduler", "scheduler")
-ALIASES |= {name: _rename(names[0]) for names in (OPTIMIZER, SCHEDULER) for name in names[1:]}
 
-_MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tensor: 1}, fsdp for weights that do not fit one device"
+def _warmup_ratio(value: Any) -> Any:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(
+            f"warmup_ratio is {value!r}, but has to be a share of all steps, from 0 to below 1; write warmup_steps for their number."
+        )
+    return value
+
+
+def _resume(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("last", "latest", "auto"):
+        raise ConfigError(
+            f"resume_from_checkpoint is {value!r}, but a run resumes from its own newest checkpoint; write its output_dir and resume: true."
+        )
+    return bool(value)
+
+
+def _target(value: Any) -> Any:
+    """LLaMA-Factory's `all` and comma-separated names."""
+    if value == "all":
+        return "all-linear"
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+
+
+def _optim_args(value: Any) -> Any:
+    """HF's `"momentum=0.9,nesterov=True"`; a table is passed on."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return {name.strip(): ast.literal_eval(text.strip()) for name, text in (pair.split("=", 1) for pair in value.split(","))}
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"optim_args is {value!r}; write optim_args: {{NAME: NUMBER}}.") from None
+
+
+_AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "sharegpt": "sharegpt"}
+
+
+def _datasets(value: Any) -> Any:
+    """Axolotl's list of {path, type, ...}: `type` is our `format`."""
+    sources = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict) and "type" in entry:
+            kind = entry["type"]
+            if not isinstance(kind, str) or kind not in _AXOLOTL_TYPES:
+                raise ConfigError(
+                    f"the type of a data set is {kind!r}, but only {', '.join(_AXOLOTL_TYPES)} are understood; "
+                    "write data.train with format and columns."
+                )
+            entry = {key: item for key, item in entry.items() if key != "type"} | {"format": _AXOLOTL_TYPES[kind]}
+        sources.append(entry)
+    return sources
+
+
+TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
+    "adapter": {None: "full"},
+    "use_peft": {True: "lora", False: "full"},
+    "full_finetuning": {True: "full", False: DEFAULT},
+    "bf16": {True: "bfloat16", False: DEFAULT, "auto": "auto"},
+    "stage": {"pt": "sft", "rm": "reward"},
+    "resume_from_checkpoint": _resume,
+    "warmup_ratio": _warmup_ratio,
+    "lora_target": _target,
+    "lora_target_modules": _target,
+    "lora_target_linear": {True: "all-linear", False: DEFAULT},
+    "datasets": _datasets,
+    "test_datasets": _datasets,
+    "dataset_text_field": lambda value: {"text": value},
+    "excess_length_strategy": {"raise": "error"},
+    "truncation_mode": {"keep_start": "right", "keep_end": "left"},
+    "group_by_length": {True: "group", False: DEFAULT},
+    "train_sampling_strategy": {"group_by_length": "group", "random": DEFAULT},
+    "train_on_inputs": {True: "all", False: "completion"},
+    "train_on_prompt": {True: "all", False: "completion"},
+    "mask_history": {True: "last", False: "assistant"},
+    "completion_only_loss": {True: "completion", False: "all", None: DEFAULT},
+    "assistant_only_loss": {True: "assistant", False: DEFAULT},
+    # and values of our own keys
+    "optim": dict.fromkeys(
+        "adam adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision adamw_hf adamw_jax paged_adamw "
+        "paged_adamw_32bit".split(),
+        "adamw",
+    )
+    | {"lion_32bit": "lion", "paged_lion_32bit": "lion"},
+    "optim_args": _optim_args,
+    "lr_scheduler_type": {"wsd": "warmup_stable_decay"},
+    "dtype": {"bf16": "bfloat16", "fp32": "float32", "torch.bfloat16": "bfloat16", "torch.float32": "float32"},
+    "attention": dict.fromkeys("sdpa eager flash_attention_2 flash_attention_3 flex_attention".split(), "auto"),
+    "gradient_checkpointing": {"unsloth": True},
+    "report_to": {"none": [], None: [], "all": ["tensorboard"]},
+}
+
+_MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tensor: 1}, with fsdp above 1 to share the weights out"
 _JIT = "every step is compiled by XLA; leave it out"
 _FP16 = "float16 overflows without loss scaling; write dtype: bfloat16"
 _HUB = "nothing is uploaded; push the result folder yourself with `hf upload`"
 _LOADER = "batches are a pure function of the step number and no loader runs; leave it out"
-_ATTENTION = "attention: auto keeps packed rows apart on every backend; leave it out"
-_NAN = "a loss that is not finite stops the run and names the step; leave it out"
+_ATTENTION = "packed rows are kept apart by every kind of attention; leave it out"
+_LIGER = "the loss is always computed in chunks; write logits_chunk_size to set their size"
+_LENGTH = "write data.max_length, the prompt and the answer together"
 
-# What a torch tool's key is here. A key asked for nothing (`fp16: false`, `deepspeed: null`) is let through with a note.
-DIFFERENT: dict[str, str] = (
-    dict.fromkeys("fsdp fsdp_config fsdp_version deepspeed parallelism_config tensor_parallel_size context_parallel_size num_processes "
-                  "accelerator_config device_map ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "
-                  "ddp_broadcast_buffers".split(), _MESH)
-    | dict.fromkeys("torch_compile torch_compile_backend torch_compile_mode jit_mode_eval".split(), _JIT)
-    | dict.fromkeys("fp16 fp16_full_eval half_precision_backend".split(), _FP16)
-    | dict.fromkeys("push_to_hub hub_model_id hub_strategy hub_private_repo hub_token hub_always_push".split(), _HUB)
-    | dict.fromkeys("dataloader_num_workers dataloader_pin_memory dataloader_drop_last dataloader_prefetch_factor "
-                    "dataloader_persistent_workers remove_unused_columns ignore_data_skip".split(), _LOADER)
-    | dict.fromkeys("flash_attention padding_free neat_packing pad_to_sequence_len xformers_attention sdp_attention flash_attn".split(), _ATTENTION)
-    | {
-        "use_liger_kernel": "the chunked loss is always on; write logits_chunk_size to set its size",
-        "use_liger": "the chunked loss is always on; write logits_chunk_size to set its size",
-        "tf32": "write dtype: bfloat16 or float32",
-        "gradient_checkpointing_kwargs": "write gradient_checkpointing: true, false, or the name of a remat policy",
-        "packing_strategy": "packing never cuts a row; write data.packing: true, and data.length_policy for rows that are too long",
-        "trust_remote_code": "no code from a model's folder is ever run; leave it out",
-        "auto_find_batch_size": "`jaxtune plan` finds the largest batch that fits, before the run",
-        "logging_nan_inf_filter": _NAN,
-        "overwrite_output_dir": "a folder that holds a run is never overwritten; write another output_dir, or resume: true",
-        "use_unsloth": "leave it out",
-        "template": "the tokenizer's own chat template is used; write data.chat_template: FILE.jinja for another",
-        "rpo_alpha": "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]",
-        "max_prompt_length": "write data.max_length, the prompt and the answer together",
-        "max_completion_length": "write data.max_length, the prompt and the answer together",
-        "average_tokens_across_devices": "the loss is always divided by the tokens of the whole batch; leave it out",
-        "label_smoothing_factor": "it is not offered; for preference losses write label_smoothing",
-        "bnb_4bit_quant_storage": "it changes no number; leave it out",
-        "wandb_project": "write report_to: tensorboard; metrics.jsonl is always written",
-    }
-)  # fmt: skip
+# What a torch tool's key is here. A key that asks for nothing (`fp16: false`, `deepspeed: null`) is let through with a note.
+DIFFERENT: dict[str, str] = {
+    key: here
+    for here, keys in {
+        _MESH: "fsdp fsdp_config fsdp_version deepspeed parallelism_config tensor_parallel_size context_parallel_size num_processes "
+        "accelerator_config device_map ddp ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
+        _JIT: "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval",
+        _FP16: "fp16 fp16_full_eval half_precision_backend",
+        _HUB: "push_to_hub hub_model_id hub_strategy hub_private_repo hub_token hub_always_push",
+        _LOADER: "dataloader_num_workers dataloader_pin_memory dataloader_drop_last dataloader_prefetch_factor "
+        "dataloader_persistent_workers remove_unused_columns ignore_data_skip",
+        _ATTENTION: "flash_attention padding_free neat_packing xformers_attention sdp_attention flash_attn",
+        _LIGER: "use_liger_kernel use_liger liger_kernel_config",
+        _LENGTH: "max_prompt_length max_completion_length",
+        "rows are padded to data.max_length only; leave it out": "pad_to_sequence_len pad_to_multiple_of",
+        "write dtype: bfloat16 or float32": "tf32",
+        "write gradient_checkpointing: true, false, or the name of a remat policy": "gradient_checkpointing_kwargs",
+        "packing never cuts a row; write data.packing: true, and data.length_policy for rows that are too long": "packing_strategy",
+        "no code from a model's folder is ever run; leave it out": "trust_remote_code",
+        "`jaxtune plan` finds the largest batch that fits, before the run": "auto_find_batch_size",
+        "a loss that is not finite stops the run and names the step; leave it out": "logging_nan_inf_filter",
+        "a folder that holds a run is never overwritten; write another output_dir, or resume: true": "overwrite_output_dir",
+        "the tokenizer's own chat template is used; write data.chat_template: FILE.jinja for another": "template",
+        "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]": "rpo_alpha",
+        "the loss is always divided by the tokens of the whole batch; leave it out": "average_tokens_across_devices",
+        "it is offered for preference losses only, as label_smoothing": "label_smoothing_factor",
+        "it changes no number; leave it out": "bnb_4bit_quant_storage use_unsloth",
+        "write report_to: tensorboard; metrics.jsonl is always written": "wandb_project use_wandb use_swanlab",
+    }.items()
+    for key in keys.split()
+}
 
-# Three of bitsandbytes' keys make one of ours.
-BITSANDBYTES = {
+# Several of bitsandbytes' keys make one of ours.
+BITSANDBYTES = (
     "load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant",
     "double_quantization",
-}  # fmt: skip
+)  # fmt: skip
 
 
-def bitsandbytes(given: dict[str, Any]) -> Updates:
-    """`load_in_4bit` and its companions as `quantization`."""
+def bitsandbytes(given: dict[str, Any]) -> str | None:
+    """`load_in_4bit` and its companions as a value of `quantization`."""
     four = given.get("load_in_4bit") or given.get("quantization_bit") == 4
     eight = given.get("load_in_8bit") or given.get("quantization_bit") == 8
     double = any(given.get(key) for key in ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"))
-    if given.get("quantization_bit") not in (None, 4, 8):
-        raise ConfigError(f"quantization_bit is {given['quantization_bit']!r}, but has to be 4 or 8; or write quantization: nf4, nf4-dq or int8.")
-    if given.get("bnb_4bit_quant_type", "nf4") != "nf4":
-        raise ConfigError(f"bnb_4bit_quant_type is {given['bnb_4bit_quant_type']!r}, but weights are quantised to nf4; write quantization: nf4.")
+    bits, kind = given.get("quantization_bit"), given.get("bnb_4bit_quant_type", "nf4")
+    if bits not in (None, 4, 8):
+        raise ConfigError(f"quantization_bit is {bits!r}, but has to be 4 or 8; or write quantization: nf4, nf4-dq or int8.")
+    if four and kind != "nf4":
+        raise ConfigError(f"bnb_4bit_quant_type is {kind!r}, but weights are quantised to nf4; write quantization: nf4.")
     if four and eight:
-        raise ConfigError("load_in_4bit and load_in_8bit are both true; write quantization: nf4, nf4-dq or int8.")
-    return {"quantization": ("nf4-dq" if double else "nf4") if four else "int8"} if four or eight else {}
+        raise ConfigError("both 4 and 8 bits are asked for; write quantization: nf4, nf4-dq or int8.")
+    return ("nf4-dq" if double else "nf4") if four else "int8" if eight else None

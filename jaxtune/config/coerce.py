@@ -35,22 +35,28 @@ def _is_table(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple and typing.get_origin(args[0]) is tuple and typing.get_args(args[0])[0] is str
 
 
-def expected(kind: Any) -> str:
-    """The kind in words, for an error message."""
+def _choices(kind: Any) -> list[str]:
+    """The kind's alternatives in words."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind in SCALARS:
-        return SCALARS[kind]
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
-        return " or ".join(expected(arg) for arg in args)
+        return [word for arg in args for word in _choices(arg)]
+    if origin is Literal:
+        return [str(arg) for arg in args]
+    if kind in SCALARS:
+        return SCALARS[kind].split(" or ")
     if _is_table(kind):
-        return "a table {name: " + expected(typing.get_args(args[0])[1]) + "}"
+        return ["a table {name: " + expected(typing.get_args(args[0])[1]) + "}"]
     if origin is tuple:
-        return "a list of " + expected(args[0]).removeprefix("a ").removesuffix("s") + "s"
+        return ["a list, each " + expected(args[0])]
     if dataclasses.is_dataclass(kind):
-        return "a group of keys (" + ", ".join(field.name for field in dataclasses.fields(kind)) + ")"
-    return "anything"
+        return ["{" + ", ".join(field.name for field in dataclasses.fields(kind)) + "}"]
+    return ["anything"]
+
+
+def expected(kind: Any) -> str:
+    """The kind in words, for an error message: `true, false or group`."""
+    *most, last = _choices(kind)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _literal(value: Any, choices: tuple) -> Any:
@@ -123,7 +129,7 @@ def _group(value: Any, kind: Any) -> Any:
 def thaw(value: Any, kind: Any) -> Any:
     """A coerced value as plain YAML or JSON data: tuples as lists, tables as dicts, groups as dicts."""
     if isinstance(value, Group):
-        return value.to_dict()
+        return value.to_plain()
     if not isinstance(value, tuple):
         return value
     options = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -164,6 +170,13 @@ class Group:
         """Plain data (dicts, lists, scalars), in field order; building the class from it gives an equal one."""
         return {name: thaw(getattr(self, name), kind) for name, kind in kinds(type(self)).items()}
 
+    def to_plain(self) -> Any:
+        """What stands for it inside another group: its dict, or with a `shorthand` only what is set, bare if that is all."""
+        if not self.shorthand:
+            return self.to_dict()
+        plain = {field.name: self.to_dict()[field.name] for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        return plain[self.shorthand] if len(plain) == 1 else plain
+
 
 def kinds(group: type) -> dict[str, Any]:
     """Field name -> annotation, in order."""
@@ -172,7 +185,5 @@ def kinds(group: type) -> dict[str, Any]:
 
 
 def _nearest(value: Any, kind: Any) -> str:
-    options = [kind, *typing.get_args(kind)]
-    choices = [str(arg) for option in options if typing.get_origin(option) is Literal for arg in typing.get_args(option)]
-    near = difflib.get_close_matches(str(value), choices, 1)
+    near = difflib.get_close_matches(str(value), [word for word in _choices(kind) if " " not in word], 1)
     return f" Did you mean {near[0]}?" if near else ""

@@ -5,13 +5,13 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DIFFERENT, VALUES, bitsandbytes
+from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, TRANSLATE, bitsandbytes
 from jaxtune.config.coerce import Group, kinds
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
@@ -25,9 +25,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 raise ConfigError(f"line {key.start_mark.line + 1}: {key.value} is given twice; leave one.")
-            seen.add(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -90,19 +90,36 @@ def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override; write key=value, with dots for nested keys: lora.r=32")
-    return key.strip().lstrip("-"), _parse(value, f"the value of {key.strip()}")
+    return key.strip(), _parse(value, f"the value of {key.strip()}")
 
 
 def _unknown(path: str) -> ConfigError:
-    """Names the nearest key: by full path, by last part, and by the aliases (`lora.rank` is LLaMA-Factory's `lora_rank`)."""
-    names: dict[str, str] = {}
-    for alias, convert in ALIASES.items():
-        targets = convert("") if convert.__name__ == "<lambda>" else {}
-        names |= dict.fromkeys([alias], next(iter(targets), alias))
-    names |= {known.rpartition(".")[2]: known for known in PATHS} | {known.replace(".", "_"): known for known in PATHS}
-    asked = path.replace(".", "_").replace("-", "_")
-    near = difflib.get_close_matches(asked, names, 1, 0.6) or difflib.get_close_matches(path.rpartition(".")[2], names, 1, 0.6)
-    return ConfigError(f"{path} is not a key" + (f"; did you mean {names[near[0]]}?" if near else "."))
+    """Names the nearest key, over the keys and their aliases: `lora.rank` is LLaMA-Factory's `lora_rank`, so lora.r."""
+    names = {known: known for known in PATHS} | ALIASES
+    asked = _words(path)
+
+    def likeness(name: str) -> float:
+        words = _words(name)
+        whole = difflib.SequenceMatcher(None, "_".join(asked), "_".join(words)).ratio()
+        last = difflib.SequenceMatcher(None, asked[-1], words[-1]).ratio()
+        return max(whole, 0.6 * last + 0.3 * whole)  # the group is easily guessed wrong, the last word seldom
+
+    best = max(names, key=likeness)
+    return ConfigError(f"{path} is not a key" + (f"; did you mean {names[best]}?" if likeness(best) >= 0.6 else "."))
+
+
+def _words(path: str) -> list[str]:
+    return re.split(r"[._-]", path)
+
+
+def _translate(name: str, value: Any) -> Any:
+    """Another tool's value as ours."""
+    by = TRANSLATE.get(name)
+    if by is None:
+        return value
+    if callable(by):
+        return by(value)
+    return by.get(value, value) if isinstance(value, Hashable) else value
 
 
 def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
@@ -115,31 +132,30 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
     said: dict[str, str] = {}
 
     def put(path: str, value: Any, name: str) -> None:
-        value = VALUES.get(path, {}).get(value, value) if isinstance(value, (str, bool)) else value
+        if value is DEFAULT:
+            return
+        value = _translate(path, value)
         if path in out and out[path] != value:
-            raise ConfigError(f"{said[path]} and {name} are the same key ({path}), but have the values {out[path]!r} and {value!r}; leave one.")
+            raise ConfigError(f"{said[path]} and {name} both set {path}, to {_word(out[path])} and to {_word(value)}; leave one.")
         out[path], said[path] = value, name
 
-    for path, value in flat.items():
-        if path in BITSANDBYTES:
-            continue
-        if path in PATHS:
-            put(path, value, path)
-        elif path in ALIASES:
-            updates = ALIASES[path](value)
-            for target, translated in updates.items():
-                put(target, translated, path)
-            log.warning("note: %s is read as %s", path, ", ".join(f"{k}={v}" for k, v in updates.items()) or "the default")
-        elif path in DIFFERENT:
+    for name, value in flat.items():
+        if name in PATHS:
+            put(name, value, name)
+        elif name in ALIASES:
+            put(ALIASES[name], _translate(name, value), name)
+            log.warning("note: %s is read as %s", name, ALIASES[name])
+        elif name in DIFFERENT:
             if value not in (None, False, "", "no", "none", [], {}):
-                raise ConfigError(f"{path} is a key of torch tools that works differently here: {DIFFERENT[path]}.")
-            log.warning("note: %s=%s asks for nothing here and is left out", path, value)
-        else:
-            _entry(out, path, value)
-    given = {path: value for path, value in flat.items() if path in BITSANDBYTES}
-    for target, translated in bitsandbytes(given).items():
-        put(target, translated, next(iter(given)))
-        log.warning("note: %s is read as %s=%s", ", ".join(given), target, translated)
+                raise ConfigError(f"{name} is a key of torch tools that works differently here: {DIFFERENT[name]}.")
+            log.warning("note: %s=%s asks for nothing here and is left out", name, _word(value))
+        elif name not in BITSANDBYTES:
+            _entry(out, name, value)
+    given = {name: value for name, value in flat.items() if name in BITSANDBYTES}
+    quantization = bitsandbytes(given)
+    if quantization:
+        put("quantization", quantization, " and ".join(given))
+        log.warning("note: %s is read as quantization=%s", ", ".join(given), quantization)
     return out
 
 
@@ -171,20 +187,16 @@ def load_config(config: str | os.PathLike | Mapping, overrides: Iterable[str] = 
 
 def describe(config: Config) -> str:
     """The resolved values that have an effect, as `key=value` words that can be pasted back as overrides."""
-    data = config.to_dict()
-    skipped = {field for field, of in Config.__dataclass_fields__.items() if config.objective not in of.metadata.get("objectives", [config.objective])}
-    if config.method not in ("lora", "qlora"):
-        skipped.add("lora")
-    lines, top = [], []
-    for key, value in data.items():
-        if key in skipped or value is None:
+    top, lines = [], []
+    for key, value in config.to_dict().items():
+        if key == "lora" and config.method not in ("lora", "qlora"):
             continue
-        if isinstance(value, dict) and f"{key}." in GROUPS:
-            words = [f"{key}.{name}={_word(item)}" for name, item in value.items() if item not in (None, [], {})]
-            lines.append(words)
-        else:
+        if f"{key}." in GROUPS:
+            lines.append([f"{key}.{name}={_word(item)}" for name, item in value.items() if item not in (None, [], {})])
+        elif value not in (None, [], {}):
             top.append(f"{key}={_word(value)}")
-    return "\n".join(textwrap.fill("  ".join(words), 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False) for words in [top, *lines])
+    fill = textwrap.TextWrapper(118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False).fill
+    return "\n".join(fill("  ".join(words)) for words in [top, *lines] if words)
 
 
 def _word(value: Any) -> str:

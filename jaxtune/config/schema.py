@@ -43,7 +43,7 @@ class LoraConfig(Group):
 class Source(Group):
     """One data source: a file, glob, folder or hub id, and what is special about it. A bare string is its path."""
 
-    group: ClassVar[str] = "data.train"
+    group: ClassVar[str] = "source"
     shorthand: ClassVar[str | None] = "path"
 
     path: str
@@ -152,7 +152,7 @@ class Config(ObjectiveConfig):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; auto: bfloat16 on TPU and GPU, float32 on CPU
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in full tuning; adapters are float32
     max_steps: int = -1
-    num_train_epochs: float = 3.0
+    num_train_epochs: int | float = 3
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -163,7 +163,7 @@ class Config(ObjectiveConfig):
         "polynomial", "inverse_sqrt", "warmup_stable_decay",
     ] = "linear"  # fmt: skip
     lr_scheduler_kwargs: Table = ()
-    warmup_steps: float = 0.0  # below 1: a share of all steps
+    warmup_steps: int | float = 0  # below 1: a share of all steps
     optim: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = "adamw"
     optim_args: Table = ()
     weight_decay: float = 0.0
@@ -178,12 +178,12 @@ class Config(ObjectiveConfig):
     attention: str = "auto"
     logits_chunk_size: int | None = None
 
-    logging_steps: float = 10.0  # below 1, here and in the next: a share of all steps
+    logging_steps: int | float = 10  # below 1, here and in the next: a share of all steps
     eval_strategy: Literal["no", "steps", "epoch"] | None = None  # None: steps when eval_steps is given, epoch when there is eval data
-    eval_steps: float | None = None
+    eval_steps: int | float | None = None
     eval_on_start: bool = False
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
-    save_steps: float = 500.0
+    save_steps: int | float = 500
     save_total_limit: int | None = None
     load_best_model_at_end: bool = False
     metric_for_best_model: str = "eval_loss"
@@ -204,6 +204,13 @@ class Config(ObjectiveConfig):
         for key, value in checks.resolve(self).items():
             object.__setattr__(self, key, value)
         checks.check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.yaml: the run's keys, then the keys of its objective; `load_config` gives an equal Config."""
+        own = {field.name for field in dataclasses.fields(ObjectiveConfig)}
+        plain = super().to_dict()
+        of = {field.name: field.metadata.get("objectives", [self.objective]) for field in dataclasses.fields(self)}
+        return {key: plain[key] for key in sorted(plain, key=lambda key: key in own) if self.objective in of[key]}
 
     def replace(self, **changes: Any) -> "Config":
         """The same run with other values, checked again."""
