@@ -5,6 +5,7 @@ A family is one function `config.json dict -> ModelConfig` in `FAMILIES` and one
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ class ModelConfig:
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
+    hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
     @property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
@@ -54,7 +56,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in hf]
     if missing:
         raise ModelError(f"config.json of a {model_type} model lacks {', '.join(missing)}")
-    return FAMILIES[model_type](hf)
+    return dataclasses.replace(FAMILIES[model_type](hf), hf_json=json.dumps(hf))
 
 
 def _common(hf: Mapping[str, Any], **changes) -> dict[str, Any]:
