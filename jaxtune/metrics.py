@@ -1,0 +1,227 @@
+"""Task metrics: pure functions of answers and references, and the `metric:` hook that finds one by name.
+
+A metric takes `(predictions, references, rows)`, lists of one length (answers, the data's own answers, the data's rows as dicts), and
+returns one number for each. Means and confidence intervals are taken of those numbers, so a metric of your own needs nothing else:
+
+    metric: exact_match                    # one of METRICS
+    metric: mypackage.judges.same_sql      # a function of an importable module
+    metric: judges/cron.py:cron_match      # a function of a file
+"""
+
+import importlib
+import importlib.util
+import math
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from jaxtune.errors import ConfigError, DataError
+
+Metric = Callable[[list[str], list[str], list[dict]], Sequence[float]]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# a sign counts unless it stands after a digit ("5-10"); commas count between groups of three digits
+_NUMBER = re.compile(r"(?:(?<![\d)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+# "the answer is B" | "(b)" | "B) ..." | "b" alone
+_CHOICE = re.compile(r"(?i:\b(?:answer|choice|option)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b|\(([A-Za-z])\)|^\W*([A-Z])[).:]|^\W*([A-Za-z])\W*$")
+
+
+# ---- one answer against one reference ----
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no English articles, single spaces: SQuAD's rule (arXiv 1606.05250, the official script)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def f1_of_tokens(prediction: str, reference: str) -> float:
+    """`2PR / (P + R)` over the words that both hold after `normalise`, counted with repetition (SQuAD's F1)."""
+    ours, theirs = normalise(prediction).split(), normalise(reference).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = (Counter(ours) & Counter(theirs)).total()
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def rouge_l_of(prediction: str, reference: str) -> float:
+    """ROUGE-L: `2PR / (P + R)` with P, R = longest common subsequence / words of the prediction, the reference.
+
+    Words are runs of a-z and 0-9 in lower case, unstemmed, as in the rouge_score package (Lin 2004, beta = 1).
+    """
+    ours, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    if not ours or not theirs:
+        return float(ours == theirs)
+    best = [0] * (len(theirs) + 1)  # best[j]: longest common subsequence of the words so far and theirs[:j]
+    for word in ours:
+        diagonal = 0
+        for j, other in enumerate(theirs, 1):
+            diagonal, best[j] = best[j], diagonal + 1 if word == other else max(best[j], best[j - 1])
+    return 2 * best[-1] / (len(ours) + len(theirs))
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####` (gsm8k's mark), or else the last number in the text; None where there is none."""
+    marked = text.rpartition("####")[2] if "####" in text else None
+    found = _NUMBER.findall(text if marked is None else marked)
+    if not found:
+        return None
+    return Decimal((found[-1] if marked is None else found[0]).replace(",", ""))
+
+
+def chosen_letter(text: str) -> str | None:
+    """The letter of a multiple-choice answer: `B`, `(b)`, `B) because ...`, `The answer is B.`; None where there is none."""
+    match = _CHOICE.search(text)
+    return next(letter for letter in match.groups() if letter).upper() if match else None
+
+
+# ---- metrics: (predictions, references, rows) -> one number each ----
+
+
+def exact_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """1.0 where the answer is the reference, white space at the ends aside."""
+    return [float(p.strip() == r.strip()) for p, r in zip(predictions, references, strict=True)]
+
+
+def normalised_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """1.0 where answer and reference are the same after `normalise`."""
+    return [float(normalise(p) == normalise(r)) for p, r in zip(predictions, references, strict=True)]
+
+
+def f1(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """`f1_of_tokens` of each pair."""
+    return [f1_of_tokens(p, r) for p, r in zip(predictions, references, strict=True)]
+
+
+def rouge_l(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """`rouge_l_of` of each pair."""
+    return [rouge_l_of(p, r) for p, r in zip(predictions, references, strict=True)]
+
+
+def numeric_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """1.0 where both texts end in the same number (`final_number`): gsm8k's score."""
+    pairs = [(final_number(p), final_number(r)) for p, r in zip(predictions, references, strict=True)]
+    if any(wanted is None for _, wanted in pairs):
+        index = next(i for i, (_, wanted) in enumerate(pairs) if wanted is None)
+        raise DataError(f"numeric_match: the reference {references[index]!r} holds no number; use another metric, or put the rows right")
+    return [float(given is not None and given == wanted) for given, wanted in pairs]
+
+
+def multiple_choice(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """1.0 where both texts choose the same letter (`chosen_letter`)."""
+    pairs = [(chosen_letter(p), chosen_letter(r)) for p, r in zip(predictions, references, strict=True)]
+    if any(wanted is None for _, wanted in pairs):
+        index = next(i for i, (_, wanted) in enumerate(pairs) if wanted is None)
+        raise DataError(f"multiple_choice: the reference {references[index]!r} names no letter; use another metric, or put the rows right")
+    return [float(given == wanted) for given, wanted in pairs]
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+    "f1": f1,
+    "rouge_l": rouge_l,
+    "numeric_match": numeric_match,
+    "multiple_choice": multiple_choice,
+}
+
+
+# ---- numbers from numbers ----
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that k of n samples, drawn without replacement, hold a right one: `1 - C(n - c, k) / C(n, k)` (arXiv 2107.03374 eq. 1).
+
+    Raises ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {n} samples, {correct} of them right, means nothing: 0 <= correct <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def perplexity(nll: float, weight: float) -> float:
+    """`exp(nll / weight)` of a sum of negative log-likelihoods (nats) and its weight; inf where that overflows."""
+    try:
+        return math.exp(nll / weight)
+    except OverflowError:
+        return math.inf
+
+
+def bootstrap(scores: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `scores` (Efron 1979): resampled with replacement, seeded, so repeatable.
+
+    Of paired differences it is the interval of the change.
+    """
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"bootstrap takes a list of one or more numbers, not shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+# ---- the hook ----
+
+
+def find(spec: str) -> tuple[str, Metric]:
+    """The metric that `spec` names, and its short name: one of METRICS, `module.function`, or `path/file.py:function`.
+
+    The named module or file is the user's own code and is run. Raises ConfigError when there is no such function.
+    """
+    if spec in METRICS:
+        return spec, METRICS[spec]
+    place, separator, name = spec.rpartition(":" if ".py:" in spec else ".")
+    if not separator:
+        raise ConfigError(
+            f"metric {spec} is not known; write one of {', '.join(METRICS)}, or your own module.function or path/file.py:function"
+        )
+    function = getattr(_file(place, spec) if separator == ":" else _module(place, spec), name, None)
+    if not callable(function):
+        raise ConfigError(f"metric {spec}: {place} has no function {name}; define it there, or write the name of one it has")
+    return name, function
+
+
+def _file(place: str, spec: str):
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"metric {spec}: there is no file {place}; paths are taken from the current folder ({Path.cwd()})")
+    found = importlib.util.spec_from_file_location(f"jaxtune_metric_{path.stem}", path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up there
+    return _run(lambda: found.loader.exec_module(module) or module, spec)
+
+
+def _module(place: str, spec: str):
+    return _run(lambda: importlib.import_module(place), spec)
+
+
+def _run(load: Callable, spec: str):
+    try:
+        return load()
+    except Exception as error:  # anything may happen in a user's file
+        raise ConfigError(
+            f"metric {spec} cannot be loaded: {type(error).__name__}: {error}. Write one of {', '.join(METRICS)}, module.function of an "
+            "installed module, or path/file.py:function"
+        ) from error
+
+
+def score(spec: str, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """What the metric `spec` says of each answer, float64. Raises ConfigError when it does not return one number for each."""
+    name, metric = find(spec)
+    scores = metric(list(predictions), list(references), list(rows))
+    try:
+        values = np.asarray(list(scores), np.float64)
+    except (TypeError, ValueError):
+        values = np.empty((0, 0))
+    if values.shape != (len(predictions),):
+        given = f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
+        raise ConfigError(f"metric {name} must return one number for each of the {len(predictions)} answers, and returned {given}")
+    return values.tolist()
