@@ -1,0 +1,323 @@
+"""Optimisers and learning-rate schedules by name, equal to torch's and Hugging Face's step by step.
+
+    update = optimizer(config, total_steps).update(grads, state, trainable)      # an optax chain
+    rate   = schedule(config, total_steps)(step)                                 # step 0 is the first update
+
+Layers are stacked (`layers/0/q` is `[L, out, in]`), so what depends on the shape of one parameter (which ones decay, factored
+moments, orthogonalisation) looks at the shape of one layer: a stacked norm `[L, D]` is still a norm.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxtune.config import Config, interval
+from jaxtune.errors import ConfigError
+
+STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
+    """`grads * min(1, max_norm / (norm + 1e-6))` and the norm before clipping (torch's formula); max_norm 0 leaves them alone."""
+    norm = optax.global_norm(grads)
+    if not max_norm:
+        return grads, norm
+    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
+
+
+# ---- schedules: the factor on learning_rate at steps 0, 1, ..., in float64, by the formulas of transformers.optimization ----
+
+
+def _linear(t, warmup, total, rate):
+    return np.maximum(0.0, (total - t) / max(1, total - warmup))
+
+
+def _constant(t, warmup, total, rate):
+    return np.ones_like(t)
+
+
+def _progress(t, warmup, total):
+    return (t - warmup) / max(1, total - warmup)
+
+
+def _cosine(t, warmup, total, rate, num_cycles=0.5):
+    return np.maximum(0.0, 0.5 * (1.0 + np.cos(np.pi * num_cycles * 2.0 * _progress(t, warmup, total))))
+
+
+def _cosine_with_restarts(t, warmup, total, rate, num_cycles=1):
+    progress = _progress(t, warmup, total)
+    return np.where(progress >= 1, 0.0, np.maximum(0.0, 0.5 * (1.0 + np.cos(np.pi * ((num_cycles * progress) % 1.0)))))
+
+
+def _cosine_with_min_lr(t, warmup, total, rate, num_cycles=0.5, min_lr=None, min_lr_rate=None):
+    if (min_lr is None) == (min_lr_rate is None):
+        raise ConfigError("lr_scheduler_type cosine_with_min_lr needs one of lr_scheduler_kwargs.min_lr and lr_scheduler_kwargs.min_lr_rate.")
+    low = min_lr / rate if min_lr_rate is None else min_lr_rate
+    factor = 0.5 * (1.0 + np.cos(np.pi * num_cycles * 2.0 * _progress(t, warmup, total)))
+    return np.maximum(0.0, factor * (1 - low) + low)
+
+
+def _polynomial(t, warmup, total, rate, lr_end=1e-7, power=1.0):
+    if rate <= lr_end:
+        raise ConfigError(f"lr_scheduler_kwargs.lr_end is {lr_end}, but has to be below the learning rate, {rate}.")
+    remaining = np.maximum(0.0, 1 - _progress(t, warmup, total))
+    return ((rate - lr_end) * remaining**power + lr_end) / rate
+
+
+def _inverse_sqrt(t, warmup, total, rate, timescale=None):
+    scale = timescale or warmup or 10_000
+    return 1.0 / np.sqrt((t + scale - warmup) / scale)
+
+
+def _ramp(kind: str, progress):
+    """From 0 to 1 over progress 0..1."""
+    shapes = {
+        "linear": lambda: progress,
+        "cosine": lambda: 0.5 * (1.0 - np.cos(np.pi * progress)),
+        "1-sqrt": lambda: 1.0 - np.sqrt(np.maximum(0.0, 1.0 - progress)),
+    }
+    if kind not in shapes:
+        raise ConfigError(f"a warm-up or decay of type {kind!r} is not known; write linear, cosine or 1-sqrt.")
+    return shapes[kind]()
+
+
+def _warmup_stable_decay(t, warmup, total, rate, num_decay_steps=0.1, warmup_type="linear", decay_type="linear", min_lr_ratio=0.0):
+    decay = interval(num_decay_steps, total)
+    if warmup + decay > total:
+        raise ConfigError(f"warmup_steps and num_decay_steps are {warmup} + {decay} steps, but the run has only {total}.")
+    progress = (t - (total - decay)) / max(1, decay)
+    down = 1.0 - np.sqrt(np.clip(progress, 0.0, 1.0)) if decay_type == "1-sqrt" else 1.0 - _ramp(decay_type, progress)
+    factor = np.where(t < warmup, _ramp(warmup_type, t / max(1, warmup)), np.clip(down, 0.0, 1.0))
+    factor = np.where(t < total, factor, 0.0)
+    return np.where((t >= warmup) & (progress < 0), 1.0, factor * (1.0 - min_lr_ratio) + min_lr_ratio)
+
+
+SCHEDULES: dict[str, Callable] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_min_lr": _cosine_with_min_lr,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "polynomial": _polynomial,
+    "inverse_sqrt": _inverse_sqrt,
+    "warmup_stable_decay": _warmup_stable_decay,
+}
+
+
+def _factors(config: Config, total_steps: int) -> np.ndarray:
+    """The factor on the learning rate at steps 0 .. total_steps, float64."""
+    name, t = config.lr_scheduler_type, np.arange(total_steps + 1, dtype=np.float64)
+    warmup = interval(config.warmup_steps, total_steps)
+    function, given = SCHEDULES[name], dict(config.lr_scheduler_kwargs)
+    _only(given, function.__code__.co_varnames[4 : function.__code__.co_argcount], f"lr_scheduler_kwargs of {name}")
+    factor = function(t, warmup, total_steps, config.learning_rate, **given)
+    if name == "warmup_stable_decay":  # its warm-up has a shape and a floor of its own
+        return factor
+    return np.where(t < warmup, t / max(1, warmup), factor)
+
+
+def schedule(config: Config, total_steps: int) -> Callable[[Any], Any]:
+    """`step -> learning rate` of the update at that step; step 0 is the first update, as in transformers' Trainer.
+
+    An int gives a Python float (for the log), an int32 array or tracer a float32 array: one table, computed once in float64, so
+    both are the schedule of transformers exactly. Past the end the last value stays.
+
+    Raises:
+        ConfigError: an lr_scheduler_kwargs key that the schedule has not, or values that do not go together.
+    """
+    rates = _factors(config, total_steps) * config.learning_rate
+
+    def rate(step: Any) -> Any:
+        if isinstance(step, (int, np.integer)):
+            return float(rates[min(step, total_steps)])
+        return jnp.asarray(rates, jnp.float32)[jnp.minimum(step, total_steps)]
+
+    return rate
+
+
+# ---- optimisers ----
+
+
+def _only(given: dict, known: tuple[str, ...], what: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ConfigError(f"{what} cannot hold {unknown[0]}; " + (f"it takes {', '.join(known)}." if known else "it takes no keys."))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _per_layer(name: str, leaf: Any) -> int:
+    """Dimensions of one layer's parameter."""
+    return leaf.ndim - bool(STACKED.search(name))
+
+
+def decays(params: Any) -> Any:
+    """A tree of bool: whether weight decay applies. Not to norms, biases and other vectors, as in transformers' Trainer."""
+
+    def one(path, leaf):
+        name = _name(path)
+        return _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias", name.rpartition("/")[2])
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _adam(config: Config) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon, mu_dtype=jnp.float32)
+
+
+def _adamw(config: Config) -> optax.GradientTransformation:
+    """torch.optim.AdamW (arXiv 1711.05101): eps outside the root, decay times the learning rate."""
+    return _adam(config)
+
+
+def _lion(config: Config) -> optax.GradientTransformation:
+    """Lion (arXiv 2302.06675): `sign(b1 m + (1 - b1) g)`, with the betas of Adam's keys, as transformers passes them."""
+    return optax.scale_by_lion(config.adam_beta1, config.adam_beta2, mu_dtype=jnp.float32)
+
+
+def _sgd(config: Config, momentum=0.0, nesterov=False) -> optax.GradientTransformation:
+    """torch.optim.SGD."""
+    return optax.trace(momentum, nesterov) if momentum else optax.identity()
+
+
+class FactoredState(NamedTuple):
+    """Adafactor's second moments: means over rows and over columns of a matrix, all of a vector (in `row`, with an empty `col`)."""
+
+    count: jax.Array
+    row: Any
+    col: Any
+
+
+def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235) as transformers runs it: an external learning rate, no first moment, no scaling by the parameter.
+
+    optax's factors the two largest axes of a leaf, which of a stack of low-rank pairs are the wrong ones, and clips a stack as one.
+    """
+
+    def matrix(path, p):
+        return _per_layer(_name(path), p) >= 2
+
+    def init(params):
+        row = jax.tree_util.tree_map_with_path(lambda k, p: jnp.zeros(p.shape[:-1] if matrix(k, p) else p.shape, jnp.float32), params)
+        col = jax.tree_util.tree_map_with_path(lambda k, p: jnp.zeros(p.shape[:-2] + p.shape[-1:] if matrix(k, p) else (0,), jnp.float32), params)
+        return FactoredState(jnp.zeros((), jnp.int32), row, col)
+
+    def update(grads, state, params=None):
+        count = state.count + 1
+        beta = 1.0 - count.astype(jnp.float32) ** -decay_rate
+
+        def one(path, g, row, col):
+            square = g * g + eps
+            if not matrix(path, g):
+                row = beta * row + (1 - beta) * square
+                return _clip_rms(g * jax.lax.rsqrt(row), _per_layer(_name(path), g), clip_threshold), row, col
+            row = beta * row + (1 - beta) * square.mean(-1)
+            col = beta * col + (1 - beta) * square.mean(-2)
+            scale = jax.lax.rsqrt(row / row.mean(-1, keepdims=True))[..., None] * jax.lax.rsqrt(col)[..., None, :]
+            return _clip_rms(g * scale, 2, clip_threshold), row, col
+
+        out = jax.tree_util.tree_map_with_path(one, grads, state.row, state.col)
+        updates, row, col = (jax.tree.map(lambda _, three, i=i: three[i], grads, out) for i in range(3))
+        return updates, FactoredState(count, row, col)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clip_rms(u: jax.Array, dims: int, threshold: float) -> jax.Array:
+    """Scale each layer's update down to a root mean square of `threshold`."""
+    axes = tuple(range(u.ndim - dims, u.ndim))
+    return u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(u * u, axes, keepdims=True)) / threshold)
+
+
+def _muon(config: Config, momentum=0.95, nesterov=True, ns_steps=5) -> optax.GradientTransformation:
+    """Muon (kellerjordan.github.io/posts/muon): momentum, orthogonalised, at AdamW's size (`0.2 sqrt(max(out, in))`, arXiv 2502.16982).
+
+    For matrices inside the layers; embedding, head and vectors take Adam. torch.optim.Muon with `match_rms_adamw`, in float32.
+    """
+
+    def update(grads, state, params=None):
+        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, grads)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads) if nesterov else trace
+        return jax.tree.map(lambda m: orthogonalize(m, ns_steps) * (0.2 * max(m.shape[-2:]) ** 0.5), ahead), trace
+
+    def label(path, p):
+        return "muon" if STACKED.search(_name(path)) and p.ndim >= 3 else "adam"
+
+    muon = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return optax.partition({"muon": muon, "adam": _adam(config)}, lambda params: jax.tree_util.tree_map_with_path(label, params))
+
+
+def orthogonalize(m: jax.Array, steps: int = 5) -> jax.Array:
+    """Roughly `U V^T` of each matrix `[..., out, in]`, by Newton-Schulz: singular values end between about 0.7 and 1.2."""
+    tall = m.shape[-2] > m.shape[-1]
+    x = m.mT if tall else m
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+    "muon": _muon,
+}
+
+
+def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """The chain that `config.optim` names: its direction, weight decay, and the learning rate, which decay is multiplied by as well.
+
+    Moments and updates are float32 whatever the parameters are. Gradients are to be clipped before (`clip_by_global_norm`).
+
+    Raises:
+        ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule has not.
+    """
+    core, given = OPTIMIZERS[config.optim], dict(config.optim_args)
+    _only(given, core.__code__.co_varnames[1 : core.__code__.co_argcount], f"optim_args of {config.optim}")
+    decay = optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity()
+    # torch's SGD adds the decay to the gradient, all the others to the update
+    parts = [decay, core(config, **given)] if config.optim == "sgd" else [core(config, **given), decay]
+    return _in_float32(optax.chain(*parts, _descend(config, total_steps)))
+
+
+def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """`- rate(step) * factor` per leaf. LoRA+ (arXiv 2402.12354): b and vectors `loraplus_lr_ratio` times, embeddings a rate of their own."""
+    rate, ratio = schedule(config, total_steps), config.loraplus_lr_ratio
+
+    def factor(path, leaf) -> float:
+        name = _name(path)
+        if ratio is None:
+            return 1.0
+        if "embed" in name.split("/"):
+            return config.loraplus_lr_embedding / config.learning_rate
+        return ratio if name.endswith("/b") or _per_layer(name, leaf) == 1 else 1.0
+
+    def update(updates, count, params=None):
+        now = rate(count)
+        return jax.tree_util.tree_map_with_path(lambda path, u: -(now * factor(path, u)) * u, updates), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def _in_float32(chain: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows the chain float32 parameters and gradients, so that every moment is float32 too."""
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    return optax.GradientTransformation(
+        lambda params: chain.init(cast(params)),
+        lambda grads, state, params=None: chain.update(cast(grads), state, None if params is None else cast(params)),
+    )
