@@ -76,6 +76,7 @@ class DataConfig(Group):
     chat_template: str | None = None  # the path of a Jinja file; the tokenizer's own when not given
     cache_dir: str | None = None
     num_proc: int | None = None
+    quality: tuple[tuple[str, Literal["drop", "keep", "error"]], ...] = ()  # {problem: what to do}, over data/quality.py's defaults
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import zstandard
 
 from jaxtune.errors import DataError
 
@@ -29,9 +32,24 @@ class Row:
     unit: str
     fields: dict[str, Any]
 
-    def fail(self, reason: str) -> DataError:
+    def fail(self, reason: str, name: str = "invalid", policy: str | None = None) -> "RowError":
         """The error that names this row."""
-        return DataError(f"{self.file}, {self.unit} {self.number}: {reason}")
+        return RowError(self, reason, name, policy)
+
+
+class RowError(DataError):
+    """A row that cannot be used.
+
+    Attributes:
+        row: which.
+        reason: why, and what to do about it.
+        name: the kind of problem, as the report counts it.
+        policy: what is to be done, where that is settled: `error` or `drop`.
+    """
+
+    def __init__(self, row: Row, reason: str, name: str, policy: str | None):
+        super().__init__(f"{row.file}, {row.unit} {row.number}: {reason}")
+        self.row, self.reason, self.name, self.policy = row, reason, name, policy
 
 
 def find(path: str) -> list[Path] | None:
@@ -110,8 +128,6 @@ def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         binary: Any = gzip.open(path, "rb")
     elif path.suffix == ".zst":
-        import zstandard
-
         binary = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True)
     else:
         binary = open(path, "rb")
@@ -127,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, after line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
         raise DataError(f"{path}, after line {number}: the compressed file is damaged ({error}); fetch it again") from None
 
 

@@ -1,6 +1,11 @@
 """What became of every row: nothing is dropped or cut without being counted here."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+
+from jaxtune.data.files import Row, RowError
+
+EXAMPLES = 5
 
 
 @dataclass
@@ -14,11 +19,11 @@ class Ledger:
         documents: documents made of them.
         kept_tokens: tokens of those documents.
         trained_tokens: tokens of those documents that are trained.
-        dropped: reason -> row numbers.
-        dropped_tokens: reason -> tokens.
+        dropped: reason -> numbers of the rows left out.
         cut: row number -> tokens cut away.
-        parts: row numbers that were split.
-        problems: name -> row numbers.
+        parts: numbers of the rows that were split.
+        problems: name -> numbers of the rows that have it.
+        examples: name -> the first few messages.
     """
 
     path: str
@@ -28,34 +33,47 @@ class Ledger:
     kept_tokens: int = 0
     trained_tokens: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    dropped_tokens: dict[str, int] = field(default_factory=dict)
     cut: dict[int, int] = field(default_factory=dict)
     parts: list[int] = field(default_factory=list)
     problems: dict[str, list[int]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def read(self, tokens: int) -> None:
-        """Book a row."""
-        self.rows += 1
-        self.tokens += tokens
+    def __post_init__(self):
+        self._policies: Mapping[str, str] = {}
+        self._survey = False
+
+    def by(self, policies: Mapping[str, str], survey: bool = False) -> "Ledger":
+        """Set what to do about each problem: `error`, `drop` or `keep`. A survey turns every error into a drop."""
+        self._policies, self._survey = policies, survey
+        return self
+
+    def problem(self, name: str, row: Row, reason: str) -> None:
+        """Book a row that has something wrong with it and could be trained on all the same."""
+        policy = self._policies.get(name, "keep")
+        if policy != "keep" and not (policy == "error" and self._survey):
+            raise row.fail(reason, name, policy)
+        self._note(name, row, reason)
+
+    def fault(self, error: RowError) -> None:
+        """Book a row that cannot be used, or raise."""
+        policy = error.policy or self._policies.get(error.name, "error")
+        if policy != "drop" and not self._survey:
+            raise error
+        if error.policy != "drop":
+            self._note(error.name, error.row, error.reason)
+        self.dropped.setdefault(error.name, []).append(error.row.number)
+
+    def _note(self, name: str, row: Row, reason: str) -> None:
+        self.problems.setdefault(name, []).append(row.number)
+        examples = self.examples.setdefault(name, [])
+        if len(examples) < EXAMPLES:
+            examples.append(f"{row.unit} {row.number}: {reason}")
 
     def keep(self, tokens: int, trained: int) -> None:
         """Book a document."""
         self.documents += 1
         self.kept_tokens += tokens
         self.trained_tokens += trained
-
-    def drop(self, reason: str, row: int, tokens: int) -> None:
-        """Book a row that is left out."""
-        self.dropped.setdefault(reason, []).append(row)
-        self.dropped_tokens[reason] = self.dropped_tokens.get(reason, 0) + tokens
-
-    def cut_row(self, row: int, tokens: int) -> None:
-        """Book tokens cut off a row."""
-        self.cut[row] = tokens
-
-    def problem(self, name: str, row: int) -> None:
-        """Book a row that has something wrong with it."""
-        self.problems.setdefault(name, []).append(row)
 
     def to_dict(self) -> dict:
         """For JSON."""

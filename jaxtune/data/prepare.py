@@ -14,7 +14,7 @@ import numpy as np
 from jaxtune.config import Config
 from jaxtune.config import Source as SourceConfig
 from jaxtune.data import documents as store
-from jaxtune.data import files, formats
+from jaxtune.data import files, formats, quality
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import Encoder
 from jaxtune.data.ledger import Ledger
@@ -22,9 +22,9 @@ from jaxtune.data.packing import make_plan
 from jaxtune.data.source import Source
 from jaxtune.errors import DataError
 
-MAKERS = ("documents", "encode", "files", "formats", "ledger", "prepare", "templates")
+MAKERS = ("documents", "encode", "files", "formats", "ledger", "masks", "prepare", "templates")
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
-KEYS = ("max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system")
+KEYS = ("max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any) -> Documents:
     folder = cache_dir(config) / key.hexdigest()[:32]
     if (folder / "info.json").exists():
         return Documents.load(folder)
-    ledger = Ledger(source.path)
+    ledger = Ledger(source.path).by(quality.policies(config))
     encoder = Encoder(config.data, tokenizer, ledger, override)
 
     def examples() -> Iterator[tuple[files.Row, formats.Example]]:
@@ -107,14 +107,15 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any) -> Documents:
             yield row, formats.parse(row, source.format or config.data.format)
 
     def encoded() -> Iterator[tuple[int, int, list[int], np.ndarray]]:
-        for row, ids, mask in encoder.encode(examples()):
-            ledger.keep(len(ids), int(np.count_nonzero(mask)))
-            yield row.number, content_key(row), ids, mask
+        for item in encoder.encode(examples()):
+            key = content_key(item.row)
+            for ids, mask in item.docs:
+                ledger.keep(len(ids), int(np.count_nonzero(mask)))
+                yield item.row.number, key, ids, mask
+        if not ledger.documents:
+            raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}")
 
-    documents = store.write(folder, encoded(), ledger.to_dict)
-    if not len(documents):
-        raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}")
-    return documents
+    return store.write(folder, encoded(), ledger.to_dict)
 
 
 def read(source: SourceConfig, config: Config) -> Iterator[files.Row]:

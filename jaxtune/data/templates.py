@@ -13,17 +13,18 @@ from typing import Any
 
 from jaxtune.data.files import Row
 from jaxtune.data.formats import Chat
+from jaxtune.data.masks import FLAGS
 from jaxtune.errors import DataError
 
-FLAGS = ("train", "training", "weight")
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 _BASE = 0x100000
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Where one turn's text stands: `text[start:end]` is what was said, `text[end:stop]` the token that ends the turn."""
+    """Where message `number`'s text stands: `text[start:end]` is what was said, `text[end:stop]` the token that ends the turn."""
 
+    number: int
     role: str
     start: int
     end: int
@@ -49,6 +50,7 @@ class Template:
                 "model, or set data.chat_template to a .jinja file"
             )
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        self._asks: str | None = None
         self._special = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) or r"(?!)")
 
     def render(self, row: Row, chat: Chat, messages: list[dict] | None = None, generation: bool = False) -> str:
@@ -67,7 +69,6 @@ class Template:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
         text = self.render(row, chat)
         places = self._marked(row, chat, text)
-        opening = self._opening(row, chat)
         turns = []
         for number, message in enumerate(chat.messages):
             said = _content(message)
@@ -80,22 +81,22 @@ class Template:
                 continue
             start, end = places.get(number, (0, 0))
             faithful = number in places and text[start:end] in (said, said.strip()) and not message.get("tool_calls")
-            if message["role"] == "assistant" and not (faithful and text.endswith(opening, 0, start)):
+            if message["role"] == "assistant" and not (faithful and text.endswith(self._opening(row, chat), 0, start)):
                 turns.append(self._difference(row, chat, text, number, (start, end) if faithful else None))
             elif faithful:
-                turns.append(Turn(message["role"], start, end, self._stop(text, end)))
+                turns.append(Turn(number, message["role"], start, end, self._stop(text, end)))
             else:
                 raise row.fail(f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained")
         return Rendered(text, turns)
 
     def _opening(self, row: Row, chat: Chat) -> str:
-        """What the template writes before an answer when it asks for one; empty if it does not."""
-        first = next((n for n, m in enumerate(chat.messages) if m["role"] == "assistant"), 0)
-        if not first:
-            return ""
-        prompt = chat.messages[:first]
-        without, with_opening = self.render(row, chat, prompt), self.render(row, chat, prompt, generation=True)
-        return with_opening[len(without) :] if with_opening.startswith(without) else ""
+        """What the template writes before an answer when it asks for one; empty if it does not. Found once: it only saves a look."""
+        if self._asks is None:
+            first = next(n for n, m in enumerate(chat.messages) if m["role"] == "assistant")
+            prompt = chat.messages[: max(first, 1)]
+            without, asking = self.render(row, chat, prompt), self.render(row, chat, prompt, generation=True)
+            self._asks = asking[len(without) :] if asking.startswith(without) else ""
+        return self._asks
 
     def _marked(self, row: Row, chat: Chat, text: str) -> dict[int, tuple[int, int]]:
         """Start and end of each turn's content in `text`, for the turns whose two markers came through."""
@@ -122,9 +123,9 @@ class Template:
         prompt = self.render(row, chat, chat.messages[:number], generation=True)
         upto = self.render(row, chat, chat.messages[: number + 1])
         if content and not (text.startswith(prompt) and len(prompt) <= content[0]):
-            return Turn("assistant", *content, self._stop(text, content[1]))
+            return Turn(number, "assistant", *content, self._stop(text, content[1]))
         if content:  # the template writes something of its own before the answer, which the model will have to write too
-            return Turn("assistant", len(prompt), content[1], self._stop(text, content[1]))
+            return Turn(number, "assistant", len(prompt), content[1], self._stop(text, content[1]))
         if not (text.startswith(prompt) and text.startswith(upto)):
             raise row.fail(
                 f"the chat template rewrites message {number + 1} (assistant) when later messages follow, so what would be trained is not "
@@ -133,8 +134,8 @@ class Template:
         last = max(self._special.finditer(text, len(prompt), len(upto)), key=re.Match.start, default=None)
         end = len(prompt) + len(text[len(prompt) : len(upto)].rstrip())
         if last is not None and not text[last.end() : len(upto)].strip():
-            return Turn("assistant", len(prompt), last.start(), last.end())
-        return Turn("assistant", len(prompt), end, end)
+            return Turn(number, "assistant", len(prompt), last.start(), last.end())
+        return Turn(number, "assistant", len(prompt), end, end)
 
     def _stop(self, text: str, end: int) -> int:
         """Where the token that ends a turn ends; `end` if there is none."""

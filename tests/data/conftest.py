@@ -76,3 +76,11 @@ def config(tmp_path):
         return load_config({"model": "none", "output_dir": str(tmp_path / "run"), "data": data} | (top or {}))
 
     return make
+
+
+@pytest.fixture
+def bare():
+    """A tokenizer without a chat template."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = None
+    return tokenizer

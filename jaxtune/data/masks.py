@@ -1,0 +1,85 @@
+"""Which tokens are trained: from turns to characters to tokens, and back again to text."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtune.data.files import Row
+from jaxtune.data.formats import Chat
+
+FLAGS = ("train", "training", "weight")  # ours, Axolotl's, OpenAI's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text to be tokenised, and the character ranges of it that are trained.
+
+    Attributes:
+        row: where it came from.
+        text: all of it.
+        spans: ranges [from, to) of `text`, in order.
+        plain: the text is not the output of a chat template: the tokenizer adds its BOS, and we add EOS.
+        splittable: nothing but text, which may be cut into several documents.
+    """
+
+    row: Row
+    text: str
+    spans: list[tuple[int, int]]
+    plain: bool = False
+    splittable: bool = False
+
+
+def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
+    """Numbers of the turns that are trained.
+
+    `completion`: answers that are not part of the prompt; `assistant`: every answer; `last`: the last one; `all`: every turn.
+    A message's own `train` (or OpenAI's `weight`, Axolotl's `training`) beats the mode.
+    """
+    answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    chosen = {
+        "completion": [n for n in answers if n >= chat.start],
+        "assistant": answers,
+        "last": answers[-1:],
+        "all": range(len(chat.messages)),
+    }
+    turns = set(chosen[mode])
+    for number, message in enumerate(chat.messages):
+        for flag in FLAGS:
+            if flag in message:
+                (turns.add if message[flag] else turns.discard)(number)
+    if not turns:
+        reason = "every answer is marked train: false" if answers else "it has no answer, a message with role 'assistant'"
+        raise row.fail(f"no message of the row is trained on: {reason}", "no_trained_token")
+    return turns
+
+
+def trained_tokens(piece: Piece, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
+    """Mask (uint8) of the tokens that hold any character of the spans, and each run of them as (from, to, its text).
+
+    A token that straddles the seam between prompt and completion is trained, because it holds text of the completion; its
+    prompt characters then open the run's text. (TRL trains from where the prompt's own tokens and those of the whole
+    diverge, which may be tokens earlier; where the prompt's tokens are a beginning of the whole, the two agree.)
+    Token i is taken to begin where the one before it ended, if its own offset is later: byte-level tokenizers leave
+    white space out of theirs.
+    """
+    own = np.asarray(offsets, np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(own[:, 1])
+    starts = np.maximum.accumulate(np.minimum(own[:, 0], np.concatenate([[0], ends[:-1]])))
+    mask, runs = np.zeros(len(own), np.uint8), []
+    for a, b in piece.spans:
+        lo, hi = int(np.searchsorted(ends, a, "right")), int(np.searchsorted(starts, b, "left"))
+        if hi > lo:
+            mask[lo:hi] = 1
+            runs.append((lo, hi, piece.text[starts[lo] : ends[hi - 1]]))
+    return mask, runs
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equal but for white space (sentencepiece drops a leading space) and Unicode's compatibility forms (a tokenizer may normalise)."""
+    return a == b or _plain(a) == _plain(b)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text))

@@ -1,0 +1,159 @@
+"""Every mistake in a data file is one DataError that names the file, the line, the reason and what to do."""
+
+import json
+
+import pytest
+
+from jaxtune import data
+from jaxtune.errors import ConfigError, DataError
+
+GOOD = {"prompt": "One and two are ", "completion": "three."}
+CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]}
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+FILES = {
+    "empty": ("rows.jsonl", "", "rows.jsonl: the file holds no rows"),
+    "only blank lines": ("rows.jsonl", "\n\n", "rows.jsonl: the file holds no rows"),
+    "empty list": ("rows.json", "[]", "rows.json: the file holds no rows"),
+    "header alone": ("rows.csv", "prompt,completion\n", "rows.csv: the file holds no rows"),
+    "malformed line": (
+        "rows.jsonl",
+        json.dumps(GOOD) + '\n{"prompt": "a", completion}\n',
+        "rows.jsonl, line 2: not valid JSON, Exp",
+    ),
+    "list in jsonl": ("rows.jsonl", "[" + json.dumps(GOOD) + ",\n", "line 1: not valid JSON.*rename it to .json"),
+    "lines in json": ("rows.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: not valid JSON, Extra data.*name it .jsonl"),
+    "not an object": ("rows.jsonl", '"text"\n', "line 1: a row must be a JSON object.*this is a string"),
+    "not a list": ("rows.json", '"text"', "must hold a list of objects, this is a string"),
+    "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has not as many fields as the header"),
+    "not utf-8": ("rows.jsonl", b'{"text": "caf\xe9"}\n', "rows.jsonl, after line 0: not UTF-8"),
+    "broken gzip": ("rows.jsonl.gz", b"not gzip", "the compressed file is damaged"),
+    "broken zstd": ("rows.jsonl.zst", b"not zstd", "the compressed file is damaged"),
+    "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
+    "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
+    "unknown suffix": ("rows.docx", b"x", "cannot tell the format from the name"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files(case, config, tokenizers, tmp_path):
+    name, content, message = FILES[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        data.load(config(str(tmp_path / name)), tokenizers["chatml"])
+    assert not [p for p in (tmp_path / "cache").glob("*")], "nothing half-written"
+
+
+TWO_BOS = "{{ '<|im_start|><|im_start|>' }}{% for message in messages %}{{ message.content }}{% endfor %}"
+ROWS = {
+    "missing field": ({"prompt": "a"}, {}, "line 2: .*no known format|line 2: the field 'completion' is missing; the row has 'prompt'"),
+    "wrong type": ({"prompt": "a", "completion": 3}, {}, "line 2: 'completion' must be a string, this is int 3"),
+    "null": ({"prompt": "a", "completion": None}, {}, "line 2: 'completion' must be a string, this is NoneType null"),
+    "no format": ({"q": "a", "a": "b"}, {}, "line 2: the fields 'q', 'a' are no known format.*data.columns"),
+    "messages not a list": ({"messages": "hello"}, {}, "line 2: 'messages' must be a list of messages, this is str"),
+    "no messages": ({"messages": []}, {}, "line 2: 'messages' must be a list of messages"),
+    "no role": ({"messages": [{"content": "a"}]}, {}, "line 2: message 1 of 'messages' must be like"),
+    "content not a string": (chat(("user", "a"), ("assistant", 3)), {}, r"line 2: message 2 .*\(assistant\): content must be a string"),
+    "no answer": (chat(("user", "a")), {}, "line 2: no message of the row is trained on: it has no answer"),
+    "all marked": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}, {},
+        "line 2: .*every answer is marked train: false",
+    ),
+    "no trained token": ({"prompt": "a", "completion": ""}, {"add_eos": False}, "line 2: no token of the row is trained on"),
+    "too long": ({"prompt": "a", "completion": "b " * 200}, {}, r"line 2: the row has \d+ tokens \(1 of them prompt\), max_length is 128"),
+    "prompt too long": ({"prompt": "a " * 200, "completion": "b"}, {}, r"line 2: the row has \d+ tokens \(its prompt alone has 201\)"),
+    "answer cut away": (
+        {"prompt": "a " * 200, "completion": "b"}, {"length_policy": "truncate"},
+        "line 2: cut on the right to max_length 128, nothing that is trained is left of its .* tokens; use truncation_side: left",
+    ),
+    "two bos": (chat(("user", "a"), ("assistant", "b")), {"chat_template": TWO_BOS}, "'<|im_start|>' twice; take it out"),
+    "tools not json": ({"messages": CHAT["messages"], "tools": "["}, {}, "line 2: 'tools' is not valid JSON"),
+    "history": ({"instruction": "a", "output": "b", "history": ["a"]}, {}, 'line 2: "history" must be a list of'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(case, config, tokenizers, tmp_path):
+    row, keys, message = ROWS[case]
+    if "chat_template" in keys:
+        (tmp_path / "template.jinja").write_text(keys["chat_template"])
+        keys = {"chat_template": str(tmp_path / "template.jinja"), "quality": {"stop_token_untrained": "keep"}}
+    with pytest.raises(DataError, match=f"rows.jsonl, .*{message}" if "line 2" not in message else f"rows.jsonl, {message}"):
+        data.load(config([GOOD, row], **keys), tokenizers["chatml"])
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_format_named_for_rows_without_its_fields(config, tokenizers):
+    with pytest.raises(DataError, match="line 1: the field 'completion' is missing; the row has 'text'|the field 'prompt' is missing"):
+        data.load(config([{"text": "a"}], format="prompt_completion"), tokenizers["chatml"])
+
+
+def test_columns_that_are_not_there(config, tokenizers):
+    with pytest.raises(
+        DataError, match="line 1: no field 'question', which data.columns names for 'prompt'; the row has 'prompt', 'completion'"
+    ):
+        data.load(config([GOOD], columns={"prompt": "question"}), tokenizers["chatml"])
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "/nowhere/rows.json", "./rows", "no/such/file"])
+def test_missing_file(path, config, tokenizers):
+    with pytest.raises(DataError, match="no such file"):
+        data.load(config(path), tokenizers["chatml"])
+
+
+def test_a_name_that_is_neither_file_nor_data_set(config, tokenizers):
+    with pytest.raises(DataError, match="nobody/nothing: neither a file here nor a data set"):
+        data.load(config("nobody/nothing"), tokenizers["chatml"])
+
+
+def test_empty_glob_and_folder(config, tokenizers, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="no file matches"):
+        data.load(config(str(tmp_path / "*.jsonl")), tokenizers["chatml"])
+    with pytest.raises(DataError, match="the folder holds none of"):
+        data.load(config(str(tmp_path / "folder")), tokenizers["chatml"])
+
+
+def test_no_chat_template(config, tokenizers, bare):
+    with pytest.raises(DataError, match="no chat template.*data.chat_template"):
+        data.load(config([CHAT]), bare)
+    assert len(data.load(config([GOOD]), bare).train.documents) == 1
+
+
+def test_a_chat_template_that_is_not_there(config, tokenizers):
+    with pytest.raises(DataError, match="data.chat_template nowhere.jinja: no such file"):
+        data.load(config([CHAT], chat_template="nowhere.jinja"), tokenizers["chatml"])
+
+
+def test_template_that_refuses_a_row(config, tokenizers, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}")
+    row = chat(("system", "be brief"), ("user", "a"), ("assistant", "b"))
+    with pytest.raises(DataError, match="line 1: the chat template refuses the messages: System role not supported"):
+        data.load(config([row], chat_template=str(template)), tokenizers["chatml"])
+
+
+def test_no_eos_token(config, bare):
+    bare.eos_token = None
+    with pytest.raises(DataError, match="no EOS token.*data.add_eos: false"):
+        data.load(config([GOOD]), bare)
+
+
+def test_all_rows_dropped(config, tokenizers):
+    rows = [{"text": "word " * 300}] * 3
+    with pytest.raises(DataError, match="no row is left of 3; dropped: 3 too long"):
+        data.load(config(rows, length_policy="drop"), tokenizers["chatml"])
+
+
+def test_eval_share_that_takes_nothing(config, tokenizers):
+    with pytest.raises(DataError, match="data.eval 0.001 of 1 rows leaves no rows on one side"):
+        data.load(config([GOOD], eval=0.001), tokenizers["chatml"])
+
+
+def test_unknown_problem_name(config, tokenizers):
+    with pytest.raises(ConfigError, match="data.quality.double_boss: keep names no problem.*did you mean double_bos"):
+        data.load(config([GOOD], quality={"double_boss": "keep"}), tokenizers["chatml"])
