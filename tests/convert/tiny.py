@@ -1,0 +1,49 @@
+"""Tiny random models as folders on disk, written with the safetensors package."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxtune.model.families import from_hf
+from jaxtune.model.spec import spec
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
+    """Random tensors under Hugging Face's names: matrices large enough to matter, norms near one."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for row in spec(from_hf(hf)).values():
+        shape = row.shape[1:] if row.layers else row.shape
+        for name in row.hf_names():
+            noise = rng.standard_normal(shape).astype(np.float32) * 0.2
+            tensors[name] = (noise + (row.init == "ones")).astype(DTYPES[dtype])
+    return tensors
+
+
+def write(folder, hf=LLAMA, tensors=None, dtype="float32"):
+    """A model folder; returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = hf_tensors(hf, dtype) if tensors is None else tensors
+    (folder / "config.json").write_text(json.dumps(hf | {"dtype": dtype}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
