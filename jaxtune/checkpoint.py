@@ -1,0 +1,110 @@
+"""Training checkpoints (Orbax): the state of a step, what was being done, and a checksum of every array.
+
+Written asynchronously into a temporary folder and renamed, so that a killed run leaves only whole checkpoints behind. Restored only
+if each array's checksum is the one it was saved with; otherwise the checkpoint before it is taken, and that is said.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxtune.errors import CheckpointError
+
+log = logging.getLogger("jaxtune")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        """`keep`: how many to keep besides the best one (None: all)."""
+        self.keep, self.best = keep, None
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def steps(self) -> list[int]:
+        """Steps there is a checkpoint of, the oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: Any, notes: dict) -> None:
+        """Begin to save; returns when the arrays are copied from the devices, writes in the background."""
+        flat = _flat(state)
+        notes = notes | {"checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
+        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Delete all but the newest `keep` and the best; the one being written is not finished, so it does not count yet."""
+        if self.keep is None:
+            return
+        finished = [step for step in self.steps() if step != newest]
+        for step in finished[: max(0, len(finished) - max(self.keep - 1, 1))]:
+            if step != self.best:
+                self.manager.delete(step)
+
+    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """The newest whole checkpoint (or that of `step`) as a tree like `state` (arrays or shapes with shardings), and its notes."""
+        steps = self.steps() if step is None else [step]
+        if not steps:
+            raise CheckpointError(f"{self.manager.directory} holds no checkpoint to resume from; start without resume=true in another folder")
+        for number in reversed(steps):
+            try:
+                return self._restore(state, number)
+            except CheckpointError as error:
+                log.warning("checkpoint %d is damaged (%s)%s", number, error, "; taking the one before it" if number != steps[0] else "")
+        raise CheckpointError(f"no checkpoint in {self.manager.directory} can be read; start again in another folder")
+
+    def _restore(self, state: Any, step: int) -> tuple[Any, dict]:
+        flat = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
+        try:
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(flat), notes=ocp.args.JsonRestore())
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(str(error).splitlines()[0]) from error
+        sums = jax.device_get(_checksums(restored.state))
+        if wrong := [name for name, sum_ in restored.notes["checksums"].items() if int(sums[name]) != sum_]:
+            raise CheckpointError(f"the checksum of {wrong[0]} does not agree")
+        return _unflat(state, restored.state), restored.notes
+
+    def wait(self) -> None:
+        """Until everything begun has been written."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and let go of the folder."""
+        self.wait()
+        self.manager.close()
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    """Leaves by path; PRNG keys as the integers they are made of."""
+
+    def plain(leaf):
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return {jax.tree_util.keystr(path, simple=True, separator="."): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _unflat(state: Any, flat: dict[str, Any]) -> Any:
+    leaves, treedef = jax.tree.flatten(state)
+    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    values = [jax.random.wrap_key_data(value) if key else value for key, value in zip(keys, flat.values(), strict=True)]
+    return jax.tree.unflatten(treedef, values)
+
+
+@jax.jit
+def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Per array the sum of its words, each weighted by its place, modulo 2^32: the same on any mesh, and not blind to order."""
+
+    def one(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+        place = sum(jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(2654435761 + 2 * axis) for axis in range(words.ndim))
+        return jnp.sum(words * (place | np.uint32(1)), dtype=jnp.uint32)
+
+    return {name: one(x) for name, x in flat.items()}

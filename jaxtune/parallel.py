@@ -1,0 +1,104 @@
+"""Devices: the mesh, and where every array lies on it, derived from the row table's logical axes.
+
+The mesh has three axes: `data` (rows), `fsdp` (rows, and weights cut along their input) and `tensor` (weights cut along heads and mlp).
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtune.config import MeshConfig
+from jaxtune.errors import ConfigError
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.quant import NF4, Int8
+from jaxtune.model.spec import Row, spec
+from jaxtune.model.weight import is_weight
+from jaxtune.peft.lora import Adapter
+from jaxtune.tree import flatten, unflatten
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that hold different rows of a batch
+RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "experts": None, "layers": None}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh over all devices (or those given); an axis of -1 takes the rest. `ConfigError` when the sizes do not multiply out."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        given = ", ".join(f"{axis}: {getattr(config, axis)}" for axis in AXES)
+        raise ConfigError(f"mesh {{{given}}} does not multiply out to the {len(devices)} devices here; set one axis to -1, the rest")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def data_parallel(mesh: Mesh) -> int:
+    """How many devices hold different rows."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
+    """Rows over `data` and `fsdp`: `[A, B, T]`, or `[B, T]`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * micro_batches, ROWS))
+
+
+def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+    names = [RULES.get(axis) if axis else None for axis in axes]
+    for size, name in zip(shape, names, strict=True):
+        if name and size % mesh.shape[name]:
+            choices = ", ".join(str(n) for n in range(1, len(mesh.devices.flat) + 1) if size % n == 0)
+            raise ConfigError(f"mesh.{name} is {mesh.shape[name]}, but {path} is {shape} and {size} divides only by {choices}; write one of those")
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def param_shardings(mesh: Mesh, config: ModelConfig, params: dict) -> dict:
+    """A sharding for every array of a parameter tree (or its shapes), packed leaves cut like the matrix they stand for."""
+    rows = spec(config)
+    return unflatten({path: _leaf(mesh, path, rows[path], leaf) for path, leaf in flatten(params).items()})
+
+
+def _leaf(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
+    if not is_weight(leaf):
+        return _sharding(mesh, path, leaf.shape, row.axes)
+    whole = jax.tree.map(lambda _: replicated(mesh), leaf)
+    if isinstance(leaf, Int8):
+        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=_sharding(mesh, path, leaf.absmax.shape, row.axes[:-1]))
+    if isinstance(leaf, NF4) and leaf.codes.shape[-2] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
+        return whole.replace(**{name: _sharding(mesh, path, getattr(leaf, name).shape, row.axes) for name in ("codes", "absmax")})
+    return whole
+
+
+def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
+    """Where what is trained lies: a full tree like parameters, a LoRA pair like the matrix it adapts."""
+    if not isinstance(trainable, Adapter):
+        return param_shardings(mesh, config, trainable)
+    rows = spec(config)
+
+    def pair(path: str, leaves: dict) -> dict:
+        *lead, out, width = rows[path].axes
+        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out)}
+        return {name: _sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
+
+    return trainable.replace(params={path: pair(path, leaves) for path, leaves in trainable.params.items()})
+
+
+def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> Any:
+    """Shardings for a tree that holds copies of `trainable` inside (an optimiser's state): those of the parameter with the same
+    shape whose path the leaf's path ends with; `default` for the rest."""
+    known = {}
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(shardings), strict=True):
+        known[path, leaf.shape] = sharding
+
+    def find(path, leaf):
+        return next((known[path[i:], leaf.shape] for i in range(len(path)) if (path[i:], leaf.shape) in known), default)
+
+    return jax.tree_util.tree_map_with_path(find, tree)
