@@ -38,6 +38,7 @@ class Opened:
     tokenizer: Any
     generation_config: dict
     path: Path
+    source: str
 
 
 def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | None = None) -> Model:
@@ -52,11 +53,15 @@ def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | 
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if quantization is not None and quantization not in quant.QUANTIZERS:
         raise ConfigError(f"quantization {quantization!r} is not one of {', '.join(quant.QUANTIZERS)} (or null for none)")
-    opened = open_model(source)
+    return read_model(open_model(source), dtype, quantization)
+
+
+def read_model(opened: Opened, dtype: str = "float32", quantization: str | None = None) -> Model:
+    """The model whose files `open_model` has opened: reads the tensors (see `load`)."""
     compute = stored_dtype(opened) if dtype == "auto" else dtype
     config = dataclasses.replace(opened.config, dtype=compute)
     params = hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization))
-    return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, os.fspath(source))
+    return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, opened.source)
 
 
 def open_model(source: str | os.PathLike) -> Opened:
@@ -71,7 +76,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     checkpoint = Safetensors(path)
     config = from_hf(hf.settle_tie(checkpoint, config_json))
     generation = path / "generation_config.json"
-    return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path)
+    return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
 
 
 def stored_dtype(opened: Opened) -> str:
