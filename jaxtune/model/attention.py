@@ -27,14 +27,22 @@ def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
     return seen & ((window == 0) | (distance < window))
 
 
-def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window=0) -> jax.Array:
-    """Grouped-query attention, `[B, T, H, h]` in q's dtype; a query that sees nothing (padding) gets a mean of values, never NaN."""
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`: at most `cap` (Gemma 2, arXiv 2408.00118); x itself where cap is 0."""
+    return x if cap == 0.0 else cap * jnp.tanh(x / cap)
+
+
+def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window=0, cap: float = 0.0) -> jax.Array:
+    """Grouped-query attention, `[B, T, H, h]` in q's dtype; a query that sees nothing (padding) gets a mean of values, never NaN.
+
+    `cap` bounds the scores (`softcap`).
+    """
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]
     q = q_BTHh.reshape(B, T, K, H // K, h)
 
     def block(q, queries: Keys) -> jax.Array:
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * scale
+        scores = softcap(jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * scale, cap)
         mask = visible(queries, keys, window)[:, None, None]
         # finite, so that a row that sees nothing has no NaN, neither here nor in its gradient
         probs = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)

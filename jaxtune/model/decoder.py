@@ -1,6 +1,6 @@
 """The decoder: tokens -> hidden states -> logits, as pure functions of (config, params).
 
-Layers of one stack run under `lax.scan`. Optional parts of a block (biases, query/key norms) are used where the tree has them.
+Layers of one stack run under `lax.scan`; one layer is model/block.py.
 """
 
 from typing import NamedTuple
@@ -9,18 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxtune.model.attention import Keys, attend
+from jaxtune.model.attention import Keys, softcap
+from jaxtune.model.block import Place, block, norm
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.rope import cos_sin, rotate
+from jaxtune.model.moe import RouterSums
+from jaxtune.model.rope import cos_sin
 from jaxtune.model.weight import linear, rows
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
 
 
 class Cache(struct.PyTreeNode):
@@ -41,15 +35,18 @@ def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 
 
 class Output(NamedTuple):
-    """What the decoder gives: `hidden_BTD` after the final norm, and the cache with these tokens added (None without one)."""
+    """What the decoder gives: `hidden_BTD` after the final norm, the cache with these tokens added (None without one), and where the
+    routers of expert layers sent the tokens (`moe.load_balancing_loss`; None without experts)."""
 
     hidden_BTD: jax.Array
     cache: Cache | None
+    aux: RouterSums | None = None
 
 
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings `[B, T, D]` in the compute dtype."""
-    return rows(params["embed"], tokens_BT, config.dtype)
+    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them."""
+    x_BTD = rows(params["embed"], tokens_BT, config.dtype)
+    return x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, config.dtype)  # rounded first, as Gemma does
 
 
 def hidden(
@@ -83,23 +80,30 @@ def hidden(
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.k.shape[2]), cache.positions.shape), cache.positions, cache.segments)
 
     x_BTD = embed(config, params, tokens_BT) if embeds_BTD is None else embeds_BTD.astype(config.dtype)
-    cos, sin = cos_sin(config.ropes, positions_BT, config.head_dim)
+    if config.embedding_multiplier != 1.0:
+        x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
+    if "positions" in params:
+        x_BTD = x_BTD + rows(params["positions"], positions_BT, config.dtype)
+    cos, sin = cos_sin(config.ropes, positions_BT, segments_BT)
 
     def layer(carry, scanned):
         x_BTD, kv = carry
         weights, number, rope, window = scanned
         place = Place(cos[rope], sin[rope], window, queries, keys, number)
-        return block(config, weights, x_BTD, place, kv), None
+        x_BTD, kv, sums = block(config, weights, x_BTD, place, kv)
+        return (x_BTD, kv), sums
 
-    kv = None if cache is None else (cache.k, cache.v)
-    for name, layers in zip(params["layers"], config.stacks, strict=True):
-        numbers = jnp.asarray(layers)
+    kv, routed = None if cache is None else (cache.k, cache.v), []
+    for stack, layers in enumerate(config.stacks):
         ropes = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])
         windows = jnp.asarray([config.layer_windows[i] for i in layers])
-        (x_BTD, kv), _ = jax.lax.scan(_remat(config, layer), (x_BTD, kv), (params["layers"][name], numbers, ropes, windows))
+        scanned = params["layers"][str(stack)], jnp.asarray(layers), ropes, windows
+        (x_BTD, kv), sums = jax.lax.scan(_remat(config, layer), (x_BTD, kv), scanned)
+        routed += [jax.tree.map(lambda x: x.sum(0), sums)] if sums is not None else []
     if cache is not None:
         cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
-    return Output(rms_norm(config, params["norm"], x_BTD), cache)
+    aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
+    return Output(norm(config, params, "norm", x_BTD), cache, aux)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
@@ -109,60 +113,19 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
 
 def logits(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
     """float32 logits `[..., V]` of hidden states `[..., D]`."""
-    return linear(output_head(params), hidden_D).astype(jnp.float32)
+    return logits_transform(config, linear(output_head(params), hidden_D).astype(jnp.float32))
+
+
+def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
+    """What a family does to the head's output, elementwise: `logits / scaling`, then `cap * tanh(logits / cap)`."""
+    if config.logits_scaling != 1.0:
+        raw_logits = raw_logits / config.logits_scaling
+    return softcap(raw_logits, config.logits_softcap)
 
 
 def output_head(params: dict):
     """The matrix `[V, D]` that makes logits: the embedding itself where the head is tied."""
     return params["head"] if "head" in params else params["embed"]
-
-
-class Place(NamedTuple):
-    """Where a layer works: its rotation, its window, the tokens' places, its number (its slice of the cache)."""
-
-    cos: jax.Array
-    sin: jax.Array
-    window: jax.Array
-    queries: Keys
-    keys: Keys
-    number: jax.Array
-
-
-def block(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
-    """One layer; `kv` is the cache's (k, v) of all layers, or None. Returns x and kv."""
-    attn, kv = attention(config, w, rms_norm(config, w["attn_norm"], x_BTD), place, kv)
-    x_BTD = x_BTD + attn
-    return x_BTD + mlp(config, w, rms_norm(config, w["mlp_norm"], x_BTD)), kv
-
-
-def attention(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
-    """Self-attention with grouped key/value heads and rotary positions."""
-    B, T, _ = x_BTD.shape
-
-    def heads(name: str) -> jax.Array:
-        return linear(w[name], x_BTD, w.get(f"{name}_bias")).reshape(B, T, -1, config.head_dim)
-
-    q, k, v = heads("q"), heads("k"), heads("v")
-    q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
-    if kv is not None:
-        start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
-        kv = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv, (k, v), strict=True))
-        k, v = (jax.lax.dynamic_index_in_dim(cached, place.number, keepdims=False) for cached in kv)
-    mixed = attend(q, k, v, place.queries, place.keys, scale=config.attention_scale, window=place.window)
-    return linear(w["o"], mixed.reshape(B, T, -1), w.get("o_bias")), kv
-
-
-def mlp(config: ModelConfig, w: dict, x_BTD: jax.Array) -> jax.Array:
-    """Gated feed-forward, `down(act(gate x) * up x)`."""
-    gate = ACTIVATIONS[config.hidden_act](linear(w["gate"], x_BTD, w.get("gate_bias")))
-    return linear(w["down"], gate * linear(w["up"], x_BTD, w.get("up_bias")), w.get("down_bias"))
-
-
-def rms_norm(config: ModelConfig, scale: jax.Array, x: jax.Array) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the product in x's dtype, as Llama does."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + config.norm_eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def _remat(config: ModelConfig, layer):

@@ -1,4 +1,8 @@
-"""Rotary position embeddings (arXiv 2104.09864), half-split as in Hugging Face, with the context-extension schemes of config.json."""
+"""Rotary position embeddings (arXiv 2104.09864), half-split as in Hugging Face, with the context-extension schemes of config.json.
+
+"dynamic" and "longrope" choose their frequencies by the length of the text. transformers takes the longest row of the batch; here it is the
+document itself, so that a text's result does not depend on what it is batched or packed with. One text at a time, both are the same.
+"""
 
 import dataclasses
 import math
@@ -14,78 +18,185 @@ from jaxtune.errors import ModelError
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """One rotary scheme: `dim` of the head's dimensions turn, with frequencies from `theta` changed as `kind` says."""
+    """One rotary scheme: the first `dim` dimensions of a head turn, with frequencies from `theta` changed as `kind` says."""
 
     dim: int
     theta: float = 10000.0
     kind: str = "default"
     factor: float = 1.0
+    original_max: int = 0  # the length the model was first trained at (dynamic, llama3, longrope, yarn)
+    attention_factor: float = 1.0  # cos and sin times this (longrope, yarn)
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_max: int = 0  # llama3: the length the model was first trained at
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency
+    long_factor: tuple[float, ...] = ()  # longrope
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], head_dim: int) -> "Rope":
-        """From config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-        scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
-        dim = int(head_dim * (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
+        """From config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4).
+
+        `ModelError` for an unknown kind or one whose settings are missing.
+        """
+        given = {key: value for key, value in (hf.get("rope_scaling") or hf.get("rope_parameters") or {}).items() if value is not None}
+        if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
+            raise ModelError(f"rope_parameters.{nested[0]}: one rotary scheme per kind of layer is not implemented for {hf['model_type']}")
+        kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in KINDS:
             raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
-        known = {field.name for field in dataclasses.fields(cls)} - {"dim", "theta", "kind"}
-        settings = {key: value for key, value in scaling.items() if key in known}
-        if "original_max_position_embeddings" in scaling:
-            settings["original_max"] = scaling["original_max_position_embeddings"]
-        return cls(dim=dim, theta=float(theta), kind=kind, **settings)
+        if missing := [key for key in _NEEDED.get(kind, ()) if key not in given]:
+            raise ModelError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (or rope_scaling) of config.json")
+        dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
+        names = {field.name for field in dataclasses.fields(cls)} - {"dim", "theta", "kind", "original_max", "attention_factor"}
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
+        for key in ("short_factor", "long_factor"):
+            if kind == "longrope" and len(settings[key]) != dim // 2:
+                raise ModelError(f"rope_parameters.{key} has {len(settings[key])} numbers; this model's heads need {dim // 2}")
+        original = hf.get("max_position_embeddings", 0)
+        if kind != "dynamic":
+            original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or original
+        rope = cls(dim, float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0), kind, original_max=original, **settings)
+        if kind in ("longrope", "yarn"):
+            rope = dataclasses.replace(rope, attention_factor=_attention_factor(rope, given, hf))
+        return rope
 
-    def frequencies(self) -> np.ndarray:
-        """Angle per position, float32 `[dim / 2]`."""
-        f = 1.0 / self.theta ** (np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim))
-        return KINDS[self.kind](self, f.astype(np.float32)).astype(np.float32)
+    def frequencies(self, length_BT: jax.Array | None = None) -> np.ndarray | jax.Array:
+        """Angle per position, float32 `[dim / 2]`; `[B, T, dim / 2]` where it depends on `length_BT`, the length of each token's text.
 
-
-def _linear(rope: Rope, f: np.ndarray) -> np.ndarray:
-    return f / rope.factor
-
-
-def _llama3(rope: Rope, f: np.ndarray) -> np.ndarray:
-    """Long wavelengths slowed by `factor`, short ones kept, those between blended."""
-    if not rope.original_max:
-        raise ModelError("rope_type 'llama3' needs original_max_position_embeddings")
-    wavelength = 2 * math.pi / f
-    blend = (rope.original_max / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return (1 - blend) * f / rope.factor + blend * f
+        Without lengths, those of a text no longer than `original_max`.
+        """
+        return KINDS[self.kind](self, length_BT)
 
 
-KINDS = {
-    "default": lambda rope, f: f,
-    "linear": _linear,
-    "llama3": _llama3,
-    "divisors": lambda rope, f: f / np.asarray(rope.divisors, np.float32),
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+    "divisors": ("divisors",),
 }
 
 
-def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[len(ropes) + 1, B, T, head_dim / 2]`; the last one turns nothing (layers without positions).
+def _attention_factor(rope: Rope, given: Mapping[str, Any], hf: Mapping[str, Any]) -> float:
+    """What cos and sin are multiplied by, said outright or following from the factor."""
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    if rope.kind == "longrope":
+        factor = given.get("factor") or hf["max_position_embeddings"] / rope.original_max
+        return math.sqrt(1 + math.log(factor) / math.log(rope.original_max)) if factor > 1 else 1.0
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return mscale(1.0)
+
+
+# ---- frequencies, one function a kind ----
+
+
+def _powers(rope: Rope) -> np.ndarray:
+    return np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+
+
+def _default(rope: Rope, length_BT=None) -> np.ndarray:
+    return np.float32(1.0) / np.float32(rope.theta) ** _powers(rope)
+
+
+def _linear(rope: Rope, length_BT=None) -> np.ndarray:
+    return _default(rope) / np.float32(rope.factor)
+
+
+def _dynamic(rope: Rope, length_BT=None):
+    """theta grows with the part of the text beyond `original_max` (NTK-aware scaling)."""
+    if length_BT is None:
+        return _default(rope)
+    stretch = rope.factor * jnp.maximum(length_BT, rope.original_max) / rope.original_max - (rope.factor - 1)
+    theta_BT = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
+    return 1.0 / theta_BT[..., None] ** _powers(rope)[None, None]
+
+
+def _llama3(rope: Rope, length_BT=None) -> np.ndarray:
+    """Long wavelengths slowed by `factor`, short ones kept, those between blended."""
+    f = _default(rope)
+    wavelength = 2 * math.pi / f
+    blend = (rope.original_max / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * f / rope.factor + blend * f).astype(np.float32)
+
+
+def _yarn(rope: Rope, length_BT=None) -> np.ndarray:
+    """As llama3, blended over dimensions between those that turn `beta_fast` and `beta_slow` times in `original_max` (arXiv 2309.00071)."""
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(rope.original_max / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    f = _default(rope)
+    return (f / rope.factor * slowed + f * (1 - slowed)).astype(np.float32)
+
+
+def _longrope(rope: Rope, length_BT=None):
+    """A learned divisor per frequency, one set for texts up to `original_max` and one for longer ones (arXiv 2402.13753)."""
+    f = _default(rope)
+    short, long = f / np.asarray(rope.short_factor, np.float32), f / np.asarray(rope.long_factor, np.float32)
+    return short if length_BT is None else jnp.where(length_BT[..., None] > rope.original_max, long, short)
+
+
+def _divisors(rope: Rope, length_BT=None) -> np.ndarray:
+    return _default(rope) / np.asarray(rope.divisors, np.float32)
+
+
+KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "divisors": _divisors,
+}
+BY_LENGTH = ("dynamic", "longrope")
+
+
+# ---- use ----
+
+
+def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 `[len(ropes) + 1, B, T, dim / 2]`; the last one turns nothing (layers without positions).
 
     float32 always: in bfloat16 position 257 is position 256, and the rotation is noise from there on.
     """
+    length_BT = _lengths(positions_BT, segments_BT) if any(rope.kind in BY_LENGTH for rope in ropes) else None
+    still = jnp.zeros((*positions_BT.shape, ropes[0].dim // 2 if ropes else 0), jnp.float32)
     cos, sin = [], []
     for rope in ropes:
-        angle = positions_BT.astype(jnp.float32)[..., None] * rope.frequencies()
-        angle = jnp.pad(angle, ((0, 0), (0, 0), (0, head_dim // 2 - angle.shape[-1])))
-        cos.append(jnp.cos(angle))
-        sin.append(jnp.sin(angle))
-    cos.append(jnp.ones_like(cos[0]))
-    sin.append(jnp.zeros_like(sin[0]))
-    return jnp.stack(cos), jnp.stack(sin)
+        angle = positions_BT.astype(jnp.float32)[..., None] * jnp.broadcast_to(rope.frequencies(length_BT), still.shape)
+        cos.append(jnp.cos(angle) * rope.attention_factor)
+        sin.append(jnp.sin(angle) * rope.attention_factor)
+    return jnp.stack([*cos, still + 1.0]), jnp.stack([*sin, still])
+
+
+def _lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """How long the text that a token belongs to is, as far as it is here: the last position of its segment, plus one."""
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return jnp.where(same, positions_BT[:, None, :], 0).max(-1) + 1
 
 
 def rotate(x_BTHh: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-    """Turns each pair `(x[i], x[i + h/2])` by its angle; computed in x's dtype."""
+    """Turns each pair `(x[i], x[i + dim/2])` of a head's first `dim` dimensions by its angle; computed in x's dtype."""
     cos, sin = (a[:, :, None, :].astype(x_BTHh.dtype) for a in (cos_BTh, sin_BTh))
-    left, right = jnp.split(x_BTHh, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    half = cos.shape[-1]
+    left, right, rest = jnp.split(x_BTHh, [half, 2 * half], axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)

@@ -1,0 +1,104 @@
+"""One layer: attention and feed-forward around the residual stream. Optional parts are used where the tree has them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.model.attention import Keys, attend
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.layers import ACTIVATIONS, NORMS
+from jaxtune.model.moe import RouterSums, mixture
+from jaxtune.model.rope import rotate
+from jaxtune.model.weight import linear
+
+
+class Place(NamedTuple):
+    """Where a layer works: its rotation, its window, the tokens' places, its number (its slice of the cache)."""
+
+    cos: jax.Array
+    sin: jax.Array
+    window: jax.Array
+    queries: Keys
+    keys: Keys
+    number: jax.Array
+
+
+def block(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
+    """One layer; `kv` is the cache's (k, v) of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
+    attn, kv = attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
+    attended = x_BTD + _scaled(config, norm(config, w, "attn_post_norm", attn))
+    source = x_BTD if config.parallel_residual else attended
+    fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", source), place)
+    return attended + _scaled(config, norm(config, w, "mlp_post_norm", fed)), kv, sums
+
+
+def norm(config: ModelConfig, w: dict, name: str, x: jax.Array) -> jax.Array:
+    """The norm of that name, or x itself where the tree has none."""
+    return NORMS[config.norm](x, w[name], w.get(f"{name}_bias"), config.norm_eps) if name in w else x
+
+
+def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
+    if config.residual_multiplier == 1.0:
+        return x
+    return (x.astype(jnp.float32) * config.residual_multiplier).astype(x.dtype)
+
+
+# ---- attention ----
+
+
+def attention(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
+    """Self-attention with grouped key/value heads and rotary positions."""
+    q, k, v = projections(config, w, x_BTD)
+    q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
+    q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+    if kv is not None:
+        start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
+        kv = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv, (k, v), strict=True))
+        k, v = (jax.lax.dynamic_index_in_dim(cached, place.number, keepdims=False) for cached in kv)
+    cap, scale = config.attention_softcap, config.attention_scale
+    mixed = attend(q, k, v, place.queries, place.keys, scale=scale, window=place.window, cap=cap)
+    return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
+
+
+def projections(config: ModelConfig, w: dict, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`.
+
+    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or these head by head ("qkv_by_head").
+    """
+    B, T, _ = x_BTD.shape
+    H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
+    if "qkv_by_head" in w:
+        joint = linear(w["qkv_by_head"], x_BTD, w.get("qkv_by_head_bias")).reshape(B, T, H, 3, h)
+        return tuple(joint[:, :, :, part] for part in range(3))
+    if "qkv" in w:
+        parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
+    else:
+        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]
+    return tuple(part.reshape(B, T, -1, h) for part in parts)
+
+
+def _head_norm(config: ModelConfig, w: dict, name: str, x_BTHh: jax.Array) -> jax.Array:
+    """Norm over as many numbers as the scale has: a head (Qwen 3, Gemma 3), or all heads together (OLMo 2)."""
+    if name not in w:
+        return x_BTHh
+    flat = x_BTHh.reshape(*x_BTHh.shape[:2], -1, w[name].shape[-1])
+    return norm(config, w, name, flat).reshape(x_BTHh.shape)
+
+
+# ---- feed-forward ----
+
+
+def feed_forward(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
+    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts."""
+    if "router" in w:
+        return mixture(config, w, x_BTD, place.queries.segments > 0)
+    act = ACTIVATIONS[config.hidden_act]
+    if "gate_up" in w:
+        gate, up = jnp.split(linear(w["gate_up"], x_BTD), 2, axis=-1)
+        inner = act(gate) * up
+    elif "gate" in w:
+        inner = act(linear(w["gate"], x_BTD, w.get("gate_bias"))) * linear(w["up"], x_BTD, w.get("up_bias"))
+    else:
+        inner = act(linear(w["up"], x_BTD, w.get("up_bias")))
+    return linear(w["down"], inner, w.get("down_bias")), None

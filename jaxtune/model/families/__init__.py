@@ -1,0 +1,55 @@
+"""What a model is: `ModelConfig`, and how each Hugging Face `model_type` says it in its config.json.
+
+A family is an entry of `FAMILIES`: a function from config.json to `ModelConfig`, and one that lists a layer's rows. Optional parts of
+a block (biases, query/key norms, post-norms, fused projections, experts) are rows of the row table: the decoder uses what is there.
+
+transformers is the reference. Keys that its model code does not read change nothing there and are ignored here; dropout rates are read
+there in training only and are not applied here; a key that it reads and we do not implement is in the family's `refused` list.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, ModelConfig, Moe
+from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxtune.model.families.gpt2 import GPT2
+from jaxtune.model.families.gpt_neox import GPT_NEOX
+from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from jaxtune.model.families.moe import MIXTRAL, QWEN3_MOE
+
+__all__ = ["FAMILIES", "Family", "ModelConfig", "Moe", "from_hf"]
+
+FAMILIES: dict[str, Family] = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "granite": GRANITE,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "smollm3": SMOLLM3,
+}
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """`ModelConfig` of a config.json dict; `ModelError` for a family or a switch we do not implement."""
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    for key in family.required:
+        if not isinstance(hf.get(key), int) or hf[key] < 1:
+            given = f"has {key}={hf[key]!r}" if key in hf else f"lacks {key}"
+            raise ModelError(f"config.json of this {model_type} model {given}; it needs a positive whole number there")
+    for key, harmless in family.refused.items():
+        if hf.get(key, harmless[0]) not in harmless:
+            raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
+    return family.config({**family.defaults, **hf})

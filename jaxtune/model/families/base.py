@@ -1,0 +1,136 @@
+"""`ModelConfig`: what `spec` and `forward` need to know about a model; `Family`: how one `model_type` of Hugging Face says it."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxtune.errors import ModelError
+from jaxtune.model.layers import ACTIVATIONS
+from jaxtune.model.rope import Rope
+from jaxtune.model.row import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+    """A mixture of experts in the layers `layers`: each token goes to the `experts_per_token` likeliest of `num_experts`."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
+    aux_loss_coef: float  # weight of the load-balancing loss in training
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything `spec` and `forward` need to know about a model; hashable, so that it can be a static argument of jit."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    hidden_act: str
+    max_position_embeddings: int
+    tie_word_embeddings: bool  # a file that holds another head all the same: `dataclasses.replace(config, tie_word_embeddings=False)`
+    attention_scale: float
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...]  # index into `ropes` per layer; -1: no rotation (NoPE)
+    layer_windows: tuple[int, ...]  # sliding window per layer, the token itself included; 0: full attention
+    norm: str = "rms"  # a key of layers.NORMS
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
+    logits_softcap: float = 0.0
+    logits_scaling: float = 1.0  # logits are divided by it
+    embed_scale: float = 1.0  # the embedding's own scale: part of `embed`
+    embedding_multiplier: float = 1.0  # of whatever enters the first layer, given embeddings too
+    residual_multiplier: float = 1.0  # of what attention and feed-forward add
+    parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
+    moe: Moe | None = None
+    initializer_range: float = 0.02
+    # how to compute it, not what it is
+    dtype: str = "float32"  # of activations and products
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
+
+    @property
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        """Layer numbers of each stack: consecutive layers with the same rows, scanned together."""
+        sparse = set(self.moe.layers) if self.moe else set()
+        return tuple(tuple(run) for _, run in itertools.groupby(range(self.num_layers), key=lambda layer: layer in sparse))
+
+
+class Family(NamedTuple):
+    """One `model_type`.
+
+    config    config.json, defaults filled in -> ModelConfig
+    layer     (config, layer number) -> the rows of that layer, `(name, Row)`, names relative to `prefix`, without the stack axis
+    defaults  what transformers takes for keys that config.json leaves out; `required` are those it must hold
+    refused   key -> the values that change nothing; any other is a switch that is not implemented
+    ends      the rows outside the layers -> their Hugging Face names
+    """
+
+    config: Callable[[dict[str, Any]], ModelConfig]
+    layer: Callable[[ModelConfig, int], Iterator[tuple[str, Row]]]
+    defaults: Mapping[str, Any]
+    refused: Mapping[str, tuple] = {}
+    required: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    prefix: str = "model.layers.{layer}."
+    ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+def common(hf: Mapping[str, Any], **changes) -> ModelConfig:
+    """The fields nearly all families spell alike, and `changes` to them."""
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ModelError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    fields = dict(
+        model_type=hf["model_type"],
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=hf.get("rms_norm_eps"),
+        hidden_act=hf.get("hidden_act"),
+        max_position_embeddings=hf["max_position_embeddings"],
+        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
+        attention_scale=head_dim**-0.5,
+        layer_ropes=(0,) * layers,
+        layer_windows=(0,) * layers,
+        initializer_range=hf.get("initializer_range", 0.02),
+    ) | changes
+    if "ropes" not in fields:
+        fields["ropes"] = (Rope.from_hf(hf, head_dim),)
+        if fields["ropes"][0].dim != head_dim:
+            raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
+    if fields["hidden_act"] not in ACTIVATIONS:
+        raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    return ModelConfig(**fields)
+
+
+def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:
+    """The window of each layer from its type; `ModelError` for a type that is neither sliding nor full, or a missing window."""
+    if len(layer_types) != hf["num_hidden_layers"]:
+        raise ModelError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={hf['num_hidden_layers']}")
+    if unknown := set(layer_types) - {"sliding_attention", "full_attention"}:
+        raise ModelError(f"layer_types: {sorted(unknown)[0]!r} is not supported; supported are sliding_attention, full_attention")
+    if "sliding_attention" in layer_types and not hf.get("sliding_window"):
+        raise ModelError(f"layer_types has sliding_attention but sliding_window is {hf.get('sliding_window')!r}, not a number of tokens")
+    return tuple(hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in layer_types)
+
+
+def one_window(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """The same window on every layer, or none."""
+    return (hf.get("sliding_window") or 0,) * hf["num_hidden_layers"]

@@ -1,0 +1,173 @@
+"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, OLMo 2, Granite, Phi-3."""
+
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, ModelConfig, common, one_window, windows
+from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, pre_norm_layer, query_key_norms
+from jaxtune.model.rope import Rope
+
+DEFAULTS = dict(
+    num_key_value_heads=None,
+    head_dim=None,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+)
+
+
+# ---- Llama 2 to 3.2, SmolLM2 (llama) ----
+
+
+def llama_config(hf: dict[str, Any], **changes) -> ModelConfig:
+    """Biases by flag; the same for all families here."""
+    bias = bool(hf["attention_bias"])
+    return common(hf, **dict(qkv_bias=bias, out_bias=bias, mlp_bias=bool(hf["mlp_bias"])) | changes)
+
+
+LLAMA = Family(llama_config, pre_norm_layer, DEFAULTS)
+
+
+# ---- Mistral: one window ----
+
+
+def _mistral(hf: dict[str, Any]) -> ModelConfig:
+    return common(hf, layer_windows=one_window(hf))
+
+
+MISTRAL = Family(
+    _mistral, pre_norm_layer, DEFAULTS | dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+)
+
+
+# ---- Qwen 2 and 2.5: biases on q, k, v; windows from some layer on. Qwen 3: norms of queries and keys ----
+
+
+def _qwen_windows(hf: dict[str, Any]) -> tuple[int, ...]:
+    hf = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
+    first = hf["max_window_layers"] if hf["sliding_window"] else hf["num_hidden_layers"]
+    kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(hf["num_hidden_layers"])]
+    return windows(hf, hf.get("layer_types") or kinds)
+
+
+def _qwen2(hf: dict[str, Any]) -> ModelConfig:
+    return common(hf, qkv_bias=True, layer_windows=_qwen_windows(hf))
+
+
+def _qwen3(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(hf, layer_windows=_qwen_windows(hf))
+
+
+def _qwen3_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from pre_norm_layer(c, layer)
+    yield from query_key_norms(c, c.head_dim, c.head_dim)
+
+
+_QWEN = DEFAULTS | dict(
+    num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False, sliding_window=4096, max_window_layers=28
+)
+QWEN2 = Family(_qwen2, pre_norm_layer, _QWEN)
+QWEN3 = Family(_qwen3, _qwen3_layer, _QWEN | dict(head_dim=128))
+
+
+# ---- SmolLM3: layers without positions ----
+
+
+def _smollm3(hf: dict[str, Any]) -> ModelConfig:
+    layers = range(hf["num_hidden_layers"])
+    turning = hf.get("no_rope_layers") or [(layer + 1) % hf["no_rope_layer_interval"] != 0 for layer in layers]
+    if len(turning) < len(layers):
+        raise ModelError(f"no_rope_layers has {len(turning)} entries for num_hidden_layers={len(layers)}")
+    sliding = hf["use_sliding_window"] and hf["sliding_window"]
+    kinds = ["sliding_attention" if sliding and not turning[layer] else "full_attention" for layer in layers]
+    return llama_config(
+        hf,
+        layer_ropes=tuple(0 if turning[layer] else -1 for layer in layers),
+        layer_windows=windows(hf, hf.get("layer_types") or kinds),
+    )
+
+
+SMOLLM3 = Family(
+    _smollm3,
+    pre_norm_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_theta=2e6,
+        use_sliding_window=False,
+        sliding_window=None,
+        no_rope_layer_interval=4,
+    ),
+)
+
+
+# ---- OLMo 2: norms after attention and feed-forward instead of before, and over whole queries and keys ----
+
+
+def _olmo2(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(hf, norm="rms_float32", mlp_bias=False)
+
+
+def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from attention(c)
+    yield from query_key_norms(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+    yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
+    yield from mlp(c)
+    yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
+
+
+OLMO2 = Family(_olmo2, _olmo2_layer, DEFAULTS | dict(rms_norm_eps=1e-5))
+
+
+# ---- Granite: multipliers ----
+
+
+def _granite(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(
+        hf,
+        attention_scale=float(hf["attention_multiplier"]),
+        embedding_multiplier=float(hf["embedding_multiplier"]),
+        residual_multiplier=float(hf["residual_multiplier"]),
+        logits_scaling=float(hf["logits_scaling"]),
+    )
+
+
+GRANITE = Family(
+    _granite,
+    pre_norm_layer,
+    DEFAULTS | dict(attention_multiplier=1.0, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
+)
+
+
+# ---- Phi-3, Phi-3.5, Phi-4, Phi-4-mini: fused projections, part of a head turns, longrope ----
+
+
+def _phi3(hf: dict[str, Any]) -> ModelConfig:
+    scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind in ("su", "yarn"):  # what longrope was called when Phi-3 came out
+        kind = "longrope"
+    if kind not in ("default", "longrope"):
+        raise ModelError(f"rope_type {kind!r} is not supported for phi3; supported are default, longrope")
+    original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or 4096
+    hf = hf | {"rope_scaling": scaling | {"rope_type": kind}, "original_max_position_embeddings": original}
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return common(hf, ropes=(Rope.from_hf(hf, head_dim),), layer_windows=one_window(hf))
+
+
+def _phi3_layer(c: ModelConfig, layer: int) -> Rows:
+    q, kv, width, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from linear("qkv", q + 2 * kv, width, ("heads", "embed"), "self_attn.qkv_proj", "attn_qkv")
+    yield from linear("o", width, q, ("embed", "heads"), "self_attn.o_proj", "attn_output")
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    yield from linear("gate_up", 2 * inner, width, ("mlp", "embed"), "mlp.gate_up_proj", "ffn_up")
+    yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down")
+
+
+PHI3 = Family(_phi3, _phi3_layer, DEFAULTS | dict(max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=None))

@@ -1,0 +1,104 @@
+"""Mixtures of experts: Mixtral and Qwen 3 MoE."""
+
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window
+from jaxtune.model.families.llama import DEFAULTS, llama_config
+from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
+from jaxtune.model.row import Row
+
+
+def experts(c: ModelConfig, router: str, gate: str, up: str, down: str) -> Rows:
+    """A router and the experts' matrices, `[E, out, in]`; the names have an {expert}, GGUF's tensors hold all of a layer's."""
+    assert c.moe is not None
+    E, width, inner = c.moe.num_experts, c.hidden_size, c.moe.intermediate_size
+    yield "router", Row((E, width), ("experts", "embed"), "normal", f"{router}.weight", "ffn_gate_inp.weight")
+    wide, narrow = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
+    yield "experts_gate", Row((E, inner, width), wide, "normal", f"{gate}.weight", "ffn_gate_exps.weight")
+    yield "experts_up", Row((E, inner, width), wide, "normal", f"{up}.weight", "ffn_up_exps.weight")
+    yield "experts_down", Row((E, width, inner), narrow, "normal", f"{down}.weight", "ffn_down_exps.weight")
+
+
+def _moe(hf: dict[str, Any], experts: int, inner: int, layers: list[int], normalize: bool) -> Moe | None:
+    chosen = hf["num_experts_per_tok"]
+    if chosen > experts:
+        raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
+    return Moe(experts, chosen, inner, tuple(layers), normalize, float(hf["router_aux_loss_coef"])) if layers else None
+
+
+# ---- Mixtral ----
+
+
+def _mixtral(hf: dict[str, Any]) -> ModelConfig:
+    moe = _moe(hf, hf["num_local_experts"], hf["intermediate_size"], list(range(hf["num_hidden_layers"])), normalize=True)
+    return common(hf, layer_windows=one_window(hf), moe=moe)
+
+
+def _mixtral_layer(c: ModelConfig, layer: int) -> Rows:
+    expert = "block_sparse_moe.experts.{expert}"
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    yield from experts(c, "block_sparse_moe.gate", f"{expert}.w1", f"{expert}.w3", f"{expert}.w2")
+
+
+MIXTRAL = Family(
+    _mixtral,
+    _mixtral_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.001,
+    ),
+    {"router_jitter_noise": (None, 0.0)},
+)
+
+
+# ---- Qwen 3 MoE: Qwen 3 with experts in some layers ----
+
+
+def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
+    number = hf.get("num_local_experts") or hf.get("num_experts", 128)  # transformers 5 writes the first, the hub has the second
+    dense, step = set(hf["mlp_only_layers"] or ()), hf["decoder_sparse_step"]
+    layers = [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
+    moe = _moe(hf, number, hf["moe_intermediate_size"], layers, bool(hf["norm_topk_prob"]))
+    sliding = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
+    return llama_config(hf, mlp_bias=False, layer_windows=one_window(sliding), moe=moe)
+
+
+def _qwen3_moe_layer(c: ModelConfig, layer: int) -> Rows:
+    expert = "mlp.experts.{expert}"
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from query_key_norms(c, c.head_dim, c.head_dim)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    if c.moe and layer in c.moe.layers:
+        yield from experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
+    else:
+        yield from mlp(c)
+
+
+QWEN3_MOE = Family(
+    _qwen3_moe,
+    _qwen3_moe_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        decoder_sparse_step=1,
+        mlp_only_layers=None,
+        moe_intermediate_size=768,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.001,
+    ),
+)

@@ -1,0 +1,56 @@
+"""The parts a layer is made of, as rows: each yields `(name, Row)` with names inside the layer and no stack axis."""
+
+from collections.abc import Iterator
+
+from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.row import Row
+
+Rows = Iterator[tuple[str, Row]]
+
+
+def norm(c: ModelConfig, name: str, hf: str, gguf: str, width: int | None = None) -> Rows:
+    """A norm over the residual stream, or over `width` numbers inside the attention."""
+    shape, axes = ((c.hidden_size,), ("embed",)) if width is None else ((width,), (None,))
+    yield name, Row(shape, axes, "zeros" if c.norm == "rms_offset" else "ones", f"{hf}.weight", f"{gguf}.weight")
+    if c.norm == "layer":
+        yield f"{name}_bias", Row(shape, axes, "zeros", f"{hf}.bias", f"{gguf}.bias")
+
+
+def linear(
+    name: str, out: int, width: int, axes: tuple[str, str], hf: str, gguf: str, bias: bool = False, transposed: bool = False
+) -> Rows:
+    """A matrix `[out, width]` with its bias."""
+    yield name, Row((out, width), axes, "normal", f"{hf}.weight", f"{gguf}.weight", transposed=transposed)
+    if bias:
+        yield f"{name}_bias", Row((out,), axes[:1], "zeros", f"{hf}.bias", f"{gguf}.bias")
+
+
+def attention(c: ModelConfig) -> Rows:
+    """Projections q, k, v and o."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    yield from linear("q", q, c.hidden_size, ("heads", "embed"), "self_attn.q_proj", "attn_q", c.qkv_bias)
+    yield from linear("k", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.k_proj", "attn_k", c.qkv_bias)
+    yield from linear("v", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.v_proj", "attn_v", c.qkv_bias)
+    yield from linear("o", c.hidden_size, q, ("embed", "heads"), "self_attn.o_proj", "attn_output", c.out_bias)
+
+
+def query_key_norms(c: ModelConfig, q_width: int, k_width: int) -> Rows:
+    """Norms of queries and keys before they turn: over a head, or over the whole projection, as the widths say."""
+    yield from norm(c, "q_norm", "self_attn.q_norm", "attn_q_norm", q_width)
+    yield from norm(c, "k_norm", "self_attn.k_norm", "attn_k_norm", k_width)
+
+
+def mlp(c: ModelConfig) -> Rows:
+    """A gated feed-forward network."""
+    width, inner = c.hidden_size, c.intermediate_size
+    yield from linear("gate", inner, width, ("mlp", "embed"), "mlp.gate_proj", "ffn_gate", c.mlp_bias)
+    yield from linear("up", inner, width, ("mlp", "embed"), "mlp.up_proj", "ffn_up", c.mlp_bias)
+    yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down", c.mlp_bias)
+
+
+def pre_norm_layer(c: ModelConfig, layer: int) -> Rows:
+    """Llama's layer: norm, attention, norm, feed-forward."""
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    yield from mlp(c)

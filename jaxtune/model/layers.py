@@ -1,0 +1,50 @@
+"""Activations and norms, by the names that config.json and `ModelConfig.norm` give them."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": jax.nn.relu,
+}
+
+
+def _rms(x: jax.Array, eps: float) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the product in x's dtype, as Llama does."""
+    return _rms(x, eps).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rms_norm_float32(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
+    """The same with the product in float32 too, as OLMo 2 does."""
+    return (_rms(x, eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_norm_offset(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` in float32, as Gemma does."""
+    return (_rms(x, eps) * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` in float32 (arXiv 1607.06450)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(-1, keepdims=True)
+    return (_rms(x32, eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+NORMS = {"rms": rms_norm, "rms_float32": rms_norm_float32, "rms_offset": rms_norm_offset, "layer": layer_norm}

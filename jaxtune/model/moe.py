@@ -1,0 +1,56 @@
+"""Mixture of experts (arXiv 1701.06538, 2401.04088): every token through its likeliest experts, all experts in one ragged product."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.layers import ACTIVATIONS
+from jaxtune.model.weight import Matrix, dense, linear
+
+
+class RouterSums(NamedTuple):
+    """Where tokens went, summed over tokens and layers, float32: add up over micro-batches and layers, then `load_balancing_loss`."""
+
+    assignments_E: jax.Array  # how often each expert was chosen
+    probabilities_E: jax.Array  # the router's probability of each expert
+    tokens: jax.Array  # [], how many tokens (a token counts in each layer)
+
+
+def load_balancing_loss(sums: RouterSums) -> jax.Array:
+    """`E * sum_e f_e P_e`, float32 `[]`: f_e assignments and P_e probability per token (arXiv 2101.03961, eq. 4 to 6).
+
+    Pooled over layers as transformers does. Least, `experts_per_token`, where all experts get equal shares. The loss adds
+    `config.moe.aux_loss_coef` times this.
+    """
+    tokens = jnp.maximum(sums.tokens, 1.0)
+    return sums.assignments_E.size * jnp.sum((sums.assignments_E / tokens) * (sums.probabilities_E / tokens))
+
+
+def mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+    """The feed-forward of an expert layer, `[B, T, D]`, and the router's sums over tokens that are `live` (not padding)."""
+    assert config.moe is not None
+    E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    probs_NE = jax.nn.softmax(linear(w["router"], x_ND).astype(jnp.float32), axis=-1)
+    weights_NC, chosen_NC = jax.lax.top_k(probs_NE, chosen_of)
+    if config.moe.normalize:
+        weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+
+    order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
+    sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)
+    rows = x_ND[order // chosen_of]
+    gate = ACTIVATIONS[config.hidden_act](_grouped(w["experts_gate"], rows, sizes_E))
+    out = _grouped(w["experts_down"], gate * _grouped(w["experts_up"], rows, sizes_E), sizes_E)
+    out_NCD = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(-1, chosen_of, out.shape[-1])
+    mixed = jnp.sum(out_NCD.astype(jnp.float32) * weights_NC[..., None], axis=1).astype(x_BTD.dtype)
+
+    live_N1 = live_BT.reshape(-1, 1).astype(jnp.float32)
+    assignments_E = jnp.zeros(E, jnp.float32).at[chosen_NC].add(jnp.broadcast_to(live_N1, chosen_NC.shape))
+    return mixed.reshape(x_BTD.shape), RouterSums(assignments_E, jnp.sum(probs_NE * live_N1, axis=0), live_N1.sum())
+
+
+def _grouped(w: Matrix, rows_ND: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Rows that lie expert by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`."""
+    return jax.lax.ragged_dot(rows_ND, dense(w, rows_ND.dtype).swapaxes(1, 2), sizes_E)

@@ -1,0 +1,38 @@
+"""One line of the row table."""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One parameter: what it is (shape, axes, init), what others call it (hf, gguf), and which layers it stacks.
+
+    `shape` is `[L, ...]` where the row stacks layers, `[L, E, out, in]` where it stacks the experts of layers. Matrices are `[out, in]`
+    here whatever the file does: `transposed` says that the Hugging Face file holds `[in, out]` (GPT-2's Conv1D).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str  # normal | zeros | ones
+    hf: str
+    gguf: str
+    layers: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether `linear` multiplies by it (so that it can be quantised or adapted): not norms, biases, embeddings, routers, experts."""
+        return bool(self.layers) and len(self.shape) == 3 and "experts" not in self.axes
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it stacks matrices of experts, `[L, E, out, in]`."""
+        return len(self.shape) == 4
+
+    def hf_names(self) -> list[str]:
+        """The Hugging Face tensors this row is stacked from, in the order of its leading axes: `[L]` names, or `[L * E]` of experts."""
+        experts = range(self.shape[1]) if self.is_experts else (None,)
+        return [self.hf.format(layer=layer, expert=expert) for layer in self.layers or (None,) for expert in experts]
+
+    def gguf_names(self) -> list[str]:
+        """The GGUF tensors this row is stacked from, in order, one a layer (a GGUF tensor holds all experts of a layer)."""
+        return [self.gguf.format(layer=layer) for layer in self.layers or (None,)]
