@@ -35,6 +35,11 @@ METHODS = {
 }
 
 
+def init_adapter(key: jax.Array, model, config) -> lora.Adapter:
+    """A fresh adapter for `model` (a `jaxtune.Model`), by a `LoraConfig`; it changes nothing until it is trained."""
+    return lora.init(key, model.config, model.params, config)
+
+
 def compose(base: dict, trainable, key: jax.Array | None = None) -> dict:
     """The parameter tree to compute with: `base` with an adapter's leaves in place, or a fully trained tree as it is.
 

@@ -1,0 +1,44 @@
+"""jaxtune: fine-tuning of Hugging Face language models in JAX, on TPU, GPU or CPU.
+
+    import jaxtune as jt
+    model = jt.load("path-or-id", dtype="bfloat16", quantization="nf4-dq")
+    adapter = jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(r=16))
+    logits = jt.forward(model.config, jt.compose(model.params, adapter), tokens)
+
+Names are loaded when they are first used, so that `import jaxtune` is quick and starts no device.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load": "jaxtune.convert",
+    "Model": "jaxtune.convert",
+    "save": "jaxtune.convert",
+    "load_adapter": "jaxtune.convert",
+    "save_adapter": "jaxtune.convert",
+    "forward": "jaxtune.model.decoder",
+    "init_adapter": "jaxtune.peft",
+    "compose": "jaxtune.peft",
+    "merge": "jaxtune.peft",
+    "Config": "jaxtune.config",
+    "LoraConfig": "jaxtune.config",
+    "load_config": "jaxtune.config",
+    "JaxtuneError": "jaxtune.errors",
+}
+_VERBS = ("train", "evaluate", "generate", "export", "plan")  # modules that can be called
+
+__all__ = ["__version__", *_WHERE, *_VERBS]
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _VERBS:
+        return importlib.import_module(f"jaxtune.{name}")
+    raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,164 @@
+"""The loop: dispatch a step, read the metrics of the one before, evaluate, save, stop."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import data, optim, parallel
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import Config, interval
+from jaxtune.errors import JaxtuneError
+from jaxtune.runlog import RunLog
+from jaxtune.step import TrainState
+
+log = logging.getLogger("jaxtune")
+
+
+class TrainingError(JaxtuneError):
+    """A run that cannot go on: its loss is not a number."""
+
+
+class Loop:
+    """One run's loop. What it must remember beside the state is in `notes`, which every checkpoint carries."""
+
+    def __init__(self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict):
+        self.config, self.mesh, self.rows, self.total = config, mesh, rows, total_steps
+        self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
+        self.rate = optim.schedule(config, total_steps)
+        self.interrupted = False
+        self.window: list[dict[str, float]] = []  # metrics since the last line of the log
+        self.last: dict[str, float] = {}
+        checkpoints.best = notes["best_step"]
+
+    def __call__(self, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> tuple[TrainState, dict[str, float]]:
+        """All steps that are left. Returns the state (the best one, if so configured) and the last metrics by name."""
+        start = int(state.step)
+        handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.log = RunLog(self.folder, self.total, start, self.config.report_to)
+        try:
+            state = self._run(start, state, base, step, eval_step)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.log.close()
+            self.checkpoints.close()
+        return state, self.last
+
+    def _run(self, start: int, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> TrainState:
+        config, waiting, stop = self.config, None, False
+        if config.eval_on_start and start == 0:
+            self._evaluate(0, state, base, eval_step)
+        self.clock = time.monotonic()
+        for number in range(start + 1, self.total + 1):
+            batch = self.rows.train.batch_at(number - 1, jax.process_index(), jax.process_count())
+            state, metrics = step(state, base, self._put(batch))
+            if waiting:  # the device is at work on this step, so reading the last one's metrics stalls nothing
+                self._read(*waiting)
+            waiting = (number, metrics, batch)
+            evaluate, save = self._due(number, config.eval_strategy, config.eval_steps), self._due(number, config.save_strategy, config.save_steps)
+            if evaluate or save or self.interrupted or number == self.total:
+                waiting = self._read(*waiting)
+            if evaluate:
+                stop, better = self._evaluate(number, state, base, eval_step)
+                save = save or (better and config.save_strategy == "best")
+            stop = stop or self.interrupted
+            if save or self.interrupted or ((stop or number == self.total) and config.save_strategy != "no"):
+                self._save(number, state)
+            if stop:
+                break
+        if self.interrupted:
+            log.warning("interrupted after step %d, which is saved; go on with: resume=true output_dir=%s", int(state.step), self.folder)
+        elif config.load_best_model_at_end and self.notes["best_step"] not in (None, int(state.step)):
+            self.checkpoints.wait()
+            state, _ = self.checkpoints.restore(state, self.notes["best_step"])
+            log.info("the best model is that of step %d (%s %.4f)", self.notes["best_step"], config.metric_for_best_model, self.notes["best"])
+        return state
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # a second signal quits at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+        log.warning("%s: finishing this step, then saving; once more quits at once", signal.Signals(number).name)
+
+    def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:
+        sharding = parallel.batch_sharding(self.mesh, micro_batches)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def _due(self, number: int, strategy: str, every: float | None) -> bool:
+        if strategy == "steps":
+            return number % max(1, interval(every or 1, self.total)) == 0
+        return strategy == "epoch" and (number % self.rows.train.steps_per_epoch == 0 or number == self.total)
+
+    # ---- metrics ----
+
+    def _read(self, number: int, metrics: dict[str, jax.Array], batch: data.Batch) -> None:
+        """Fetch a step's metrics, stop at a loss that is no number, and write a line of the log when it is time."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise TrainingError(self._fault(number, values))
+        self.notes["num_tokens"] += int(np.count_nonzero(batch.segments)) * jax.process_count()
+        self.window.append(values | {"tokens": int(np.count_nonzero(batch.segments)) * jax.process_count()})
+        self.log.advance(number, values["loss"], self.window[-1]["tokens"])
+        if number % max(1, interval(self.config.logging_steps, self.total)) == 0 or number == self.total:
+            self._write(number)
+
+    def _write(self, number: int) -> None:
+        window, self.window = self.window, []
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        mean = {name: sum(row[name] for row in window) / len(window) for name in window[0] if name not in ("tokens", "weight")}
+        mean |= {"grad_norm": window[-1]["grad_norm"], "learning_rate": self.rate(number - 1), "num_tokens": self.notes["num_tokens"]}
+        mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
+        self._log(number, mean)
+
+    def _log(self, number: int, metrics: dict[str, float]) -> None:
+        self.last |= metrics
+        self.log.write(number, {"epoch": number / self.rows.train.steps_per_epoch} | metrics)
+
+    def _fault(self, number: int, values: dict[str, float]) -> str:
+        saved = self.checkpoints.steps()
+        kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there is no checkpoint yet"
+        return (
+            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {number}; {kept}. Lower learning_rate or max_grad_norm, "
+            f"or look at the rows of that step: python -m jaxtune.data {self.folder / 'config.yaml'}"
+        )
+
+    # ---- evaluation ----
+
+    def _evaluate(self, number: int, state: TrainState, base: dict, eval_step: Callable) -> tuple[bool, bool]:
+        """Log `eval_*`; whether it is time to stop early, and whether this is the best so far."""
+        total = None
+        for batch in self.rows.eval.batches(jax.process_index(), jax.process_count()):
+            out = eval_step(state.trainable, base, self._put(jax.tree.map(lambda x: x[0], batch), micro_batches=False))
+            total = out if total is None else jax.tree.map(jnp.add, total, out)
+        loss = jax.device_get(total)
+        metrics = {"eval_loss": float(loss.total / loss.weight)}
+        metrics |= {f"eval_{name}": float(value / weight) for name, (value, weight) in loss.metrics.items()}
+        self._log(number, metrics)
+        return self._judge(number, metrics)
+
+    def _judge(self, number: int, metrics: dict[str, float]) -> tuple[bool, bool]:
+        config, best = self.config, self.notes["best"]
+        if config.metric_for_best_model not in metrics:
+            raise TrainingError(f"metric_for_best_model is {config.metric_for_best_model}, but there are {', '.join(metrics)}")
+        value = metrics[config.metric_for_best_model]
+        gain = math.inf if best is None else (value - best if config.greater_is_better else best - value)
+        if gain > 0:
+            self.notes |= {"best": value, "best_step": number}
+            self.checkpoints.best = number
+        self.notes["bad_evals"] = 0 if gain > config.early_stopping_threshold else self.notes["bad_evals"] + 1
+        patience = config.early_stopping_patience
+        if patience is not None and self.notes["bad_evals"] >= patience:
+            log.info("%s has not improved for %d evaluations: stopping at step %d", config.metric_for_best_model, patience, number)
+            return True, gain > 0
+        return False, gain > 0
+
+    def _save(self, number: int, state: TrainState) -> None:
+        self.checkpoints.save(number, state, self.notes)

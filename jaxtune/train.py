@@ -1,0 +1,205 @@
+"""python -m jaxtune.train CONFIG.yaml [key=value ...]
+
+Fine-tune a model as the config says; writes a run folder: config.yaml, run.json, metrics.jsonl, loss.png, tensorboard/,
+checkpoints/, and the result: adapter/ (PEFT's format) or model/ (Hugging Face's).
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune import cli, data, errors, optim, parallel, runfolder
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import Config, describe, load_config
+from jaxtune.convert import peft as peft_files
+from jaxtune.convert.hf import save_model
+from jaxtune.convert.load import Model, open_model, read_model
+from jaxtune.errors import ConfigError
+from jaxtune.loop import Loop
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.peft import METHODS
+from jaxtune.peft.lora import Adapter
+from jaxtune.step import TrainState, init_state, make_eval_step, make_step
+from jaxtune.tree import count, nbytes
+
+log = logging.getLogger("jaxtune")
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run ended with: its folder, the last metrics by name, what was trained, and the model it was trained on."""
+
+    folder: Path
+    step: int
+    metrics: dict[str, float]
+    trainable: Any
+    model: Model
+
+
+def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = ()) -> Result:
+    """One training run, from a config to its result.
+
+    Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
+    """
+    config = config if isinstance(config, Config) else load_config(config, overrides)
+    _check_tables(config)
+    enable_compilation_cache(config)
+
+    # ---- 1. What there is: devices, the model's files, the rows ----
+    mesh = parallel.make_mesh(config.mesh)
+    config = _settle(config)
+    if config.resume or config.output_dir and Path(config.output_dir).exists():
+        runfolder.open_run(config)  # refuse a folder in use before anything long is done
+    log.info("%s", describe(config))
+    opened = open_model(config.model)
+    rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows.train.steps_per_epoch)
+    log.info(
+        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
+        len(rows.train.documents), f"{rows.train.tokens:,}", 100 * rows.train.trained_tokens / rows.train.tokens, len(rows.train.plan),
+        100 * rows.train.efficiency, rows.train.steps_per_epoch, total_steps,
+    )  # fmt: skip
+
+    # ---- 2. The weights, and what is trained of them ----
+    model, trainable = load_for_training(config, opened, mesh)
+    base = {} if config.method == "full" else model.params
+
+    # ---- 3. The step ----
+    optimizer = optim.optimizer(config, total_steps)
+    state = _place_state(mesh, model.config, trainable, optimizer, config.seed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    objective = OBJECTIVES[config.objective]
+    step = jax.jit(make_step(config, model.config, objective, optimizer), donate_argnums=0, out_shardings=(shardings, None))
+    eval_step = jax.jit(make_eval_step(config, model.config, objective))
+
+    # ---- 4. The folder; resume ----
+    folder = runfolder.open_run(config)
+    checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
+    notes: dict[str, Any] = {"fingerprint": rows.train.fingerprint, "best": None, "best_step": None, "bad_evals": 0, "num_tokens": 0}
+    if config.resume:
+        state, notes = _resume(config, folder, checkpoints, state, notes)
+    runfolder.write_config(folder, config)
+    _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
+
+    # ---- 5. The loop ----
+    run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes)
+    state, metrics = run(state, base, step, eval_step)
+
+    # ---- 6. The result ----
+    if not run.interrupted:
+        save_result(config, model, state.trainable, folder)
+    return Result(folder, int(state.step), metrics, state.trainable, model)
+
+
+def _check_tables(config: Config) -> None:
+    for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
+        if (name := getattr(config, key)) not in table:
+            raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
+
+
+def _settle(config: Config) -> Config:
+    """Values that depend on the machine."""
+    changes: dict[str, Any] = {}
+    if config.dtype == "auto":
+        changes["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if config.output_dir is None:
+        changes["output_dir"] = f"runs/{Path(config.model.partition('#')[0]).stem}-{config.method}-{config.objective}"
+    return config.replace(**changes)
+
+
+def enable_compilation_cache(config: Config) -> None:
+    """Keep compiled programs on disk, so that the second start is quick; a folder the user has set is left alone."""
+    if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = home / "jaxtune" / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
+    """The model on the mesh, ready to train, and a fresh trainable part; says how many matrices it has."""
+    started = time.monotonic()
+    dtype = config.param_dtype if config.method == "full" else config.dtype
+    model = read_model(opened, dtype, config.quantization)
+    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
+    model.config = dataclasses.replace(model.config, dtype=config.dtype, remat=remat)
+    model.params = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
+    trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config)
+    trainable = jax.device_put(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
+    log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
+    if isinstance(trainable, Adapter):
+        matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
+        log.info("adapter: %d matrices matched, %s trainable parameters", matched, f"{count(trainable):,}")
+    else:
+        log.info("full: %s trainable parameters", f"{count(trainable):,}")
+    return model, trainable
+
+
+def _place_state(mesh, model_config, trainable, optimizer, seed: int) -> TrainState:
+    """The first state, each leaf where it belongs."""
+    make = lambda trainable: init_state(trainable, optimizer, seed)  # noqa: E731
+    shapes = jax.eval_shape(make, trainable)
+    own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    shardings = parallel.like(trainable, own, shapes, parallel.replicated(mesh))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
+
+
+def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:
+    if different := runfolder.differences(config, folder):
+        raise errors.CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Go on with the same values, or start in another folder")
+    if not checkpoints.steps():
+        log.info("resume: %s has no checkpoint yet, so from the start", folder)
+        return state, notes
+    state, saved = checkpoints.restore(state)
+    if saved["fingerprint"] != notes["fingerprint"]:
+        raise errors.CheckpointError(f"the training rows are not those {folder} was trained on; put them back, or start in another folder")
+    log.info("resume: at step %d", int(state.step))
+    return state, saved
+
+
+def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, trainable, total_steps: int) -> None:
+    run = runfolder.provenance(mesh) | {
+        "seed": config.seed,
+        "model": {"source": config.model, "sha256": runfolder.file_hashes(path)},
+        "data": {"fingerprint": rows.train.fingerprint, "ledger": rows.ledger},
+        "counts": {
+            "trainable_parameters": count(trainable), "documents": len(rows.train.documents), "rows": len(rows.train.plan),
+            "tokens": rows.train.tokens, "trained_tokens": rows.train.trained_tokens, "packing_efficiency": rows.train.efficiency,
+            "steps_per_epoch": rows.train.steps_per_epoch, "steps": total_steps,
+        },
+    }  # fmt: skip
+    runfolder.write_text(folder / "run.json", json.dumps(run, indent=2, default=str))
+
+
+def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> Path:
+    """`adapter/` in PEFT's format, or `model/` in Hugging Face's; a result that is there already is replaced by the new one."""
+    if isinstance(trainable, Adapter):
+        out = folder / "adapter"
+        peft_files.save_adapter(trainable, model, out, replace=True)
+    else:
+        out = folder / "model"
+        save_model(model.config, trainable, out, model=model, replace=True)
+    log.info("result: %s", out)
+    return out
+
+
+def main() -> None:
+    """`python -m jaxtune.train`."""
+    arguments = cli.parse(cli.config_parser("train", __doc__))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = train(arguments.config, arguments.overrides)
+    log.info("done: %s", result.folder)
+
+
+cli.callable_module(__name__, train)
+
+if __name__ == "__main__":
+    errors.run(main)
