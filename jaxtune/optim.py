@@ -7,6 +7,7 @@ Layers are stacked (`layers/0/q` is `[L, out, in]`), so what depends on the shap
 moments, orthogonalisation) looks at the shape of one layer: a stacked norm `[L, D]` is still a norm.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +25,23 @@ STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     """`grads * min(1, max_norm / (norm + 1e-6))` and the norm before clipping (torch's formula); max_norm 0 leaves them alone."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if not max_norm:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
+
+
+def _arguments(function: Callable, given: tuple, what: str) -> dict[str, Any]:
+    """Keyword arguments for one of the functions below, each of the kind of its default."""
+    known = {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    for name, value in given:
+        if name not in known:
+            raise ConfigError(f"{what} cannot hold {name}; it takes {', '.join(known) or 'no keys'}.")
+        kind = type(known[name]) if isinstance(known[name], (str, bool)) else (int, float)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{name} in {what} is {value!r}, but its default is {known[name]!r}; write a value of that kind.")
+    return dict(given)
 
 
 # ---- schedules: the factor on learning_rate at steps 0, 1, ..., in float64, by the formulas of transformers.optimization ----
@@ -57,7 +70,7 @@ def _cosine_with_restarts(t, warmup, total, rate, num_cycles=1):
 
 def _cosine_with_min_lr(t, warmup, total, rate, num_cycles=0.5, min_lr=None, min_lr_rate=None):
     if (min_lr is None) == (min_lr_rate is None):
-        raise ConfigError("lr_scheduler_type cosine_with_min_lr needs one of lr_scheduler_kwargs.min_lr and lr_scheduler_kwargs.min_lr_rate.")
+        raise ConfigError("lr_scheduler_type cosine_with_min_lr needs lr_scheduler_kwargs: {min_lr: RATE} or {min_lr_rate: SHARE}.")
     low = min_lr / rate if min_lr_rate is None else min_lr_rate
     factor = 0.5 * (1.0 + np.cos(np.pi * num_cycles * 2.0 * _progress(t, warmup, total)))
     return np.maximum(0.0, factor * (1 - low) + low)
@@ -72,7 +85,7 @@ def _polynomial(t, warmup, total, rate, lr_end=1e-7, power=1.0):
 
 def _inverse_sqrt(t, warmup, total, rate, timescale=None):
     scale = timescale or warmup or 10_000
-    return 1.0 / np.sqrt((t + scale - warmup) / scale)
+    return 1.0 / np.sqrt((np.maximum(t, warmup) + scale - warmup) / scale)
 
 
 def _ramp(kind: str, progress):
@@ -87,7 +100,7 @@ def _ramp(kind: str, progress):
     return shapes[kind]()
 
 
-def _warmup_stable_decay(t, warmup, total, rate, num_decay_steps=0.1, warmup_type="linear", decay_type="linear", min_lr_ratio=0.0):
+def _warmup_stable_decay(t, warmup, total, rate, num_decay_steps=0.1, warmup_type="linear", decay_type="cosine", min_lr_ratio=0.0):
     decay = interval(num_decay_steps, total)
     if warmup + decay > total:
         raise ConfigError(f"warmup_steps and num_decay_steps are {warmup} + {decay} steps, but the run has only {total}.")
@@ -115,9 +128,8 @@ def _factors(config: Config, total_steps: int) -> np.ndarray:
     """The factor on the learning rate at steps 0 .. total_steps, float64."""
     name, t = config.lr_scheduler_type, np.arange(total_steps + 1, dtype=np.float64)
     warmup = interval(config.warmup_steps, total_steps)
-    function, given = SCHEDULES[name], dict(config.lr_scheduler_kwargs)
-    _only(given, function.__code__.co_varnames[4 : function.__code__.co_argcount], f"lr_scheduler_kwargs of {name}")
-    factor = function(t, warmup, total_steps, config.learning_rate, **given)
+    given = _arguments(SCHEDULES[name], config.lr_scheduler_kwargs, f"lr_scheduler_kwargs of {name}")
+    factor = SCHEDULES[name](t, warmup, total_steps, config.learning_rate, **given)
     if name == "warmup_stable_decay":  # its warm-up has a shape and a floor of its own
         return factor
     return np.where(t < warmup, t / max(1, warmup), factor)
@@ -143,12 +155,6 @@ def schedule(config: Config, total_steps: int) -> Callable[[Any], Any]:
 
 
 # ---- optimisers ----
-
-
-def _only(given: dict, known: tuple[str, ...], what: str) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ConfigError(f"{what} cannot hold {unknown[0]}; " + (f"it takes {', '.join(known)}." if known else "it takes no keys."))
 
 
 def _name(path: tuple) -> str:
@@ -207,8 +213,11 @@ def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) ->
         return _per_layer(_name(path), p) >= 2
 
     def init(params):
-        row = jax.tree_util.tree_map_with_path(lambda k, p: jnp.zeros(p.shape[:-1] if matrix(k, p) else p.shape, jnp.float32), params)
-        col = jax.tree_util.tree_map_with_path(lambda k, p: jnp.zeros(p.shape[:-2] + p.shape[-1:] if matrix(k, p) else (0,), jnp.float32), params)
+        def zeros(of_matrix, of_vector):
+            return jax.tree_util.tree_map_with_path(lambda k, p: jnp.zeros((of_matrix if matrix(k, p) else of_vector)(p.shape)), params)
+
+        row = zeros(lambda shape: shape[:-1], lambda shape: shape)
+        col = zeros(lambda shape: shape[:-2] + shape[-1:], lambda shape: (0,))
         return FactoredState(jnp.zeros((), jnp.int32), row, col)
 
     def update(grads, state, params=None):
@@ -284,16 +293,16 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     Raises:
         ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule has not.
     """
-    core, given = OPTIMIZERS[config.optim], dict(config.optim_args)
-    _only(given, core.__code__.co_varnames[1 : core.__code__.co_argcount], f"optim_args of {config.optim}")
+    core = OPTIMIZERS[config.optim]
+    core = core(config, **_arguments(core, config.optim_args, f"optim_args of {config.optim}"))
     decay = optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity()
     # torch's SGD adds the decay to the gradient, all the others to the update
-    parts = [decay, core(config, **given)] if config.optim == "sgd" else [core(config, **given), decay]
+    parts = [decay, core] if config.optim == "sgd" else [core, decay]
     return _in_float32(optax.chain(*parts, _descend(config, total_steps)))
 
 
 def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """`- rate(step) * factor` per leaf. LoRA+ (arXiv 2402.12354): b and vectors `loraplus_lr_ratio` times, embeddings a rate of their own."""
+    """`- rate(step) * factor` per leaf; LoRA+ (arXiv 2402.12354): `loraplus_lr_ratio` for b and vectors, for embeddings their own rate."""
     rate, ratio = schedule(config, total_steps), config.loraplus_lr_ratio
 
     def factor(path, leaf) -> float:

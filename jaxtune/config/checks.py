@@ -14,12 +14,14 @@ LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "orpo":
 PREFERENCE = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "cpo": 0.1, "simpo": 0.1}  # beta
 
 AT_LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "warmup_steps": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "eval_steps": 0,
     "save_total_limit": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0, "logits_chunk_size": 1, "seed": 0,
     "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.num_proc": 1, "evaluate.max_new_tokens": 1, "evaluate.limit": 1,
 }  # fmt: skip
-ABOVE = {"logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0, "lora.lora_alpha": 0}
+ABOVE = {
+    "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0, "lora.lora_alpha": 0,
+}  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1}
 
 
@@ -79,6 +81,8 @@ def _bounds(config: "Config") -> None:
             value = _get(config, path)
             if isinstance(value, (int, float)) and (wrong(value, bound) or not math.isfinite(value)):
                 raise ConfigError(f"{path} is {value}, but has to be {words} {bound}.")
+    if config.lr_scheduler_type == "constant" and config.warmup_steps:
+        raise ConfigError("lr_scheduler_type constant has no warm-up; write constant_with_warmup, or leave warmup_steps out.")
     if config.max_steps == 0 or config.max_steps < -1:
         raise ConfigError(f"max_steps is {config.max_steps}, but has to be positive, or -1 to train num_train_epochs.")
     if config.max_steps == -1 and config.num_train_epochs <= 0:
