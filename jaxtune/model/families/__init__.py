@@ -7,6 +7,8 @@ transformers is the reference. Keys that its model code does not read change not
 there in training only and are not applied here; a key that it reads and we do not implement is in the family's `refused` list.
 """
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,4 +54,4 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
-    return family.config({**family.defaults, **hf})
+    return dataclasses.replace(family.config({**family.defaults, **hf}), hf_json=json.dumps(hf))

@@ -59,6 +59,7 @@ class ModelConfig:
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
+    hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
     @property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
