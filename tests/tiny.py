@@ -4,6 +4,7 @@ import json
 
 import ml_dtypes
 import numpy as np
+from chat import make_tokenizer
 from safetensors.numpy import save_file
 
 from jaxtune.model.families import from_hf
@@ -47,3 +48,12 @@ def write(folder, hf=LLAMA, tensors=None, dtype="float32"):
     (folder / "config.json").write_text(json.dumps(hf | {"dtype": dtype}))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return tensors
+
+
+def write_chat_model(folder, hf=LLAMA, seed=0):
+    """A model folder with a small tokenizer and ChatML template, so that a whole run works on it; returns the tokenizer."""
+    tokenizer = make_tokenizer("chatml")
+    hf = hf | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 256}
+    write(folder, hf, hf_tensors(hf, seed=seed))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
