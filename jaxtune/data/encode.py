@@ -2,19 +2,25 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 
+from jaxtune.config import Config
+from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row, RowError
-from jaxtune.data.formats import Chat, Completion, Example, Text
 from jaxtune.data.ledger import Ledger
 from jaxtune.data.masks import Piece, same_text, trained_tokens, trained_turns
 from jaxtune.data.templates import Template
 from jaxtune.errors import DataError
 
 CHUNK = 512
+SFT = (Text, Completion, Chat, Segments, Tokens)
+HELP = {
+    Text: "text", Completion: "prompt and completion", Chat: "messages", Segments: "segments", Tokens: "input_ids",
+    Pair: "chosen and rejected", Labelled: "an answer with a label", Steps: "completions with labels", Prompt: "a prompt without an answer",
+}  # fmt: skip
 Doc = tuple[list[int], np.ndarray]
 
 
@@ -27,9 +33,13 @@ class Encoded:
 
 
 class Encoder:
-    """Turns examples into documents by the settings of a `DataConfig`, and books what happens to them."""
+    """Turns examples into documents by the settings of a config, and books what happens to them.
 
-    def __init__(self, data: Any, tokenizer: Any, ledger: Ledger, template: str | None = None):
+    A row of `kinds` SFT, Labelled or Steps gives one document, a Pair two, the chosen one first.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any, ledger: Ledger, kinds: tuple[type, ...] = SFT, template: str | None = None):
+        data = config.data
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 "the tokenizer gives no offsets (it is not a fast one), so trained text cannot be located; "
@@ -38,6 +48,7 @@ class Encoder:
         if data.add_eos and tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token to end rows with; set data.add_eos: false")
         self.data, self.tokenizer, self.ledger = data, tokenizer, ledger
+        self.kinds, self.objective = kinds, config.objective
         self._override = template
         self._template: Template | None = None
 
@@ -68,20 +79,43 @@ class Encoder:
                     self.ledger.fault(error)
 
     def pieces(self, row: Row, example: Example) -> list[Piece]:
-        """The text, or texts, of an example and what of it is trained."""
+        """The texts of an example, one for each document, and what of them is trained."""
+        if not isinstance(example, self.kinds):
+            needed = " or ".join(HELP[kind] for kind in self.kinds)
+            raise row.fail(f"the row has {HELP[type(example)]}; objective {self.objective} needs {needed}")
+        if isinstance(example, Pair):
+            pieces = [self._piece(row, side) for side in (example.chosen, example.rejected)]
+            if pieces[0].text == pieces[1].text:
+                self.ledger.problem("chosen_equals_rejected", row, "chosen and rejected are the same")
+            return pieces
+        if isinstance(example, Labelled):
+            piece = self._piece(row, example.example)
+            return [replace(piece, marks=(1 + example.label,) * len(piece.spans))]
+        return [self._piece(row, example)]
+
+    def _piece(self, row: Row, example: Example) -> Piece:
         mode = self.data.train_on
         if isinstance(example, Chat):
-            return [self._chat(row, example)]
+            return self._chat(row, example)
         if isinstance(example, Text):
             if mode not in ("completion", "all"):
                 raise row.fail(f"a row of plain text has no turns, so train_on: {mode} trains nothing; set train_on: all")
-            return [Piece(row, example.text, [(0, len(example.text))], plain=True, splittable=True)]
+            return Piece(row, example.text, [(0, len(example.text))], special=True, eos=True, splittable=True)
         if isinstance(example, Completion):
             if not example.completion.strip():
                 self.ledger.problem("empty_answer", row, "the completion is empty")
             whole = example.prompt + example.completion
-            return [Piece(row, whole, [(0 if mode == "all" else len(example.prompt), len(whole))], plain=True)]
-        raise row.fail(f"a {type(example).__name__} row cannot be used for this objective")
+            return Piece(row, whole, [(0 if mode == "all" else len(example.prompt), len(whole))], special=True, eos=True)
+        if isinstance(example, Tokens):
+            if max(example.ids) >= len(self.tokenizer):
+                raise row.fail(f"token id {max(example.ids)} is not in the tokenizer, which has {len(self.tokenizer)}")
+            return Piece(row, "", [], ids=example.ids, mask=[int(mode == "all" or trained) for trained in example.trained])
+        if isinstance(example, Steps):
+            return _steps(row, example)
+        assert isinstance(example, Segments)
+        ends = [0, *accumulate(len(text) for text, _ in example.parts)]
+        spans = [(a, b) for a, b, (_, trained) in zip(ends, ends[1:], example.parts, strict=False) if trained or mode == "all"]
+        return Piece(row, "".join(text for text, _ in example.parts), spans)
 
     def _chat(self, row: Row, chat: Chat) -> Piece:
         if self.data.system and chat.messages[0]["role"] not in ("system", "developer"):
@@ -110,16 +144,19 @@ class Encoder:
         """For each piece its ids, its mask, and for each trained run the text it stands for beside the text it decodes to."""
         ids: list[list[int]] = [[]] * len(pieces)
         offsets: list[list[tuple[int, int]]] = [[]] * len(pieces)
-        for plain in (True, False):
-            numbers = [n for n, piece in enumerate(pieces) if piece.plain == plain]
+        for special in (True, False):
+            numbers = [n for n, piece in enumerate(pieces) if piece.special == special and piece.ids is None]
             if not numbers:
                 continue
             encoded = self.tokenizer(
-                [pieces[n].text for n in numbers], add_special_tokens=plain, return_offsets_mapping=True,
+                [pieces[n].text for n in numbers], add_special_tokens=special, return_offsets_mapping=True,
                 return_attention_mask=False, return_token_type_ids=False, verbose=False,
             )  # fmt: skip
             for n, row_ids, row_offsets in zip(numbers, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 ids[n], offsets[n] = row_ids, row_offsets
+        for n, piece in enumerate(pieces):
+            if piece.ids is not None:
+                ids[n] = piece.ids
         masked = [trained_tokens(piece, row_offsets) for piece, row_offsets in zip(pieces, offsets, strict=True)]
         runs = [ids[n][lo:hi] for n, (_, places) in enumerate(masked) for lo, hi, _ in places]
         decoded = iter(self.tokenizer.batch_decode(runs, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -138,12 +175,12 @@ class Encoder:
                 )
         bos = self.tokenizer.bos_token_id
         if len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-            adder = "tokenizer" if piece.plain else "chat template"
+            adder = "tokenizer" if piece.special else "chat template"
             self.ledger.problem(
                 "double_bos", row, f"the row begins with {self.tokenizer.bos_token!r} twice; take it out of the text, the {adder} adds it"
             )
-        if piece.plain and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
-            ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos))
+        if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
+            ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
         mask[:1] = 0
         if not mask.any():
             raise row.fail("no token of the row is trained on: the answer is empty; remove the row", "no_trained_token")
@@ -186,6 +223,15 @@ class Encoder:
             )
         self.ledger.cut[row.number] = self.ledger.cut.get(row.number, 0) + len(ids) - size
         return ids[keep], kept
+
+
+def _steps(row: Row, example: Steps) -> Piece:
+    """Prompt and steps, each on lines of its own; the line break after a step carries its label."""
+    text, spans = example.prompt + "\n", []
+    for step in example.steps:
+        text += step + "\n"
+        spans.append((len(text) - 1, len(text)))
+    return Piece(row, text, spans, special=True, marks=tuple(1 + label for label in example.labels))
 
 
 def _split(doc: Doc, size: int) -> list[Doc]:

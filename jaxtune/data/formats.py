@@ -1,98 +1,169 @@
-"""What a row means: every file format becomes one of a few examples."""
+"""What a row means: every format people have becomes one of a few examples."""
 
-import json
+import difflib
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
+from jaxtune.data import turns
+from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row
+from jaxtune.data.turns import fields, messages, short
+from jaxtune.errors import DataError
 
 
-@dataclass(frozen=True)
-class Text:
-    """Plain text; everything is trained. `{"text": str}`"""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Plain text after plain text; the completion is trained. `{"prompt": str, "completion": str}`"""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Turns for the tokenizer's chat template.
-
-    Attributes:
-        messages: `{"role", "content", ...}`, as the template wants them.
-        start: messages before this one are the prompt.
-        tools: JSON schemas for the template, or None.
-        template_kwargs: further variables of the template.
-    """
-
-    messages: list[dict]
-    start: int = 0
-    tools: list | None = None
-    template_kwargs: dict = field(default_factory=dict)
-
-
-Example = Text | Completion | Chat
-
-
-def text(row: Row) -> Text:
-    """`{"text": str}`"""
+def _text(row: Row) -> Text:
     return Text(_string(row, "text"))
 
 
-def prompt_completion(row: Row) -> Completion | Chat:
-    """`{"prompt": str, "completion": str}`, or both a list of messages."""
-    if isinstance(row.fields.get("prompt"), list):
-        prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
-        return _chat(row, prompt + completion, start=len(prompt))
-    return Completion(_string(row, "prompt"), _string(row, "completion"))
+def _prompt_completion(row: Row) -> Completion | Chat:
+    return _answer(row, "prompt", "completion")
 
 
-def messages(row: Row) -> Chat:
-    """`{"messages": [{"role", "content"}, ...]}`, with `tools` and `chat_template_kwargs` where there are any."""
-    return _chat(row, _messages(row, "messages"))
+def _messages(row: Row) -> Chat:
+    return _chat(row, messages(row, "messages"))
 
 
-def alpaca(row: Row) -> Chat:
-    """`{"instruction", "input", "output", "system", "history": [[question, answer], ...]}`; the last three may be missing.
-
-    The user's turn is the instruction and, on the next line, the input; the answer `output` is the completion, and
-    `history` is earlier turns of the prompt.
-    """
-    turns = []
+def _sharegpt(row: Row) -> Chat:
+    said = messages(row, "conversations")
     if system := _optional(row, "system"):
-        turns.append({"role": "system", "content": system})
+        said = [{"role": "system", "content": system}, *said]
+    return _chat(row, said)
+
+
+def _alpaca(row: Row) -> Chat:
+    prompt = _alpaca_prompt(row)
+    return Chat([*prompt, {"role": "assistant", "content": _string(row, "output")}], start=len(prompt))
+
+
+def _alpaca_prompt(row: Row) -> list[dict]:
+    """System, history and the user's turn: the instruction and, on the next line, the input (LLaMA-Factory's reading)."""
+    said = []
+    if system := _optional(row, "system"):
+        said.append({"role": "system", "content": system})
     for pair in row.fields.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise row.fail('"history" must be a list of [question, answer] pairs of strings')
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    given = _optional(row, "input")
-    instruction = _string(row, "instruction")
-    turns.append({"role": "user", "content": f"{instruction}\n{given}" if given else instruction})
-    return Chat([*turns, {"role": "assistant", "content": _string(row, "output")}], start=len(turns))
+        said += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    given, instruction = _optional(row, "input"), _string(row, "instruction")
+    return [*said, {"role": "user", "content": f"{instruction}\n{given}" if given else instruction}]
 
 
-# In the order of detection: the first whose fields are all there.
+def _preference(row: Row) -> Pair:
+    """Explicit (`prompt`), LLaMA-Factory's (`conversations`, or Alpaca's `instruction`), or implicit: what both begin with."""
+    prompt, given = None, row.fields.get("prompt")
+    whole = [side for side in ("chosen", "rejected") if isinstance(row.fields[side], list)]
+    if "conversations" in row.fields:
+        prompt = _sharegpt(row).messages
+    elif "instruction" in row.fields:
+        prompt = _alpaca_prompt(row)
+    elif given is None or (len(whole) == 2 and isinstance(given, str) and all(_opens_with(row.fields[side], given) for side in whole)):
+        return _implicit(row)  # also UltraFeedback's: the prompt once more, as a string, beside two whole conversations
+    elif isinstance(given, str) and whole:
+        prompt = [{"role": "user", "content": given}]
+    return Pair(*(_answer(row, "prompt", side, prompt) for side in ("chosen", "rejected")))
+
+
+def _opens_with(side: list, prompt: str) -> bool:
+    return bool(side) and isinstance(side[0], dict) and prompt in (side[0].get("content"), side[0].get("value"))
+
+
+def _implicit(row: Row) -> Pair:
+    if isinstance(row.fields.get("chosen"), str):
+        chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+        start = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+        if start and chosen[start - 1] == " ":  # the space belongs to the answer's first token
+            start -= 1
+        return Pair(Completion(chosen[:start], chosen[start:]), Completion(chosen[:start], rejected[start:]))
+    chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+    longest = min(len(chosen), len(rejected)) - 1
+    start = next((n for n in range(longest) if chosen[n] != rejected[n]), longest)
+    return Pair(_chat(row, chosen, start), _chat(row, rejected, start))
+
+
+def _openai_preference(row: Row) -> Pair:
+    inner = row.fields["input"]
+    if not isinstance(inner, dict):
+        raise row.fail(f"'input' must be like {{\"messages\": [...]}}, this is {short(inner)}")
+    row = replace(row, fields={**row.fields, **inner})
+    prompt = messages(row, "messages")
+    return Pair(*(_chat(row, prompt + messages(row, side), len(prompt)) for side in ("preferred_output", "non_preferred_output")))
+
+
+def _unpaired(row: Row) -> Labelled:
+    key = "label" if "label" in row.fields else "kto_tag"
+    label = row.fields[key]
+    if isinstance(label, str) and label.lower() in ("true", "false"):  # CSV has nothing but strings
+        label = label.lower() == "true"
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise row.fail(f"{key!r} must be true or false, this is {short(label)}")
+    if "completion" in row.fields:
+        return Labelled(_prompt_completion(row), bool(label))
+    chat = _messages(row) if "messages" in row.fields else _sharegpt(row) if "conversations" in row.fields else _alpaca(row)
+    return Labelled(replace(chat, start=len(chat.messages) - 1), bool(label))
+
+
+def _stepwise(row: Row) -> Steps:
+    steps, labels = row.fields["completions"], row.fields["labels"]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not steps:
+        raise row.fail(f"'completions' must be a list of strings, this is {short(steps)}")
+    if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, (bool, int)) for label in labels):
+        raise row.fail(f"'labels' must hold true or false for each of the {len(steps)} completions, this is {short(labels)}")
+    return Steps(_string(row, "prompt"), steps, [bool(label) for label in labels])
+
+
+def _tokenised(row: Row) -> Tokens:
+    ids = row.fields["input_ids"]
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise row.fail(f"'input_ids' must be a list of token ids, this is {short(ids)}")
+    for key in ("labels", "completion_mask", "assistant_masks"):
+        marks = row.fields.get(key)
+        if marks is not None:
+            if not isinstance(marks, list) or len(marks) != len(ids):
+                raise row.fail(f"{key!r} must be as long as 'input_ids', {len(ids)}")
+            return Tokens(ids, [mark not in (-100, None) if key == "labels" else bool(mark) for mark in marks])
+    return Tokens(ids, [True] * len(ids))
+
+
+def _segments(row: Row) -> Segments:
+    parts = row.fields["segments"]
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        raise row.fail(f'\'segments\' must be a list like [{{"label": true, "text": "..."}}], this is {short(parts)}')
+    return Segments([(part["text"], bool(part.get("label"))) for part in parts])
+
+
+def _prompt(row: Row) -> Prompt:
+    given = row.fields["prompt"]
+    prompt = messages(row, "prompt") if isinstance(given, list) else _string(row, "prompt")
+    return Prompt(prompt, turns.tools(row), row.fields.get("chat_template_kwargs") or {})
+
+
+# name: (fields that a row of it has, reader), in the order of detection. A field "a|b" is one or the other.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
-    "messages": (("messages",), messages),
-    "prompt_completion": (("prompt", "completion"), prompt_completion),
-    "alpaca": (("instruction", "output"), alpaca),
-    "text": (("text",), text),
+    "tokenised": (("input_ids",), _tokenised),
+    "segments": (("segments",), _segments),
+    "openai_preference": (("input", "preferred_output", "non_preferred_output"), _openai_preference),
+    "preference": (("chosen", "rejected"), _preference),
+    "stepwise": (("prompt", "completions", "labels"), _stepwise),
+    "unpaired": (("label|kto_tag", "completion|messages|conversations|instruction"), _unpaired),
+    "messages": (("messages",), _messages),
+    "sharegpt": (("conversations",), _sharegpt),
+    "prompt_completion": (("prompt", "completion"), _prompt_completion),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "text": (("text",), _text),
+    "prompt": (("prompt",), _prompt),
 }
 
 
 def detect(row: Row) -> str:
-    """The name of the format whose fields the row has."""
+    """The name of the first format whose fields the row has."""
     for name, (needed, _) in FORMATS.items():
-        if all(key in row.fields for key in needed):
+        if all(any(key in row.fields for key in keys.split("|")) for keys in needed):
+            label = row.fields.get("label")
+            if name == "unpaired" and "label" in row.fields and not isinstance(label, bool):
+                continue  # some other label, a class name for example
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
     raise row.fail(
@@ -101,67 +172,74 @@ def detect(row: Row) -> str:
     )
 
 
+def parse(row: Row, name: str | None) -> Example:
+    """The example a row stands for: by the format `name`, by a function named by its dotted path, or by the row's own fields.
+
+    A function takes the row as a dict and returns a dict in one of the formats here.
+    """
+    if name is None:
+        return FORMATS[detect(row)][1](row)
+    if name not in FORMATS and "." in name:
+        made = _function(name)(dict(row.fields))
+        if not isinstance(made, dict):
+            raise row.fail(f"data.format {name} must return a dict in one of jaxtune's formats, it returned {short(made)}")
+        return parse(replace(row, fields=made), None)
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, 1, 0.5)
+        raise DataError(
+            f"data.format: {name} is no format; " + (f"did you mean {near[0]}?" if near else "")
+            + f" There are {', '.join(FORMATS)}, and functions by their dotted path (my_module.my_function)"
+        )  # fmt: skip
+    for keys in FORMATS[name][0]:
+        if not any(key in row.fields for key in keys.split("|")):
+            raise row.fail(f"the field {keys.replace('|', ' or ')!r} is missing; {fields(row)}")
+    return FORMATS[name][1](row)
+
+
+@lru_cache
+def _function(path: str) -> Callable[[dict], Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"data.format: {path} cannot be imported ({error}); name a function of a module on PYTHONPATH") from None
+
+
 def rename(row: Row, columns: dict[str, str]) -> Row:
     """The row under the names the formats use; `columns` maps a format's name to the file's."""
     if not columns:
         return row
     for ours, theirs in columns.items():
         if theirs not in row.fields:
-            raise row.fail(f"no field {theirs!r}, which data.columns names for {ours!r}; {_fields(row)}")
+            raise row.fail(f"no field {theirs!r}, which data.columns names for {ours!r}; {fields(row)}")
     taken = set(columns.values()) | set(columns)
-    fields = {key: value for key, value in row.fields.items() if key not in taken}
-    fields |= {ours: row.fields[theirs] for ours, theirs in columns.items()}
-    return Row(row.file, row.number, row.unit, fields)
+    kept = {key: value for key, value in row.fields.items() if key not in taken}
+    return replace(row, fields=kept | {ours: row.fields[theirs] for ours, theirs in columns.items()})
 
 
-def _fields(row: Row) -> str:
-    return f"the row has {', '.join(map(repr, row.fields)) or 'none'}"
+def _answer(row: Row, prompt_key: str, key: str, prompt: list[dict] | None = None) -> Completion | Chat:
+    """A prompt and what follows it, both strings or both messages; `prompt`, where it is given, is the prompt already read."""
+    if prompt is None and isinstance(row.fields.get(prompt_key), list):
+        prompt = messages(row, prompt_key)
+    if prompt is None:
+        return Completion(_string(row, prompt_key), _string(row, key))
+    if isinstance(row.fields.get(key), str):
+        return _chat(row, [*prompt, {"role": "assistant", "content": row.fields[key]}], len(prompt))
+    return _chat(row, prompt + messages(row, key), len(prompt))
+
+
+def _chat(row: Row, said: list[dict], start: int = 0) -> Chat:
+    return Chat(said, start, turns.tools(row), row.fields.get("chat_template_kwargs") or {})
 
 
 def _string(row: Row, key: str) -> str:
     if key not in row.fields:
-        raise row.fail(f"the field {key!r} is missing; {_fields(row)}")
+        raise row.fail(f"the field {key!r} is missing; {fields(row)}")
     value = row.fields[key]
     if not isinstance(value, str):
-        raise row.fail(f"{key!r} must be a string, this is {_short(value)}")
+        raise row.fail(f"{key!r} must be a string, this is {short(value)}")
     return value
 
 
 def _optional(row: Row, key: str) -> str:
     return _string(row, key) if row.fields.get(key) is not None else ""
-
-
-def _messages(row: Row, key: str) -> list[dict]:
-    value = row.fields.get(key)
-    if key not in row.fields:
-        raise row.fail(f"the field {key!r} is missing; {_fields(row)}")
-    if not isinstance(value, list) or not value:
-        raise row.fail(f"{key!r} must be a list of messages, this is {_short(value)}")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise row.fail(f'message {number} of {key!r} must be like {{"role": "user", "content": "..."}}, this is {_short(message)}')
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise row.fail(f"message {number} of {key!r} ({message['role']}): content must be a string, this is {_short(content)}")
-    # Arrow fills the fields a message lacks with None, which templates take for given.
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
-
-
-def _chat(row: Row, turns: list[dict], start: int = 0) -> Chat:
-    tools = row.fields.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise row.fail(f"'tools' is not valid JSON ({error.msg}); write a list of JSON schemas") from None
-    return Chat(turns, start, tools or None, row.fields.get("chat_template_kwargs") or {})
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def parse(row: Row, name: str | None) -> Example:
-    """The example a row stands for, by the format `name`, or by its fields."""
-    return FORMATS[name or detect(row)][1](row)

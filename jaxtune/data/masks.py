@@ -3,11 +3,12 @@
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
+from jaxtune.data.examples import Chat
 from jaxtune.data.files import Row
-from jaxtune.data.formats import Chat
 
 FLAGS = ("train", "training", "weight")  # ours, Axolotl's, OpenAI's
 
@@ -20,15 +21,22 @@ class Piece:
         row: where it came from.
         text: all of it.
         spans: ranges [from, to) of `text`, in order.
-        plain: the text is not the output of a chat template: the tokenizer adds its BOS, and we add EOS.
+        special: the tokenizer adds its special tokens (BOS). Not for the output of a chat template, which has its own.
+        eos: EOS is put after the text, unless it ends with it. Not for the output of a chat template either.
         splittable: nothing but text, which may be cut into several documents.
+        marks: the mask value of each span; none: 1. Objectives with labels use 1 for a bad answer or step, 2 for a good one.
+        ids: token ids that were given as such, with `mask`; the text is then empty.
     """
 
     row: Row
     text: str
     spans: list[tuple[int, int]]
-    plain: bool = False
+    special: bool = False
+    eos: bool = False
     splittable: bool = False
+    marks: tuple[int, ...] = ()
+    ids: list[int] | None = None
+    mask: list[int] | None = None
 
 
 def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
@@ -64,22 +72,25 @@ def trained_tokens(piece: Piece, offsets: list[tuple[int, int]]) -> tuple[np.nda
     Token i is taken to begin where the one before it ended, if its own offset is later: byte-level tokenizers leave
     white space out of theirs.
     """
+    if piece.mask is not None:
+        return np.asarray(piece.mask, np.uint8), []
     own = np.asarray(offsets, np.int64).reshape(-1, 2)
     ends = np.maximum.accumulate(own[:, 1])
     starts = np.maximum.accumulate(np.minimum(own[:, 0], np.concatenate([[0], ends[:-1]])))
     mask, runs = np.zeros(len(own), np.uint8), []
-    for a, b in piece.spans:
+    for (a, b), mark in zip(piece.spans, piece.marks or repeat(1), strict=False):
         lo, hi = int(np.searchsorted(ends, a, "right")), int(np.searchsorted(starts, b, "left"))
         if hi > lo:
-            mask[lo:hi] = 1
+            mask[lo:hi] = mark
             runs.append((lo, hi, piece.text[starts[lo] : ends[hi - 1]]))
     return mask, runs
 
 
 def same_text(a: str, b: str) -> bool:
     """Equal but for white space (sentencepiece drops a leading space) and Unicode's compatibility forms (a tokenizer may normalise)."""
-    return a == b or _plain(a) == _plain(b)
+    return a == b or squeeze(a) == squeeze(b)
 
 
-def _plain(text: str) -> str:
+def squeeze(text: str) -> str:
+    """Text without white space, in compatibility form."""
     return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text))

@@ -17,12 +17,13 @@ from jaxtune.data import documents as store
 from jaxtune.data import files, formats, quality
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import Encoder
+from jaxtune.data.examples import Example
 from jaxtune.data.ledger import Ledger
 from jaxtune.data.packing import make_plan
 from jaxtune.data.source import Source
 from jaxtune.errors import DataError
 
-MAKERS = ("documents", "encode", "files", "formats", "ledger", "masks", "prepare", "templates")
+MAKERS = ("documents", "encode", "files", "formats", "examples", "ledger", "masks", "prepare", "templates", "turns")
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = ("max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality")
 
@@ -100,9 +101,9 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any) -> Documents:
     if (folder / "info.json").exists():
         return Documents.load(folder)
     ledger = Ledger(source.path).by(quality.policies(config))
-    encoder = Encoder(config.data, tokenizer, ledger, override)
+    encoder = Encoder(config, tokenizer, ledger, template=override)
 
-    def examples() -> Iterator[tuple[files.Row, formats.Example]]:
+    def examples() -> Iterator[tuple[files.Row, Example]]:
         for row in read(source, config):
             yield row, formats.parse(row, source.format or config.data.format)
 

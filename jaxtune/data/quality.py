@@ -9,6 +9,7 @@ from jaxtune.errors import ConfigError
 DEFAULTS = {
     "double_bos": "error",
     "stop_token_untrained": "error",
+    "chosen_equals_rejected": "keep",
     "empty_answer": "keep",
 }
 

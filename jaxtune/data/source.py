@@ -109,7 +109,7 @@ class Source:
         for segment, doc in enumerate(docs, 1):
             tokens, mask = self.documents[doc]
             where = (*place, slice(start, start + len(tokens)))
-            batch.tokens[where], batch.weights[where] = tokens, mask
+            batch.tokens[where], batch.weights[where] = tokens, mask > 0
             batch.positions[where] = np.arange(len(tokens))
             batch.segments[where] = segment
             start += len(tokens)

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtune.data.examples import Chat
 from jaxtune.data.files import Row
-from jaxtune.data.formats import Chat
-from jaxtune.data.masks import FLAGS
+from jaxtune.data.masks import FLAGS, squeeze
 from jaxtune.errors import DataError
 
 _MARK = re.compile("[\U00100000-\U0010fffd]")
@@ -131,6 +131,8 @@ class Template:
                 f"the chat template rewrites message {number + 1} (assistant) when later messages follow, so what would be trained is not "
                 "what was said; use train_on: last, or one row per answer"
             )
+        if squeeze(_content(chat.messages[number])) not in squeeze(text[len(prompt) : len(upto)]):
+            raise row.fail(f"the chat template rewrites message {number + 1} (assistant): what would be trained is not what was said")
         last = max(self._special.finditer(text, len(prompt), len(upto)), key=re.Match.start, default=None)
         end = len(prompt) + len(text[len(prompt) : len(upto)].rstrip())
         if last is not None and not text[last.end() : len(upto)].strip():

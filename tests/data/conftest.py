@@ -6,6 +6,10 @@ import pytest
 from chat import SPECIAL, make_tokenizer
 
 from jaxtune.config import load_config
+from jaxtune.data.encode import Encoder
+from jaxtune.data.files import Row
+from jaxtune.data.formats import parse
+from jaxtune.data.ledger import Ledger
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +39,35 @@ def bare():
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = None
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_with():
+    """Make a family's tokenizer with another template."""
+    return lambda family, template: make_tokenizer(family, template)
+
+
+def _encode(tokenizer, row, **data):
+    config = load_config({"model": "none", "output_dir": "none", "data": {"train": "none", "max_length": 4096} | data})
+    encoder = Encoder(config, tokenizer, Ledger("rows").by({"stop_token_untrained": "error", "double_bos": "error"}))
+    row = Row("rows", 1, "row", row)
+    (encoded,) = encoder.encode([(row, parse(row, None))])
+    ((ids, mask),) = encoded.docs
+    return ids, mask
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """Token ids and mask of one row: `encode(tokenizer, row, **data)`."""
+    return _encode
+
+
+@pytest.fixture(scope="session")
+def underlined():
+    """The text of the trained tokens of one row."""
+
+    def underlined(tokenizer, row, **data):
+        ids, mask = _encode(tokenizer, row, **data)
+        return tokenizer.decode([token for token, trained in zip(ids, mask, strict=True) if trained])
+
+    return underlined

@@ -1,0 +1,87 @@
+"""The few things a row can mean."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; everything is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text after plain text; the completion is trained."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns for the tokenizer's chat template.
+
+    Attributes:
+        messages: `{"role", "content", ...}`, as the template wants them.
+        start: messages before this one are the prompt.
+        tools: JSON schemas for the template, or None.
+        template_kwargs: further variables of the template.
+    """
+
+    messages: list[dict]
+    start: int = 0
+    tools: list | None = None
+    template_kwargs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Plain text in pieces, each trained or not."""
+
+    parts: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, used as they are, and which of them are trained as targets."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first one better."""
+
+    chosen: Completion | Chat
+    rejected: Completion | Chat
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer that is good or not."""
+
+    example: Completion | Chat
+    label: bool
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An answer in steps, each right or not."""
+
+    prompt: str
+    steps: list[str]
+    labels: list[bool]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt alone: a string, or messages that end before the answer."""
+
+    prompt: str | list[dict]
+    tools: list | None = None
+    template_kwargs: dict = field(default_factory=dict)
+
+
+Example = Text | Completion | Chat | Segments | Tokens | Pair | Labelled | Steps | Prompt

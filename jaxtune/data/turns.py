@@ -1,0 +1,105 @@
+"""Lists of messages, as people write them, in the one form that chat templates take: `{"role", "content", ...}`."""
+
+import json
+from typing import Any
+
+from jaxtune.data.files import Row
+
+# ShareGPT and its descendants: every name in use for who speaks.
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "input": "user", "question": "user",
+    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "output": "assistant", "answer": "assistant", "bing": "assistant", "bard": "assistant", "claude": "assistant",
+    "function_call": "assistant", "function-call": "assistant", "tool_call": "assistant",
+    "system": "system", "developer": "developer",
+    "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
+CALLS = ("function_call", "function-call", "tool_call")
+
+
+def messages(row: Row, key: str) -> list[dict]:
+    """The list in field `key`: OpenAI's `{"role", "content"}` or ShareGPT's `{"from", "value"}` messages."""
+    value = row.fields.get(key)
+    if key not in row.fields:
+        raise row.fail(f"the field {key!r} is missing; {fields(row)}")
+    if isinstance(value, dict):
+        value = [value]  # LLaMA-Factory's `chosen` and `rejected` are one message
+    if not isinstance(value, list) or not value:
+        raise row.fail(f"{key!r} must be a list of messages, this is {short(value)}")
+    return [_message(row, key, number, message) for number, message in enumerate(value, 1)]
+
+
+def _message(row: Row, key: str, number: int, message: Any) -> dict:
+    where = f"message {number} of {key!r}"
+    if isinstance(message, dict) and isinstance(message.get("from"), str):
+        return _sharegpt(row, where, message)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise row.fail(f'{where} must be like {{"role": "user", "content": "..."}}, this is {short(message)}')
+    content = message.get("content")
+    # Arrow fills the fields a message lacks with None, which templates take for given.
+    message = {name: part for name, part in message.items() if part is not None}
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_call(row, where, call) for call in message["tool_calls"]]
+        message.setdefault("content", "")
+    elif isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        message["content"] = "".join(part["text"] for part in content)  # OpenAI's parts, all of them text
+    elif not isinstance(content, str):
+        raise row.fail(f"{where} ({message['role']}): content must be a string, this is {short(content)}")
+    return message
+
+
+def _sharegpt(row: Row, where: str, message: dict) -> dict:
+    name, value = message["from"], message.get("value")
+    role = ROLES.get(name.strip().lower())
+    if role is None:
+        raise row.fail(f"{where}: who is {name!r}? Known are {', '.join(ROLES)}")
+    if not isinstance(value, str):
+        raise row.fail(f"{where} ({name}): value must be a string, this is {short(value)}")
+    rest = {key: part for key, part in message.items() if key not in ("from", "value") and part is not None}
+    if name.strip().lower() in CALLS:
+        try:
+            calls = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.fail(f"{where} ({name}): not valid JSON, {error.msg}; a call is like {{'name': ..., 'arguments': ...}}") from None
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": role, "content": "", "tool_calls": [_call(row, where, call) for call in calls]} | rest
+    return {"role": role, "content": value} | rest
+
+
+def _call(row: Row, where: str, call: Any) -> dict:
+    """`{"type": "function", "function": {"name", "arguments": dict}}`: templates write arguments as JSON, so a JSON string is read."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise row.fail(f'{where}: a tool call must be like {{"name": "...", "arguments": {{...}}}}, this is {short(call)}')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise row.fail(f"{where}: the arguments of the call of {function['name']} are not valid JSON, {error.msg}") from None
+    identity = {"id": call["id"]} if call.get("id") else {}
+    return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def tools(row: Row) -> list | None:
+    """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
+    value = row.fields.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.fail(f"'tools' is not valid JSON ({error.msg}); write a list of JSON schemas") from None
+    if value and not isinstance(value, list):
+        raise row.fail(f"'tools' must be a list of JSON schemas, this is {short(value)}")
+    return value or None
+
+
+def fields(row: Row) -> str:
+    """What the row has, in words."""
+    return f"the row has {', '.join(map(repr, row.fields)) or 'none'}"
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
