@@ -1,4 +1,4 @@
-"""Every test runs without a network, on eight fake CPU devices, and with rank promotion an error."""
+"""Every test runs without a network, on eight fake CPU devices."""
 
 import os
 import shutil
@@ -20,7 +20,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JA
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure(config):
