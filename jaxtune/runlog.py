@@ -1,0 +1,229 @@
+"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard, loss.png. Takes Python floats, never device arrays."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from jaxtune.errors import CheckpointError
+
+PLOT_EVERY = 60.0  # seconds; loss.png is drawn at each evaluation and at the end besides
+RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
+
+
+class RunLog:
+    """The log of one run, `metrics.jsonl` in `folder`; after a resume, the history up to `start` and on from there.
+
+    The bar (plain lines where stdout is not a terminal) counts steps from `start` to `total_steps`.
+
+    Raises:
+        CheckpointError: a line of the metrics.jsonl to go on with is not JSON (a last line cut short is forgotten).
+    """
+
+    def __init__(self, folder: Path, total_steps: int, start: int = 0, report_to: Sequence[str] = ("tensorboard",)):
+        self.folder, self.total = Path(folder), total_steps
+        self.history = _history(self.folder / "metrics.jsonl", start)
+        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._events = _tensorboard(self.folder / "tensorboard", start) if "tensorboard" in report_to else None
+        self._bar = _Bar(start, total_steps)
+        self._drawn = time.monotonic()
+
+    def advance(self, step: int, loss: float, tokens: int) -> None:
+        """A step is done: move the bar. `tokens` are those of this step, all processes together."""
+        self._bar.advance(step, loss, tokens)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics, under TRL's names; `eval_*` are those of an evaluation. What is not a number is null."""
+        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.history.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            for name, value in metrics.items():
+                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+                self._events.add_scalar(tag, value, step)
+        evaluation = any(name.startswith("eval_") for name in metrics)
+        self._bar.say(step, metrics, evaluation)
+        if evaluation or time.monotonic() - self._drawn > PLOT_EVERY:
+            self._draw()
+
+    def close(self) -> None:
+        """Take the bar down, draw the last picture, close the files."""
+        self._bar.close()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        draw_loss(self.history, self.folder / "loss.png")
+        self._drawn = time.monotonic()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each with its `step`. A last line that a kill cut short is left out.
+
+    Raises:
+        CheckpointError: another line is not JSON, or has no step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise CheckpointError(f"line {number} of {path} is not a line of metrics; remove it, or move the file away.") from None
+    return rows
+
+
+def _history(path: Path, start: int) -> list[dict[str, Any]]:
+    """The rows up to step `start`; later ones, of steps that are taken again, leave the file too."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_metrics(path) if 0 < start >= row["step"]]
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(scratch, path)
+    return rows
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    """A writer that makes TensorBoard forget what an earlier process wrote of the steps after `start`."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else 0, flush_secs=10)
+
+
+# ---- the terminal ----
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Bar:
+    """Steps, loss, tokens per second and time left; as lines where there is no terminal to draw on."""
+
+    def __init__(self, start: int, total: int):
+        self.total, self.step = total, start
+        self.marks: deque[tuple[float, int, int]] = deque()  # time, step, tokens since the start
+        self.tokens = 0
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.streams: list[tuple[logging.StreamHandler, Any]] = []
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, console=self.console, refresh_per_second=4)
+            self.task = self.progress.add_task("compiling", total=total, completed=start)
+            self.progress.start()
+            self._redirect()
+
+    def _redirect(self) -> None:
+        """Lines of the log above the bar: rich takes over sys.stderr, but handlers hold on to the stream they were given."""
+        for name in (None, "jaxtune"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__):
+                    self.streams.append((handler, handler.setStream(sys.stderr)))
+
+    def advance(self, step: int, loss: float, tokens: int) -> None:
+        now = time.monotonic()
+        self.step, self.tokens = step, self.tokens + tokens
+        self.marks.append((now, step, self.tokens))
+        while len(self.marks) > 2 and now - self.marks[0][0] > RATE_OVER:
+            self.marks.popleft()
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}{self._pace()}")
+
+    def _pace(self) -> str:
+        """`  1,234 tokens/s  0:42 left`, once two steps are known: the first holds the compilation."""
+        if len(self.marks) < 2:
+            return ""
+        (then, first, before), (now, last, after) = self.marks[0], self.marks[-1]
+        seconds = max(now - then, 1e-9)
+        left = (self.total - last) * seconds / (last - first)
+        return f"  {(after - before) / seconds:,.0f} tokens/s  {duration(left)} left"
+
+    def say(self, step: int, metrics: dict[str, float], evaluation: bool) -> None:
+        """A line per logged step, or above a bar only those of evaluations."""
+        if self.progress is not None and not evaluation:
+            return
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in ("epoch", "tokens_per_second", "num_tokens")]
+        line = f"step {step}/{self.total}  {'  '.join(shown)}{'' if evaluation else self._pace()}"
+        self.console.print(line, markup=False)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        for handler, stream in self.streams:
+            handler.setStream(stream)
+
+
+# ---- the picture ----
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """An exponential mean over about a fiftieth of the curve, corrected for its start as Adam's moments are."""
+    decay = 1 - min(1.0, 50 / len(values))
+    mean, out = 0.0, []
+    for number, value in enumerate(values, 1):
+        mean = decay * mean + (1 - decay) * value
+        out.append(mean / (1 - decay**number))
+    return out
+
+
+def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
+    """`loss` and `eval_loss` over steps, as a PNG that is replaced whole. Draws nothing when there is nothing to draw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
+    evals = [(row["step"], row["eval_loss"]) for row in history if row.get("eval_loss") is not None]
+    if not train and not evals:
+        return
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        steps, values = zip(*train, strict=True)
+        smooth = _smooth(list(values))
+        if smooth != list(values):
+            axes.plot(steps, values, color="#4477aa", alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth, color="#4477aa", linewidth=2, label=f"train  {smooth[-1]:.3f}", marker="." if len(train) < 3 else None)
+    if evals:
+        steps, values = zip(*evals, strict=True)
+        best = min(range(len(values)), key=values.__getitem__)
+        note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
+        axes.plot(steps, values, color="#cc6633", linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
+    _frame(axes, [value for _, value in train], [value for _, value in evals])
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    figure.savefig(scratch, format="png")
+    os.replace(scratch, path)
+
+
+def _frame(axes: Any, train: list[float], evals: list[float]) -> None:
+    """Axes that a single wild step does not flatten."""
+    ordered = sorted(train)
+    top = max([ordered[int(0.99 * (len(ordered) - 1))]] if ordered else [], default=0.0)
+    low, high = min(train + evals), max([top, *evals])
+    pad = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - pad, high + pad)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
