@@ -216,9 +216,8 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
 
 def _frame(axes: Any, train: list[float], evals: list[float]) -> None:
     """Axes that a single wild step does not flatten."""
-    ordered = sorted(train)
-    top = max([ordered[int(0.99 * (len(ordered) - 1))]] if ordered else [], default=0.0)
-    low, high = min(train + evals), max([top, *evals])
+    top = sorted(train)[math.ceil(0.99 * len(train)) - 1 :][:1]
+    low, high = min(train + evals), max(top + evals)
     pad = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - pad, high + pad)
     axes.xaxis.get_major_locator().set_params(integer=True)
