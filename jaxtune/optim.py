@@ -220,7 +220,7 @@ def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) ->
         col = zeros(lambda shape: shape[:-2] + shape[-1:], lambda shape: (0,))
         return FactoredState(jnp.zeros((), jnp.int32), row, col)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         count = state.count + 1
         beta = 1.0 - count.astype(jnp.float32) ** -decay_rate
 
@@ -234,8 +234,8 @@ def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) ->
             scale = jax.lax.rsqrt(row / row.mean(-1, keepdims=True))[..., None] * jax.lax.rsqrt(col)[..., None, :]
             return _clip_rms(g * scale, 2, clip_threshold), row, col
 
-        out = jax.tree_util.tree_map_with_path(one, grads, state.row, state.col)
-        updates, row, col = (jax.tree.map(lambda _, three, i=i: three[i], grads, out) for i in range(3))
+        out = jax.tree_util.tree_map_with_path(one, updates, state.row, state.col)
+        updates, row, col = (jax.tree.map(lambda _, three, i=i: three[i], updates, out) for i in range(3))
         return updates, FactoredState(count, row, col)
 
     return optax.GradientTransformation(init, update)
@@ -253,9 +253,9 @@ def _muon(config: Config, momentum=0.95, nesterov=True, ns_steps=5) -> optax.Gra
     For matrices inside the layers; embedding, head and vectors take Adam. torch.optim.Muon with `match_rms_adamw`, in float32.
     """
 
-    def update(grads, state, params=None):
-        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, grads)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads) if nesterov else trace
+    def update(updates, state, params=None):
+        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, updates) if nesterov else trace
         return jax.tree.map(lambda m: orthogonalize(m, ns_steps) * (0.2 * max(m.shape[-2:]) ** 0.5), ahead), trace
 
     def label(path, p):
@@ -313,9 +313,9 @@ def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:
             return config.loraplus_lr_embedding / config.learning_rate
         return ratio if name.endswith("/b") or _per_layer(name, leaf) == 1 else 1.0
 
-    def update(updates, count, params=None):
-        now = rate(count)
-        return jax.tree_util.tree_map_with_path(lambda path, u: -(now * factor(path, u)) * u, updates), count + 1
+    def update(updates, state, params=None):
+        now = rate(state)
+        return jax.tree_util.tree_map_with_path(lambda path, u: -(now * factor(path, u)) * u, updates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
@@ -328,5 +328,5 @@ def _in_float32(chain: optax.GradientTransformation) -> optax.GradientTransforma
 
     return optax.GradientTransformation(
         lambda params: chain.init(cast(params)),
-        lambda grads, state, params=None: chain.update(cast(grads), state, None if params is None else cast(params)),
+        lambda updates, state, params=None: chain.update(cast(updates), state, None if params is None else cast(params)),
     )

@@ -160,6 +160,8 @@ class Group:
     def __post_init__(self):
         for name, kind in kinds(type(self)).items():
             value = getattr(self, name)
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
             try:
                 object.__setattr__(self, name, coerce(value, kind))
             except Mismatch:

@@ -133,6 +133,11 @@ class ObjectiveConfig(Group):
     router_aux_loss_coef: float = 0.001
 
 
+def _later() -> Any:
+    """A default that depends on other keys; `checks.resolve` fills it in."""
+    return field(default=None)
+
+
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     """One run, resolved and checked.
@@ -158,7 +163,7 @@ class Config(ObjectiveConfig):
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
 
-    learning_rate: float | None = None
+    learning_rate: float = _later()  # by method and objective
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "constant", "constant_with_warmup",
         "polynomial", "inverse_sqrt", "warmup_stable_decay",
@@ -180,7 +185,7 @@ class Config(ObjectiveConfig):
     logits_chunk_size: int | None = None
 
     logging_steps: int | float = 10  # below 1, here and in the next: a share of all steps
-    eval_strategy: Literal["no", "steps", "epoch"] | None = None  # None: steps when eval_steps is given, epoch when there is eval data
+    eval_strategy: Literal["no", "steps", "epoch"] = _later()  # steps when eval_steps is given, epoch when there is eval data
     eval_steps: int | float | None = None
     eval_on_start: bool = False
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
@@ -188,7 +193,7 @@ class Config(ObjectiveConfig):
     save_total_limit: int | None = None
     load_best_model_at_end: bool = False
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool | None = None
+    greater_is_better: bool = _later()  # not for a loss
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
@@ -196,7 +201,7 @@ class Config(ObjectiveConfig):
     evaluate: EvalConfig = EvalConfig()
 
     seed: int = 42
-    data_seed: int | None = None
+    data_seed: int = _later()  # seed
     mesh: MeshConfig = MeshConfig()
     compilation_cache: bool | str = True  # or the folder
 
