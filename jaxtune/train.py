@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,8 @@ import jax
 from jaxtune import cli, data, errors, optim, parallel, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
+from jaxtune.convert import hf
 from jaxtune.convert import peft as peft_files
-from jaxtune.convert.hf import save_model
 from jaxtune.convert.load import Model, open_model, read_model
 from jaxtune.errors import ConfigError
 from jaxtune.loop import Loop
@@ -180,13 +181,16 @@ def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, traina
 
 
 def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> Path:
-    """`adapter/` in PEFT's format, or `model/` in Hugging Face's; a result that is there already is replaced by the new one."""
+    """`adapter/` in PEFT's format, or `model/` in Hugging Face's; the result of an earlier end of this run is replaced."""
+    out = folder / ("adapter" if isinstance(trainable, Adapter) else "model")
+    scratch = folder / f".{out.name}.new"
+    shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(trainable, Adapter):
-        out = folder / "adapter"
-        peft_files.save_adapter(trainable, model, out, replace=True)
+        peft_files.save_adapter(trainable, model, scratch)
     else:
-        out = folder / "model"
-        save_model(model.config, trainable, out, model=model, replace=True)
+        hf.save(model.config, trainable, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(scratch, out)
     log.info("result: %s", out)
     return out
 
