@@ -1,4 +1,5 @@
-"""Attention by segments: a token sees earlier tokens of its own segment, within the layer's window. Softmax in float32.
+"""Attention by segments: a token sees earlier tokens of its own segment, and of the segment it goes on from, within the layer's window.
+Softmax in float32.
 
 Plain XLA, over blocks of queries so that the scores of a long row are never all there at once; the backward pass recomputes a block.
 """
@@ -12,18 +13,24 @@ QUERY_BLOCK = 1024  # rows up to this long are one block
 
 
 class Keys(NamedTuple):
-    """Where keys (or queries) stand: slot in the row, position in the document, segment; int32 `[B, T]`."""
+    """Where keys (or queries) stand: slot in the row, position in the document, segment; int32 `[B, T]`.
+
+    `parents`, where given, is the segment that a token's own segment goes on from (0: none): a prompt that several answers share.
+    """
 
     slots: jax.Array
     positions: jax.Array
     segments: jax.Array
+    parents: jax.Array | None = None
 
 
 def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
     """bool `[B, T, S]`: whether a query may see a key. `window` counts the token itself; 0 is no window."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    same = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (keys.segments[:, None, :] > 0)
-    seen = same & (queries.slots[:, :, None] >= keys.slots[:, None, :])
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    if queries.parents is not None:
+        same |= queries.parents[:, :, None] == keys.segments[:, None, :]
+    seen = same & (keys.segments[:, None, :] > 0) & (queries.slots[:, :, None] >= keys.slots[:, None, :])
     return seen & ((window == 0) | (distance < window))
 
 
@@ -56,5 +63,5 @@ def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, w
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(jax.checkpoint(lambda args: block(args[0], Keys(*args[1]))), (split(q), tuple(map(split, queries))))
+    out = jax.lax.map(jax.checkpoint(lambda args: block(*args)), (split(q), jax.tree.map(split, queries)))
     return jnp.moveaxis(out, 0, 1).reshape(B, T + pad, H, h)[:, :T]

@@ -58,11 +58,13 @@ def hidden(
     *,
     cache: Cache | None = None,
     embeds_BTD: jax.Array | None = None,
+    parents_BT: jax.Array | None = None,
 ) -> Output:
     """Hidden states after the final norm.
 
     Positions default to 0, 1, 2, ... and segments to 1 (no padding). With `cache`, the tokens follow those in it.
-    `embeds_BTD` stands in for the token embeddings (noise, soft prompts).
+    `embeds_BTD` stands in for the token embeddings (noise, soft prompts). `parents_BT`: the segment that a token's own segment goes on
+    from, which it sees too (0: none); its positions then go on from there.
     """
     B, T = tokens_BT.shape
     if segments_BT is None:
@@ -70,8 +72,8 @@ def hidden(
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) + (0 if cache is None else cache.length)
     start = 0 if cache is None else cache.length
-    queries = Keys(jnp.broadcast_to(jnp.arange(T) + start, (B, T)), positions_BT, segments_BT)
-    keys = queries
+    queries = Keys(jnp.broadcast_to(jnp.arange(T) + start, (B, T)), positions_BT, segments_BT, parents_BT)
+    keys = queries._replace(parents=None)
     if cache is not None:
         cache = cache.replace(
             positions=jax.lax.dynamic_update_slice(cache.positions, positions_BT, (0, start)),
