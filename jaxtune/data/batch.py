@@ -7,17 +7,35 @@ from flax import struct
 
 
 @struct.dataclass
+class Answers:
+    """The answers of a row, numbered 1, 2, ... S; of a pair the chosen one has the odd number, the rejected one the next.
+
+    Attributes:
+        numbers: int32 `[B, T]`, the answer a token is part of, from its first trained token to its end; 0: none.
+        values: float32 `[B, S]`, what the row says of an answer: a label, a class, a pair's margin.
+        ref_logps: float32 `[B, S]`, log-probabilities under the reference model that were computed before; None: not yet.
+    """
+
+    numbers: Any
+    values: Any
+    ref_logps: Any = None
+
+
+@struct.dataclass
 class Batch:
     """Rows of tokens, shape `[B, T]`, or `[A, B, T]` for A micro-batches. Leaves are numpy arrays on the host.
 
     Attributes:
         tokens: int32 token ids; any id where `segments` is 0.
         weights: float32 weight of a token *as a target*, predicted from the token before it. 0 is not trained; the first
-            token of a segment is always 0, since nothing in its own document comes before it.
+            token of a segment without parent is always 0, since nothing in its own document comes before it.
         positions: int32 position inside the document, from 0.
         segments: int32; 0 is padding, 1, 2, ... are the documents of the row. Attention stays inside a segment.
         capacity: static; no row of the plan this batch belongs to has more tokens of non-zero weight, so logits are needed
             at that many places of a row only. None: T.
+        parents: int32, the segment a token's own segment goes on from and sees too: a prompt that answers share. 0: none. None: nowhere.
+        before: int32, the slot of the token that a token is predicted from. None: the slot before its own, as ever without parents.
+        answers: of objectives about whole answers; None for others.
     """
 
     tokens: Any
@@ -25,6 +43,9 @@ class Batch:
     positions: Any
     segments: Any
     capacity: int | None = struct.field(pytree_node=False, default=None)
+    parents: Any = None
+    before: Any = None
+    answers: Answers | None = None
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], capacity: int | None = None) -> "Batch":

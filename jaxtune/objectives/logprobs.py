@@ -30,12 +30,15 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
     """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
-    hidden_BTD = decoder.hidden(config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD).hidden_BTD
+    hidden_BTD = decoder.hidden(
+        config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD, parents_BT=batch.parents
+    ).hidden_BTD
     N = batch.capacity or batch.tokens.shape[1]
     trained_BT = batch.weights != 0
     index_BN = jnp.argsort(~trained_BT, axis=1, stable=True)[:, :N]  # trained tokens first, in order
     targets_BN, weights_BN = (jnp.take_along_axis(x, index_BN, axis=1) for x in (batch.tokens, batch.weights))
-    before_BN = jnp.maximum(index_BN - 1, 0)  # the state that predicts a token is the one before it
+    # the state that predicts a token is that of the token before it
+    before_BN = jnp.maximum(index_BN - 1, 0) if batch.before is None else jnp.take_along_axis(batch.before, index_BN, axis=1)
     hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
     logp, entropy, correct = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
     live = (weights_BN != 0).astype(jnp.float32)
