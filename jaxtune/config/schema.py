@@ -49,7 +49,8 @@ class Source(Group):
     path: str
     name: str | None = None  # the subset of a hub data set
     split: str | None = None
-    weight: float = 1.0
+    weight: float | None = None  # its part of the mixture; None for all: every row once an epoch
+    limit: int | None = None  # rows of it, at most
     format: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
 
@@ -62,11 +63,20 @@ class DataConfig(Group):
 
     train: tuple[Source, ...] = ()
     eval: float | tuple[Source, ...] | None = None  # a share of the training rows, or sources of its own
+    test: float | tuple[Source, ...] | None = None  # rows that training and evaluation never see
+    replay: Source | None = None  # general data against forgetting; its weight is its share of all rows, 0.1 when not given
+    temperature: float | None = None  # shares of the sources: rows ** (1 / temperature)
+    mix_stop: Literal["all", "first"] = "all"  # the epoch ends when every source, or the first one, has been seen through
+    split_by: str | None = None  # the field whose value stays on one side of a split
+    stratify: str | None = None  # the field each of whose values is split in the same shares
+    split_seed: int = 0
+    kfold: int | None = None  # evaluate on each k-th of the rows in turn
+    fold: int | None = None
     format: str | None = None  # detected when not given
     columns: tuple[tuple[str, str], ...] = ()  # {what we call it: what the file calls it}
     max_length: int = 1024
     length_policy: Literal["error", "drop", "truncate", "split"] = "error"
-    truncation_side: Literal["right", "left"] = "right"
+    truncation_side: Literal["right", "left", "prompt"] = "right"  # prompt: from the left, but never the answer
     packing: bool | Literal["group"] = True  # group: rows of like length together, padded
     train_on: Literal["completion", "assistant", "last", "all"] = "completion"
     train_on_eos: bool = True

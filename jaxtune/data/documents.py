@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 FLAT = {"tokens": np.int32, "mask": np.uint8}
-INDEX = ("starts", "lengths", "trained", "rows", "keys")
+INDEX = ("starts", "lengths", "trained", "rows", "content", "groups", "strata")
+HASHES = ("content", "groups", "strata")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Documents:
         starts: int64 [n], where it begins in its part.
         lengths: int64 [n], its tokens.
         trained: int64 [n], its trained tokens.
-        rows: int64 [n], line or row number in its file.
-        keys: uint64 [n], hash of the row's content, for splits that stay when rows are added.
+        rows: int64 [n], which row of its source it comes from, from 1.
+        content: uint64 [n], hash of the row.
+        groups: uint64 [n], hash of what a split keeps together: the row, or its field `data.split_by`.
+        strata: uint64 [n], hash of the row's field `data.stratify`.
         info: for each part, what its maker had to say (the ledger).
     """
 
@@ -39,7 +43,9 @@ class Documents:
     lengths: np.ndarray
     trained: np.ndarray
     rows: np.ndarray
-    keys: np.ndarray
+    content: np.ndarray
+    groups: np.ndarray
+    strata: np.ndarray
     info: list[dict]
 
     def __len__(self) -> int:
@@ -60,8 +66,8 @@ class Documents:
         """sha256 of the documents: their number, lengths, tokens and masks, in order."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
         for doc in range(len(self)):
-            for array in self[doc]:
-                digest.update(np.ascontiguousarray(array).data)
+            for values in self[doc]:
+                digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
     @classmethod
@@ -69,39 +75,51 @@ class Documents:
         """Open what `write` wrote, tokens memory-mapped."""
         flat = {name: [np.memmap(folder / f"{name}.bin", dtype, "r")] for name, dtype in FLAT.items()}
         index = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
-        index["keys"] = index["keys"].view(np.uint64)
+        index |= {name: index[name].view(np.uint64) for name in HASHES}
         info = json.loads((folder / "info.json").read_text())
         return cls(**flat, part=np.zeros(len(index["rows"]), np.int64), **index, info=[info])
 
     @classmethod
     def join(cls, parts: list["Documents"]) -> "Documents":
-        """The documents of several sources, one after another."""
-        lists = {name: [array for p in parts for array in getattr(p, name)] for name in ("tokens", "mask", "info")}
+        """The documents of several sources, one after another; their parts are numbered on."""
+        lists = {name: [item for p in parts for item in getattr(p, name)] for name in ("tokens", "mask", "info")}
         offsets = np.cumsum([0] + [len(p.tokens) for p in parts])
         part = np.concatenate([p.part + offset for p, offset in zip(parts, offsets, strict=False)])
         return cls(**lists, part=part, **{name: np.concatenate([getattr(p, name) for p in parts]) for name in INDEX})
 
 
-def write(folder: Path, documents: Iterable[tuple[int, int, list[int], np.ndarray]], info: Callable[[], dict]) -> Documents:
-    """Store `(row number, key, token ids, mask)` in `folder`, all or nothing, in little memory.
+@dataclass(frozen=True)
+class Entry:
+    """One document to be stored; the last four as in `Documents`."""
+
+    ids: list[int]
+    mask: np.ndarray
+    row: int
+    content: int
+    group: int
+    stratum: int
+
+
+def write(folder: Path, entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
+    """Store documents in `folder`, all or nothing, in little memory.
 
     `info` is called when the last document has been made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        columns: dict[str, list[int]] = {name: [] for name in INDEX}
+        columns = {name: array("Q" if name in HASHES else "q") for name in INDEX}
         start = 0
         with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "mask.bin", "wb") as mask_file:
-            for row, key, tokens, mask in documents:
-                tokens_file.write(np.asarray(tokens, np.int32).tobytes())
-                mask_file.write(np.asarray(mask, np.uint8).tobytes())
-                values = (start, len(tokens), int(np.count_nonzero(mask)), row, key)
+            for entry in entries:
+                tokens_file.write(np.asarray(entry.ids, np.int32).tobytes())
+                mask_file.write(np.asarray(entry.mask, np.uint8).tobytes())
+                trained = int(np.count_nonzero(entry.mask))
+                values = (start, len(entry.ids), trained, entry.row, entry.content, entry.group, entry.stratum)
                 for name, value in zip(INDEX, values, strict=True):
                     columns[name].append(value)
-                start += len(tokens)
-        index = [np.asarray(columns[name], np.uint64 if name == "keys" else np.int64).view(np.int64) for name in INDEX]
-        np.save(temporary / "index.npy", np.stack(index))
+                start += len(entry.ids)
+        np.save(temporary / "index.npy", np.stack([np.frombuffer(columns[name], np.int64) for name in INDEX]))
         (temporary / "info.json").write_text(json.dumps(info()))
         try:
             os.rename(temporary, folder)

@@ -118,9 +118,7 @@ class Encoder:
         return Piece(row, "".join(text for text, _ in example.parts), spans)
 
     def _chat(self, row: Row, chat: Chat) -> Piece:
-        if self.data.system and chat.messages[0]["role"] not in ("system", "developer"):
-            system = {"role": "system", "content": self.data.system}
-            chat = replace(chat, messages=[system, *chat.messages], start=chat.start + (chat.start > 0))
+        chat = with_system(chat, self.data.system)
         if self.data.train_on == "all":
             text = self.template.render(row, chat)
             return Piece(row, text, [(0, len(text))])
@@ -196,7 +194,7 @@ class Encoder:
         if policy == "drop":
             raise row.fail(f"the row has {longest} tokens", "too_long", "drop")
         if policy == "split" and pieces[0].splittable:
-            self.ledger.parts.append(row.number)
+            self.ledger.parts.append(row.place)
             return [part for doc in docs for part in _split(doc, size)]
         if policy == "truncate":
             return [self._cut(row, doc) for doc in docs]
@@ -212,17 +210,27 @@ class Encoder:
         (ids, mask), size, side = doc, self.data.max_length, self.data.truncation_side
         if len(ids) <= size:
             return doc
-        keep = slice(len(ids) - size, None) if side == "left" else slice(0, size)
-        kept = mask[keep].copy()
+        keep = np.arange(size) if side == "right" else np.arange(len(ids) - size, len(ids))
+        if side == "prompt" and ids[0] == self.tokenizer.bos_token_id:
+            keep[0] = 0  # BOS stays in front
+        kept = mask[keep]
         kept[0] = 0
-        if not kept.any():
+        if not kept.any() or (side == "prompt" and np.count_nonzero(kept) < np.count_nonzero(mask)):
             raise row.fail(
-                f"cut on the {side} to max_length {size}, nothing that is trained is left of its {len(ids)} tokens; "
-                f"use {'truncation_side: left, ' if side == 'right' else ''}length_policy: drop, or a larger max_length",
+                f"cut to max_length {size} (truncation_side: {side}), "
+                + ("its answer would lose tokens" if kept.any() else f"nothing that is trained is left of its {len(ids)} tokens")
+                + f"; use {'truncation_side: prompt, ' if side == 'right' else ''}length_policy: drop, or a larger max_length",
                 "too_long",
             )
-        self.ledger.cut[row.number] = self.ledger.cut.get(row.number, 0) + len(ids) - size
-        return ids[keep], kept
+        self.ledger.cut[row.place] = self.ledger.cut.get(row.place, 0) + len(ids) - size
+        return [ids[n] for n in keep], kept
+
+
+def with_system(chat: Chat, system: str | None) -> Chat:
+    """The chat with a system turn in front, if it has none."""
+    if not system or chat.messages[0]["role"] in ("system", "developer"):
+        return chat
+    return replace(chat, messages=[{"role": "system", "content": system}, *chat.messages], start=chat.start + (chat.start > 0))
 
 
 def _steps(row: Row, example: Steps) -> Piece:

@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,12 +25,28 @@ UNIT = {"jsonl": "line", "csv": "line", "tsv": "line", "txt": "line"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands: `number` counts from 1, in lines where the file has lines."""
+    """One row and where it stands.
+
+    Attributes:
+        file: its file, or data set.
+        number: counted from 1 in that file, in lines where it has lines.
+        unit: "line" or "row", what `number` counts.
+        fields: the row itself.
+        index: counted from 1 in its source, which may be several files.
+        alone: the source is one file.
+    """
 
     file: str
     number: int
     unit: str
     fields: dict[str, Any]
+    index: int = 0
+    alone: bool = True
+
+    @property
+    def place(self) -> int | str:
+        """The row's number; with its file where the source has several."""
+        return self.number if self.alone else f"{self.file}:{self.number}"
 
     def fail(self, reason: str, name: str = "invalid", policy: str | None = None) -> "RowError":
         """The error that names this row."""
@@ -86,8 +102,16 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> Iterator[Row]:
-    """The rows of one file, streamed."""
+def read(paths: list[Path]) -> Iterator[Row]:
+    """The rows of the files of a source, streamed."""
+    index = 0
+    for path in paths:
+        for row in _read(path):
+            index += 1
+            yield replace(row, index=index, alone=len(paths) == 1)
+
+
+def _read(path: Path) -> Iterator[Row]:
     kind = "folder" if path.is_dir() else _kind(path)
     if kind is None:
         raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(KINDS)}, also with .gz or .zst")
@@ -115,7 +139,7 @@ def hub(path: str, name: str | None, split: str | None) -> Any:
 def read_hub(path: str, name: str | None, split: str | None) -> Iterator[Row]:
     """The rows of a data set of the hub."""
     for number, fields in enumerate(hub(path, name, split), 1):
-        yield Row(path, number, "row", dict(fields))
+        yield Row(path, number, "row", dict(fields), number)
 
 
 def _kind(path: Path) -> str | None:

@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jaxtune.data import turns
@@ -203,6 +205,13 @@ def _function(path: str) -> Callable[[dict], Any]:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DataError(f"data.format: {path} cannot be imported ({error}); name a function of a module on PYTHONPATH") from None
+
+
+def function_bytes(name: str | None) -> bytes:
+    """The source of the module that holds the function `name`; empty for the formats here. For the cache: other code, other rows."""
+    if name is None or name in FORMATS or "." not in name:
+        return b""
+    return Path(inspect.getfile(_function(name))).read_bytes()
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from jaxtune.data.files import Row, RowError
 
 EXAMPLES = 5
+Place = int | str  # a row number, with its file where a source has several
 
 
 @dataclass
@@ -32,10 +33,10 @@ class Ledger:
     documents: int = 0
     kept_tokens: int = 0
     trained_tokens: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    cut: dict[int, int] = field(default_factory=dict)
-    parts: list[int] = field(default_factory=list)
-    problems: dict[str, list[int]] = field(default_factory=dict)
+    dropped: dict[str, list[Place]] = field(default_factory=dict)
+    cut: dict[Place, int] = field(default_factory=dict)
+    parts: list[Place] = field(default_factory=list)
+    problems: dict[str, list[Place]] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -61,13 +62,13 @@ class Ledger:
             raise error
         if error.policy != "drop":
             self._note(error.name, error.row, error.reason)
-        self.dropped.setdefault(error.name, []).append(error.row.number)
+        self.dropped.setdefault(error.name, []).append(error.row.place)
 
     def _note(self, name: str, row: Row, reason: str) -> None:
-        self.problems.setdefault(name, []).append(row.number)
+        self.problems.setdefault(name, []).append(row.place)
         examples = self.examples.setdefault(name, [])
         if len(examples) < EXAMPLES:
-            examples.append(f"{row.unit} {row.number}: {reason}")
+            examples.append(f"{row.unit} {row.place}: {reason}")
 
     def keep(self, tokens: int, trained: int) -> None:
         """Book a document."""

@@ -68,7 +68,7 @@ ROWS = {
     "prompt too long": ({"prompt": "a " * 200, "completion": "b"}, {}, r"line 2: the row has \d+ tokens \(its prompt alone has 201\)"),
     "answer cut away": (
         {"prompt": "a " * 200, "completion": "b"}, {"length_policy": "truncate"},
-        "line 2: cut on the right to max_length 128, nothing that is trained is left of its .* tokens; use truncation_side: left",
+        "line 2: cut to max_length 128 .truncation_side: right., nothing that is trained is left.*; use truncation_side: prompt",
     ),
     "two bos": (chat(("user", "a"), ("assistant", "b")), {"chat_template": TWO_BOS}, "'<|im_start|>' twice; take it out"),
     "tools not json": ({"messages": CHAT["messages"], "tools": "["}, {}, "line 2: 'tools' is not valid JSON"),
@@ -150,7 +150,7 @@ def test_all_rows_dropped(config, tokenizers):
 
 
 def test_eval_share_that_takes_nothing(config, tokenizers):
-    with pytest.raises(DataError, match="data.eval 0.001 of 1 rows leaves no rows on one side"):
+    with pytest.raises(DataError, match="data.eval 0.001 of 1 rows leaves it without rows"):
         data.load(config([GOOD], eval=0.001), tokenizers["chatml"])
 
 

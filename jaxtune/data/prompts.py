@@ -1,0 +1,76 @@
+"""Rows as questions for a model: what it is asked, and what it should say."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtune.config import Config
+from jaxtune.data.encode import with_system
+from jaxtune.data.examples import Chat, Completion, Labelled, Pair, Prompt
+from jaxtune.data.files import Row
+from jaxtune.data.prepare import held_out
+from jaxtune.data.templates import Template
+from jaxtune.data.tokenised import template
+from jaxtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One evaluation row.
+
+    Attributes:
+        row: where it stands.
+        text: the prompt as the model reads it, with the opening of the answer.
+        ids: its token ids, as training has them.
+        answer: what the row says the model should say; empty for a row that has a prompt alone.
+        messages: the prompt's turns, None for plain text.
+    """
+
+    row: Row
+    text: str
+    ids: list[int]
+    answer: str
+    messages: list[dict] | None = None
+
+
+def questions(config: Config, tokenizer: Any, limit: int | None = None) -> list[Question]:
+    """The evaluation rows of `config` as questions, the last answer of a conversation being the one asked for.
+
+    Where `data.eval` is a share of the training rows, the rows held out of training. Rows of plain text ask nothing and are left out.
+
+    Raises:
+        DataError: no evaluation rows are named, or none of them asks anything.
+    """
+    if config.data.eval is None:
+        raise DataError("no evaluation rows are named; set data.eval to a file or to a share of the training rows, like 0.05")
+    found = []
+    for row, example in held_out(config, tokenizer):
+        question = _question(row, example, config, tokenizer)
+        if question is not None:
+            found.append(question)
+        if limit is not None and len(found) == limit:
+            break
+    if not found:
+        raise DataError("no evaluation row has a prompt with an answer, so nothing can be asked; plain text is measured by perplexity")
+    return found
+
+
+def _question(row: Row, example: Any, config: Config, tokenizer: Any) -> Question | None:
+    if isinstance(example, Pair):
+        example = example.chosen
+    if isinstance(example, Labelled):
+        example = example.example
+    if isinstance(example, Completion):
+        return Question(row, example.prompt, tokenizer(example.prompt)["input_ids"], example.completion)
+    if isinstance(example, Prompt):
+        if isinstance(example.prompt, str):
+            return Question(row, example.prompt, tokenizer(example.prompt)["input_ids"], "")
+        example = Chat([*example.prompt, {"role": "assistant", "content": ""}], 0, example.tools, example.template_kwargs)
+    if not isinstance(example, Chat):
+        return None
+    chat = with_system(example, config.data.system)
+    last = max((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), default=0)
+    if not last:
+        return None
+    text = Template(tokenizer, template(config)).render(row, chat, chat.messages[:last], generation=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Question(row, text, ids, chat.messages[last].get("content") or "", chat.messages[:last])

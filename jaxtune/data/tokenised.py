@@ -1,0 +1,116 @@
+"""One source, tokenised once and kept on disk under the hash of everything its tokens depend on."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import Config
+from jaxtune.config import Source as SourceConfig
+from jaxtune.data import documents as store
+from jaxtune.data import files, formats, quality
+from jaxtune.data.documents import Documents, Entry
+from jaxtune.data.encode import Encoder
+from jaxtune.data.examples import Example
+from jaxtune.data.ledger import Ledger
+from jaxtune.errors import DataError
+
+MAKERS = ("documents", "encode", "examples", "files", "formats", "ledger", "masks", "templates", "tokenised", "turns")
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
+KEYS = (
+    "max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality", "split_by", "stratify",
+)  # fmt: skip
+
+
+def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[type, ...]) -> Documents:
+    """The documents of one source, from the cache if everything they depend on is as it was."""
+    folder = cache_dir(config) / _key(source, config, tokenizer)
+    if (folder / "info.json").exists():
+        return Documents.load(folder)
+    ledger = Ledger(source.path).by(quality.policies(config))
+    encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
+
+    def entries() -> Iterator[Entry]:
+        for item in encoder.encode(examples(source, config)):
+            content, group, stratum = content_key(item.row.fields), *split_keys(item.row, config)
+            for ids, mask in item.docs:
+                ledger.keep(len(ids), int(np.count_nonzero(mask)))
+                yield Entry(ids, mask, item.row.index, content, group, stratum)
+        if not ledger.documents:
+            raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}")
+
+    return store.write(folder, entries(), ledger.to_dict)
+
+
+def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:
+    """The rows of one source under the names the formats use, and what they mean."""
+    columns, form = dict(source.columns or config.data.columns), source.format or config.data.format
+    paths = files.find(source.path)
+    for row in files.read_hub(source.path, source.name, source.split) if paths is None else files.read(paths):
+        row = formats.rename(row, columns)
+        yield row, formats.parse(row, form)
+
+
+def split_keys(row: files.Row, config: Config) -> tuple[int, int]:
+    """64-bit hashes of what a split keeps together and of the stratum it is drawn in: the whole row, and none, unless fields are named."""
+    found = []
+    for key, name, otherwise in (("split_by", config.data.split_by, row.fields), ("stratify", config.data.stratify, None)):
+        if name is not None and name not in row.fields:
+            raise row.fail(f"no field {name!r}, which data.{key} names; the row has {', '.join(map(repr, row.fields))}")
+        found.append(content_key(otherwise if name is None else row.fields[name]))
+    return found[0], found[1]
+
+
+def content_key(value: Any) -> int:
+    """64 bits of a value's content."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+
+
+def template(config: Config) -> str | None:
+    """The Jinja source in the file `data.chat_template`; None for the tokenizer's own."""
+    if not config.data.chat_template:
+        return None
+    path = Path(config.data.chat_template).expanduser()
+    if not path.is_file():
+        raise DataError(f"data.chat_template {config.data.chat_template}: no such file; name a Jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def cache_dir(config: Config) -> Path:
+    """Where tokenised rows are kept: `data.cache_dir`, or the user's cache folder."""
+    if config.data.cache_dir:
+        return Path(config.data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune" / "data"
+
+
+def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
+    """Hash of tokenizer, template, code, libraries, rows and settings."""
+    paths, form = files.find(source.path), source.format or config.data.format
+    key = hashlib.sha256()
+    for part in (
+        _tokenizer_bytes(tokenizer),
+        json.dumps([tokenizer.chat_template, template(config)]).encode(),
+        b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MAKERS),
+        json.dumps([importlib.metadata.version(name) for name in LIBRARIES]).encode(),
+        json.dumps(
+            [files.content_hash(p) for p in paths] if paths else files.hub(source.path, source.name, source.split)._fingerprint
+        ).encode(),
+        json.dumps([source.path, form, source.columns or config.data.columns, config.objective]).encode(),
+        formats.function_bytes(form),
+        json.dumps([getattr(config.data, name) for name in KEYS]).encode(),
+    ):
+        key.update(hashlib.sha256(part).digest())
+    return key.hexdigest()[:32]
+
+
+def _tokenizer_bytes(tokenizer: Any) -> bytes:
+    """The tokenizer as JSON, less the padding and truncation that calls leave behind in it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": None, "truncation": None, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
+    return json.dumps(state, sort_keys=True).encode()
