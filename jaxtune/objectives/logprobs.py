@@ -19,13 +19,15 @@ CHUNK = 512  # tokens whose logits exist at one time
 
 class TokenLogprobs(NamedTuple):
     """Of each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether
-    the token was the likeliest, and where it stands in the row. Entropy and `correct_BN` carry no gradient."""
+    the token was the likeliest, and where it stands in the row; `collision_BN` is `log sum_v p(v)^2`, the log-probability that
+    two draws from the prediction agree. Only `logp_BN` carries a gradient."""
 
     logp_BN: jax.Array
     weights_BN: jax.Array
     entropy_BN: jax.Array
     correct_BN: jax.Array
     index_BN: jax.Array
+    collision_BN: jax.Array
 
 
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
@@ -40,13 +42,13 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
     # the state that predicts a token is that of the token before it
     before_BN = jnp.maximum(index_BN - 1, 0) if batch.before is None else jnp.take_along_axis(batch.before, index_BN, axis=1)
     hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
-    logp, entropy, correct = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
+    logp, entropy, correct, collision = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
     live = (weights_BN != 0).astype(jnp.float32)
-    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN)
+    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN, collision * live)
 
 
 def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):
-    """`(logp, entropy, correct)`, float32 `[B, N]`, of targets under the head's softmax, `CHUNK` tokens at a time."""
+    """`(logp, entropy, correct, collision)`, float32 `[B, N]`, of targets under the head's softmax, `CHUNK` tokens at a time."""
     B, N, D = hidden_BND.shape
     size = min(N, max(1, CHUNK // B))  # chunks run along N, so that rows may lie on different devices
     pad = -N % size
@@ -61,19 +63,20 @@ def _logits(config, head, hidden):
 
 
 def _statistics(config, head, hidden, targets):
-    """logp, entropy, correct, and the logits' derivative of logp, of one chunk."""
+    """logp, entropy, correct, collision, and the logits' derivative of logp, of one chunk."""
     logits = _logits(config, head, hidden)
     logz = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     probs = jnp.exp(logits - logz)
     logp = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - logz[..., 0]
     entropy = logz[..., 0] - (probs * logits).sum(-1)
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
-    return logp, entropy, correct, jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - probs
+    collision = jnp.log(jnp.square(probs).sum(-1))
+    return logp, entropy, correct, collision, jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - probs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(config, head, hidden, targets):
-    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:3], (hidden, targets))
+    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:4], (hidden, targets))
 
 
 def _chunked_fwd(config, head, hidden, targets):
@@ -82,9 +85,9 @@ def _chunked_fwd(config, head, hidden, targets):
 
     def chunk(args):
         h, y = args
-        logp, entropy, correct, dlogits = _statistics(config, head, h, y)
+        *out, dlogits = _statistics(config, head, h, y)
         _, pull = jax.vjp(lambda h: _logits(config, head, h), h)
-        return (logp, entropy, correct), pull(dlogits)[0]
+        return tuple(out), pull(dlogits)[0]
 
     out, dhidden = jax.lax.map(chunk, (hidden, targets))
     return out, (dhidden, (head, hidden, targets) if head_perturbed else None)
@@ -102,7 +105,7 @@ def _chunked_bwd(config, residuals, cotangents):
         def chunk(total, args):
             h, y, g = args
             _, pull = jax.vjp(lambda head: _logits(config, head, h), head)
-            (dhead,) = pull(_statistics(config, head, h, y)[3] * g[..., None])
+            (dhead,) = pull(_statistics(config, head, h, y)[4] * g[..., None])
             return jax.tree.map(jnp.add, total, dhead), None
 
         dhead, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, head), (hidden, targets, g))
