@@ -51,7 +51,7 @@ class Checkpoints:
         """The newest whole checkpoint (or that of `step`) as a tree like `state` (arrays or shapes with shardings), and its notes."""
         steps = self.steps() if step is None else [step]
         if not steps:
-            raise CheckpointError(f"{self.manager.directory} holds no checkpoint to resume from; start without resume=true in another folder")
+            raise CheckpointError(f"{self.manager.directory} holds no checkpoint; start without resume=true, in another folder")
         for number in reversed(steps):
             try:
                 return self._restore(state, number)
@@ -88,7 +88,8 @@ def _flat(state: Any) -> dict[str, Any]:
     def plain(leaf):
         return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
-    return {jax.tree_util.keystr(path, simple=True, separator="."): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): plain(leaf) for path, leaf in leaves}
 
 
 def _unflat(state: Any, flat: dict[str, Any]) -> Any:
@@ -104,7 +105,9 @@ def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     def one(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-        place = sum(jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(2654435761 + 2 * axis) for axis in range(words.ndim))
+        place = jnp.zeros_like(words)
+        for axis in range(words.ndim):
+            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(2654435761 + 2 * axis)
         return jnp.sum(words * (place | np.uint32(1)), dtype=jnp.uint32)
 
     return {name: one(x) for name, x in flat.items()}

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import runpy
 import sys
 import types
@@ -57,6 +58,14 @@ def config_parser(verb: str, description: str | None = None) -> argparse.Argumen
 def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse, letting `key=value` stand before, between or after the options (plain argparse takes them only together)."""
     return the_parser.parse_intermixed_args(argv)
+
+
+def log_to_terminal() -> None:
+    """Print what jaxtune has to say on stderr; other packages' logs stay as they are."""
+    logger, handler = logging.getLogger("jaxtune"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
 
 
 def _usage() -> str:

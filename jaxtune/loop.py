@@ -63,7 +63,8 @@ class Loop:
             if waiting:  # the device is at work on this step, so reading the last one's metrics stalls nothing
                 self._read(*waiting)
             waiting = (number, metrics, batch)
-            evaluate, save = self._due(number, config.eval_strategy, config.eval_steps), self._due(number, config.save_strategy, config.save_steps)
+            evaluate = self._due(number, config.eval_strategy, config.eval_steps)
+            save = self._due(number, config.save_strategy, config.save_steps)
             if evaluate or save or self.interrupted or number == self.total:
                 waiting = self._read(*waiting)
             if evaluate:
@@ -76,10 +77,10 @@ class Loop:
                 break
         if self.interrupted:
             log.warning("interrupted after step %d, which is saved; go on with: resume=true output_dir=%s", int(state.step), self.folder)
-        elif config.load_best_model_at_end and self.notes["best_step"] not in (None, int(state.step)):
+        elif config.load_best_model_at_end and (best := self.notes["best_step"]) not in (None, int(state.step)):
             self.checkpoints.wait()
-            state, _ = self.checkpoints.restore(state, self.notes["best_step"])
-            log.info("the best model is that of step %d (%s %.4f)", self.notes["best_step"], config.metric_for_best_model, self.notes["best"])
+            state, _ = self.checkpoints.restore(state, best)
+            log.info("the best model is that of step %d (%s %.4f)", best, config.metric_for_best_model, self.notes["best"])
         return state
 
     def _interrupt(self, number: int, frame: Any) -> None:

@@ -56,7 +56,7 @@ def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | N
     for size, name in zip(shape, names, strict=True):
         if name and size % mesh.shape[name]:
             choices = ", ".join(str(n) for n in range(1, len(mesh.devices.flat) + 1) if size % n == 0)
-            raise ConfigError(f"mesh.{name} is {mesh.shape[name]}, but {path} is {shape} and {size} divides only by {choices}; write one of those")
+            raise ConfigError(f"mesh.{name} is {mesh.shape[name]}; {path} is {shape} and {size} divides by {choices}; write one of them")
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
@@ -71,9 +71,11 @@ def _leaf(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
         return _sharding(mesh, path, leaf.shape, row.axes)
     whole = jax.tree.map(lambda _: replicated(mesh), leaf)
     if isinstance(leaf, Int8):
-        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=_sharding(mesh, path, leaf.absmax.shape, row.axes[:-1]))
+        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
+        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     if isinstance(leaf, NF4) and leaf.codes.shape[-2] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
-        return whole.replace(**{name: _sharding(mesh, path, getattr(leaf, name).shape, row.axes) for name in ("codes", "absmax")})
+        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes)
+        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     return whole
 
 

@@ -17,7 +17,7 @@ from jaxtune.errors import CheckpointError
 
 # Keys that may differ between a run and its resumption: they change what is kept and said, not what is computed.
 FREE = {
-    "output_dir", "resume", "resume_allow_drift", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
+    "output_dir", "resume", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
     "compilation_cache", "evaluate", "eval_steps", "eval_strategy", "eval_on_start", "per_device_eval_batch_size", "mesh",
 }  # fmt: skip
 PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
@@ -41,7 +41,7 @@ def open_run(config: Config) -> Path:
         raise CheckpointError(f"output_dir {folder} is a file; name a folder")
     if not config.resume:
         if folder.exists() and any(folder.iterdir()):
-            raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true to go on with it, or another folder")
+            raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     if not (folder / "config.yaml").is_file():

@@ -155,7 +155,7 @@ def _place_state(mesh, model_config, trainable, optimizer, seed: int) -> TrainSt
 
 def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:
     if different := runfolder.differences(config, folder):
-        raise errors.CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Go on with the same values, or start in another folder")
+        raise errors.CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
     if not checkpoints.steps():
         log.info("resume: %s has no checkpoint yet, so from the start", folder)
         return state, notes
@@ -198,7 +198,7 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
 def main() -> None:
     """`python -m jaxtune.train`."""
     arguments = cli.parse(cli.config_parser("train", __doc__))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    cli.log_to_terminal()
     result = train(arguments.config, arguments.overrides)
     log.info("done: %s", result.folder)
 

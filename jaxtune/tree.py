@@ -6,7 +6,6 @@ import jax
 from flax import traverse_util
 
 
-
 def flatten(tree: dict) -> dict[str, Any]:
     """Nested dict -> `{"layers/0/q": leaf}`; a `Weight` is one leaf."""
     return traverse_util.flatten_dict(tree, sep="/")

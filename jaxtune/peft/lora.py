@@ -32,6 +32,7 @@ class LoRA(Weight):
     rate: float = struct.field(pytree_node=False, default=0.0)
 
     def apply(self, x: jax.Array) -> jax.Array:
+        """`W x + scale * b (a x)`, with dropout on the x of the second term."""
         return linear(self.base, x) + self._low_rank(x)
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
@@ -44,9 +45,11 @@ class LoRA(Weight):
         return self.scale * (self.b.astype(jnp.float32) @ self.a.astype(jnp.float32))
 
     def dense(self, dtype) -> jax.Array:
+        """`W + scale * b a`, added in float32."""
         return (dense(self.base, jnp.float32) + self._delta()).astype(dtype)
 
     def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of an adapted embedding."""
         return rows(self.base, ids, dtype) + (linear(self.a.T, self.b[ids].astype(dtype)) * self.scale.astype(dtype))
 
 
@@ -60,10 +63,12 @@ class DoRA(LoRA):
         return self.magnitude / jax.lax.stop_gradient(norm)
 
     def apply(self, x: jax.Array) -> jax.Array:
+        """`m / |V| * V x`; V is made again in the backward pass, not kept."""
         ratio = jax.checkpoint(lambda leaf: leaf._ratio())(self)
         return (linear(self.base, x) + self._low_rank(x)) * ratio.astype(x.dtype)
 
     def dense(self, dtype) -> jax.Array:
+        """`m * V / |V|`."""
         return (super().dense(jnp.float32) * self._ratio()[:, None]).astype(dtype)
 
 
