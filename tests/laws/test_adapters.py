@@ -1,0 +1,121 @@
+"""Laws 1 and 2: a fresh adapter changes nothing; merged equals composed; a frozen base gets no gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxtune import peft
+from jaxtune.config import LoraConfig
+from jaxtune.convert.load import load
+from jaxtune.model.decoder import forward
+
+TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int32)
+VARIANTS = {
+    "all-linear": LoraConfig(r=4),
+    "list": LoraConfig(r=4, target_modules=("q_proj", "down_proj")),
+    "regex": LoraConfig(r=4, target_modules=r".*layers\.[02]\..*(k|up)_proj"),
+    "layers": LoraConfig(r=4, target_modules=("v_proj",), layers_to_transform=(1,)),
+    "rsLoRA": LoraConfig(r=9, lora_alpha=4, use_rslora=True),
+    "patterns": LoraConfig(r=2, rank_pattern=(("layers.1.self_attn.q_proj", 5), ("q_proj", 3)), alpha_pattern=(("up_proj", 64),)),
+    "gaussian": LoraConfig(r=4, init_lora_weights="gaussian"),
+    "head and embedding": LoraConfig(r=4, target_modules=("lm_head", "embed_tokens", "o_proj")),
+    "DoRA": LoraConfig(r=4, use_dora=True),
+}
+
+
+@pytest.fixture(scope="module", params=[None, "nf4-dq", "int8"], ids=["dense", "nf4-dq", "int8"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tiny.write(folder)
+    return load(folder, quantization=request.param)
+
+
+def trained(adapter, seed=1):
+    """The adapter with noise wherever training could have put some: not in ranks a layer does not have."""
+    params, rng = {}, np.random.default_rng(seed)
+    for site in adapter.sites:
+        live = np.arange(max(site.ranks)) < np.asarray(site.ranks)[:, None]
+        noise = {name: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in adapter.params[site.path].items()}
+        noise["a"] *= live[:, :, None].reshape(*noise["a"].shape[:-1], 1)
+        noise["b"] *= live[:, None, :].reshape(*noise["b"].shape[:-2], 1, -1)
+        params[site.path] = {name: leaf + noise[name] for name, leaf in adapter.params[site.path].items()}
+    return adapter.replace(params=params)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fresh_adapter_changes_nothing(model, name):
+    adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS[name])
+    base = jax.jit(forward, static_argnums=0)(model.config, model.params, TOKENS)
+    composed = jax.jit(forward, static_argnums=0)(model.config, peft.compose(model.params, adapter), TOKENS)
+    if name == "DoRA":  # divides by a norm computed anew: equal to rounding
+        np.testing.assert_allclose(composed, base, atol=1e-4)
+    else:
+        np.testing.assert_array_equal(composed, base)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_merged_equals_composed(model, name):
+    adapter = trained(peft.init_adapter(jax.random.key(0), model, VARIANTS[name]))
+    composed = forward(model.config, peft.compose(model.params, adapter), TOKENS)
+    merged_tree = peft.merge(model.params, adapter)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged_tree))
+    merged = forward(model.config, merged_tree, TOKENS)
+    assert np.abs(composed - forward(model.config, model.params, TOKENS)).max() > 1e-2  # the adapter does something
+    np.testing.assert_allclose(merged, composed, atol=2e-4)
+
+
+def test_gradients_reach_the_adapter_alone(model):
+    adapter = trained(peft.init_adapter(jax.random.key(0), model, VARIANTS["patterns"]))
+
+    def loss(adapter):
+        return jnp.square(forward(model.config, peft.compose(model.params, adapter), TOKENS)).mean()
+
+    grads = jax.grad(loss)(adapter)
+    for site in adapter.sites:
+        a, b = grads.params[site.path]["a"], grads.params[site.path]["b"]
+        for layer, rank in enumerate(site.ranks):
+            assert np.all(a[layer, rank:] == 0) and np.all(b[layer, :, rank:] == 0)
+            if rank:
+                assert np.abs(a[layer, :rank]).max() > 0 and np.abs(b[layer, :, :rank]).max() > 0
+
+
+def test_ranks_and_scales_follow_the_first_pattern(model):
+    adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS["patterns"])
+    sites = {site.path: site for site in adapter.sites}
+    assert sites["layers/0/q"].ranks == (3, 5, 3)
+    assert sites["layers/0/q"].scales == (32 / 3, 32 / 5, 32 / 3)
+    assert sites["layers/0/up"].scales == (32.0,) * 3
+    rs = peft.init_adapter(jax.random.key(0), model, VARIANTS["rsLoRA"])
+    assert rs.sites[0].scales == (4 / 3,) * 3
+
+
+def test_initial_a_is_uniform_within_pefts_bound(model):
+    adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(r=64))
+    a = np.asarray(adapter.params["layers/0/down"]["a"])
+    bound = 1 / np.sqrt(a.shape[-1])
+    assert np.abs(a).max() <= bound and np.isclose(a.std(), bound / np.sqrt(3), rtol=0.05)
+    assert a.dtype == np.float32
+
+
+def test_dropout_draws_from_the_key(model):
+    config = dataclasses.replace(VARIANTS["all-linear"], lora_dropout=0.5)
+    adapter = trained(peft.init_adapter(jax.random.key(0), model, config))
+
+    def run(key):
+        return np.asarray(forward(model.config, peft.compose(model.params, adapter, key), TOKENS))
+
+    assert np.array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
+    assert np.array_equal(run(None), np.asarray(forward(model.config, peft.compose(model.params, adapter), TOKENS)))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "wrong_proj"), "nothing.*"])
+def test_a_target_that_matches_nothing_is_an_error(model, targets):
+    from jaxtune.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="matches no linear layer.*down_proj.*q_proj"):
+        peft.init_adapter(jax.random.key(0), model, LoraConfig(target_modules=targets))

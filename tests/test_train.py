@@ -1,0 +1,152 @@
+"""The training run: its folder, its results, resume, best checkpoint, early stopping, errors."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+import jaxtune as jt
+from jaxtune.errors import CheckpointError, ConfigError, JaxtuneError
+from jaxtune.runlog import RunLog
+from jaxtune.train import train
+
+ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in "one two three hello there fox dog quick brown lazy".split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder and a data file."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.write_chat_model(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """Make a config: LoRA, two rows a step on each device, six steps."""
+
+    def make(**changes):
+        data = {"train": str(folder / "rows.jsonl"), "max_length": 32} | changes.pop("data", {})
+        return {
+            "model": str(folder / "model"), "output_dir": str(tmp_path / "run"), "data": data, "lora": {"r": 4}, "max_steps": 6,
+            "per_device_train_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "compilation_cache": False,
+        } | changes  # fmt: skip
+
+    return make
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_run_lowers_the_loss_and_leaves_its_folder(config, tmp_path, method):
+    result = train(config(method=method, max_steps=8, data={"eval": 0.3}))
+    run = tmp_path / "run"
+    rows = [row for row in metrics(run) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"]
+    assert {"grad_norm", "learning_rate", "epoch", "num_tokens", "mean_token_accuracy", "entropy"} <= rows[0].keys()
+    assert any("eval_loss" in row for row in metrics(run))
+    kept = {path.name for path in run.iterdir()}
+    assert kept == {"config.yaml", "run.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "model" if method == "full" else "adapter"}
+    assert yaml.safe_load((run / "config.yaml").read_text())["method"] == method
+    record = json.loads((run / "run.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__ and record["model"]["sha256"]["model.safetensors"]
+    assert result.step == 8 and result.metrics["loss"] == rows[-1]["loss"]
+
+
+def test_the_adapter_on_disk_is_the_one_that_was_trained(config, folder, tmp_path):
+    result = train(config())
+    model = jt.load(folder / "model")
+    tokens = np.asarray([[5, 6, 7, 8, 9]], np.int32)
+    ours = jt.forward(model.config, jt.compose(model.params, result.trainable), tokens)
+    disk = jt.forward(model.config, jt.compose(model.params, jt.load_adapter(tmp_path / "run" / "adapter", model)), tokens)
+    np.testing.assert_array_equal(ours, disk)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("after", [3, 4])
+def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, method, after):
+    """Law 5: a run stopped after k steps and resumed ends with the same bits, in its weights and its log."""
+    settings = config(method=method, save_steps=100, lora={"r": 4, "lora_dropout": 0.2} if method == "lora" else {})
+    whole = train(settings | {"output_dir": str(tmp_path / "whole")})
+    advance = RunLog.advance
+
+    def stop(self, step, *args):
+        advance(self, step, *args)
+        if step == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "advance", stop)
+    part = train(settings)
+    assert after <= part.step < 6 and not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.undo()
+    resumed = train(settings | {"resume": True})
+    for left, right in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(resumed.trainable), strict=True):
+        np.testing.assert_array_equal(left, right)
+    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(tmp_path / name)] for name in ("whole", "run")]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_of_a_finished_run_changes_nothing(config):
+    first = train(config())
+    again = train(config(resume=True))
+    for left, right in zip(jax.tree.leaves(first.trainable), jax.tree.leaves(again.trainable), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
+    train(config())
+    with pytest.raises(CheckpointError, match="not empty.*resume=true"):
+        train(config(model="/no/such/model"))
+
+
+def test_resume_needs_a_run_and_the_same_settings(config, tmp_path):
+    with pytest.raises(CheckpointError, match="no run"):
+        train(config(resume=True))
+    train(config(max_steps=2))
+    with pytest.raises(CheckpointError, match="learning_rate: 0.01 -> 0.02"):
+        train(config(max_steps=2, resume=True, learning_rate=0.02))
+
+
+def test_the_best_model_is_kept_and_loaded(config, tmp_path):
+    """With a learning rate that diverges the first evaluation is the best one; its checkpoint outlives the limit."""
+    settings = config(learning_rate=3.0, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, data={"eval": 0.3})
+    result = train(settings | {"load_best_model_at_end": True})
+    evals = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}
+    best = min(evals, key=evals.get)
+    assert best < 6 and result.step == best
+    assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {best, 6}
+
+
+def test_early_stopping(config, tmp_path):
+    settings = config(learning_rate=3.0, max_steps=30, eval_strategy="steps", eval_steps=1, early_stopping_patience=3, data={"eval": 0.3})
+    result = train(settings)
+    evals = [row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row]
+    assert result.step == len(evals) < 30 and min(evals[-3:]) >= min(evals[:-3])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+    with pytest.raises(JaxtuneError, match="loss is (nan|inf).*at step"):
+        train(config(learning_rate=1e30, max_grad_norm=0, save_steps=1))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_unknown_names_are_refused(config):
+    with pytest.raises(ConfigError, match="method 'lorra'.*qlora"):
+        train(config(method="lorra"))
+    with pytest.raises(ConfigError, match="target_modules.*matches no"):
+        train(config(lora={"r": 4, "target_modules": ["query"]}))
+
+
+def test_one_compilation_serves_the_run(config, caplog):
+    with jax.log_compiles():
+        train(config())
+    compiled = [record.message for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
+    assert len(compiled) == 1
