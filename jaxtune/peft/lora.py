@@ -160,7 +160,7 @@ def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...
         hits = [_matches(name, row, config) for name in module_names(row)]
         matched.update(hit for hit in hits if hit)
         if any(hits):
-            pairs = [_rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(module_names(row), hits, strict=True)]
+            pairs = [rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(module_names(row), hits, strict=True)]
             sites.append(Site(path, tuple(r for r, _ in pairs), tuple(s for _, s in pairs)))
     targets = config.target_modules
     wanted = {targets} if isinstance(targets, str) else set(targets or ())
@@ -191,7 +191,7 @@ def _named(name: str, targets) -> str | None:
     return next((t for t in targets if name == t or name.endswith("." + t)), None)
 
 
-def _rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
+def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
     """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
 
     def pattern(patterns, default):

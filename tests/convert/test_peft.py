@@ -1,0 +1,95 @@
+"""PEFT folders out and in, without PEFT."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from jaxtune import peft
+from jaxtune.config import LoraConfig
+from jaxtune.convert.load import load
+from jaxtune.convert.peft import load_adapter, save_adapter
+from jaxtune.errors import ModelError
+
+VARIANTS = {
+    "all-linear": LoraConfig(r=4),
+    "patterns": LoraConfig(r=2, rank_pattern={"layers.1.self_attn.q_proj": 5}, alpha_pattern={"up_proj": 64}, use_rslora=True),
+    "regex": LoraConfig(r=4, target_modules=r".*layers\.[02]\..*(k|up)_proj"),
+    "layers": LoraConfig(r=4, target_modules=["v_proj"], layers_to_transform=[1]),
+    "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]),
+    "DoRA": LoraConfig(r=4, use_dora=True),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tiny.write(folder)
+    return load(folder)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    save_adapter(peft.init_adapter(jax.random.key(0), model, VARIANTS["all-linear"]), model, tmp_path / "a")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip(model, tmp_path, name):
+    adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS[name])
+    adapter = jax.tree.map(lambda x: x + (x != 0) * 0.5, adapter)
+    save_adapter(adapter, model, tmp_path / "a")
+    again = load_adapter(tmp_path / "a", model)
+    assert again.sites == adapter.sites
+    for left, right in zip(jax.tree.leaves(adapter), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_names_and_config_are_pefts(model, saved):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    assert tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"].shape == (4, 48)
+    assert tensors["base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"].shape == (32, 4)
+    assert len(tensors) == 3 * 7 * 2
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM" and config["r"] == 4
+    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_folder_in_use_is_left_alone(model, saved):
+    with pytest.raises(ModelError, match="not empty"):
+        save_adapter(load_adapter(saved, model), model, saved)
+
+
+def _edit(saved, **changes):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("field, value", [("bias", "all"), ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("peft_type", "IA3")])
+def test_a_field_that_cannot_be_honoured_is_named(model, saved, field, value):
+    _edit(saved, **{field: value})
+    with pytest.raises(ModelError, match=str(value if field == "peft_type" else field)):
+        load_adapter(saved, model)
+
+
+def test_tensors_that_do_not_fit(model, saved):
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(tensors | {name: tensors[name][:2]}, file)
+    with pytest.raises(ModelError, match=r"A of model.layers.0.self_attn.q_proj is \(2, 32\).*\(4, 32\)"):
+        load_adapter(saved, model)
+    save_file(tensors | {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": tensors[name]}, file)
+    with pytest.raises(ModelError, match="layers.9.*another model"):
+        load_adapter(saved, model)
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(ModelError, match="q_proj lacks its A matrix"):
+        load_adapter(saved, model)
+
+
+def test_no_adapter_there(model, tmp_path):
+    with pytest.raises(ModelError, match="no adapter_config.json"):
+        load_adapter(tmp_path, model)
