@@ -1,0 +1,76 @@
+"""Every family against transformers' logits, without torch: tests/goldens, written by tools/make_goldens.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from jaxtune.errors import ModelError
+from jaxtune.model import decoder
+from jaxtune.model.families import FAMILIES, from_hf
+from jaxtune.model.layers import ACTIVATIONS
+from jaxtune.model.spec import spec
+from jaxtune.tree import flatten, unflatten
+
+TOLERANCE = 1e-4
+forward = jax.jit(decoder.forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module", params=references.CASES)
+def case(request):
+    golden = references.load(request.param)
+    config = from_hf(golden.config)
+    return request.param, golden, config, references.tree(config, golden.tensors)
+
+
+def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    assert [a.shape for a in found] == [b.shape for b in wanted[: len(found)]]
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted, strict=False))
+
+
+def run(config, params, documents, kind: str) -> list[np.ndarray]:
+    batch = references.layout(documents, kind)
+    return batch.documents_of(forward(config, params, batch.tokens, batch.positions, batch.segments))
+
+
+@pytest.mark.parametrize("kind", ["alone", "right", "left", "packed"])
+def test_logits(case, kind):
+    _, golden, config, params = case
+    wanted = golden.logits["alone" if kind == "packed" else kind]
+    assert difference(run(config, params, golden.documents, kind), wanted) < TOLERANCE
+
+
+def test_both_spellings_of_the_config_are_one_model(case):
+    name, golden, config, _ = case
+    assert from_hf(golden.hub) == config
+    assert forward(config, case[3], golden.documents[0][None]).dtype == jnp.float32
+
+
+def test_cached_decode_equals_the_full_forward(case):
+    name, golden, config, params = case
+    if name in ("dynamic", "phi4_mini"):
+        pytest.skip("frequencies change as the text grows: keys in the cache keep those of their time")
+    batch = references.layout(golden.documents, "left")
+    step = jax.jit(lambda cache, *now: decoder.hidden(config, params, *now, cache=cache))
+    cache, found = decoder.init_cache(config, *batch.tokens.shape), []
+    for start, stop in [(0, 4), *((t, t + 1) for t in range(4, batch.tokens.shape[1]))]:
+        out = step(cache, *(jnp.asarray(x[:, start:stop]) for x in batch[:3]))
+        cache = out.cache
+        found.append(decoder.logits(config, params, out.hidden_BTD))
+    assert difference(batch.documents_of(jnp.concatenate(found, axis=1)), golden.logits["left"]) < TOLERANCE
+    assert int(cache.length) == batch.tokens.shape[1]
+
+
+def test_row_table_gives_back_the_files_tensors(case):
+    _, golden, config, params = case
+    leaves, back = flatten(params), {}
+    for path, row in spec(config).items():
+        assert leaves[path].shape == row.shape and len(row.axes) == len(row.shape), path
+        depth = 2 if row.is_experts else 1 if row.layers else 0
+        for name, part in zip(row.hf_names(), np.asarray(leaves[path]).reshape(-1, *row.shape[depth:]), strict=True):
+            back[name] = part.T if row.transposed else part
+    assert back.keys() == golden.tensors.keys()
+    assert all(np.array_equal(back[name], tensor) for name, tensor in golden.tensors.items())

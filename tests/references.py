@@ -1,0 +1,69 @@
+"""Tiny models with known logits (tests/goldens, written by tools/make_goldens.py), and the ways to lay their documents out in a batch."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.model.spec import spec
+from jaxtune.tree import unflatten
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
+
+
+class Golden(NamedTuple):
+    """A golden file: both spellings of config.json, tensors by Hugging Face name, documents, and logits by layout."""
+
+    config: dict
+    hub: dict
+    tensors: dict[str, np.ndarray]
+    documents: list[np.ndarray]
+    logits: dict[str, list[np.ndarray]]
+
+
+def load(case: str) -> Golden:
+    arrays = dict(np.load(GOLDENS / f"{case}.npz"))
+    tensors = {name.removeprefix("tensor/"): a.astype(np.float32) for name, a in arrays.items() if name.startswith("tensor/")}
+    count = sum(name.startswith("tokens/") for name in arrays)
+    logits = {kind: [arrays[f"{kind}/{i}"] for i in range(count)] for kind in ("alone", "right", "left")}
+    config, hub = json.loads(str(arrays["config"])), json.loads(str(arrays["hub"]))
+    return Golden(config, hub, tensors, [arrays[f"tokens/{i}"] for i in range(count)], logits)
+
+
+def tree(config, tensors: dict[str, np.ndarray]) -> dict:
+    """The parameter tree of Hugging Face's tensors, through the row table; every tensor is used once."""
+    left, flat = dict(tensors), {}
+    for path, row in spec(config).items():
+        parts = [left.pop(name) for name in row.hf_names()]
+        parts = [part.T for part in parts] if row.transposed else parts
+        flat[path] = jnp.asarray(np.stack(parts).reshape(row.shape))
+    assert not left, f"not in the row table: {sorted(left)}"
+    return unflatten(flat)
+
+
+class Layout(NamedTuple):
+    """A batch: int32 `[B, T]` each, and where each document lies in it, (row, slice)."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    places: list[tuple[int, slice]]
+
+    def documents_of(self, batch) -> list[np.ndarray]:
+        return [np.asarray(batch)[row, place] for row, place in self.places]
+
+
+def layout(documents: list[np.ndarray], kind: str) -> Layout:
+    """ "alone": the first document; "right", "left": a row each, padded; "packed": one row, padded at its end."""
+    documents = documents[:1] if kind == "alone" else documents
+    lengths = [len(document) for document in documents]
+    width = sum(lengths) + 2 if kind == "packed" else max(lengths) + (kind != "alone")
+    starts = np.cumsum([0, *lengths]) if kind == "packed" else [width - n if kind == "left" else 0 for n in lengths]
+    places = [(0 if kind == "packed" else i, slice(int(starts[i]), int(starts[i]) + n)) for i, n in enumerate(lengths)]
+    tokens, positions, segments = np.zeros((3, 1 if kind == "packed" else len(documents), width), np.int32)
+    for i, (document, (row, place)) in enumerate(zip(documents, places, strict=True)):
+        tokens[row, place], positions[row, place], segments[row, place] = document, np.arange(len(document)), i + 1
+    return Layout(tokens, positions, segments, places)

@@ -1,0 +1,230 @@
+"""Writes tests/goldens/*.npz: tiny random models of every family with transformers' own logits, in float32 with eager attention.
+
+    python tools/make_goldens.py [case ...]          needs torch; without names all cases
+
+A golden holds `config` (config.json as transformers 5 writes it), `hub` (the same in the spelling files on the hub have), `tensor/NAME` (float16,
+exact), and for three documents `tokens/I`, `alone/I` (logits of the document by itself), `right/I` and `left/I` (padded into one batch).
+Matrices are scaled up, norms and biases made random, windows and caps small, so that a forgotten switch shows in the logits.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
+LENGTHS = (13, 9, 6)
+TINY = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1000.0,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SMALL = TINY | dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24)  # for cases about one thing
+GEMMA = dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
+PHI3 = {key: value for key, value in TINY.items() if key != "head_dim"} | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
+QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
+GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
+NEOX = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    rotary_pct=0.25,
+    rotary_emb_base=1000,
+)
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
+
+# config.json of every case, as files on the hub spell it
+CASES = {
+    "llama": TINY | dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    "llama3": TINY
+    | dict(
+        model_type="llama",
+        tie_word_embeddings=True,
+        rope_scaling=dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+        ),
+    ),
+    "linear": SMALL | dict(model_type="llama", rope_scaling=dict(type="linear", factor=4.0)),
+    "dynamic": SMALL | dict(model_type="llama", rope_scaling=dict(type="dynamic", factor=4.0), max_position_embeddings=8),
+    "mistral": TINY | dict(model_type="mistral", sliding_window=5),
+    "mixtral": TINY
+    | dict(model_type="mixtral", head_dim=None, num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2": {key: value for key, value in TINY.items() if key != "head_dim"}
+    | dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2),
+    "qwen2_full": SMALL | dict(model_type="qwen2", use_sliding_window=False, sliding_window=5, max_window_layers=0),
+    "qwen3": TINY | dict(model_type="qwen3"),
+    "qwen3_yarn": SMALL | dict(model_type="qwen3", attention_bias=True, rope_scaling=YARN | dict(beta_fast=4.0, beta_slow=1.0)),
+    "qwen3_moe": TINY
+    | QWEN3_MOE
+    | dict(model_type="qwen3_moe", norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[1], num_hidden_layers=4),
+    "qwen3_moe_raw": SMALL | QWEN3_MOE | dict(model_type="qwen3_moe", norm_topk_prob=False, use_sliding_window=True, sliding_window=5),
+    "gemma": TINY | GEMMA | dict(model_type="gemma", hidden_act="gelu"),
+    "gemma2": TINY
+    | GEMMA
+    | dict(
+        model_type="gemma2",
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=24,
+        sliding_window=5,
+        attn_logit_softcapping=0.2,
+        final_logit_softcapping=0.5,
+    ),
+    "gemma3": TINY
+    | GEMMA
+    | dict(
+        model_type="gemma3_text",
+        num_hidden_layers=6,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=24,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        rope_theta=10000.0,
+        rope_local_base_freq=100.0,
+        rope_scaling=dict(rope_type="linear", factor=8.0),
+        attn_logit_softcapping=0.2,
+        final_logit_softcapping=0.5,
+    ),
+    "phi3": PHI3 | dict(model_type="phi3", sliding_window=5, original_max_position_embeddings=64),
+    "phi4_mini": PHI3
+    | dict(
+        model_type="phi3",
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=64,
+        original_max_position_embeddings=5,
+        rope_scaling=dict(
+            type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], long_factor=[1.0, 1.5, 2.5, 4.0, 8.0, 16.0]
+        ),
+    ),
+    "phi4_mini_short": PHI3
+    | dict(
+        model_type="phi3",
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_scaling=dict(
+            type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], long_factor=[1.0, 1.5, 2.5, 4.0, 8.0, 16.0]
+        ),
+    ),
+    "smollm3": TINY | dict(model_type="smollm3", tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0]),
+    "smollm3_window": SMALL
+    | dict(
+        model_type="smollm3",
+        tie_word_embeddings=True,
+        num_hidden_layers=4,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
+    "olmo2": TINY | dict(model_type="olmo2"),
+    "granite": TINY
+    | dict(
+        model_type="granite",
+        tie_word_embeddings=True,
+        attention_multiplier=0.4,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.22,
+        logits_scaling=4.0,
+    ),
+    "gpt2": GPT2 | dict(model_type="gpt2"),
+    "gpt2_unscaled": GPT2
+    | dict(model_type="gpt2", n_layer=2, n_inner=40, scale_attn_weights=False, activation_function="gelu", tie_word_embeddings=False),
+    "gpt_neox": NEOX | dict(model_type="gpt_neox", use_parallel_residual=True),
+    "gpt_neox_sequential": NEOX | dict(model_type="gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
+}
+EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
+
+
+def lengths(case: str) -> tuple[int, ...]:
+    """Lengths of a case's documents."""
+    return (13, 13, 13) if case in EQUAL_LENGTHS else LENGTHS
+
+
+def make_model(config: dict, seed: int):
+    """A random transformers model whose weights are float16 numbers held in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model_type = config["model_type"]
+    hf = AutoConfig.for_model(**config)
+    assert hf.model_type == model_type
+    model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.mul_(4.0)
+            else:
+                p.add_(0.2 * torch.randn(p.shape))
+            p.copy_(p.half().float())
+    return model
+
+
+def reference(model, documents: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Logits of each document alone, and in one batch padded on the right and on the left."""
+    import torch
+
+    found = {}
+    rows, width = len(documents), max(len(d) for d in documents) + 1
+    with torch.no_grad():
+        for i, tokens in enumerate(documents):
+            found[f"alone/{i}"] = model(torch.tensor(tokens)[None].long()).logits[0].numpy()
+        for side in ("right", "left"):
+            tokens, mask = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.long)
+            for i, document in enumerate(documents):
+                place = slice(0, len(document)) if side == "right" else slice(width - len(document), width)
+                tokens[i, place], mask[i, place] = torch.tensor(document).long(), 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+            for i in range(rows):
+                found[f"{side}/{i}"] = logits[i][mask[i] == 1].numpy()
+    return found
+
+
+def saved(model) -> tuple[dict, dict[str, np.ndarray]]:
+    """config.json and the tensors as transformers writes them."""
+    from safetensors.numpy import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return json.loads((Path(folder) / "config.json").read_text()), load_file(Path(folder) / "model.safetensors")
+
+
+def documents(case: str, seed: int) -> list[np.ndarray]:
+    """Random tokens, one array a document."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 96, n).astype(np.int32) for n in lengths(case)]
+
+
+def main(names: list[str]) -> None:
+    GOLDENS.mkdir(exist_ok=True)
+    for case in names or CASES:
+        seed = list(CASES).index(case)
+        model, texts = make_model(CASES[case], seed), documents(case, seed)
+        config, tensors = saved(model)
+        arrays = {f"tensor/{name}": array.astype(np.float16) for name, array in tensors.items()}
+        assert all(np.array_equal(arrays[f"tensor/{name}"].astype(np.float32), array) for name, array in tensors.items())
+        arrays |= {f"tokens/{i}": tokens for i, tokens in enumerate(texts)} | reference(model, texts)
+        path = GOLDENS / f"{case}.npz"
+        np.savez_compressed(path, config=json.dumps(config), hub=json.dumps(CASES[case]), **arrays)
+        spread = np.std(arrays["alone/0"])
+        print(f"{case}: {path.stat().st_size / 1000:.0f} kB, logits' standard deviation {spread:.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
