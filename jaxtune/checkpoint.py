@@ -82,21 +82,28 @@ class Checkpoints:
         self.manager.close()
 
 
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _flat(state: Any) -> dict[str, Any]:
     """Leaves by path; PRNG keys as the integers they are made of."""
-
-    def plain(leaf):
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): plain(leaf) for path, leaf in leaves}
+    return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def _unflat(state: Any, flat: dict[str, Any]) -> Any:
-    leaves, treedef = jax.tree.flatten(state)
-    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    values = [jax.random.wrap_key_data(value) if key else value for key, value in zip(keys, flat.values(), strict=True)]
-    return jax.tree.unflatten(treedef, values)
+    """The inverse, as a tree like `state`."""
+
+    def leaf(path, like):
+        value = flat[_name(path)]
+        return jax.random.wrap_key_data(value) if _is_key(like) else value
+
+    return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @jax.jit
