@@ -64,12 +64,25 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1) -> Data:
     return Data(sources["train"], sources.get("eval"), sources.get("test"), ledger)
 
 
+def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:
+    """The batches of the `eval` or `test` side alone; `data.train` is needed only where that side is a share of it.
+
+    Raises:
+        DataError: the config names no such rows.
+    """
+    if getattr(config.data, name) is None:
+        raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
+    return _source(divide(config, tokenizer)[name], config, False, data_parallel)
+
+
 def divide(config: Config, tokenizer: Any) -> dict[str, Documents]:
     """The documents of each side that has any; `data.replay` aside."""
-    data = config.data
-    documents = _read(data.train, config, tokenizer)
-    side = splits.sides(documents, config)
-    parts = {name: documents.select(np.flatnonzero(side == number)) for number, name in enumerate(splits.SIDES) if (side == number).any()}
+    data, parts = config.data, {}
+    if data.train:
+        documents = _read(data.train, config, tokenizer)
+        side = splits.sides(documents, config)
+        indices = {name: np.flatnonzero(side == number) for number, name in enumerate(splits.SIDES)}
+        parts = {name: documents.select(index) for name, index in indices.items() if len(index)}
     for name, sources in (("eval", data.eval), ("test", data.test)):
         if sources is not None and not isinstance(sources, float):
             parts[name] = _read(sources, config, tokenizer)
