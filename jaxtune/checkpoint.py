@@ -38,12 +38,13 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
         self._prune(step)
 
-    def _prune(self, newest: int) -> None:
-        """Delete all but the newest `keep` and the best; the one being written is not finished, so it does not count yet."""
+    def _prune(self, unfinished: int | None = None) -> None:
+        """Delete all but the newest `keep` and the best. One that is still being written takes a place, but the last whole one stays."""
         if self.keep is None:
             return
-        finished = [step for step in self.steps() if step != newest]
-        for step in finished[: max(0, len(finished) - max(self.keep - 1, 1))]:
+        whole = [step for step in self.steps() if step != unfinished]
+        room = self.keep if unfinished is None else max(self.keep - 1, 1)
+        for step in whole[:-room]:
             if step != self.best:
                 self.manager.delete(step)
 
@@ -79,6 +80,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the folder."""
         self.wait()
+        self._prune()
         self.manager.close()
 
 
