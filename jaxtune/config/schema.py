@@ -78,6 +78,7 @@ class DataConfig(Group):
     length_policy: Literal["error", "drop", "truncate", "split"] = "error"
     truncation_side: Literal["right", "left", "prompt"] = "right"  # prompt: from the left, but never the answer
     packing: bool | Literal["group"] = True  # group: rows of like length together, padded
+    shared_prompts: bool = True  # answers to one prompt share its computation; false: each answer has a prompt of its own
     train_on: Literal["completion", "assistant", "last", "all"] = "completion"
     train_on_eos: bool = True
     add_eos: bool = True

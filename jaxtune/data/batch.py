@@ -48,7 +48,12 @@ class Batch:
     answers: Answers | None = None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], capacity: int | None = None) -> "Batch":
-        """A batch of padding only, to be filled in."""
-        ints = [np.zeros(shape, np.int32) for _ in range(3)]
-        return cls(ints[0], np.zeros(shape, np.float32), ints[1], ints[2], capacity)
+    def empty(cls, shape: tuple[int, ...], capacity: int | None = None, answers: int = 0, shared: bool = False) -> "Batch":
+        """A batch of padding only, to be filled in; with room for that many answers a row, and for shared prompts."""
+
+        def ints() -> np.ndarray:
+            return np.zeros(shape, np.int32)
+
+        numbered = Answers(ints(), np.zeros((*shape[:-1], answers), np.float32)) if answers else None
+        parents, before = (ints(), ints()) if shared else (None, None)
+        return cls(ints(), np.zeros(shape, np.float32), ints(), ints(), capacity, parents, before, numbered)

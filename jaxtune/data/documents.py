@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 FLAT = {"tokens": np.int32, "mask": np.uint8}
-INDEX = ("starts", "lengths", "trained", "rows", "content", "groups", "strata")
-HASHES = ("content", "groups", "strata")
+INDEX = ("starts", "lengths", "trained", "rows", "content", "groups", "strata", "values")
+TYPES = dict.fromkeys(("content", "groups", "strata"), np.uint64) | {"values": np.float64}  # int64 else
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Documents:
         content: uint64 [n], hash of the row.
         groups: uint64 [n], hash of what a split keeps together: the row, or its field `data.split_by`.
         strata: uint64 [n], hash of the row's field `data.stratify`.
+        values: float64 [n], a number the row has beside its text: the margin of a pair; 0 else.
         info: for each part, what its maker had to say (the ledger).
     """
 
@@ -46,6 +47,7 @@ class Documents:
     content: np.ndarray
     groups: np.ndarray
     strata: np.ndarray
+    values: np.ndarray
     info: list[dict]
 
     def __len__(self) -> int:
@@ -63,8 +65,9 @@ class Documents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the documents: their number, lengths, tokens and masks, in order."""
+        """sha256 of the documents: their number, lengths, values, tokens and masks, in order."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
+        digest.update(np.ascontiguousarray(self.values).data)
         for doc in range(len(self)):
             for values in self[doc]:
                 digest.update(np.ascontiguousarray(values).data)
@@ -75,7 +78,7 @@ class Documents:
         """Open what `write` wrote, tokens memory-mapped."""
         flat = {name: [np.memmap(folder / f"{name}.bin", dtype, "r")] for name, dtype in FLAT.items()}
         index = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
-        index |= {name: index[name].view(np.uint64) for name in HASHES}
+        index |= {name: index[name].view(kind) for name, kind in TYPES.items()}
         info = json.loads((folder / "info.json").read_text())
         return cls(**flat, part=np.zeros(len(index["rows"]), np.int64), **index, info=[info])
 
@@ -90,7 +93,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Entry:
-    """One document to be stored; the last four as in `Documents`."""
+    """One document to be stored; the last five as in `Documents`."""
 
     ids: list[int]
     mask: np.ndarray
@@ -98,6 +101,7 @@ class Entry:
     content: int
     group: int
     stratum: int
+    value: float = 0.0
 
 
 def write(folder: Path, entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
@@ -108,14 +112,14 @@ def write(folder: Path, entries: Iterable[Entry], info: Callable[[], dict]) -> D
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        columns = {name: array("Q" if name in HASHES else "q") for name in INDEX}
+        columns = {name: array({np.uint64: "Q", np.float64: "d"}.get(TYPES.get(name), "q")) for name in INDEX}
         start = 0
         with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "mask.bin", "wb") as mask_file:
             for entry in entries:
                 tokens_file.write(np.asarray(entry.ids, np.int32).tobytes())
                 mask_file.write(np.asarray(entry.mask, np.uint8).tobytes())
                 trained = int(np.count_nonzero(entry.mask))
-                values = (start, len(entry.ids), trained, entry.row, entry.content, entry.group, entry.stratum)
+                values = (start, len(entry.ids), trained, entry.row, entry.content, entry.group, entry.stratum, entry.value)
                 for name, value in zip(INDEX, values, strict=True):
                     columns[name].append(value)
                 start += len(entry.ids)

@@ -30,6 +30,7 @@ class Encoded:
 
     row: Row
     docs: list[Doc]
+    value: float = 0.0  # a pair's margin
 
 
 class Encoder:
@@ -63,18 +64,18 @@ class Encoder:
         """The rows' documents, in order. A row that is dropped is booked, and missing here."""
         stream = iter(examples)
         while chunk := list(islice(stream, CHUNK)):
-            rows: list[tuple[Row, list[Piece]]] = []
+            rows: list[tuple[Row, list[Piece], float]] = []
             for row, example in chunk:
                 self.ledger.rows += 1
                 try:
-                    rows.append((row, self.pieces(row, example)))
+                    rows.append((row, self.pieces(row, example), getattr(example, "margin", 0.0)))
                 except RowError as error:
                     self.ledger.fault(error)
-            tokens = self._tokenise([piece for _, pieces in rows for piece in pieces])
-            for row, pieces in rows:
+            tokens = self._tokenise([piece for _, pieces, _ in rows for piece in pieces])
+            for row, pieces, value in rows:
                 try:
                     docs = [self._finish(piece, *next(tokens)) for piece in pieces]
-                    yield Encoded(row, self._fit(pieces, docs))
+                    yield Encoded(row, self._fit(pieces, docs), value)
                 except RowError as error:
                     self.ledger.fault(error)
 
@@ -84,14 +85,25 @@ class Encoder:
             needed = " or ".join(HELP[kind] for kind in self.kinds)
             raise row.fail(f"the row has {HELP[type(example)]}; objective {self.objective} needs {needed}")
         if isinstance(example, Pair):
-            pieces = [self._piece(row, side) for side in (example.chosen, example.rejected)]
-            if pieces[0].text == pieces[1].text:
-                self.ledger.problem("chosen_equals_rejected", row, "chosen and rejected are the same")
-            return pieces
+            return self._pair(row, example)
         if isinstance(example, Labelled):
             piece = self._piece(row, example.example)
             return [replace(piece, marks=(1 + example.label,) * len(piece.spans))]
         return [self._piece(row, example)]
+
+    def _pair(self, row: Row, pair: Pair) -> list[Piece]:
+        pieces = [self._piece(row, side) for side in (pair.chosen, pair.rejected)]
+        if pieces[0].text == pieces[1].text:
+            self.ledger.problem("chosen_equals_rejected", row, "chosen and rejected are the same")
+        prompts = [piece.text[: piece.spans[0][0]] if piece.spans else piece.text for piece in pieces]
+        if prompts[0] != prompts[1]:
+            said = f"before chosen stands {_short(prompts[0])}, before rejected {_short(prompts[1])}"
+            self.ledger.problem("prompts_differ", row, f"{said}; answers can be compared only if they are to the same prompt")
+        elif not prompts[0].strip():
+            self.ledger.problem("no_prompt", row, "chosen and rejected have no prompt in common")
+        if Labelled in self.kinds:  # as two answers with a label each
+            return [replace(piece, marks=(mark,) * len(piece.spans)) for piece, mark in zip(pieces, (2, 1), strict=True)]
+        return pieces
 
     def _piece(self, row: Row, example: Example) -> Piece:
         mode = self.data.train_on

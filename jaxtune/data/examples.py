@@ -52,18 +52,19 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the first one better."""
+    """Two answers to one prompt, the first one better, by `margin` where the row says so."""
 
     chosen: Completion | Chat
     rejected: Completion | Chat
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer that is good or not."""
+    """An answer that is good (1) or not (0), or a text of class `label`."""
 
-    example: Completion | Chat
-    label: bool
+    example: Completion | Chat | Text
+    label: int
 
 
 @dataclass(frozen=True)

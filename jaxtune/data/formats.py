@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,8 @@ from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Pro
 from jaxtune.data.files import Row
 from jaxtune.data.turns import fields, messages, short
 from jaxtune.errors import DataError
+
+MAX_CLASSES = 255  # a label is kept in the mask, one byte a token
 
 
 def _text(row: Row) -> Text:
@@ -65,7 +68,7 @@ def _preference(row: Row) -> Pair:
         return _implicit(row)  # also UltraFeedback's: the prompt once more, as a string, beside two whole conversations
     elif isinstance(given, str) and whole:
         prompt = [{"role": "user", "content": given}]
-    return Pair(*(_answer(row, "prompt", side, prompt) for side in ("chosen", "rejected")))
+    return Pair(*(_answer(row, "prompt", side, prompt) for side in ("chosen", "rejected")), _margin(row))
 
 
 def _opens_with(side: list, prompt: str) -> bool:
@@ -78,11 +81,19 @@ def _implicit(row: Row) -> Pair:
         start = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
         if start and chosen[start - 1] == " ":  # the space belongs to the answer's first token
             start -= 1
-        return Pair(Completion(chosen[:start], chosen[start:]), Completion(chosen[:start], rejected[start:]))
+        return Pair(Completion(chosen[:start], chosen[start:]), Completion(chosen[:start], rejected[start:]), _margin(row))
     chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
     longest = min(len(chosen), len(rejected)) - 1
     start = next((n for n in range(longest) if chosen[n] != rejected[n]), longest)
-    return Pair(_chat(row, chosen, start), _chat(row, rejected, start))
+    return Pair(_chat(row, chosen, start), _chat(row, rejected, start), _margin(row))
+
+
+def _margin(row: Row) -> float:
+    """By how much the chosen answer is better (TRL's column of that name); 0 where the row does not say."""
+    value = row.fields.get("margin")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        raise row.fail(f"'margin' must be a number, this is {short(value)}")
+    return float(value or 0.0)
 
 
 def _openai_preference(row: Row) -> Pair:
@@ -107,10 +118,21 @@ def _unpaired(row: Row) -> Labelled:
     return Labelled(replace(chat, start=len(chat.messages) - 1), bool(label))
 
 
+def _classification(row: Row) -> Labelled:
+    label = row.fields["label"]
+    if isinstance(label, str) and label.isdigit():  # CSV has nothing but strings
+        label = int(label)
+    if type(label) not in (int, bool) or not 0 <= label < MAX_CLASSES:
+        raise row.fail(f"'label' must be the number of a class, from 0 to below {MAX_CLASSES}, this is {short(label)}")
+    return Labelled(_text(row) if "text" in row.fields else _messages(row), int(label))
+
+
 def _stepwise(row: Row) -> Steps:
     steps, labels = row.fields["completions"], row.fields["labels"]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not steps:
         raise row.fail(f"'completions' must be a list of strings, this is {short(steps)}")
+    if empty := [n for n, step in enumerate(steps, 1) if not step.strip()]:
+        raise row.fail(f"step {empty[0]} of 'completions' is empty; take it out, and its label")
     if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, (bool, int)) for label in labels):
         raise row.fail(f"'labels' must hold true or false for each of the {len(steps)} completions, this is {short(labels)}")
     return Steps(_string(row, "prompt"), steps, [bool(label) for label in labels])
@@ -150,6 +172,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "preference": (("chosen", "rejected"), _preference),
     "stepwise": (("prompt", "completions", "labels"), _stepwise),
     "unpaired": (("label|kto_tag", "completion|messages|conversations|instruction"), _unpaired),
+    "classification": (("label", "text|messages"), _classification),
     "messages": (("messages",), _messages),
     "sharegpt": (("conversations",), _sharegpt),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
@@ -166,6 +189,8 @@ def detect(row: Row) -> str:
             label = row.fields.get("label")
             if name == "unpaired" and "label" in row.fields and not isinstance(label, bool):
                 continue  # some other label, a class name for example
+            if name == "classification":
+                continue  # text with a label is text, but for objective classification, which asks for the format by name
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
     raise row.fail(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtune.config import Config
 from jaxtune.config import Source as SourceConfig
 from jaxtune.data import splits
+from jaxtune.data import units as unit_kinds
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import SFT
 from jaxtune.data.examples import Example, Labelled, Pair, Steps
@@ -20,7 +21,7 @@ from jaxtune.data.tokenised import examples, tokenise
 from jaxtune.errors import ConfigError, DataError
 
 # objective: what its rows are. All others take preference pairs.
-KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled,), "stepwise_reward": (Steps,)}
+KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Labelled,)}
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     data = config.data
     rows = data_parallel * (config.per_device_train_batch_size if training else config.per_device_eval_batch_size)
     seed = config.seed if config.data_seed is None else config.data_seed
-    copies = 1 if config.objective in KINDS else 2
-    part, lengths, trained = documents.part[::copies], *(n.reshape(-1, copies).max(1) for n in (documents.lengths, documents.trained))
-    plan = make_plan(lengths, trained, part, data.packing, data.max_length, seed)
+    units = unit_kinds.make(documents, config)
+    longest = int(units.lengths.max())  # several answers may be longer than max_length together
+    plan = make_plan(units.lengths, units.trained, units.part, data.packing, max(data.max_length, longest), seed)
     if not training:
-        return Source(documents, plan, rows, seed=seed, shuffle=False, copies=copies)
-    mix = mixture(part[plan.docs[plan.starts[:-1]]], config)
+        return Source(units, plan, rows, seed=seed, shuffle=False)
+    mix = mixture(units.part[plan.docs[plan.starts[:-1]]], config)
     if mix is not None and len(plan.lengths) > 1:
         raise ConfigError("data.packing: group sorts rows by length, which a mixture with weights cannot keep to; use packing: true")
-    return Source(documents, plan, rows, config.gradient_accumulation_steps, seed, data.shuffle, copies, mix)
+    return Source(units, plan, rows, config.gradient_accumulation_steps, seed, data.shuffle, mix)
 
 
 def _limited(documents: Documents, limit: int | None) -> Documents:

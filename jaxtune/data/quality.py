@@ -10,6 +10,8 @@ DEFAULTS = {
     "double_bos": "error",
     "stop_token_untrained": "error",
     "chosen_equals_rejected": "keep",
+    "prompts_differ": "error",
+    "no_prompt": "keep",
     "empty_answer": "keep",
 }
 

@@ -10,6 +10,7 @@ from jaxtune.data.batch import Batch
 from jaxtune.data.documents import Documents
 from jaxtune.data.mixing import Mixture
 from jaxtune.data.packing import Plan, permutation
+from jaxtune.data.units import Cursor, Units
 from jaxtune.errors import DataError
 
 
@@ -24,19 +25,23 @@ class Source:
     Attributes:
         rows: rows of a micro-batch, all devices and processes together (B).
         accumulation: micro-batches of a step (A).
-        plan: which documents share a row.
-        copies: documents of a row of the data. 2: the plan is over pairs, and each row of it becomes two rows of the batch, 2i with the
-            chosen and 2i + 1 with the rejected answers, document for document in the same segments.
+        units: what a row is made of (data/units.py): documents, or pairs and other groups of answers.
+        plan: which units share a row.
         mixture: which rows an epoch has, where not simply all of them.
     """
 
     def __init__(
-        self, documents: Documents, plan: Plan, rows: int, accumulation: int = 1, seed: int = 0, shuffle: bool = True,
-        copies: int = 1, mixture: Mixture | None = None,
+        self, units: Units, plan: Plan, rows: int, accumulation: int = 1, seed: int = 0, shuffle: bool = True,
+        mixture: Mixture | None = None,
     ):  # fmt: skip
-        self.documents, self.plan, self.rows, self.accumulation = documents, plan, rows, accumulation
-        self.seed, self.shuffle, self.copies, self.mixture = seed, shuffle, copies, mixture
+        self.units, self.plan, self.rows, self.accumulation = units, plan, rows, accumulation
+        self.seed, self.shuffle, self.mixture = seed, shuffle, mixture
         self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
+
+    @property
+    def documents(self) -> Documents:
+        """What the units are made of."""
+        return self.units.documents
 
     @property
     def steps_per_epoch(self) -> int:
@@ -48,17 +53,17 @@ class Source:
     @property
     def tokens(self) -> int:
         """Tokens of an epoch, padding not counted; with a mixture, of the first one."""
-        return self._total(self.documents.lengths)
+        return self._total(self.units.lengths)
 
     @property
     def trained_tokens(self) -> int:
         """Tokens of an epoch that the loss is taken on; with a mixture, of the first one."""
-        return self._total(self.documents.trained)
+        return self._total(self.units.trained)
 
     @property
     def efficiency(self) -> float:
         """Tokens by places for tokens, over all rows of the plan: 1 means no padding."""
-        return int(self.documents.lengths.sum()) / (self.plan.slots() * self.copies)
+        return int(self.units.lengths.sum()) / self.plan.slots()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,7 +72,8 @@ class Source:
         for array in (self.plan.docs, self.plan.starts, self.plan.group):
             digest.update(np.ascontiguousarray(array, np.int64).data)
         quota = self.mixture and self.mixture.quota
-        digest.update(repr((self.plan.lengths, self.rows * self.accumulation, self.seed, self.shuffle, self.copies, quota)).encode())
+        settings = self.plan.lengths, self.rows * self.accumulation, self.seed, self.shuffle, self.units.settings, quota
+        digest.update(repr(settings).encode())
         return digest.hexdigest()
 
     def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
@@ -97,9 +103,17 @@ class Source:
         return permutation(len(self.plan), self.seed, epoch) if self.shuffle else np.arange(len(self.plan))
 
     def _total(self, counts: np.ndarray) -> int:
-        """The sum of a number that each document has over the documents of the first epoch."""
-        units = counts.reshape(-1, self.copies).sum(1)[self.plan.docs]
-        return int(np.add.reduceat(units, self.plan.starts[:-1])[self._order(0)].sum())
+        """The sum of a number that each unit has over the units of the first epoch."""
+        return int(self._by_row(counts)[self._order(0)].sum())
+
+    def _by_row(self, counts: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(counts[self.plan.docs], self.plan.starts[:-1])
+
+    @cached_property
+    def answers(self) -> list[int]:
+        """The most answers a row has, for each group of rows; 0 for objectives that number none."""
+        counts = self._by_row(self.units.answers)
+        return [int(counts[self.plan.group == group].max()) for group in range(len(self.plan.lengths))]
 
     def _steps(self, order: np.ndarray, per_step: int) -> np.ndarray:
         """Row numbers [steps, per_step], -1 where there is none; the rows of a step are of one shape."""
@@ -117,21 +131,11 @@ class Source:
             )
         group = self.plan.group[rows_AB.max()]
         mine = np.split(rows_AB, processes, axis=1)[process]
-        shape = (len(mine), mine.shape[1] * self.copies, self.plan.lengths[group])
-        batch = Batch.empty(shape, self.plan.capacities[group])
-        for (micro, place), row in np.ndenumerate(mine):
-            for copy in range(self.copies):
-                if row >= 0:
-                    self._fill(batch, (micro, place * self.copies + copy), row, copy)
+        shape = (*mine.shape, self.plan.lengths[group])
+        batch = Batch.empty(shape, self.plan.capacities[group], self.answers[group], self.units.shared)
+        for place, row in np.ndenumerate(mine):
+            if row >= 0:
+                at = Cursor(place)
+                for unit in self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]:
+                    self.units.fill(batch, at, int(unit))
         return batch
-
-    def _fill(self, batch: Batch, place: tuple[int, int], row: int, copy: int) -> None:
-        start = 0
-        docs = self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]
-        for segment, doc in enumerate(docs, 1):
-            tokens, mask = self.documents[doc * self.copies + copy]
-            where = (*place, slice(start, start + len(tokens)))
-            batch.tokens[where], batch.weights[where] = tokens, mask > 0
-            batch.positions[where] = np.arange(len(tokens))
-            batch.segments[where] = segment
-            start += len(tokens)

@@ -40,7 +40,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
             content, group, stratum = content_key(item.row.fields), *split_keys(item.row, config)
             for ids, mask in item.docs:
                 ledger.keep(len(ids), int(np.count_nonzero(mask)))
-                yield Entry(ids, mask, item.row.index, content, group, stratum)
+                yield Entry(ids, mask, item.row.index, content, group, stratum, item.value)
         if not ledger.documents:
             raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}")
 
@@ -49,11 +49,16 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
 
 def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:
     """The rows of one source under the names the formats use, and what they mean."""
-    columns, form = dict(source.columns or config.data.columns), source.format or config.data.format
+    columns, form = dict(source.columns or config.data.columns), form_of(source, config)
     paths = files.find(source.path)
     for row in files.read_hub(source.path, source.name, source.split) if paths is None else files.read(paths):
         row = formats.rename(row, columns)
         yield row, formats.parse(row, form)
+
+
+def form_of(source: SourceConfig, config: Config) -> str | None:
+    """The format of a source, where it is not left to be detected."""
+    return source.format or config.data.format or ("classification" if config.objective == "classification" else None)
 
 
 def split_keys(row: files.Row, config: Config) -> tuple[int, int]:
@@ -91,7 +96,7 @@ def cache_dir(config: Config) -> Path:
 
 def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
     """Hash of tokenizer, template, code, libraries, rows and settings."""
-    paths, form = files.find(source.path), source.format or config.data.format
+    paths, form = files.find(source.path), form_of(source, config)
     key = hashlib.sha256()
     for part in (
         _tokenizer_bytes(tokenizer),

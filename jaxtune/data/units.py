@@ -1,0 +1,239 @@
+"""What a plan lays out in rows: a document, or several answers that have to share a row.
+
+Answers to one prompt share it: the prompt is a segment, each answer a segment that goes on from it (`Batch.parents`), with positions that
+restart after the prompt. The prompt's tokens are then computed once. Every kind of unit has
+
+    documents                         what it was made of
+    lengths, trained, part, answers   int64 [n]: tokens in the row, trained tokens, the documents' source, numbers given to answers
+    shared                            whether batches carry parents
+    settings                          what the layout depends on beside the documents, for fingerprints
+    fill(batch, at, unit)             write one unit into a row
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtune.config import Config
+from jaxtune.data.batch import Batch
+from jaxtune.data.documents import Documents
+from jaxtune.errors import DataError
+
+
+@dataclass
+class Cursor:
+    """The next free place of a row: slot, and the numbers of the last segment and the last answer."""
+
+    row: tuple[int, ...]
+    slot: int = 0
+    segment: int = 0
+    answer: int = 0
+
+
+def put(batch: Batch, at: Cursor, tokens: np.ndarray, mask: np.ndarray, parent: "Parent | None" = None) -> None:
+    """Write a segment."""
+    at.segment += 1
+    end = at.slot + len(tokens)
+    where = (*at.row, slice(at.slot, end))
+    batch.tokens[where], batch.weights[where] = tokens, mask > 0
+    batch.positions[where] = np.arange(len(tokens)) + (parent.length if parent else 0)
+    batch.segments[where] = at.segment
+    if batch.before is not None:
+        batch.before[where] = np.arange(at.slot - 1, end - 1).clip(0)
+        if parent:
+            batch.parents[where] = parent.segment
+            batch.before[(*at.row, at.slot)] = parent.end
+    at.slot = end
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A prompt that has been written: its segment, its tokens, its last slot."""
+
+    segment: int
+    length: int
+    end: int
+
+
+class Answer(NamedTuple):
+    """A whole document, prompt and answer: token ids, mask, the first token of the answer, and what its row says of it."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    start: int
+    value: float
+
+
+def put_answers(batch: Batch, at: Cursor, answers: list[Answer], prompt: int) -> None:
+    """Write answers, numbered on, after the first `prompt` tokens, which they have in common; 0: each a document of its own."""
+    parent = None
+    if prompt:
+        put(batch, at, answers[0].tokens[:prompt], answers[0].mask[:prompt])
+        parent = Parent(at.segment, prompt, at.slot - 1)
+    for answer in answers:
+        first = at.slot + answer.start - prompt
+        put(batch, at, answer.tokens[prompt:], answer.mask[prompt:], parent)
+        at.answer += 1
+        batch.answers.numbers[(*at.row, slice(first, at.slot))] = at.answer
+        batch.answers.values[(*at.row, at.answer - 1)] = answer.value
+
+
+class Single:
+    """Each document by itself."""
+
+    shared = False
+    settings: tuple = ()
+
+    def __init__(self, documents: Documents):
+        self.documents = documents
+        self.lengths, self.trained, self.part = documents.lengths, documents.trained, documents.part
+        self.answers = np.zeros(len(documents), np.int64)
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write one document."""
+        put(batch, at, *self.documents[unit])
+
+
+class Labelled(Single):
+    """Each document by itself, one answer whose value is its label: the mask's mark less one."""
+
+    def __init__(self, documents: Documents):
+        super().__init__(documents)
+        self.answers = np.ones(len(documents), np.int64)
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write one document."""
+        put_answers(batch, at, [_labelled(self.documents, unit)], 0)
+
+
+class Stepwise(Single):
+    """Each document by itself; every run of marked tokens is an answer (the end of a step) whose value is its mark less one."""
+
+    def __init__(self, documents: Documents):
+        super().__init__(documents)
+        self.answers = np.array([len(_runs(documents[n][1])) for n in range(len(documents))], np.int64)
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write one document."""
+        tokens, mask = self.documents[unit]
+        start = at.slot
+        put(batch, at, tokens, mask)
+        for low, high in _runs(mask):
+            at.answer += 1
+            batch.answers.numbers[(*at.row, slice(start + low, start + high))] = at.answer
+            batch.answers.values[(*at.row, at.answer - 1)] = int(mask[low]) - 1
+
+
+class Pairs:
+    """Documents 2u and 2u + 1: the chosen and the rejected answer to one prompt, numbered odd and even. Their value is the pair's margin.
+
+    train_prompt: the prompt is trained too, once, with the chosen answer (ORPO).
+    """
+
+    def __init__(self, documents: Documents, share: bool = True, train_prompt: bool = False):
+        self.documents, self.shared, self.train_prompt = documents, share, train_prompt
+        self.settings = ("pairs", share, train_prompt)
+        count = len(documents) // 2
+        self.part, self.answers = documents.part[::2], np.full(count, 2, np.int64)
+        self._prompts = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64)
+        self.lengths = documents.lengths.reshape(-1, 2).sum(1) - self._prompts * share
+        self.trained = documents.trained.reshape(-1, 2).sum(1)
+        if train_prompt:
+            self.trained = self.trained + [self._pair(unit)[0].start - 1 for unit in range(count)]
+
+    def _pair(self, unit: int) -> list[Answer]:
+        documents = self.documents
+        return [Answer(*documents[n], int(documents[n][1].argmax()), documents.values[n]) for n in (2 * unit, 2 * unit + 1)]
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write one pair."""
+        chosen, rejected = self._pair(unit)
+        if self.train_prompt:
+            place = np.arange(len(chosen.mask))
+            chosen = chosen._replace(mask=np.where((place > 0) & (place < chosen.start), 1, chosen.mask))
+        put_answers(batch, at, [chosen, rejected], int(self._prompts[unit]) * self.shared)
+
+
+class Mismatched:
+    """Labelled answers by twos (three where one is left over), each beside an answer that was given to another prompt.
+
+    Answers are numbered (own, other), (own, other), ...; the others, from which KTO estimates how far the policy is from the reference,
+    are those of the unit itself, moved on by one prompt, so that every batch has the same answers in both roles. An other answer
+    that would make its document longer than `max_length` is cut there, as TRL does.
+    """
+
+    def __init__(self, documents: Documents, max_length: int, share: bool = True):
+        self.documents, self.shared, self.max_length = documents, share, max_length
+        self.settings = ("mismatched", share, max_length)
+        order = np.argsort(_occurrence(documents.rows), kind="stable")  # the two answers of a row apart: their prompt is the same
+        self._units = [unit for part in np.unique(documents.part) for unit in _by_twos(order[documents.part[order] == part])]
+        self.part = np.array([documents.part[unit[0]] for unit in self._units])
+        self.answers = np.array([2 * len(unit) for unit in self._units])
+        groups = [self._groups(unit) for unit in range(len(self._units))]
+        self.lengths = np.array([sum(len(a.tokens) + len(b.tokens) - a.start * share for a, b in group) for group in groups])
+        self.trained = np.array([sum(np.count_nonzero(x.mask) for pair in group for x in pair) for group in groups])
+
+    def _groups(self, unit: int) -> list[tuple[Answer, Answer]]:
+        own = [_labelled(self.documents, n) for n in self._units[unit]]
+        return [(answer, _elsewhere(answer, other, self.max_length)) for answer, other in zip(own, own[-1:] + own[:-1], strict=True)]
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write two or three prompts, each with its answer and another one's."""
+        for own, other in self._groups(unit):
+            put_answers(batch, at, [own, other], own.start * self.shared)
+
+
+Units = Single | Pairs | Mismatched
+
+
+def make(documents: Documents, config: Config) -> Units:
+    """What rows are made of under the config's objective."""
+    objective, share = config.objective, config.data.shared_prompts
+    if objective == "sft":
+        return Single(documents)
+    if objective == "stepwise_reward":
+        return Stepwise(documents)
+    if objective == "classification" or (objective == "kto" and config.loss_type == ("apo_zero_unpaired",)):
+        return Labelled(documents)
+    if objective == "kto":
+        return Mismatched(documents, config.data.max_length, share)
+    return Pairs(documents, share, train_prompt=objective == "orpo")
+
+
+def _occurrence(rows: np.ndarray) -> np.ndarray:
+    """How many documents of the same row stand directly before each."""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 1))
+    return np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
+
+
+def _labelled(documents: Documents, number: int) -> Answer:
+    tokens, mask = documents[number]
+    return Answer(tokens, mask, int((mask > 0).argmax()), int(mask.max()) - 1)
+
+
+def _elsewhere(answer: Answer, other: Answer, size: int) -> Answer:
+    """The prompt of `answer` with the answer of `other`."""
+    tokens, mask = (np.concatenate([x[: answer.start], y[other.start :]])[:size] for x, y in zip(answer[:2], other[:2], strict=True))
+    return Answer(tokens, mask, answer.start, 0.0)
+
+
+def _by_twos(numbers: np.ndarray) -> list[np.ndarray]:
+    if len(numbers) < 2:
+        raise DataError(
+            "KTO compares answers with answers to other prompts, but a source has one answer; add rows, or write loss_type: apo_zero_unpaired"
+        )
+    return np.split(numbers, np.arange(2, len(numbers) - 1, 2))
+
+
+def _common(a: Answer, b: Answer) -> int:
+    """Tokens that two documents begin with and that are part of neither's answer."""
+    size = min(a.start, b.start)
+    different = np.flatnonzero(a.tokens[:size] != b.tokens[:size])
+    return int(different[0]) if len(different) else size
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Where stretches of one non-zero mark begin and end."""
+    edges = [0, *(np.flatnonzero(np.diff(mask.astype(np.int16))) + 1).tolist(), len(mask)]
+    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if mask[low]]
