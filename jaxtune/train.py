@@ -133,7 +133,10 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     model.config = dataclasses.replace(model.config, dtype=config.dtype, remat=remat)
     model.params = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
-    trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config)
+    if config.init_adapter:
+        trainable = peft_files.load_adapter(config.init_adapter, model)
+    else:
+        trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config)
     trainable = jax.device_put(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
     if isinstance(trainable, Adapter):

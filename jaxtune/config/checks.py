@@ -99,6 +99,8 @@ def _method(config: "Config") -> None:
             f"method full trains the weights themselves, which quantization {config.quantization} freezes; "
             "write method: qlora, or leave quantization out."
         )
+    if config.method == "full" and config.init_adapter:
+        raise ConfigError("init_adapter is an adapter to go on training, and method full has none; write method: lora, or leave it out.")
     if config.method == "full" and config.loraplus_lr_ratio is not None:
         raise ConfigError("loraplus_lr_ratio sets the learning rate of LoRA's b matrices, and method full has none; leave it out.")
     if config.method != "full" and config.param_dtype != "float32":

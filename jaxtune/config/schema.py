@@ -163,6 +163,7 @@ class Config(ObjectiveConfig):
     output_dir: str | None = None
     resume: bool = False
     lora: LoraConfig = LoraConfig()
+    init_adapter: str | None = None  # a PEFT folder to go on from, instead of a fresh adapter (its own config counts, not `lora`)
     quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
     data: DataConfig = DataConfig()
 
