@@ -4,47 +4,23 @@ import dataclasses
 import functools
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.convert.folders import new_folder
-from jaxtune.convert.tensors import Checkpoint, Entry, Plan, write_json, write_tensors
-from jaxtune.errors import ModelError
+from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
+from jaxtune.convert.tensors import Checkpoint, Plan, write_json, write_tensors
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.spec import Row, spec
+from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix, dense, is_weight
 from jaxtune.tree import flatten, unflatten
 
-# Buffers that old versions of transformers wrote beside the parameters: causal masks and rotary frequencies.
-HARMLESS = re.compile(r"(.*\.)?(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
-_PREFIX = re.compile(r"(model|transformer|gpt_neox)\.")  # absent where the model was saved without its head
-_EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight")
-
 Quantize = Callable[[str, jax.Array], Matrix]
-
-
-class Cell(NamedTuple):
-    """One tensor of a checkpoint: the row it belongs to and its place in that row's stack."""
-
-    path: str
-    index: tuple[int, ...]
-    name: str
-    shape: tuple[int, ...]
-
-
-def cells(rows: dict[str, Row]) -> Iterator[Cell]:
-    """Every tensor of the row table, row by row, under its Hugging Face name."""
-    for path, row in rows.items():
-        for number, name in enumerate(row.hf_names()):
-            index = np.unravel_index(number, row.shape[: row.hf.count("{")]) if "{" in row.hf else ()
-            index = tuple(int(i) for i in index)
-            yield Cell(path, index, name, row.shape[len(index) :])
 
 
 # ---- in ----
@@ -76,47 +52,18 @@ def load_params(source: Checkpoint, config: ModelConfig, dtype: str = "float32",
     return unflatten(tree)
 
 
-def match_names(source: Checkpoint, table: list[Cell]) -> dict[str, str]:
-    """Which of the checkpoint's names stands for each wanted one; all of them are used, and all shapes are right."""
-    entries = source.entries
-    names = {cell.name: next((name for name in _spellings(cell.name) if name in entries), None) for cell in table}
-    where = sorted({str(entry.file) for entry in entries.values()})
-    where = where[0] if len(where) == 1 else os.path.commonpath(where) if where else "the checkpoint"
-    if missing := [name for name, found in names.items() if found is None]:
-        raise ModelError(f"{where}: tensor {missing[0]} is missing{_more(missing)}; config.json describes a model that has it")
-    used = set(names.values())
-    if extra := sorted(name for name in entries if name not in used and not HARMLESS.fullmatch(name)):
-        raise ModelError(f"{where}: tensor {extra[0]} is not part of the model that config.json describes{_more(extra)}")
-    for cell in table:
-        _check(entries[names[cell.name]], names[cell.name], cell.shape)
-    return names  # type: ignore[return-value]
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """The names a tensor may go by, the usual one first."""
-    yield name
-    if bare := _PREFIX.match(name):
-        yield name[bare.end() :]
-    yield from {"embed_out.weight": ("lm_head.weight",), "lm_head.weight": ("embed_out.weight",)}.get(name, ())
-
-
-def _check(entry: Entry, name: str, shape: tuple[int, ...]) -> None:
-    if entry.shape != shape:
-        raise ModelError(f"{entry.file}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(shape)}")
-    if not _is_float(entry.dtype):
-        raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}; a weight must be float32, float16 or bfloat16")
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more, such as {names[-1]})" if len(names) > 1 else ""
-
-
 def _leaf(source: Checkpoint, name: str, cell: Cell, dtype: str, quantize: Quantize | None) -> Matrix:
     value = source.read(name)
     if is_weight(value):
         return value
-    value = jnp.asarray(value) if dtype == "auto" else jnp.asarray(value).astype(dtype)
+    value = _matrix(value, cell)
+    value = value if dtype == "auto" else value.astype(dtype)
     return quantize(cell.path, value) if quantize else value
+
+
+def _matrix(value: Any, cell: Cell) -> Matrix:
+    """What was read as it stands in the tree: `[out, in]`, whatever the file does."""
+    return value if is_weight(value) else jnp.asarray(value.T if cell.transposed else value)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -130,19 +77,21 @@ def _put(stack, leaf, index):
     return jax.tree.map(put, stack, leaf)
 
 
-def settle_tie(source: Checkpoint, hf: dict) -> dict:
-    """The config.json dict, with `tie_word_embeddings` off where the checkpoint holds a head that is not the embedding.
+def settle_tie(source: Checkpoint, config: ModelConfig) -> ModelConfig:
+    """The config, untied where the checkpoint holds a head that is not the embedding, whatever config.json says.
 
     transformers does the same, silently: such a file was made by a tool that trained or merged one use of a tied matrix alone.
     """
-    head = next((name for name in ("lm_head.weight", "embed_out.weight") if name in source.entries), None)
-    table = next((name for name in _EMBEDDINGS if name in source.entries), None)
-    if head is None or table is None or not hf.get("tie_word_embeddings", False):
-        return hf
-    if np.array_equal(source.read(head).view(np.uint8), source.read(table).view(np.uint8)):
-        del source.entries[head]
-        return hf
-    return hf | {"tie_word_embeddings": False}
+    if not config.tie_word_embeddings:
+        return config
+    rows = spec(untied(config))
+    head, table = (next((name for name in spellings(rows[path].hf) if name in source.entries), None) for path in ("head", "embed"))
+    if head is None or table is None:
+        return config
+    if not np.array_equal(source.read(head), source.read(table)):
+        return untied(config)
+    del source.entries[head]
+    return config
 
 
 # ---- out ----
@@ -193,7 +142,7 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
     def dtype_of(cell: Cell) -> np.dtype:
         first = jax.tree.leaves(leaves[cell.path])[0]
         own = base.entries[stored[cell.name]].dtype if base and _is_abstract(first) else first.dtype
-        return np.dtype(dtype or (own if _is_float(own) else config.dtype))
+        return np.dtype(dtype or (own if is_float(own) else config.dtype))
 
     def make(name: str) -> np.ndarray:
         cell, wanted = table[name], dtype_of(table[name])
@@ -201,8 +150,9 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         if base and _is_abstract(leaf):
             value = base.read(stored[name])
             return np.asarray(dense(value, wanted)) if is_weight(value) else value.astype(wanted, copy=False)
-        read = (lambda: jax.tree.map(jnp.asarray, base.read(stored[name]))) if base else None
-        return np.asarray(dense(_cell(leaf, cell.index, read), wanted))
+        read = (lambda: _matrix(base.read(stored[name]), cell)) if base else None
+        value = np.asarray(dense(_cell(leaf, cell.index, read), wanted))
+        return value.T if cell.transposed else value
 
     return config, [Plan(cell.name, dtype_of(cell), cell.shape) for cell in table.values()], make
 
@@ -214,10 +164,6 @@ def _cell(leaf: Matrix, index: tuple[int, ...], read: Callable[[], Matrix] | Non
 
 def _is_abstract(x) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
-
-
-def _is_float(dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize > 1  # 8-bit floats need scales to mean anything
 
 
 def untied(config: ModelConfig) -> ModelConfig:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.convert import hf, sources
+from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
+from jaxtune.convert.gguf_file import GGUFFile
+from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
+from jaxtune.convert.names import unstack_experts
 from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
@@ -68,13 +72,17 @@ def open_model(source: str | os.PathLike) -> Opened:
     """Everything of a model but its tensors, which `checkpoint.read(name)` reads one at a time."""
     path = sources.resolve(source)
     if path.suffix == ".gguf" and path.is_file():
-        raise NotImplementedError
+        file = GGUFFile(path)
+        config = from_hf(gguf_config(file))
+        tokenizer = gguf_tokenizer(file.metadata, str(path))
+        return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
     config_json = read_json(path / "config.json")
     checkpoint = Safetensors(path)
-    config = from_hf(hf.settle_tie(checkpoint, config_json))
+    unstack_experts(checkpoint.entries)
+    config = hf.settle_tie(checkpoint, from_hf(config_json))
     generation = path / "generation_config.json"
     return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def _transformers():
+def import_transformers():
+    """transformers, without its word about torch being absent."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", at every import
     import transformers
 
@@ -28,7 +29,7 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error

@@ -1,0 +1,182 @@
+"""A tokenizer from a GGUF file's metadata.
+
+A GGUF holds a vocabulary, merges or scores, and the *name* of the rule that splits text before merging (`tokenizer.ggml.pre`); the rule
+itself is llama.cpp's code. transformers' own route from a GGUF imports torch and forgets most of those rules, so they are here.
+"""
+
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxtune.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+SPACE = "\u2581"  # what SentencePiece writes for a space
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Splitting(NamedTuple):
+    """How a byte-level vocabulary's text is cut before merging. `pattern` None is GPT-2's own; `digits` cuts digits off first."""
+
+    pattern: str | None = None
+    digits: bool = False
+    ignore_merges: bool = False  # a whole word that is in the vocabulary is taken as it is
+    nfc: bool = False
+
+
+_GPT2 = Splitting()
+_DIGITS = Splitting(digits=True)
+_LLAMA3 = Splitting(_WORDS + r"|\p{N}{1,3}" + _REST, ignore_merges=True)
+_CL100K = _LLAMA3._replace(ignore_merges=False)
+_QWEN2 = Splitting(_WORDS + r"|\p{N}" + _REST, nfc=True)
+_TEKKEN = Splitting("|".join(_CASED) + r"|\p{N}" + _CASED_REST, ignore_merges=True)
+_O200K = Splitting("|".join(f"{case}{_CONTRACTION}?" for case in _CASED) + r"|\p{N}{1,3}" + _CASED_REST)
+_NEOX = Splitting(nfc=True)
+
+# tokenizer.ggml.pre -> rule; the names are llama.cpp's (src/llama-vocab.cpp), the rules those of the models' own tokenizer.json
+SPLITTINGS = {
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "roberta-bpe"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
+    **dict.fromkeys(("olmo", "mpt"), _NEOX),
+    "tekken": _TEKKEN,
+}
+
+
+def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizerFast | None":
+    """The tokenizer of a GGUF file's metadata; None where it has none. `where` names the file in errors.
+
+    Raises ModelError for a kind of vocabulary, or a splitting rule, that is not known: guessing one would cut text wrongly in silence.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    if kind not in _BACKENDS:
+        raise ModelError(f"{where}: a tokenizer of kind {kind!r} is not supported; supported are {', '.join(_BACKENDS)}")
+    info = _Info(metadata, where)
+    try:
+        backend = _BACKENDS[kind](info)
+    except ModelError:
+        raise
+    except Exception as error:  # what the tokenizers package raises for a vocabulary that does not fit its merges is a bare Exception
+        raise ModelError(f"{where}: the vocabulary is damaged: {error}") from error
+    _add_tokens(backend, info)
+    return _wrap(backend, info, add_bos=bool(info.get("add_bos_token", kind == "llama")))
+
+
+class _Info:
+    """The `tokenizer.ggml.*` keys."""
+
+    def __init__(self, metadata: dict[str, Any], where: str):
+        self.metadata, self.where = metadata, where
+        self.architecture = metadata.get("general.architecture", "")
+        self.tokens: list[str] = self.get("tokens") or []
+        self.types: list[int] = self.get("token_type") or [_NORMAL] * len(self.tokens)
+        if len(set(self.tokens)) != len(self.tokens) or len(self.types) != len(self.tokens):
+            raise ModelError(f"{where}: the vocabulary is damaged: {len(self.tokens)} tokens, {len(set(self.tokens))} different ones")
+
+    def get(self, key: str, default=None):
+        return self.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def special(self, key: str) -> str | None:
+        number = self.get(f"{key}_token_id")
+        return self.tokens[number] if number is not None and number < len(self.tokens) else None
+
+
+def _byte_level(info: _Info) -> Tokenizer:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."""
+    rule = info.get("pre")
+    if rule not in SPLITTINGS:
+        known = ", ".join(sorted(SPLITTINGS))
+        raise ModelError(f"{info.where}: tokenizer.ggml.pre is {rule!r}, a way to split text that is not known; known are {known}")
+    splitting = SPLITTINGS[rule]
+    vocab = {token: number for number, token in enumerate(info.tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in info.get("merges") or []]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.pattern is None)
+    first = [pre_tokenizers.Digits(individual_digits=True)] if splitting.digits else []
+    if splitting.pattern is not None:
+        first = [pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_])
+    if splitting.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(info: _Info) -> Tokenizer:
+    """SentencePiece BPE with byte fallback (Llama 2, Mistral, Gemma): merges are recovered from the pieces and their scores."""
+    scores = info.get("scores")
+    if not scores or len(scores) != len(info.tokens):
+        raise ModelError(f"{info.where}: the vocabulary is damaged: {len(info.tokens)} tokens, {len(scores or [])} scores")
+    if info.architecture.startswith("gemma"):  # its scores do not follow the order of its merges; the order of the pieces does
+        scores = [-number for number in range(len(info.tokens))]
+        # A run of spaces is stored as spaces, but text reaches the merges with each space already replaced.
+        info.tokens = [token.replace(" ", SPACE) if token.isspace() and " " in token else token for token in info.tokens]
+        info.types = [_NORMAL if set(token) == {SPACE} else kind for token, kind in zip(info.tokens, info.types, strict=True)]
+    vocab = {token: number for number, token in enumerate(info.tokens)}
+    unknown = info.special("unknown") or next(itertools.compress(info.tokens, (kind == _UNKNOWN for kind in info.types)), None)
+    merges = _merges(vocab, scores, info.types)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = bool(info.get("add_space_prefix", True))
+    replace = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return backend
+
+
+def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best piece first: SentencePiece always joins the neighbours whose union scores highest."""
+    found = []
+    for token, number in vocab.items():
+        if types[number] == _NORMAL:
+            halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            found += [(scores[number], left, right) for left, right in halves if left in vocab and right in vocab]
+    found.sort(key=lambda merge: (-merge[0], vocab[merge[1]], vocab[merge[2]]))
+    return [(left, right) for _, left, right in found]
+
+
+_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _add_tokens(backend: Tokenizer, info: _Info) -> None:
+    """Control tokens are matched whole and skipped when decoding; user-defined ones are only matched whole."""
+    pairs = list(zip(info.tokens, info.types, strict=True))
+    named = {info.special(key) for key in ("bos", "eos", "unknown", "padding", "eot", "eom")} - {None}
+    special = [token for token, kind in pairs if kind in (_CONTROL, _UNKNOWN) or token in named]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    plain = [token for token, kind in pairs if kind == _USER_DEFINED and token not in named]
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
+
+
+def _wrap(backend: Tokenizer, info: _Info, add_bos: bool) -> "PreTrainedTokenizerFast":
+    from jaxtune.convert.tokenizer import import_transformers
+
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    specials: dict[str, Any] = {name: token for name, key in names.items() if (token := info.special(key)) is not None}
+    bos = specials.get("bos_token")
+    if add_bos and bos is not None:
+        template = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=template)
+        specials["add_bos_token"] = True
+    tokenizer = import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials
+    )
+    if template := info.metadata.get("tokenizer.chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
