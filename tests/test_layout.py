@@ -14,9 +14,9 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree"},
     {"model", "data"},
-    {"parallel", "peft", "objectives", "optim", "metrics", "sampling", "decode"},
-    {"convert", "checkpoint", "runlog", "runfolder", "step"},
-    {"loop", "generate", "tasks"},
+    {"parallel", "peft", "objectives", "optim", "metrics"},
+    {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
+    {"loop", "generate"},
     {"train", "evaluate", "export", "plan"},
     {"__main__", "__init__"},
 )
@@ -74,7 +74,7 @@ def test_the_levels_name_what_there_is():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_of_a_size_to_read(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 350
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
             assert node.end_lineno - node.lineno < 80, f"{node.name} is too long"
