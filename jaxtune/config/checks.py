@@ -1,17 +1,16 @@
 """Defaults that depend on other keys, and keys that do not go together."""
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.config import objectives
 from jaxtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxtune.config.schema import Config
 
 # TRL's learning rates for full tuning; an adapter takes ten times as much ("LoRA without regret", and TRL's own advice).
-LEARNING_RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "simpo": 1e-6}
-PREFERENCE = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "cpo": 0.1, "simpo": 0.1}  # beta
+LEARNING_RATES = {"reward": 1e-5, "stepwise_reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "simpo": 1e-6}
 
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -35,14 +34,12 @@ def interval(value: float, total_steps: int) -> int:
 def resolve(config: "Config") -> dict[str, Any]:
     """What the defaults of None come to."""
     adapter = config.method != "full"
-    out: dict[str, Any] = {}
+    out = objectives.resolve(config)
     if config.quantization is None and config.method == "qlora":
         out["quantization"] = "nf4-dq"
     if config.learning_rate is None:
         # round: 1e-6 * 10 is 9.999999999999999e-06
         out["learning_rate"] = float(f"{LEARNING_RATES.get(config.objective, 2e-5) * (10 if adapter else 1):.6g}")
-    if config.beta is None:
-        out["beta"] = PREFERENCE.get(config.objective)
     if config.eval_strategy is None:
         evaluated = config.data.eval is not None or config.data.kfold is not None
         out["eval_strategy"] = "no" if not evaluated else "epoch" if config.eval_steps is None else "steps"
@@ -64,7 +61,7 @@ def check(config: "Config") -> None:
     _bounds(config)
     _method(config)
     _splits(config)
-    _objective(config)
+    objectives.check(config)
     _evaluation(config)
     _mesh(config)
 
@@ -120,19 +117,6 @@ def _splits(config: "Config") -> None:
             raise ConfigError(f"the weight of {source.path} is {source.weight:g}, but has to be above 0; leave the source out instead.")
         if source.limit is not None and source.limit < 1:
             raise ConfigError(f"the limit of {source.path} is {source.limit}, but has to be at least 1; leave the source out instead.")
-
-
-def _objective(config: "Config") -> None:
-    for field in dataclasses.fields(config):
-        objectives = field.metadata.get("objectives")
-        value = getattr(config, field.name)
-        if objectives and config.objective not in objectives and value != field.default:
-            raise ConfigError(
-                f"{field.name} is a key of objective {' or '.join(objectives)}, but objective is {config.objective}; leave it out."
-            )
-    losses, weights = config.loss_type or (), config.loss_weights
-    if weights is not None and len(weights) != len(losses):
-        raise ConfigError(f"loss_weights has {len(weights)} numbers for {len(losses)} losses in loss_type; write one for each.")
 
 
 def _evaluation(config: "Config") -> None:

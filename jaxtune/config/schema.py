@@ -125,7 +125,7 @@ class ObjectiveConfig(Group):
     loss_type: tuple[str, ...] | None = None  # None: the objective's own; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
     beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo")
-    label_smoothing: float = _of("dpo", "cpo", default=0.0)
+    label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
     f_alpha_divergence_coef: float = _of("dpo", default=0.5)
     ld_alpha: float | None = _of("dpo")
@@ -141,6 +141,7 @@ class ObjectiveConfig(Group):
     cpo_alpha: float | None = _of("cpo", "simpo")
     simpo_gamma: float = _of("simpo", "cpo", default=0.5)
     center_rewards_coefficient: float | None = _of("reward")
+    num_labels: int | None = _of("classification")
     router_aux_loss_coef: float = 0.001
 
 

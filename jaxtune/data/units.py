@@ -221,7 +221,7 @@ def _elsewhere(answer: Answer, other: Answer, size: int) -> Answer:
 def _by_twos(numbers: np.ndarray) -> list[np.ndarray]:
     if len(numbers) < 2:
         raise DataError(
-            "KTO compares answers with answers to other prompts, but a source has one answer; add rows, or write loss_type: apo_zero_unpaired"
+            "KTO needs answers to other prompts, but a source has one answer alone; add rows, or write loss_type: apo_zero_unpaired"
         )
     return np.split(numbers, np.arange(2, len(numbers) - 1, 2))
 

@@ -1,8 +1,10 @@
 """Objectives: `(config, model_config, params, base, batch, key) -> Loss(total, weight, metrics)`. One row each."""
 
+from jaxtune.objectives.kto import kto
 from jaxtune.objectives.loss import Loss
+from jaxtune.objectives.preference import cpo, dpo, orpo
 from jaxtune.objectives.sft import sft
 
-OBJECTIVES = {"sft": sft}
+OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "cpo": cpo, "simpo": cpo, "kto": kto}
 
 __all__ = ["OBJECTIVES", "Loss"]

@@ -1,0 +1,98 @@
+"""The keys of an objective: defaults that depend on it, and what does not go together."""
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtune.config.schema import Config
+
+# The losses an objective offers, its default first. Those of dpo: objectives/pairwise.py.
+LOSS_TYPES = {
+    "dpo": (
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+        "apo_down", "discopop", "sigmoid_norm", "sft",
+    ),
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo"),
+    "simpo": ("simpo",),
+    "orpo": ("orpo",),
+    "kto": ("kto", "apo_zero_unpaired"),
+}  # fmt: skip
+BETA = dict.fromkeys(LOSS_TYPES, 0.1)
+ON_ANSWERS = (*LOSS_TYPES, "reward")  # objectives that compare whole answers
+# The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's two (TRL).
+OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
+
+def resolve(config: "Config") -> dict[str, Any]:
+    """What the defaults of None come to."""
+    out: dict[str, Any] = {}
+    if config.beta is None:
+        out["beta"] = BETA.get(config.objective)
+    if config.loss_type is None and config.objective in LOSS_TYPES:
+        out["loss_type"] = LOSS_TYPES[config.objective][:1]
+    if config.cpo_alpha is None and config.objective in ("cpo", "simpo"):
+        out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
+    return out
+
+
+def check(config: "Config") -> None:
+    """Raise ConfigError for the first thing that cannot work."""
+    for field in dataclasses.fields(config):
+        objectives = field.metadata.get("objectives")
+        value = getattr(config, field.name)
+        if objectives and config.objective not in objectives and value != field.default:
+            raise ConfigError(
+                f"{field.name} is a key of objective {' or '.join(objectives)}, but objective is {config.objective}; leave it out."
+            )
+    losses, weights = config.loss_type or (), config.loss_weights
+    if weights is not None and len(weights) != len(losses):
+        raise ConfigError(f"loss_weights has {len(weights)} numbers for {len(losses)} losses in loss_type; write one for each.")
+    if config.objective in LOSS_TYPES:
+        _losses(config, losses)
+    if config.objective in ON_ANSWERS and config.data.train_on not in ("completion", "last"):
+        raise ConfigError(
+            f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
+        )
+    _reference(config)
+    if config.objective == "classification" and (config.num_labels or 0) < 2:
+        raise ConfigError("num_labels is missing; write the number of classes, at least 2.")
+
+
+def _losses(config: "Config", losses: tuple[str, ...]) -> None:
+    known = LOSS_TYPES[config.objective]
+    for name in losses:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+            raise ConfigError(f"loss_type {name} is not one of objective {config.objective}; {hint}")
+    if len(losses) > 1 and config.objective != "dpo":
+        raise ConfigError(f"loss_type has {len(losses)} losses, but only objective dpo adds several up; write one.")
+    if config.beta is not None and config.beta <= 0:
+        raise ConfigError(f"beta is {config.beta}, but has to be above 0; 0.1 is usual.")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ConfigError(f"label_smoothing is {config.label_smoothing}, but is the chance that a label is wrong: from 0 to below 0.5.")
+    if "exo_pair" in losses and config.label_smoothing == 0:
+        raise ConfigError("loss_type exo_pair needs label_smoothing above 0; its authors write 0.001.")
+    if config.f_divergence_type != "reverse_kl" and (wrong := [name for name in losses if name not in OF_DIFFERENCE]):
+        raise ConfigError(
+            f"f_divergence_type {config.f_divergence_type} is defined for losses of a difference of rewards, which {wrong[0]} is not; "
+            f"write f_divergence_type: reverse_kl, or one of {', '.join(OF_DIFFERENCE)}."
+        )
+    if config.use_weighting and (sorting := [name for name in losses if name.startswith("aot")]):
+        raise ConfigError(f"use_weighting weighs each pair, but loss_type {sorting[0]} sorts them apart; leave one of the two out.")
+
+
+def _reference(config: "Config") -> None:
+    if not config.sync_ref_model:
+        return
+    if config.precompute_ref_log_probs:
+        raise ConfigError("sync_ref_model moves the reference model, but precompute_ref_log_probs needs it to stand still; leave one out.")
+    if not 0 < config.ref_model_mixup_alpha <= 1 or config.ref_model_sync_steps < 1:
+        raise ConfigError("ref_model_mixup_alpha has to be above 0 and at most 1, and ref_model_sync_steps at least 1.")
+    if config.method != "full" and config.ref_model_mixup_alpha != 1:
+        raise ConfigError(
+            "sync_ref_model copies an adapter whole (two of them mixed are no adapter of that rank); write ref_model_mixup_alpha: 1."
+        )
