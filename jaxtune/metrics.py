@@ -15,7 +15,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -170,11 +170,24 @@ def bootstrap(scores: Sequence[float], confidence: float = 0.95, resamples: int 
 # ---- the hook ----
 
 
-def find(spec: str) -> tuple[str, Metric]:
+def find_all(specs: Iterable[str | Metric]) -> dict[str, Metric]:
+    """`{name: function}` of several metrics. Raises ConfigError where two have one name."""
+    found: dict[str, Metric] = {}
+    for spec in specs:
+        name, function = find(spec)
+        if name in found:
+            raise ConfigError(f"metric {spec}: there are two metrics named {name}; rename the function, or leave one out")
+        found[name] = function
+    return found
+
+
+def find(spec: str | Metric) -> tuple[str, Metric]:
     """The metric that `spec` names, and its short name: one of METRICS, `module.function`, or `path/file.py:function`.
 
-    The named module or file is the user's own code and is run. Raises ConfigError when there is no such function.
+    The named module or file is the user's own code and is run. A function stands for itself. Raises ConfigError when there is none.
     """
+    if callable(spec):
+        return getattr(spec, "__name__", "metric"), spec
     if spec in METRICS:
         return spec, METRICS[spec]
     place, separator, name = spec.rpartition(":" if ".py:" in spec else ".")
@@ -213,8 +226,8 @@ def _run(load: Callable, spec: str):
         ) from error
 
 
-def score(spec: str, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """What the metric `spec` says of each answer, float64. Raises ConfigError when it does not return one number for each."""
+def score(spec: str | Metric, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
+    """What a metric says of each answer. Raises ConfigError when it does not return one number for each."""
     name, metric = find(spec)
     scores = metric(list(predictions), list(references), list(rows))
     try:

@@ -46,7 +46,8 @@ def test_every_metric_gives_one_for_the_reference_itself_and_is_at_most_one():
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("1,234,567", 1234567), ("1,2,3", 3), ("5-10", 10), ("x = -5", -5), (".5", Decimal("0.5")), ("3.", 3), ("none", None)]
+    ("text", "number"),
+    [("1,234,567", 1234567), ("1,2,3", 3), ("5-10", 10), ("x = -5", -5), (".5", Decimal("0.5")), ("3.", 3), ("none", None)],
 )
 def test_final_number(text, number):
     assert metrics.final_number(text) == number
@@ -111,6 +112,16 @@ def test_a_function_of_a_file_and_of_a_module(tmp_path, monkeypatch):
     for spec in (f"{tmp_path}/own_judge_9.py:longer", "own_judge_9.longer"):
         assert metrics.find(spec)[0] == "longer"
         assert metrics.score(spec, ["abc", "a"], ["", ""], [{"limit": "ab"}, {"limit": "ab"}]) == [1, 0]
+
+
+def test_functions_stand_for_themselves_and_names_are_told_apart(tmp_path):
+    def f1(predictions, references, rows):
+        return [2.0] * len(rows)
+
+    assert metrics.score(f1, ["a"], ["b"], [{}]) == [2]
+    assert list(metrics.find_all(["exact_match", f1])) == ["exact_match", "f1"]
+    with pytest.raises(ConfigError, match="two metrics named f1"):
+        metrics.find_all(["f1", f1])
 
 
 def test_a_hook_that_cannot_work_says_why(tmp_path):

@@ -1,0 +1,262 @@
+"""python -m jaxtune.evaluate MODEL --data FILE [--adapter DIR | --tuned MODEL] [--metric NAME ...]
+
+Perplexity, token accuracy and metrics of generated answers, base beside tuned, on the same rows.
+
+A metric is one of exact_match, normalised_match, f1, rouge_l, numeric_match, multiple_choice, or a function of your own,
+module.function or path/file.py:function, that takes (predictions, references, rows) and returns one number for each.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxtune import cli, errors, metrics
+from jaxtune.config import Config, load_config
+from jaxtune.convert import Model, load, load_adapter
+from jaxtune.data.prepare import evaluation
+from jaxtune.data.prompts import Question, questions
+from jaxtune.errors import ConfigError
+from jaxtune.generate import generate_tokens
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.step import make_eval_step
+
+log = logging.getLogger("jaxtune")
+
+AT_ONCE = 64  # questions between two lines of the log and of the file of answers
+
+Side = tuple[str, Model, Any]  # "base" or "tuned", a model, an adapter (or None)
+
+
+@dataclasses.dataclass
+class Report:
+    """What was measured. Scores are means over rows, from 0 to 1 for most metrics; `perplexity` and `loss` are per trained token.
+
+    Attributes:
+        rows: how many rows were answered.
+        base, tuned: metric -> value, the same keys in both; tuned is None where nothing was set beside the base.
+        interval: "base", "tuned" and "change" -> metric -> 95 % bootstrap interval, for the metrics of answers.
+        samples: the first rows: prompt, reference, and each side's answer.
+    """
+
+    rows: int
+    base: dict[str, float]
+    tuned: dict[str, float] | None
+    interval: dict[str, dict[str, tuple[float, float]]]
+    samples: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
+        return dataclasses.asdict(self)
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table and the samples."""
+        console = console or Console()
+        console.print(self._table())
+        for sample in self.samples:
+            console.print(_sample(sample))
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self.rows} answered rows" if self.rows else None, title_justify="left")
+        for column in ("", "base", *(("tuned", "change") if self.tuned else ())):
+            table.add_column(column, justify="right" if column else "left")
+        for name, value in self.base.items():
+            cells = [name, self._cell("base", name, value)]
+            if self.tuned:
+                cells += [self._cell("tuned", name, self.tuned[name]), self._cell("change", name, self.tuned[name] - value)]
+            table.add_row(*cells)
+        return table
+
+    def _cell(self, side: str, name: str, value: float) -> str:
+        sign = "+" if side == "change" else ""
+        if name not in self.interval.get(side, {}):
+            return f"{100 * value:{sign}.1f} %" if name == "mean_token_accuracy" else f"{value:{sign}.4g}"
+        low, high = self.interval[side][name]
+        return f"{100 * value:{sign}.1f} % [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def _sample(sample: dict[str, Any]) -> Text:
+    lines = Text("\n" + sample["prompt"].strip() + "\n", "bold")
+    for name in ("reference", "base", "tuned"):
+        if name in sample:
+            lines.append(f"  {name:<10}{' '.join(sample[name].split())}\n", "green" if name == "reference" else "not bold")
+    return lines
+
+
+def evaluate(
+    model: Model | str | os.PathLike,
+    data: str | os.PathLike | Sequence,
+    adapter: Any = None,
+    tuned: Model | str | os.PathLike | None = None,
+    *,
+    metric: str | metrics.Metric | Sequence[str | metrics.Metric] = ("exact_match",),
+    max_new_tokens: int = 128,
+    limit: int | None = None,
+    batch_size: int = 8,
+    predictions: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    **options: Any,
+) -> Report:
+    """Measure `model`, and beside it the same with `adapter`, or the model `tuned`, on the rows of `data`.
+
+    model           the base: a loaded model, or what `jt.load` takes
+    data            a file, folder, hub id, or a list of them, in any of the formats of training
+    adapter, tuned  what to set beside it, one of them at most: an adapter or its folder; a whole tuned model or where it is
+    metric          metrics of the answers, by name or as functions (see `jaxtune.metrics`); () for perplexity and token accuracy alone
+    limit           answer the first so many rows only; perplexity is that of all
+    predictions     a new file for the answers, one JSON line each, written as they come
+    options         keys of the config's `data` group: max_length, columns, system, chat_template, ...
+
+    Raises ConfigError, DataError or ModelError for what cannot be used.
+    """
+    if adapter is not None and tuned is not None:
+        raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
+    judges = metrics.find_all([metric] if isinstance(metric, str) or callable(metric) else metric)
+    config = load_config({
+        "model": (model.source if isinstance(model, Model) else os.fspath(model)) or "model",
+        "data": {"test": os.fspath(data) if isinstance(data, os.PathLike) else data, **options},
+        "evaluate": {"max_new_tokens": max_new_tokens, "limit": limit},
+        "per_device_eval_batch_size": batch_size,
+    })  # fmt: skip
+
+    def opened(what: Model | str | os.PathLike) -> Model:
+        return what if isinstance(what, Model) else load(what, dtype=dtype, quantization=quantization)
+
+    def sides() -> Iterator[Side]:
+        base = opened(model)
+        yield "base", base, None
+        if adapter is not None:
+            yield "tuned", base, load_adapter(adapter, base) if isinstance(adapter, (str, os.PathLike)) else adapter
+        del base  # two whole models are in memory together only where the caller holds one
+        if tuned is not None:
+            yield "tuned", opened(tuned), None
+
+    return compare(config, sides(), "test", judges, predictions)
+
+
+def compare(
+    config: Config,
+    sides: Iterable[Side],
+    rows: str = "eval",
+    judges: dict[str, metrics.Metric] | None = None,
+    predictions: str | os.PathLike | None = None,
+) -> Report:
+    """Measure each side, the base first, on the `eval` or `test` rows of `config` by the metrics of `config.evaluate`, or `judges`."""
+    judges = metrics.find_all(config.evaluate.metric) if judges is None else judges
+    asked: list[Question] = []
+    values: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    answers: dict[str, list[str]] = {}
+    with _new_file(predictions) as out:
+        for side, model, adapter in sides:
+            if judges and not asked:
+                asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
+            values[side] = token_metrics(config, model, adapter, rows)
+            answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
+            values[side] |= {name: sum(numbers) / len(numbers) for name, numbers in scores[side].items()}
+    if "tuned" in scores:
+        scores["change"] = {
+            name: [b - a for a, b in zip(before, scores["tuned"][name], strict=True)] for name, before in scores["base"].items()
+        }
+    interval = {side: {name: metrics.bootstrap(numbers) for name, numbers in table.items()} for side, table in scores.items()}
+    samples = [
+        {"prompt": _shown(question), "reference": question.answer} | {side: texts[number] for side, texts in answers.items()}
+        for number, question in enumerate(asked[:3])
+    ]
+    return Report(len(asked), values["base"], values.get("tuned"), interval, samples)
+
+
+def token_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:
+    """`loss` (nats per trained token), `perplexity` and `mean_token_accuracy` of the rows, each with the weights it has in training."""
+    step = jax.jit(make_eval_step(config, model.config, OBJECTIVES["sft"]))
+    total = None
+    for batch in evaluation(config, model.tokenizer, rows).batches():
+        out = step(adapter, model.params, jax.tree.map(lambda x: x[0], batch))
+        total = out if total is None else jax.tree.map(jnp.add, total, out)
+    loss = jax.device_get(total)
+    right, count = loss.metrics["mean_token_accuracy"]
+    nll, weight = float(loss.total), float(loss.weight)
+    return {"loss": nll / weight, "perplexity": metrics.perplexity(nll, weight), "mean_token_accuracy": float(right / count)}
+
+
+def _answer(config, model, adapter, asked, judges, side: str, out: IO | None) -> tuple[list[str], dict[str, list[float]]]:
+    """Greedy answers to the questions and their scores, `{metric: [number of each]}`; each answer goes to `out` as it comes."""
+    answers: list[str] = []
+    scores: dict[str, list[float]] = {name: [] for name in judges}
+    started = time.monotonic()
+    for start in range(0, len(asked), AT_ONCE):
+        batch = asked[start : start + AT_ONCE]
+        done = generate_tokens(model, [question.ids for question in batch], adapter, max_new_tokens=config.evaluate.max_new_tokens)
+        texts = [completion.text for completion in done]
+        references, rows = [question.answer for question in batch], [question.row.fields for question in batch]
+        for name, judge in judges.items():
+            scores[name] += metrics.score(judge, texts, references, rows)
+        answers += texts
+        log.info("%s: %d of %d rows answered in %.0f s", side, len(answers), len(asked), time.monotonic() - started)
+        for number, question in enumerate(batch if out is not None else (), start):
+            line = {"model": side, "file": question.row.file, question.row.unit: question.row.number, "prompt": _shown(question)}
+            line |= {"reference": question.answer, "prediction": answers[number]} | {name: scores[name][number] for name in scores}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return answers, scores
+
+
+def _shown(question: Question) -> str:
+    """The prompt as a person would read it: the last turn of a chat."""
+    return question.messages[-1].get("content") or "" if question.messages else question.text
+
+
+@contextlib.contextmanager
+def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
+    if path is None:
+        yield None
+        return
+    if Path(path).exists():
+        raise ConfigError(f"predictions {path}: the file exists and is not overwritten; name another, or remove it")
+    with open(path, "x", encoding="utf-8", buffering=1) as out:
+        yield out
+
+
+def main() -> None:
+    """`python -m jaxtune.evaluate`."""
+    parser = cli.parser("evaluate", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="the base: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
+    parser.add_argument("--data", required=True, metavar="FILE", help="rows with answers: a file, folder, glob or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to set beside the base")
+    parser.add_argument("--tuned", metavar="MODEL", help="a whole tuned model to set beside the base")
+    parser.add_argument("--metric", action="append", metavar="NAME", help="one or more; none: perplexity alone (default: exact_match)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer")
+    parser.add_argument("--limit", type=int, help="answer only the first so many rows")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of --max-length at a time, for perplexity")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row, prompt and answer")
+    parser.add_argument("--system", help="a system message for rows that have none")
+    parser.add_argument("--predictions", metavar="FILE", help="a new .jsonl for the answers")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; auto is the file's own")
+    parser.add_argument("--quantization", help="nf4, nf4-dq or int8")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    given = vars(cli.parse(parser))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
+    as_json, names = given.pop("json"), given.pop("metric")
+    given["metric"] = ["exact_match"] if names is None else [name for name in names if name != "none"]
+    report = evaluate(given.pop("model"), given.pop("data"), **given)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        report.show()
+
+
+cli.callable_module(__name__, evaluate)
+
+if __name__ == "__main__":
+    errors.run(main)
