@@ -16,6 +16,7 @@ from jaxtune.data.examples import Example, Labelled, Pair, Steps
 from jaxtune.data.files import Row
 from jaxtune.data.mixing import mixture
 from jaxtune.data.packing import make_plan
+from jaxtune.data.screen import screened, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise
 from jaxtune.errors import ConfigError, DataError
@@ -87,7 +88,7 @@ def divide(config: Config, tokenizer: Any) -> dict[str, Documents]:
     for name, sources in (("eval", data.eval), ("test", data.test)):
         if sources is not None and not isinstance(sources, float):
             parts[name] = _read(sources, config, tokenizer)
-    return parts
+    return screened(parts, config)
 
 
 def _read(sources: tuple[SourceConfig, ...], config: Config, tokenizer: Any) -> Documents:
@@ -124,8 +125,7 @@ def _limited(documents: Documents, limit: int | None) -> Documents:
 
 def held_out(config: Config, tokenizer: Any, name: str = "eval") -> Iterator[tuple[Row, Example]]:
     """The rows of the evaluation (or `test`) side, as `load` divides them, and what they mean."""
-    given = getattr(config.data, name)
     documents = divide(config, tokenizer)[name]
-    for part, source in enumerate(config.data.train if given is None or isinstance(given, float) else given):
+    for part, source in enumerate(sources_of(config, name)):
         kept = set(documents.rows[documents.part == part].tolist())
         yield from ((row, example) for row, example in examples(source, config) if row.index in kept)

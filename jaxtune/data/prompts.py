@@ -32,18 +32,18 @@ class Question:
     messages: list[dict] | None = None
 
 
-def questions(config: Config, tokenizer: Any, limit: int | None = None) -> list[Question]:
-    """The evaluation rows of `config` as questions, the last answer of a conversation being the one asked for.
+def questions(config: Config, tokenizer: Any, limit: int | None = None, name: str = "eval") -> list[Question]:
+    """The `eval` (or `test`) rows of `config` as questions, the last answer of a conversation being the one asked for.
 
     Where `data.eval` is a share of the training rows, the rows held out of training. Rows of plain text ask nothing and are left out.
 
     Raises:
         DataError: no evaluation rows are named, or none of them asks anything.
     """
-    if config.data.eval is None:
-        raise DataError("no evaluation rows are named; set data.eval to a file or to a share of the training rows, like 0.05")
+    if getattr(config.data, name) is None:
+        raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
     found = []
-    for row, example in held_out(config, tokenizer):
+    for row, example in held_out(config, tokenizer, name):
         question = _question(row, example, config, tokenizer)
         if question is not None:
             found.append(question)
