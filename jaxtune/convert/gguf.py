@@ -266,10 +266,12 @@ ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "phi3": _phi3,
     "granite": _granite,
     "smollm3": lambda m: {"model_type": "smollm3", "no_rope_layer_interval": 4},
+    "olmo2": lambda m: {"model_type": "olmo2"},
 }
 CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }  # fmt: skip
 

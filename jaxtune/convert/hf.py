@@ -15,6 +15,8 @@ import numpy as np
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
 from jaxtune.convert.tensors import Checkpoint, Plan, write_json, write_tensors
+from jaxtune.convert.tokenizer import save_tokenizer
+from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix, dense, is_weight
@@ -116,15 +118,29 @@ def save(
 
     The folder is written beside `out` and renamed. Raises ModelError when `out` is there and not empty. Returns `out`.
     """
-    config, plans, make = tensors_out(config, params, dtype, base)
     with new_folder(out) as folder:
-        write_json(folder / "config.json", config_json(config, plans))
-        if generation_config:
-            write_json(folder / "generation_config.json", generation_config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_tensors(folder, plans, make, max_shard_size)
+        write_model(folder, config, params, tokenizer, generation_config, dtype, base, max_shard_size)
     return Path(out)
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    params: dict,
+    tokenizer=None,
+    generation_config: dict | None = None,
+    dtype: str | None = None,
+    base: Checkpoint | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """The files of `save`, into a folder that is there."""
+    config, plans, make = tensors_out(config, params, dtype, base)
+    write_json(folder / "config.json", config_json(config, plans))
+    if generation_config:
+        write_json(folder / "generation_config.json", generation_config)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    write_tensors(folder, plans, make, max_shard_size)
 
 
 def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, base: Checkpoint | None = None):
@@ -148,10 +164,13 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         cell, wanted = table[name], dtype_of(table[name])
         leaf = leaves[cell.path]
         if base and _is_abstract(leaf):
-            value = base.read(stored[name])
-            return np.asarray(dense(value, wanted)) if is_weight(value) else value.astype(wanted, copy=False)
-        read = (lambda: _matrix(base.read(stored[name]), cell)) if base else None
-        value = np.asarray(dense(_cell(leaf, cell.index, read), wanted))
+            leaf = base.read(stored[name])
+            if not is_weight(leaf):
+                return leaf.astype(wanted, copy=False)
+        else:
+            read = (lambda: _matrix(base.read(stored[name]), cell)) if base else None
+            leaf = _cell(leaf, cell.index, read)
+        value = np.asarray(dense(leaf, wanted))
         return value.T if cell.transposed else value
 
     return config, [Plan(cell.name, dtype_of(cell), cell.shape) for cell in table.values()], make
@@ -176,6 +195,8 @@ def config_json(config: ModelConfig, plans: list[Plan]) -> dict:
     """config.json of tensors as they are written: the one that was read, with what has changed since."""
     if not config.hf_json:
         raise ValueError("this ModelConfig was not made by families.from_hf, so there is no config.json to write")
+    if any(rope.kind == "divisors" for rope in config.ropes):
+        raise ModelError("this GGUF file holds rotary frequencies of its own making, which config.json cannot say; export it as gguf")
     hf = json.loads(config.hf_json)
     sizes: dict[str, int] = {}
     for plan in plans:

@@ -2,8 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jaxtune.convert.tensors import read_json, write_json
 from jaxtune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,3 +34,12 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """The tokenizer's files and chat template, as transformers writes them, so that its older versions open them too."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    settings = read_json(file)
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it; 4 (and so vLLM) knows this name only
+        write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -1,0 +1,107 @@
+"""A transformers tokenizer as GGUF metadata: vocabulary, merges or scores, the splitting rule's name, special tokens, chat template."""
+
+import json
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from jaxtune.convert.gguf_tokenizer import SPACE, SPLITTINGS, Splitting
+from jaxtune.errors import ModelError
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generation_config: dict) -> None:
+    """Write the `tokenizer.ggml.*` keys. ModelError for a tokenizer that llama.cpp has no words for."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise ModelError(f"a tokenizer of kind {model['type']} cannot be written as GGUF; there is BPE, byte-level or with byte fallback")
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    tokens, types = _tokens(tokenizer, vocab_size, bool(model["byte_fallback"]))
+    if model["byte_fallback"]:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(_has_prefix(described))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(splitting_name(described))
+        writer.add_token_list(tokens)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_types(types)
+    _add_specials(writer, tokenizer, generation_config)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _tokens(tokenizer: Any, vocab_size: int, sentencepiece: bool) -> tuple[list[str], list[TokenType]]:
+    """The text and kind of every id up to the model's vocabulary; ids without a token are padding."""
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(by_id) >= vocab_size:
+        raise ModelError(f"the tokenizer has {max(by_id) + 1} tokens, but the model's vocabulary {vocab_size}; they do not belong together")
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for number in range(vocab_size):
+        token, kind = by_id.get(number), TokenType.NORMAL
+        if token is None:
+            token, kind = f"[PAD{number}]", TokenType.UNUSED
+        elif token == tokenizer.unk_token and sentencepiece:
+            kind = TokenType.UNKNOWN
+        elif number in added:
+            kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+            # llama.cpp looks for user-defined tokens in the text as it comes, before spaces are rewritten
+            token = token.replace(SPACE, " ") if sentencepiece and not added[number].special else token
+        elif sentencepiece and len(token) == 6 and token.startswith("<0x"):
+            kind = TokenType.BYTE
+        tokens.append(token)
+        types.append(kind)
+    return tokens, types
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """SentencePiece's view of merges: the piece that is made first scores highest; what no merge makes scores lowest."""
+    rank: dict[str, int] = {}
+    for number, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _has_prefix(described: dict) -> bool:
+    """Whether a space is put before the text."""
+    text = json.dumps([described["normalizer"], described["pre_tokenizer"]])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
+
+
+def splitting_name(described: dict) -> str:
+    """llama.cpp's name for the way a byte-level tokenizer cuts text; ModelError when it has none that we know."""
+    steps = described["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    patterns = [step["pattern"]["Regex"] for step in steps if step.get("type") == "Split" and "Regex" in step["pattern"]]
+    known = {step.get("type") for step in steps} <= {"Split", "Digits", "ByteLevel"} and len(patterns) <= 1
+    found = Splitting(
+        pattern=patterns[0] if patterns else None,
+        digits=any(step.get("type") == "Digits" and step["individual_digits"] for step in steps),
+        ignore_merges=bool(described["model"].get("ignore_merges")),
+        nfc='"NFC"' in json.dumps(described["normalizer"]),
+    )
+    # llama.cpp normalises nothing, so two rules that differ in that alone go by one name
+    for same in (found, found._replace(nfc=not found.nfc)):
+        if known and same in SPLITTINGS.values():
+            return next(name for name, splitting in SPLITTINGS.items() if splitting == same)
+    rule = json.dumps(described["pre_tokenizer"])
+    raise ModelError(f"this tokenizer cuts text in a way that llama.cpp has no name for that we know: {rule}")
+
+
+def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict) -> None:
+    ends = generation_config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    numbers = {
+        "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id,
+        "eot": next((number for number in ends if number not in (None, tokenizer.eos_token_id)), None),
+    }  # fmt: skip
+    for name, number in numbers.items():
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
