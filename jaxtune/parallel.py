@@ -51,12 +51,20 @@ def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * micro_batches, ROWS))
 
 
-def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    names = [RULES.get(axis) if axis else None for axis in axes]
-    for size, name in zip(shape, names, strict=True):
+WHOLE = ("vocab",)  # axes that stay whole where they do not divide: vocabularies are rarely round, and their models are to work too
+
+
+def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], whole: tuple = WHOLE) -> NamedSharding:
+    """Each dimension along its axis's part of the mesh; ConfigError where it does not divide (axes in `whole` are then not cut)."""
+    names = []
+    for size, axis in zip(shape, axes, strict=True):
+        name = RULES.get(axis) if axis else None
         if name and size % mesh.shape[name]:
-            choices = ", ".join(str(n) for n in range(1, len(mesh.devices.flat) + 1) if size % n == 0)
-            raise ConfigError(f"mesh.{name} is {mesh.shape[name]}; {path} is {shape} and {size} divides by {choices}; write one of them")
+            if axis not in whole:
+                choices = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0)
+                raise ConfigError(f"mesh.{name} is {mesh.shape[name]}; {path} is {shape} and {size} divides by {choices}; write one of them")
+            name = None
+        names.append(name)
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
@@ -74,7 +82,7 @@ def _leaf(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
         absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
         return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     if isinstance(leaf, NF4) and leaf.codes.shape[-2] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
-        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes)
+        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes, whole=row.axes)  # small: whole where its blocks do not divide
         return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     return whole
 
