@@ -62,7 +62,7 @@ def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | N
         if name and size % mesh.shape[name]:
             if axis not in whole:
                 choices = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0)
-                raise ConfigError(f"mesh.{name} is {mesh.shape[name]}; {path} is {shape} and {size} divides by {choices}; write one of them")
+                raise ConfigError(f"mesh.{name} is {mesh.shape[name]}; {path} is {shape}, and {size} divides by {choices}; write one")
             name = None
         names.append(name)
     return NamedSharding(mesh, PartitionSpec(*names))
