@@ -30,6 +30,7 @@ from jaxtune.data.prompts import Question, questions
 from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.runfolder import write_text
 from jaxtune.step import make_eval_step
 
 log = logging.getLogger("jaxtune")
@@ -163,7 +164,8 @@ def compare(
         for side, model, adapter in sides:
             if judges and not asked:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
-            values[side] = token_metrics(config, model, adapter, rows)
+            # the rows of other objectives are pairs, of which one half is not to be learnt
+            values[side] = token_metrics(config, model, adapter, rows) if config.objective == "sft" else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
             values[side] |= {name: sum(numbers) / len(numbers) for name, numbers in scores[side].items()}
     if "tuned" in scores:
@@ -176,6 +178,28 @@ def compare(
         for number, question in enumerate(asked[:3])
     ]
     return Report(len(asked), values["base"], values.get("tuned"), interval, samples)
+
+
+def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report:
+    """What a run trained beside its base, on its test rows, or its evaluation rows where there are none of those.
+
+    Leaves `evaluation.json` (the report) and `predictions.jsonl` (every answer) in the run's folder. After full tuning the base is
+    read from its files again, since training has overwritten it in memory.
+    """
+
+    def sides() -> Iterator[Side]:
+        if config.method == "full":
+            yield "base", load(config.model, dtype=config.dtype), None
+            yield "tuned", dataclasses.replace(model, params=trainable), None
+        else:
+            yield from (("base", model, None), ("tuned", model, trainable))
+
+    scratch = folder / ".predictions.jsonl.new"
+    scratch.unlink(missing_ok=True)
+    report = compare(config, sides(), "eval" if config.data.test is None else "test", predictions=scratch)
+    os.replace(scratch, folder / "predictions.jsonl")
+    write_text(folder / "evaluation.json", json.dumps(report.to_dict(), indent=2))
+    return report
 
 
 def token_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:

@@ -24,6 +24,7 @@ from jaxtune.convert import hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
 from jaxtune.errors import ConfigError
+from jaxtune.evaluate import of_run
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import METHODS
@@ -97,6 +98,9 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     # ---- 6. The result ----
     if not run.interrupted:
         save_result(config, model, state.trainable, folder)
+    if not run.interrupted and config.evaluate.metric:
+        of_run(config, model, state.trainable, folder).show()
+        log.info("every answer: %s; the loss: %s", folder / "predictions.jsonl", folder / "loss.png")
     return Result(folder, int(state.step), metrics, state.trainable, model)
 
 

@@ -4,7 +4,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -162,3 +161,20 @@ def test_mistakes_say_what_to_do(folder, tmp_path):
         jt.evaluate(model, tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="data.no_such_key is not a key"):
         jt.evaluate(model, rows, no_such_key=1)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_ends_with_base_beside_tuned(folder, tmp_path, capsys, method):
+    rows = str(folder / "rows.jsonl")
+    config = {
+        "model": str(folder / "model"), "method": method, "output_dir": str(tmp_path / "run"), "max_steps": 8, "learning_rate": 1e-2,
+        "data": {"train": rows, "test": rows, "max_length": 64}, "per_device_train_batch_size": 1, "compilation_cache": False,
+        "evaluate": {"metric": ["exact_match"], "max_new_tokens": 4},
+    }  # fmt: skip
+    result = jt.train(config)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["tuned"]["loss"] < found["base"]["loss"] and "change" in capsys.readouterr().out
+    again = {"adapter": result.folder / "adapter"} if method == "lora" else {"tuned": result.folder / "model"}
+    fresh = jt.evaluate(folder / "model", rows, **again, max_new_tokens=4, max_length=64)
+    assert fresh.base == pytest.approx(found["base"], rel=1e-4) and fresh.tuned == pytest.approx(found["tuned"], rel=1e-4)
+    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 2 * len(ROWS)
