@@ -87,6 +87,29 @@ def open_model(source: str | os.PathLike) -> Opened:
     return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
 
 
+def open_tokenizer(source: str | os.PathLike) -> Any:
+    """The tokenizer of a model alone: of a hub id nothing else is fetched.
+
+    Raises ModelError where there is none.
+    """
+    path = sources.resolve(source, ["*.json", "*.jinja", "*.model", "*.txt"])
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf_tokenizer(GGUFFile(path).metadata, str(path))
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ModelError(f"{path} holds no tokenizer (tokenizer.json); give the model's own folder or hub id")
+    return tokenizer
+
+
+def open_config(source: str | os.PathLike) -> ModelConfig:
+    """What a model is, from its config.json (a folder that holds nothing else will do) or a GGUF file's metadata; no weights are fetched.
+
+    Raises ModelError where there is none, or it is of a kind that is not supported.
+    """
+    path = sources.resolve(source, ["config.json"])
+    return from_hf(gguf_config(GGUFFile(path)) if path.is_file() else read_json(path / "config.json"))
+
+
 def stored_dtype(opened: Opened) -> str:
     """The dtype that most of a checkpoint's bytes have."""
     sizes = dict.fromkeys(DTYPES[:3], 0)

@@ -109,6 +109,20 @@ def quantize(w, kind: str, block_size: int = 64) -> Weight:
     return QUANTIZERS[kind](w, block_size)
 
 
+def abstract(kind: str, shape: tuple[int, int], block_size: int = 64) -> Weight:
+    """The leaf that `quantize` makes of a matrix of this shape, as `jax.ShapeDtypeStruct`s."""
+    if kind == "int8":
+        return Int8(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:1], jnp.float32))
+    code, _, nested = kind.partition("-")
+    codes, absmax = jax.eval_shape(lambda w: _quantize_blocks(w, block_size, code), jax.ShapeDtypeStruct(shape, jnp.float32))
+    leaf = NF4(codes, absmax, shape=tuple(shape), block_size=block_size, kind=code)
+    if not nested:
+        return leaf
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    outer = jax.ShapeDtypeStruct((-(-absmax.size // NESTED_BLOCK),), jnp.float32)
+    return leaf.replace(absmax=jax.ShapeDtypeStruct(absmax.shape, jnp.uint8), nested_absmax=outer, nested_offset=scalar)
+
+
 @functools.partial(jax.jit, static_argnames=("block_size", "kind"))
 def _quantize_blocks(w, block_size: int, kind: str):
     """Codes `[rows, cols / 2]` and absmax `[rows, blocks]`; the arithmetic of bitsandbytes' CPU kernel, ties included."""

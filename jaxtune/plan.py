@@ -1,0 +1,331 @@
+"""python -m jaxtune.plan CONFIG.yaml --target v5e-8 [key=value ...]
+
+Will it fit, exactly, before anything is downloaded: compiles the very step that train runs, from the model's config.json and
+shapes alone, for a TPU slice, a GPU or the machine at hand, and says what takes the memory.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jaxtune import cli, errors, optim, parallel
+from jaxtune.config import Config, load_config
+from jaxtune.convert.load import open_config
+from jaxtune.data.batch import Batch
+from jaxtune.model import quant
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.spec import spec
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.logprobs import CHUNK
+from jaxtune.peft import METHODS
+from jaxtune.step import init_state, make_step
+from jaxtune.targets import Target, find_target
+from jaxtune.tree import flatten, unflatten
+
+log = logging.getLogger("jaxtune")
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one device needs for a step.
+
+    Attributes:
+        fits: whether `peak_bytes` is within the device's memory; None where that is not known.
+        peak_bytes: arguments + temporaries + outputs - what they share, from the compiled program: exact.
+        bytes: peak_bytes by cause. Weights, scales, trainable, optimizer and batch are exact; gradients, activations and
+            logits are computed from shapes, and `other` is what is left of the temporaries.
+        flops: of a step on one device, computed from shapes (products only).
+        seconds_at_least: flops or bytes over the chip's published rates, whichever takes longer; None where not known.
+    """
+
+    target: str
+    devices: int
+    fits: bool | None
+    peak_bytes: int
+    device_bytes: int | None
+    bytes: dict[str, int]
+    flops: float
+    intensity: float
+    seconds_at_least: float | None
+    hours_at_least: float | None
+    settings: dict[str, Any]
+    instead: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    config: Config | Mapping | str, overrides: Sequence[str] = (), *, target: str = "here", alternatives: bool = True
+) -> Plan:
+    """Compile the step of `config` for `target` and say what it needs; where it does not fit, the nearest settings that do.
+
+    Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
+    """
+    config = config if isinstance(config, Config) else load_config(config, list(overrides))
+    where = find_target(target)
+    model_config = open_config(config.model)
+    result = _compile(config, model_config, where)
+    if result.fits is False and alternatives:
+        result.instead = _alternatives(config, model_config, where)
+    return result
+
+
+# ---- shapes ----
+
+
+def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -> dict:
+    """The parameter tree as shapes, packed as `quantization` packs it."""
+
+    def leaf(row):
+        if quantization is None or not row.is_matrix:
+            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
+        *lead, out, width = row.shape
+        packed = quant.abstract(quantization, (out, width))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), packed)
+
+    return unflatten({path: leaf(row) for path, row in spec(config).items()})
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded shapes."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _abstract_batch(config: Config, mesh) -> Batch:
+    """The batch of a full step; without the data every token counts as trained."""
+    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.batch_sharding(mesh))
+    return Batch(ints, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=ints.sharding), ints, ints)
+
+
+def abstract_step(config: Config, model_config: ModelConfig, mesh):
+    """`(jitted step, (state, base, batch))`, the step that `train` runs, with shapes in place of arrays."""
+    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    model_config = dataclasses.replace(model_config, dtype=dtype, remat=remat)
+    params = abstract_params(model_config, config.param_dtype if config.method == "full" else dtype, config.quantization)
+    params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
+    trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
+    own = parallel.trainable_shardings(mesh, model_config, trainable)
+    optimizer = optim.optimizer(config, max(config.max_steps, 1000))
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, 0), trainable)
+    shardings = parallel.like(trainable, own, state, parallel.replicated(mesh))
+    state = _with_shardings(state, shardings)
+    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer)
+    base = {} if config.method == "full" else params
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, _abstract_batch(config, mesh)), model_config
+
+
+# ---- compiling ----
+
+
+def _compile(config: Config, model_config: ModelConfig, where: Target) -> Plan:
+    mesh = parallel.make_mesh(config.mesh, where.devices)
+    step, (state, base, batch), model_config = abstract_step(config, model_config, mesh)
+    flops = step_flops(config, model_config) / (mesh.size / parallel.data_parallel(mesh))
+    needed = None
+    try:
+        memory = step.lower(state, base, batch).compile().memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        needed = errors_bytes(str(error))
+        if needed is None:
+            raise
+    causes = _causes(config, model_config, state, base, batch, needed)
+    moved = sum(causes[name] for name in ("weights", "scales", "trainable", "optimizer")) + 2 * causes["activations"]
+    chip = where.chip
+    seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip else None
+    return Plan(
+        target=where.name, devices=mesh.size, fits=None if chip is None else needed <= chip.memory, peak_bytes=needed,
+        device_bytes=chip.memory if chip else None, bytes=causes, flops=flops, intensity=flops / max(moved, 1), seconds_at_least=seconds,
+        hours_at_least=seconds * config.max_steps / 3600 if seconds and config.max_steps > 0 else None,
+        settings=_settings(config), instead=[],
+    )  # fmt: skip
+
+
+def errors_bytes(message: str) -> int | None:
+    """The bytes a RESOURCE_EXHAUSTED message says a program needs, or None."""
+    import re
+
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    match = re.search(r"(?:Used|needs?|requires?|allocating|allocate)\s+([\d.]+)\s*([KMGT]?)i?(?:B|b)?", message)
+    if match is None:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def _causes(config: Config, model_config: ModelConfig, state, base, batch, peak: int) -> dict[str, int]:
+    """Bytes of one device by cause; see `Plan.bytes`."""
+    leaves = flatten(base)
+    scales = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    packed = sum(_per_device(leaf.codes) for leaf in scales.values())
+    _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
+    itemsize = jnp.dtype(model_config.dtype).itemsize
+    residual = model_config.num_layers * rows * length * model_config.hidden_size * itemsize
+    causes = {
+        "weights": _per_device(base) - sum(_per_device(leaf) for leaf in scales.values()) + packed,
+        "scales": sum(_per_device(leaf) for leaf in scales.values()) - packed,
+        "trainable": _per_device(state.trainable),
+        "optimizer": _per_device(state.opt_state),
+        "batch": _per_device(batch),
+    }
+    left = peak - sum(causes.values())
+    estimates = {
+        "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else _per_device(state.trainable),
+        "activations": residual,
+        "logits": min(rows * length, CHUNK) * model_config.vocab_size * 4,
+    }
+    for name, size in estimates.items():
+        causes[name] = max(0, min(size, left))
+        left -= causes[name]
+    return causes | {"other": max(0, left)}
+
+
+def step_flops(config: Config, model_config: ModelConfig) -> float:
+    """FLOPs of the matrix products of one data-parallel device's step: forward, backward, and what remat computes again.
+
+    A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat one more.
+    """
+    rows = spec(model_config)
+    tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * config.data.max_length
+    active = 0
+    for row in rows.values():
+        if row.is_matrix:
+            active += math.prod(row.shape)
+        elif row.is_experts and model_config.moe:
+            active += math.prod(row.shape) * model_config.moe.experts_per_token / model_config.moe.num_experts
+    head = model_config.vocab_size * model_config.hidden_size
+    full = config.method == "full"
+    passes = 3 if full else 2
+    again = 0 if config.gradient_checkpointing is False else 1
+    heads = model_config.num_layers * model_config.num_heads * model_config.head_dim
+    attention = heads * config.data.max_length  # scores and mixture, of which the causal half
+    return 2.0 * tokens * (active * (passes + again) + head * (passes + full) + attention * (3 + again))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "method": config.method, "quantization": config.quantization, "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps, "max_length": config.data.max_length,
+        "gradient_checkpointing": config.gradient_checkpointing, "mesh": config.mesh.to_dict(),
+    }  # fmt: skip
+
+
+# ---- what to do instead ----
+
+
+def _alternatives(config: Config, model_config: ModelConfig, where: Target) -> list[dict[str, Any]]:
+    """Settings that fit, each compiled: the cheapest change of each kind, in the order of what they cost."""
+    found = []
+    for change, candidates in _candidates(config, len(where.devices)):
+        for keys in candidates:
+            tried = _compile(_changed(config, keys), model_config, where)
+            if tried.fits:
+                found.append({"change": change, "keys": keys, "peak_bytes": tried.peak_bytes, "seconds_at_least": tried.seconds_at_least})
+                break
+    return sorted(found, key=lambda row: row["seconds_at_least"] or 0.0)
+
+
+def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
+    changes: dict[str, Any] = {}
+    for key, value in keys.items():
+        group, _, name = key.partition(".")
+        changes[group] = dataclasses.replace(changes.get(group, getattr(config, group)), **{name: value}) if name else value
+    return config.replace(**changes)
+
+
+def _candidates(config: Config, devices: int):
+    """`(what it is, [settings to try, the mildest first])`."""
+    if config.gradient_checkpointing is not True:
+        yield "recompute activations", [{"gradient_checkpointing": True}]
+    micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
+    batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+    yield "a smaller micro-batch", [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
+    if devices > 1 and config.mesh.fsdp == 1:
+        yield "weights over the devices", [{"mesh.data": 1, "mesh.fsdp": -1}]
+    if config.method == "lora" and config.quantization is None:
+        yield "a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq"}]
+    if config.method == "full":
+        rate = config.learning_rate * 10 if config.learning_rate else None
+        yield "LoRA", [{"method": "lora", "learning_rate": rate}]
+        yield "LoRA over a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq", "learning_rate": rate}]
+    yield "shorter rows", [{"data.max_length": config.data.max_length >> n, "gradient_checkpointing": True} for n in (1, 2, 3)]
+
+
+def compare(config: Config, target: str) -> dict[str, Plan]:
+    """The same run by full tuning, LoRA and QLoRA."""
+    where, model_config = find_target(target), open_config(config.model)
+    keys = {"full": {"method": "full", "quantization": None}, "lora": {"method": "lora", "quantization": None}}
+    keys["qlora"] = {"method": "qlora", "quantization": "nf4-dq"}
+    return {name: _compile(_changed(config, change), model_config, where) for name, change in keys.items()}
+
+
+# ---- the command ----
+
+
+def show(result: Plan, console: Console) -> None:
+    """Print a plan."""
+    verdict = {True: "fits", False: "does not fit", None: "memory of the machine not known"}[result.fits]
+    of = f" of {result.device_bytes / 2**30:.2f} GiB" if result.device_bytes else ""
+    console.print(f"[bold]{verdict}[/]: {result.peak_bytes / 2**30:.2f} GiB{of} on each of {result.devices} device(s) of {result.target}")
+    table = Table("what", "GiB", "share", box=None)
+    for name, size in result.bytes.items():
+        table.add_row(name, f"{size / 2**30:.3f}", f"{100 * size / result.peak_bytes:.1f} %")
+    console.print(table)
+    console.print("gradients, activations and logits are estimated from shapes, the total is the compiler's", style="dim")
+    bound = f"; a step takes at least {result.seconds_at_least:.3f} s" if result.seconds_at_least else ""
+    hours = f", the run {result.hours_at_least:.2f} h" if result.hours_at_least else ""
+    console.print(f"{result.flops / 1e12:.2f} TFLOP a step and device, {result.intensity:.0f} FLOP a byte{bound}{hours}")
+    for row in result.instead:
+        keys = " ".join(f"{key}={value}" for key, value in row["keys"].items())
+        console.print(f"instead, {row['change']}: {keys}  ({row['peak_bytes'] / 2**30:.2f} GiB)", highlight=False)
+    if result.fits is False and not result.instead:
+        console.print("no single change makes it fit; take a larger target or a smaller model")
+
+
+def main() -> None:
+    """`python -m jaxtune.plan`."""
+    parser = cli.config_parser("plan", __doc__)
+    parser.add_argument("--target", default="here", help="here, v5e-8, v5p-128, h100, 8xh100, a100-80, ...")
+    parser.add_argument("--compare", action="store_true", help="full, LoRA and QLoRA side by side")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    given = cli.parse(parser)
+    cli.log_to_terminal()
+    config = load_config(given.config, given.overrides)
+    console = Console()
+    if given.compare:
+        plans = compare(config, given.target)
+        if given.json:
+            print(json.dumps({name: one.to_dict() for name, one in plans.items()}))
+            return
+        for name, one in plans.items():
+            console.print(f"\n[bold]{name}[/]")
+            show(one, console)
+        return
+    result = plan(config, target=given.target)
+    if given.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        show(result, console)
+
+
+cli.callable_module(__name__, plan)
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,134 @@
+"""Machines to plan for, whether they are here or not: TPU topologies (through libtpu) and GPUs (through a target description).
+
+XLA's own compiler gives the exact memory of a step for a chip that nobody in the room owns; nothing runs on one.
+"""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+from jaxtune.errors import ConfigError
+
+GB = 10**9
+
+
+class Chip(NamedTuple):
+    """Published figures of one accelerator: memory that a program may use, its bandwidth (bytes/s), dense bfloat16 FLOP/s."""
+
+    memory: int
+    bandwidth: float
+    flops: float
+
+
+class Target(NamedTuple):
+    """Devices to compile for, and what one of them can do (None: not known, as for the machine at hand)."""
+
+    name: str
+    devices: list
+    chip: Chip | None
+
+
+# TPU: figures per chip (cloud.google.com/tpu/docs), memory as libtpu counts it; cores named per chip; 2 or 3 dimensions of a slice
+TPUS = {
+    "v4": (Chip(int(31.25 * 2**30), 1228 * GB, 275e12), 2, 3),
+    "v5e": (Chip(int(15.75 * 2**30), 819 * GB, 197e12), 1, 2),
+    "v5p": (Chip(int(95.0 * 2**30), 2765 * GB, 459e12), 2, 3),
+    "v6e": (Chip(int(31.25 * 2**30), 1640 * GB, 918e12), 1, 2),
+}
+
+# GPU: chip; compute capability; multiprocessors; L2 MiB; shared memory per multiprocessor and per block at most, KiB; clock GHz
+GPUS = {
+    "rtx3090": (Chip(24 * 2**30, 936 * GB, 71e12), (8, 6), 82, 6, (100, 99), 1.70),
+    "rtx4090": (Chip(24 * 2**30, 1008 * GB, 165e12), (8, 9), 128, 72, (100, 99), 2.52),
+    "rtx5090": (Chip(32 * 2**30, 1792 * GB, 209e12), (12, 0), 170, 96, (100, 99), 2.41),
+    "a10": (Chip(24 * 2**30, 600 * GB, 125e12), (8, 6), 72, 6, (100, 99), 1.70),
+    "l4": (Chip(24 * 2**30, 300 * GB, 121e12), (8, 9), 58, 48, (100, 99), 2.04),
+    "l40s": (Chip(48 * 2**30, 864 * GB, 362e12), (8, 9), 142, 96, (100, 99), 2.52),
+    "a100-40": (Chip(40 * 2**30, 1555 * GB, 312e12), (8, 0), 108, 40, (164, 163), 1.41),
+    "a100-80": (Chip(80 * 2**30, 2039 * GB, 312e12), (8, 0), 108, 40, (164, 163), 1.41),
+    "h100": (Chip(84978434048, 3352 * GB, 989e12), (9, 0), 132, 50, (228, 227), 1.98),
+    "h200": (Chip(141 * GB, 4800 * GB, 989e12), (9, 0), 132, 50, (228, 227), 1.98),
+    "b200": (Chip(180 * GB, 8000 * GB, 2250e12), (10, 0), 148, 126, (228, 227), 1.96),
+}
+
+
+def find_target(name: str) -> Target:
+    """The devices of a target: `here`, a TPU slice (`v5e-8`, `v5p-128`), or GPUs (`h100`, `8xh100`, `a100-80`).
+
+    A slice is named as Google names it: v5e and v6e by chips, v4 and v5p by cores (two a chip).
+
+    Raises ConfigError for an unknown name, and when the package that compiles for it is not installed.
+    """
+    text = name.lower().replace(" ", "").replace("nvidia-", "")
+    if text == "here":
+        return Target("here", jax.devices(), None)
+    if match := re.fullmatch(r"(?P<kind>v\d\w)-(?P<count>\d+)", text):
+        if match["kind"] in TPUS:
+            return _tpu(text, match["kind"], int(match["count"]))
+    match = re.fullmatch(r"((?P<count>\d+)x)?(?P<kind>[a-z0-9-]+?)", text)
+    kind = match["kind"] if match else ""
+    kind = kind if kind in GPUS else f"rtx{kind}" if f"rtx{kind}" in GPUS else kind
+    if match is None or kind not in GPUS:
+        tpus = ", ".join(f"{tpu}-8" for tpu in TPUS)
+        raise ConfigError(f"target {name!r} is not known; write here, a TPU slice ({tpus}, ...), or a GPU ({', '.join(GPUS)}; 8xh100)")
+    return _gpu(text, kind, int(match["count"] or 1))
+
+
+def _tpu(name: str, kind: str, count: int) -> Target:
+    chip, cores, dimensions = TPUS[kind]
+    if count % cores:
+        raise ConfigError(f"target {name}: a {kind} chip has {cores} cores, so their number is even")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server where there is no TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    sides = _sides(name, count // cores, dimensions)
+    extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count // cores == 1 else {}
+    topology = _topology("tpu", f"{kind}:{'x'.join(map(str, sides))}", "libtpu", "jaxtune[tpu]", extra)
+    return Target(name, list(topology.devices), chip)
+
+
+def _sides(name: str, chips: int, dimensions: int) -> list[int]:
+    """The most cube-like slice of that many chips, smallest side first for 2 dimensions, last for 3 (`2x4`, `2x2x1`)."""
+    if chips & (chips - 1):
+        raise ConfigError(f"target {name}: slices come in powers of two")
+    sides = [1] * dimensions
+    for _ in range(int(math.log2(chips))):
+        sides[sides.index(min(sides))] *= 2
+    return sorted(sides) if dimensions == 2 else sorted(sides, reverse=min(sides) == 1)
+
+
+def _gpu(name: str, kind: str, count: int) -> Target:
+    chip, (major, minor), processors, l2, (shared, optin), clock = GPUS[kind]
+    threads = 1536 if minor or major == 12 else 2048
+    units = 64 if (major, minor) == (8, 0) else 128
+    text = f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32
+      shared_memory_per_block: 49152 shared_memory_per_core: {shared * 1024} shared_memory_per_block_optin: {optin * 1024}
+      threads_per_core_limit: {threads} core_count: {processors} fpus_per_core: {units}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {l2 * 2**20} clock_rate_ghz: {clock}
+      device_memory_size: {chip.memory}
+      cuda_compute_capability {{ major: {major} minor: {minor} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 }}
+    device_description_str: "{kind}"
+    """
+    hosts = math.ceil(count / 8)
+    extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
+    topology = _topology("cuda", kind, "jax_cuda13_plugin", "jax-cuda13-plugin jax-cuda13-pjrt --no-deps", extra)
+    return Target(name, list(topology.devices), chip)
+
+
+def _topology(platform: str, name: str, module: str, package: str, extra: dict):
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(name, platform, **extra)
+    except Exception as error:  # each backend has errors of its own for "not installed" and "no such topology"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"target {name} cannot be compiled for here: {reason}. It needs {module} (pip install {package})") from error
