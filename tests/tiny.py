@@ -34,9 +34,9 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     tensors = {}
     for row in spec(from_hf(hf)).values():
-        shape = row.shape[1:] if row.layers else row.shape
+        shape = row.shape[bool(row.layers) + row.is_experts :]
         for name in row.hf_names():
-            noise = rng.standard_normal(shape).astype(np.float32) * 0.2
+            noise = rng.standard_normal(shape[::-1] if row.transposed else shape).astype(np.float32) * 0.2
             tensors[name] = (noise + (row.init == "ones")).astype(DTYPES[dtype])
     return tensors
 

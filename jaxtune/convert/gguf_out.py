@@ -63,6 +63,7 @@ def save_gguf(
     if config.model_type not in ARCHITECTURES:
         raise ModelError(f"a model of type {config.model_type} cannot be written as GGUF; there are {', '.join(ARCHITECTURES)}")
     architecture, extra = ARCHITECTURES[config.model_type]
+    _refuse_shapes(config, architecture)
     writer = GGUFWriter(None, architecture)
     writer.add_type("model")
     writer.add_name(name or out.stem)
@@ -80,6 +81,14 @@ def save_gguf(
     finally:
         scratch.unlink(missing_ok=True)
     return out
+
+
+def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
+    """What llama.cpp's loader has no place for, as tried with it."""
+    if c.out_bias and architecture not in ("llama", "granite"):
+        raise ModelError(f"llama.cpp knows no bias of the attention's output in a {architecture} model; this one has attention_bias")
+    if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "phi3"):
+        raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; this one has another")
 
 
 class _Tensor:
@@ -136,7 +145,9 @@ def _type(row: Row, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:
 
 def _add_config(writer: GGUFWriter, c: ModelConfig) -> None:
     writer.add_vocab_size(c.vocab_size)
-    writer.add_context_length(c.max_position_embeddings)
+    # Where llama.cpp has no sliding window it is right up to the window's length, so that is how long a text may be.
+    limit = min([c.max_position_embeddings, *filter(None, c.layer_windows)]) if c.model_type in ("mistral", "mixtral", "phi3") else 0
+    writer.add_context_length(limit or c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_block_count(c.num_layers)
@@ -223,7 +234,7 @@ def _gemma2(writer: GGUFWriter, c: ModelConfig) -> None:
 
 def _gemma3(writer: GGUFWriter, c: ModelConfig) -> None:
     _gemma2(writer, c)
-    if c.ropes[1] != Rope(c.head_dim, c.ropes[1].theta):
+    if c.ropes[1].kind != "default":
         raise ModelError("llama.cpp has no rotary scaling for the sliding layers of Gemma 3; this model has")
     writer.add_float32("gemma3.rope.freq_base_swa", c.ropes[1].theta)
 

