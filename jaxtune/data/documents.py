@@ -76,7 +76,7 @@ class Documents:
     @classmethod
     def load(cls, folder: Path) -> "Documents":
         """Open what `write` wrote, tokens memory-mapped."""
-        flat = {name: [np.memmap(folder / f"{name}.bin", dtype, "r")] for name, dtype in FLAT.items()}
+        flat = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
         index = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
         index |= {name: index[name].view(kind) for name, kind in TYPES.items()}
         info = json.loads((folder / "info.json").read_text())
@@ -89,6 +89,10 @@ class Documents:
         offsets = np.cumsum([0] + [len(p.tokens) for p in parts])
         part = np.concatenate([p.part + offset for p, offset in zip(parts, offsets, strict=False)])
         return cls(**lists, part=part, **{name: np.concatenate([getattr(p, name) for p in parts]) for name in INDEX})
+
+
+def _mapped(file: Path, dtype: type) -> np.ndarray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)  # nothing cannot be mapped
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,13 @@ class Entry:
     value: float = 0.0
 
 
-def write(folder: Path, entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
-    """Store documents in `folder`, all or nothing, in little memory.
+def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
+    """Store documents in a folder of `cache`, all or nothing, in little memory.
 
-    `info` is called when the last document has been made.
+    `key` (the folder's name) and `info` are called when the last document has been made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
     try:
         columns = {name: array({np.uint64: "Q", np.float64: "d"}.get(TYPES.get(name), "q")) for name in INDEX}
         start = 0
@@ -125,6 +129,7 @@ def write(folder: Path, entries: Iterable[Entry], info: Callable[[], dict]) -> D
                 start += len(entry.ids)
         np.save(temporary / "index.npy", np.stack([np.frombuffer(columns[name], np.int64) for name in INDEX]))
         (temporary / "info.json").write_text(json.dumps(info()))
+        folder = cache / key()
         try:
             os.rename(temporary, folder)
         except OSError:

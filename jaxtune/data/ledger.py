@@ -42,6 +42,7 @@ class Ledger:
     def __post_init__(self):
         self._policies: Mapping[str, str] = {}
         self._survey = False
+        self.suppressed = 0  # errors that a survey went on after
 
     def by(self, policies: Mapping[str, str], survey: bool = False) -> "Ledger":
         """Set what to do about each problem: `error`, `drop` or `keep`. A survey turns every error into a drop."""
@@ -51,16 +52,20 @@ class Ledger:
     def problem(self, name: str, row: Row, reason: str) -> None:
         """Book a row that has something wrong with it and could be trained on all the same."""
         policy = self._policies.get(name, "keep")
-        if policy != "keep" and not (policy == "error" and self._survey):
+        if policy == "error" and self._survey:
+            self.suppressed += 1
+        elif policy != "keep":
             raise row.fail(reason, name, policy)
         self._note(name, row, reason)
 
     def fault(self, error: RowError) -> None:
         """Book a row that cannot be used, or raise."""
         policy = error.policy or self._policies.get(error.name, "error")
-        if policy != "drop" and not self._survey:
-            raise error
-        if error.policy != "drop":
+        if policy != "drop":
+            if not self._survey:
+                raise error
+            self.suppressed += 1
+        if error.policy != "drop" or error.name in self._policies:
             self._note(error.name, error.row, error.reason)
         self.dropped.setdefault(error.name, []).append(error.row.place)
 

@@ -42,7 +42,7 @@ class Data:
     ledger: dict
 
 
-def load(config: Config, tokenizer: Any, data_parallel: int = 1) -> Data:
+def load(config: Config, tokenizer: Any, data_parallel: int = 1, survey: bool = False) -> Data:
     """Read, tokenise (or find in the cache), split, mix and plan the data of `config`.
 
     Args:
@@ -50,6 +50,7 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1) -> Data:
         tokenizer: a fast Hugging Face tokenizer, with the chat template that chat rows need.
         data_parallel: devices that hold different rows. A micro-batch has `per_device_train_batch_size * data_parallel` rows, or
             as many pairs of rows for an objective that compares two answers.
+        survey: leave out, and book, rows that would stop a run. For the report.
 
     Raises:
         DataError: a source or row that cannot be used, with its file, number, the reason and what to change.
@@ -57,10 +58,10 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1) -> Data:
     data = config.data
     if not data.train:
         raise DataError("no training data is named; set data.train to a file, folder, glob or hub id")
-    parts = divide(config, tokenizer)
+    parts = divide(config, tokenizer, survey)
     ledger = {name: part.info for name, part in parts.items()}
     if data.replay is not None:
-        parts["train"] = Documents.join([parts["train"], _read((data.replay,), config, tokenizer)])
+        parts["train"] = Documents.join([parts["train"], _read((data.replay,), config, tokenizer, survey)])
         ledger["train"] = parts["train"].info
     sources = {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
     return Data(sources["train"], sources.get("eval"), sources.get("test"), ledger)
@@ -77,23 +78,23 @@ def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel
     return _source(divide(config, tokenizer)[name], config, False, data_parallel)
 
 
-def divide(config: Config, tokenizer: Any) -> dict[str, Documents]:
+def divide(config: Config, tokenizer: Any, survey: bool = False) -> dict[str, Documents]:
     """The documents of each side that has any; `data.replay` aside."""
     data, parts = config.data, {}
     if data.train:
-        documents = _read(data.train, config, tokenizer)
+        documents = _read(data.train, config, tokenizer, survey)
         side = splits.sides(documents, config)
         indices = {name: np.flatnonzero(side == number) for number, name in enumerate(splits.SIDES)}
         parts = {name: documents.select(index) for name, index in indices.items() if len(index)}
     for name, sources in (("eval", data.eval), ("test", data.test)):
         if sources is not None and not isinstance(sources, float):
-            parts[name] = _read(sources, config, tokenizer)
-    return screened(parts, config)
+            parts[name] = _read(sources, config, tokenizer, survey)
+    return screened(parts, config, survey)
 
 
-def _read(sources: tuple[SourceConfig, ...], config: Config, tokenizer: Any) -> Documents:
+def _read(sources: tuple[SourceConfig, ...], config: Config, tokenizer: Any, survey: bool) -> Documents:
     kinds = KINDS.get(config.objective, (Pair,))
-    return Documents.join([_limited(tokenise(source, config, tokenizer, kinds), source.limit) for source in sources])
+    return Documents.join([_limited(tokenise(source, config, tokenizer, kinds, survey), source.limit) for source in sources])
 
 
 def _source(documents: Documents, config: Config, training: bool, data_parallel: int) -> Source:

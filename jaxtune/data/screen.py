@@ -37,7 +37,7 @@ def items(config: Config, parts: Mapping[str, Documents]) -> list[Item]:
     return found
 
 
-def screened(parts: dict[str, Documents], config: Config) -> dict[str, Documents]:
+def screened(parts: dict[str, Documents], config: Config, survey: bool = False) -> dict[str, Documents]:
     """The sides without the rows that are to be dropped, each booked in its source's ledger.
 
     What was found is kept in the cache: looking at 100 000 rows takes half a minute.
@@ -45,7 +45,8 @@ def screened(parts: dict[str, Documents], config: Config) -> dict[str, Documents
     Raises:
         DataError: a row has a problem that is to stop the run, or no row of a side is left.
     """
-    wanted = {name: policy for name, policy in quality.policies(config).items() if name not in quality.ENCODING_TIME and policy != "keep"}
+    keep = ("keep", "error") if survey else ("keep",)
+    wanted = {name: policy for name, policy in quality.policies(config).items() if name not in quality.ENCODING_TIME and policy not in keep}
     if not wanted:
         return parts
     found = _found(parts, config, wanted)

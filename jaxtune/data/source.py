@@ -109,6 +109,12 @@ class Source:
     def _by_row(self, counts: np.ndarray) -> np.ndarray:
         return np.add.reduceat(counts[self.plan.docs], self.plan.starts[:-1])
 
+    def by_source(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and tokens that the first epoch has of each source."""
+        order = self._order(0)
+        source = self.units.part[self.plan.docs[self.plan.starts[:-1]]][order]
+        return np.bincount(source), np.bincount(source, self._by_row(self.units.lengths)[order]).astype(np.int64)
+
     @cached_property
     def answers(self) -> list[int]:
         """The most answers a row has, for each group of rows; 0 for objectives that number none."""

@@ -63,7 +63,7 @@ class Template:
             )  # fmt: skip
         except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise row.fail(f"the chat template refuses the messages: {reason}") from None
+            raise row.fail(f"the chat template refuses the messages: {reason}", "template_refuses") from None
 
     def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
@@ -74,8 +74,9 @@ class Template:
             said = _content(message)
             if said and number not in places and message["role"] != "assistant":
                 raise row.fail(
-                    f"the chat template drops message {number + 1} ({message['role']}); "
-                    "take the message out, or set data.chat_template to a template that shows it"
+                    f"the chat template drops message {number + 1} ({message['role']}), or changes its text; "
+                    "take the message out, or set data.chat_template to a template that shows it",
+                    "template_drops",
                 )
             if number not in wanted:
                 continue
@@ -86,7 +87,9 @@ class Template:
             elif faithful:
                 turns.append(Turn(number, message["role"], start, end, self._stop(text, end)))
             else:
-                raise row.fail(f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained")
+                raise row.fail(
+                    f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained", "template_rewrites"
+                )
         return Rendered(text, turns)
 
     def _opening(self, row: Row, chat: Chat) -> str:
@@ -129,10 +132,14 @@ class Template:
         if not (text.startswith(prompt) and text.startswith(upto)):
             raise row.fail(
                 f"the chat template rewrites message {number + 1} (assistant) when later messages follow, so what would be trained is not "
-                "what was said; use train_on: last, or one row per answer"
+                "what was said; use train_on: last, or one row per answer",
+                "template_rewrites",
             )
         if squeeze(_content(chat.messages[number])) not in squeeze(text[len(prompt) : len(upto)]):
-            raise row.fail(f"the chat template rewrites message {number + 1} (assistant): what would be trained is not what was said")
+            raise row.fail(
+                f"the chat template rewrites message {number + 1} (assistant): what would be trained is not what was said",
+                "template_rewrites",
+            )
         last = max(self._special.finditer(text, len(prompt), len(upto)), key=re.Match.start, default=None)
         end = len(prompt) + len(text[len(prompt) : len(upto)].rstrip())
         if last is not None and not text[last.end() : len(upto)].strip():

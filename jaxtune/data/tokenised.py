@@ -27,12 +27,16 @@ KEYS = (
 )  # fmt: skip
 
 
-def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[type, ...]) -> Documents:
-    """The documents of one source, from the cache if everything they depend on is as it was."""
-    folder = cache_dir(config) / _key(source, config, tokenizer)
-    if (folder / "info.json").exists():
-        return Documents.load(folder)
-    ledger = Ledger(source.path).by(quality.policies(config))
+def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[type, ...], survey: bool = False) -> Documents:
+    """The documents of one source, from the cache if everything they depend on is as it was.
+
+    A survey goes on where a row would stop a run: it is left out and booked. What a survey without such a row makes is what a run makes.
+    """
+    cache, key = cache_dir(config), _key(source, config, tokenizer)
+    for name in (key, f"{key}-survey") if survey else (key,):
+        if (cache / name / "info.json").exists():
+            return Documents.load(cache / name)
+    ledger = Ledger(source.path).by(quality.policies(config), survey)
     encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
 
     def entries() -> Iterator[Entry]:
@@ -42,9 +46,10 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
                 ledger.keep(len(ids), int(np.count_nonzero(mask)))
                 yield Entry(ids, mask, item.row.index, content, group, stratum, item.value)
         if not ledger.documents:
-            raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}")
+            why = next((f"; {first[0]}" for first in ledger.examples.values()), "")
+            raise DataError(f"{source.path}: no row is left of {ledger.rows}; dropped: {ledger.summary()}{why}")
 
-    return store.write(folder, entries(), ledger.to_dict)
+    return store.write(cache, lambda: f"{key}-survey" if ledger.suppressed else key, entries(), ledger.to_dict)
 
 
 def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:

@@ -1,0 +1,181 @@
+"""What the model will see, counted before a single step."""
+
+import collections
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import Config
+from jaxtune.data import quality
+from jaxtune.data.prepare import divide, load
+from jaxtune.data.screen import items, sources_of
+from jaxtune.data.source import Source
+
+SHOWN = 10  # rows with their masks
+EXAMPLES = 5  # of each problem
+BINS = 24
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as the model sees it: `runs` of (text, trained), and where it stands."""
+
+    place: str
+    tokens: int
+    trained: int
+    runs: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts are of the training rows unless they say otherwise.
+
+    Attributes:
+        rows: rows that are trained on.
+        tokens: tokens of an epoch, padding not counted.
+        trained_tokens: those of them that the loss is taken on.
+        packing_efficiency: tokens by places for tokens.
+        packed_rows: rows of the batches, for all documents once; `row_length` their tokens.
+        steps_per_epoch: optimiser steps of an epoch.
+        steps: of the whole run.
+        sides: `train`, `eval`, `test` -> rows.
+        sources: for each source its ledger, in numbers, and its share of an epoch's rows.
+        dropped: reason -> rows left out, all sides together.
+        cut: rows that were cut to max_length, and the tokens that took; rows that were split.
+        problems: name -> rows that have it, all sides together, with those that were dropped for it.
+        stops: names of those problems that stop a run, as `data.quality` stands.
+        examples: name -> where, and what is wrong, for the first few.
+        lengths: minimum, quartiles, 95th and 99th percentile and maximum of the tokens of a document.
+        histogram: upper edges and counts of the documents' lengths.
+        previews: ten rows with their masks.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    packing_efficiency: float
+    packed_rows: int
+    row_length: list[int]
+    steps_per_epoch: int
+    steps: int
+    sides: dict[str, int]
+    sources: list[dict]
+    dropped: dict[str, int]
+    cut: dict[str, int]
+    problems: dict[str, int]
+    stops: list[str]
+    examples: dict[str, list[str]]
+    lengths: dict[str, int]
+    histogram: list[tuple[int, int]]
+    previews: list[Preview]
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
+    """Look at the data of `config`: everything `load` does, and every check of `quality`, without stopping at a row.
+
+    Raises:
+        DataError: a source cannot be read at all, or no row of it can be used.
+    """
+    data = load(config, tokenizer, data_parallel, survey=True)
+    sides = {name: source for name in ("train", "eval", "test") if (source := getattr(data, name)) is not None}
+    parts = divide(config, tokenizer, survey=True)
+    findings = quality.examine(items(config, parts))
+    places, examples = _problems(data.ledger, findings)
+    policies = quality.policies(config)
+    lengths = data.train.documents.lengths
+    steps = config.max_steps if config.max_steps > 0 else int(np.ceil(config.num_train_epochs * data.train.steps_per_epoch))
+    return Report(
+        rows=_rows(data.train),
+        tokens=data.train.tokens,
+        trained_tokens=data.train.trained_tokens,
+        packing_efficiency=round(data.train.efficiency, 4),
+        packed_rows=len(data.train.plan),
+        row_length=list(data.train.plan.lengths),
+        steps_per_epoch=data.train.steps_per_epoch,
+        steps=steps,
+        sides={name: _rows(source) for name, source in sides.items()},
+        sources=_sources(config, data.ledger, data.train),
+        dropped=_dropped(data.ledger),
+        cut={
+            "rows": sum(len(info["cut"]) for info in data.ledger["train"]),
+            "tokens": sum(sum(info["cut"].values()) for info in data.ledger["train"]),
+            "split": sum(len(info["parts"]) for info in data.ledger["train"]),
+        },
+        problems={name: len(rows) for name, rows in sorted(places.items())},
+        stops=sorted(name for name in places if policies.get(name, "error") == "error"),
+        examples=examples,
+        lengths={
+            name: int(value)
+            for name, value in zip(
+                ("min", "25%", "median", "75%", "95%", "99%", "max"), np.percentile(lengths, [0, 25, 50, 75, 95, 99, 100]), strict=True
+            )
+        },
+        histogram=_histogram(lengths),
+        previews=_previews(data.train, config, tokenizer),
+    )
+
+
+def _rows(source: Source) -> int:
+    return len(np.unique(np.stack([source.documents.part, source.documents.rows]), axis=1).T)
+
+
+def _dropped(ledger: dict[str, list[dict]]) -> dict[str, int]:
+    """A source that is divided into sides stands in the ledger of each: count its rows once."""
+    rows: dict[str, set] = collections.defaultdict(set)
+    for infos in ledger.values():
+        for info in infos:
+            for reason, numbers in info["dropped"].items():
+                rows[reason].update((info["path"], number) for number in numbers)
+    return {reason: len(numbers) for reason, numbers in sorted(rows.items())}
+
+
+def _problems(ledger: dict[str, list[dict]], findings: quality.Findings) -> tuple[dict[str, set], dict[str, list[str]]]:
+    rows: dict[str, set] = collections.defaultdict(set)
+    examples: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for infos in ledger.values():
+        for info in infos:
+            for name, numbers in info["problems"].items():
+                rows[name].update((info["path"], number) for number in numbers)
+                examples[name].update(dict.fromkeys(f"{info['path']}, {example}" for example in info["examples"][name]))
+    for name, found in findings.rows.items():
+        rows[name].update((item.place, item.side) for item, _ in found)
+        examples[name].update(dict.fromkeys(f"{item.place}: {reason}" for item, reason in found[:EXAMPLES]))
+    return rows, {name: list(lines)[:EXAMPLES] for name, lines in sorted(examples.items())}
+
+
+def _sources(config: Config, ledger: dict[str, list[dict]], train: Source) -> list[dict]:
+    """Each source once, with what an epoch takes of it."""
+    taken, tokens = train.by_source()
+    out = []
+    for side, infos in ledger.items():
+        if side != "train" and sources_of(config, side) is config.data.train:
+            continue
+        for number, info in enumerate(infos):
+            counts = {key: info[key] for key in ("path", "rows", "tokens", "documents", "kept_tokens", "trained_tokens")}
+            share = {"row_share": taken[number] / taken.sum(), "token_share": tokens[number] / tokens.sum()} if side == "train" else {}
+            out.append({"side": side, **counts} | {name: round(float(value), 4) for name, value in share.items()})
+    return out
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    step = max(int(np.ceil(lengths.max() / BINS)), 1)
+    counts = np.bincount((lengths - 1) // step)
+    return [(int((n + 1) * step), int(count)) for n, count in enumerate(counts)]
+
+
+def _previews(train: Source, config: Config, tokenizer: Any) -> list[Preview]:
+    """Rows at even distances, as text in runs of trained and untrained tokens."""
+    documents, found = train.documents, []
+    for doc in np.unique(np.linspace(0, len(documents) - 1, min(SHOWN, len(documents))).astype(int)):
+        ids, mask = documents[doc]
+        edges = np.flatnonzero(np.diff(mask > 0)) + 1
+        runs = [(part.tolist(), bool(marks[0])) for part, marks in zip(np.split(ids, edges), np.split(mask, edges), strict=True)]
+        decoded = [(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False), on) for part, on in runs]
+        info = documents.info[documents.part[doc]]
+        found.append(Preview(f"{info['path']}, row {documents.rows[doc]}", len(ids), int((mask > 0).sum()), decoded))
+    return found

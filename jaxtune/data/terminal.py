@@ -1,0 +1,89 @@
+"""The report in the terminal."""
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jaxtune.data.report import Preview, Report
+
+BARS = " ▏▎▍▌▋▊▉█"
+TRAINED = "bold black on green3"
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report."""
+    console.print(Panel(_summary(report), title="what the model will see", title_align="left", border_style="dim"))
+    console.print(_sources(report))
+    console.print(_histogram(report, min(console.width - 30, 60)))
+    if report.dropped or any(report.cut.values()):
+        console.print(_losses(report))
+    for preview in report.previews:
+        console.print(_preview(preview))
+    console.print(_problems(report))
+
+
+def _summary(report: Report) -> Text:
+    share = report.trained_tokens / max(report.tokens, 1)
+    lengths = " or ".join(map(str, report.row_length))
+    text = Text()
+    text.append(f"{report.rows:,} rows", "bold").append(f" to train on, {report.tokens:,} tokens an epoch, of which ")
+    text.append(f"{report.trained_tokens:,} trained ({share:.1%})\n", "bold")
+    text.append(f"{report.packed_rows:,} batch rows of {lengths} tokens, {report.packing_efficiency:.1%} filled\n")
+    text.append(f"{report.steps_per_epoch:,} steps an epoch, {report.steps:,} in all")
+    rest = [f"{count:,} {side} rows" for side, count in report.sides.items() if side != "train"]
+    return text.append(f"; {', '.join(rest)} held out" if rest else "")
+
+
+def _sources(report: Report) -> Table:
+    table = Table(title="sources", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name, justify in (("", "left"), ("source", "left"), ("rows", "right"), ("documents", "right"), ("tokens", "right"),
+                          ("trained", "right"), ("of an epoch's rows", "right"), ("of its tokens", "right")):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")
+    for source in report.sources:
+        shares = [f"{source[key]:.1%}" if key in source else "" for key in ("row_share", "token_share")]
+        counts = [f"{source[key]:,}" for key in ("rows", "documents", "kept_tokens", "trained_tokens")]
+        table.add_row(source["side"], source["path"], *counts, *shares)
+    return table
+
+
+def _histogram(report: Report, width: int) -> Group:
+    most = max(count for _, count in report.histogram)
+    lines = [Text("\nlengths in tokens: " + ", ".join(f"{name} {value}" for name, value in report.lengths.items()))]
+    for edge, count in report.histogram:
+        eighths = round(8 * width * count / most)
+        bar = "█" * (eighths // 8) + BARS[eighths % 8].strip()
+        lines.append(
+            Text.assemble((f"{edge:>7} ", "dim"), (bar or ("▏" if count else ""), "cyan"), (f" {count:,}" if count else "", "dim"))
+        )
+    return Group(*lines)
+
+
+def _losses(report: Report) -> Text:
+    lines = [f"{count:,} rows dropped: {name.replace('_', ' ')}" for name, count in report.dropped.items()]
+    if report.cut["rows"]:
+        lines.append(f"{report.cut['rows']:,} rows cut, by {report.cut['tokens']:,} tokens")
+    if report.cut["split"]:
+        lines.append(f"{report.cut['split']:,} rows split")
+    return Text("\n" + "\n".join(lines), "yellow")
+
+
+def _preview(preview: Preview) -> Group:
+    """A row, its trained tokens marked."""
+    title = Text(f"\n{preview.place}: {preview.tokens} tokens, {preview.trained} trained", "dim")
+    body = Text(overflow="fold")
+    for text, trained in preview.runs:
+        body.append(text if len(text) <= 1200 else text[:800] + " [...] " + text[-300:], TRAINED if trained else "")
+    return Group(title, body)
+
+
+def _problems(report: Report) -> Group | Text:
+    if not report.problems:
+        return Text("\nno problems found", "green")
+    lines: list[Text] = [Text("\nproblems", "bold")]
+    for name, count in report.problems.items():
+        stops = name in report.stops
+        head = Text.assemble((f"{count:>7,} {name.replace('_', ' ')}", "bold red" if stops else "bold yellow"))
+        lines.append(head.append("  stops a run: mend the rows, or set data.quality" if stops else "", "red"))
+        lines += [Text(f"          {example}", "dim", overflow="fold") for example in report.examples[name]]
+    return Group(*lines)
