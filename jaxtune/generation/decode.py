@@ -1,0 +1,112 @@
+"""The decode loop on the device: a padded batch of prompts in, tokens out, no word with the host in between.
+
+`prefill` reads the prompts and chooses each row's first token; `decode` goes on in one `lax.while_loop` until every row has
+ended. Prompts stand at the right end of their rows (left padding, segment 0), so that all rows write the same slot of the cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxtune.generation.sampling import Sampling, choose
+from jaxtune.model import decoder
+from jaxtune.model.families import ModelConfig
+
+NONE = -1  # in `tokens_BN` where a row has no token: after its end
+
+
+class Rows(struct.PyTreeNode):
+    """What stays the same through a batch: prompt lengths (0: an empty row that fills the batch up), random keys, stop tokens."""
+
+    lengths_B: jax.Array  # int32
+    keys_B: jax.Array  # the random key of a token is its row's key folded with the token's number in the answer
+    stops_S: jax.Array  # int32
+
+
+class State(struct.PyTreeNode):
+    """A batch between two tokens."""
+
+    cache: decoder.Cache
+    tokens_BN: jax.Array  # int32, the tokens chosen so far; NONE elsewhere
+    last_B: jax.Array  # int32, the newest token, not yet in the cache
+    done_B: jax.Array  # bool
+    seen_BV: jax.Array | None  # bool, tokens of prompt and answer; only where there is a repetition penalty
+    step: jax.Array  # int32 [], how many tokens each row has been given
+
+
+@jax.jit
+def row_keys(key: jax.Array, places_B2: jax.Array) -> jax.Array:
+    """The random key of each row: `key` folded with the prompt's number, then with the sample's."""
+    return jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1]))(places_B2)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new"))
+def prefill(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_BT: jax.Array, new: int) -> State:
+    """The state after the first of `new` tokens, its cache just full. Logits are computed for the last position only."""
+    B, T = prompts_BT.shape
+    offsets_BT = jnp.arange(T)[None] - (T - rows.lengths_B)[:, None]
+    real_BT = offsets_BT >= 0
+    empty = decoder.init_cache(config, B, T)
+    out = decoder.hidden(config, params, prompts_BT, jnp.maximum(offsets_BT, 0), real_BT.astype(jnp.int32), cache=empty)
+    seen_BV = None
+    if sampling.repetition_penalty is not None:
+        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BT].max(real_BT)
+    state = State(
+        cache=out.cache,
+        tokens_BN=jnp.full((B, new), NONE, jnp.int32),
+        last_B=jnp.zeros(B, jnp.int32),
+        done_B=rows.lengths_B == 0,
+        seen_BV=seen_BV,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _append(config, params, sampling, rows, state, out.hidden_BTD[:, -1])
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def decode(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, state: State, until: jax.Array) -> State:
+    """Go on until every row has ended or has been given `until` tokens. `state` is donated: the cache is updated in place."""
+
+    def going(state: State) -> jax.Array:
+        return (state.step < until) & ~state.done_B.all()
+
+    def advance(state: State) -> State:
+        positions_B1 = (rows.lengths_B + state.step - 1)[:, None]
+        out = decoder.hidden(config, params, state.last_B[:, None], positions_B1, cache=state.cache)
+        return _append(config, params, sampling, rows, state.replace(cache=out.cache), out.hidden_BTD[:, -1])
+
+    return jax.lax.while_loop(going, advance, state)
+
+
+def _append(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, state: State, hidden_BD: jax.Array) -> State:
+    """Choose the next token of each row and write it down; a row that has ended gets NONE."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rows.keys_B, state.step)
+    tokens_B = choose(sampling, decoder.logits(config, params, hidden_BD), keys_B, state.seen_BV)
+    written_B = jnp.where(state.done_B, NONE, tokens_B)
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+    return state.replace(
+        tokens_BN=jax.lax.dynamic_update_slice(state.tokens_BN, written_B[:, None], (0, state.step)),
+        last_B=tokens_B,
+        done_B=state.done_B | (tokens_B[:, None] == rows.stops_S[None]).any(-1),
+        seen_BV=seen_BV,
+        step=state.step + 1,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def with_slots(state: State, size: int) -> State:
+    """The same state, its cache grown to `size` slots.
+
+    A step costs as much as the cache has slots, filled or not, so a cache made for `max_new_tokens` at once would be paid for by
+    every answer that ends early.
+    """
+    extra = size - state.cache.positions.shape[1]
+
+    def grow(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, extra if n == axis else 0) for n in range(x.ndim)])
+
+    c = state.cache
+    return state.replace(cache=c.replace(k=grow(c.k, 2), v=grow(c.v, 2), positions=grow(c.positions, 1), segments=grow(c.segments, 1)))

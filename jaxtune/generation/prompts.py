@@ -1,0 +1,86 @@
+"""From what a user asks to token ids, and the token ids that end an answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from jaxtune.errors import DataError, ModelError
+
+_PROBE = "ZQX"  # an answer that no template changes
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Whether this is one prompt (a text, a conversation, a list of token ids) where a list of prompts may stand."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and (isinstance(prompts[0], Mapping) or _is_token(prompts[0])))
+
+
+def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
+    """Token ids of one prompt: a text, a conversation (a list of messages) or token ids.
+
+    A conversation is written with the tokenizer's chat template and the opening of an answer. So is a text, as the user's turn, if `chat`
+    (None: if there is a template); otherwise it is tokenised as it is, with the special tokens the tokenizer adds (BOS).
+    `name` is what errors call it. DataError for a prompt that is empty or none of these, ModelError for a missing template.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DataError(f"{name} is empty; write what the model should go on from")
+        if chat or (chat is None and model.tokenizer.chat_template):
+            return _chat_ids(model, [{"role": "user", "content": prompt}], name)
+        return model.tokenizer(prompt)["input_ids"]
+    if not isinstance(prompt, Sequence) or len(prompt) == 0:
+        given = "empty" if isinstance(prompt, Sequence) else f"of type {type(prompt).__name__}"
+        raise DataError(f'{name} is {given}; a prompt is a text, a list of messages like {{"role": "user", "content": ...}}, or token ids')
+    if isinstance(prompt[0], Mapping):
+        return _chat_ids(model, list(prompt), name)
+    for token in prompt:
+        if not _is_token(token) or not 0 <= token < model.config.vocab_size:
+            raise DataError(f"{name} holds {token!r}, which is no token id of this model; ids go from 0 to {model.config.vocab_size - 1}")
+    return [int(token) for token in prompt]
+
+
+def _is_token(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
+    if not model.tokenizer.chat_template:
+        raise ModelError(
+            f"{name} is a conversation, but the tokenizer of {model.source or 'this model'} has no chat template to write it with; "
+            "give a text with chat=False (--no-chat), or use the instruct version of the model"
+        )
+    try:
+        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name}: the chat template refuses the messages: {reason}") from None
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def stop_tokens(model: Any) -> set[int]:
+    """Token ids that end an answer: those of generation config, config.json and tokenizer, and the chat template's end of turn.
+
+    All of them, because files disagree: a base model's config names the end of a document, its template another token for a turn's end.
+    """
+    found = {end_of_turn(model.tokenizer), model.tokenizer.eos_token_id}
+    for settings in (model.generation_config, model.hf_config):
+        named = settings.get("eos_token_id")
+        found.update(named if isinstance(named, (list, tuple)) else [named])
+    return {token for token in found if token is not None}
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that the chat template writes after an assistant's answer; None without a template, such a turn or such a token.
+
+    Found by rendering an answer and looking at what follows it: the first special or added token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # it knows no such turn
+        return None
+    after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special), None)
