@@ -54,7 +54,6 @@ ALIASES: dict[str, str] = {
         "data.packing": "packing sample_packing group_by_length train_sampling_strategy",
         "data.train_on": "train_on_inputs train_on_prompt mask_history completion_only_loss assistant_only_loss",
         "data.shuffle": "shuffle_dataset",
-        "data.num_proc": "dataset_num_proc preprocessing_num_workers dataset_processes",
         "data.chat_template": "chat_template chat_template_path",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
     }.items()
@@ -158,7 +157,7 @@ _FP16 = "float16 overflows without loss scaling; write dtype: bfloat16"
 _HUB = "nothing is uploaded; push the result folder yourself with `hf upload`"
 _LOADER = "batches are a pure function of the step number and no loader runs; leave it out"
 _ATTENTION = "packed rows are kept apart by every kind of attention; leave it out"
-_LIGER = "the loss is always computed in chunks; write logits_chunk_size to set their size"
+_LIGER = "the loss is always computed in chunks; leave it out"
 _LENGTH = "write data.max_length, the prompt and the answer together"
 
 # What a torch tool's key is here. A key that asks for nothing (`fp16: false`, `deepspeed: null`) is let through with a note.
@@ -174,6 +173,7 @@ DIFFERENT: dict[str, str] = {
         "dataloader_persistent_workers remove_unused_columns ignore_data_skip",
         _ATTENTION: "flash_attention padding_free neat_packing xformers_attention sdp_attention flash_attn",
         _LIGER: "use_liger_kernel use_liger liger_kernel_config",
+        "rows are tokenised on all cores, once; leave it out": "dataset_num_proc preprocessing_num_workers dataset_processes",
         _LENGTH: "max_prompt_length max_completion_length",
         "rows are padded to data.max_length only; leave it out": "pad_to_sequence_len pad_to_multiple_of",
         "write dtype: bfloat16 or float32": "tf32",

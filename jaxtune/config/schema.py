@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxtune.config import checks
 from jaxtune.config.coerce import Group
+from jaxtune.errors import ConfigError
 
 Table = tuple[tuple[str, Any], ...]  # a dict on the surface
 
@@ -37,6 +38,18 @@ class LoraConfig(Group):
     modules_to_save: tuple[str, ...] | None = None
     target_parameters: tuple[str, ...] | None = None
     trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...] | None = None
+
+    # PEFT's names that are known but not implemented: a value other than the default is refused, never passed over
+    missing: ClassVar[tuple[str, ...]] = (
+        "bias", "lora_bias", "layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.missing:
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise ConfigError(f"lora.{name} is {value!r}, but only {default!r} is implemented; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,6 @@ class DataConfig(Group):
     system: str | None = None
     chat_template: str | None = None  # the path of a Jinja file; the tokenizer's own when not given
     cache_dir: str | None = None
-    num_proc: int | None = None
     quality: tuple[tuple[str, Literal["drop", "keep", "error"]], ...] = ()  # {problem: what to do}, over data/quality.py's defaults
 
 
@@ -195,7 +207,6 @@ class Config(ObjectiveConfig):
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool | str = True  # or the name of a remat policy
     attention: str = "auto"
-    logits_chunk_size: int | None = None
 
     logging_steps: int | float = 10  # below 1, here and in the next: a share of all steps
     eval_strategy: Literal["no", "steps", "epoch"] = _later()  # steps when eval_steps is given, epoch when there is eval data
