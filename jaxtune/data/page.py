@@ -80,7 +80,7 @@ def _problems(report: Report) -> str:
     out = []
     for name, count in report.problems.items():
         stops = name in report.stops
-        note = ' <span class="faint">stops a run: mend the rows, or set data.quality</span>' if stops else ""
+        note = ' <span class="faint">stops a run</span>' if stops else ""
         lines = "".join(f"<li>{escape(example)}</li>" for example in report.examples[name])
         head = f'<span class="{"bad" if stops else "warn"}">{count:,} {escape(name.replace("_", " "))}</span>{note}'
         out.append(f"<details{' open' if stops else ''}><summary>{head}</summary><ul>{lines}</ul></details>")

@@ -84,6 +84,6 @@ def _problems(report: Report) -> Group | Text:
     for name, count in report.problems.items():
         stops = name in report.stops
         head = Text.assemble((f"{count:>7,} {name.replace('_', ' ')}", "bold red" if stops else "bold yellow"))
-        lines.append(head.append("  stops a run: mend the rows, or set data.quality" if stops else "", "red"))
+        lines.append(head.append("  stops a run" if stops else "", "red"))
         lines += [Text(f"          {example}", "dim", overflow="fold") for example in report.examples[name]]
     return Group(*lines)

@@ -1,0 +1,85 @@
+import gzip
+import json
+
+import pytest
+import zstandard
+
+from jaxtune import data
+from jaxtune.data.files import find, read
+
+ROWS = [{"prompt": f"Question {n}, “naïve”\u2028: ", "completion": "yes,\nit is"} for n in range(30)]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def save(path):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(JSONL))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstandard.compress(JSONL))
+    elif path.suffix == ".jsonl":
+        path.write_bytes(b"\xef\xbb\xbf" + JSONL)  # with a byte order mark
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    elif path.suffix in (".csv", ".tsv"):
+        import csv
+
+        with open(path, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ["prompt", "completion"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        import datasets
+
+        rows = datasets.Dataset.from_list(ROWS)
+        if path.suffix == ".parquet":
+            rows.to_parquet(str(path))
+        elif path.suffix == ".arrow":
+            rows.save_to_disk(str(path.parent / "saved"))
+            (path.parent / "saved" / "data-00000-of-00001.arrow").rename(path)
+        else:
+            rows.save_to_disk(str(path))
+
+
+NAMES = ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.json", "r.csv", "r.tsv", "r.parquet", "r.arrow", "folder"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_holds_the_same_rows(name, tmp_path):
+    save(tmp_path / name)
+    rows = list(read(find(str(tmp_path / name))))
+    assert [row.fields for row in rows] == ROWS
+    assert [row.index for row in rows] == list(range(1, 31))
+    assert rows[0].unit == ("line" if name.endswith(("jsonl", "gz", "zst", "csv", "tsv")) else "row")
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
+def test_training_from_them_is_the_same(name, tmp_path, config, tokenizers):
+    save(tmp_path / name)
+    want = data.load(config(ROWS), tokenizers["chatml"]).train
+    assert data.load(config(str(tmp_path / name)), tokenizers["chatml"]).train.fingerprint == want.fingerprint
+
+
+def test_lines_of_a_text_file(tmp_path):
+    (tmp_path / "r.txt").write_text("One\n\nTwo \n")
+    assert [(row.number, row.fields) for row in read(find(str(tmp_path / "r.txt")))] == [(1, {"text": "One"}), (3, {"text": "Two "})]
+
+
+def test_lines_are_counted_with_the_blank_ones(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n\n\n{"text": "b"}\n')
+    assert [row.number for row in read(find(str(tmp_path / "r.jsonl")))] == [1, 4]
+
+
+def test_globs_and_folders_are_sources_of_several_files(tmp_path, config, tokenizers):
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl"):
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "many" / name).write_text(json.dumps({"prompt": f"{name} ", "completion": ""}) + "\n")
+    (tmp_path / "many" / "README.md").write_text("no rows")
+    assert [row.fields["prompt"] for row in read(find(str(tmp_path / "many" / "*.jsonl")))] == ["a.jsonl ", "b.jsonl "]
+    rows = list(read(find(str(tmp_path / "many"))))
+    assert [row.index for row in rows] == [1, 2, 3] and rows[2].place.endswith("deep/c.jsonl:1")
+    loaded = data.load(config(str(tmp_path / "many" / "**" / "*.jsonl")), tokenizers["chatml"])
+    assert [place.split("/")[-1] for place in loaded.ledger["train"][0]["problems"]["empty_answer"]] == [
+        "a.jsonl:1",
+        "b.jsonl:1",
+        "c.jsonl:1",
+    ]
