@@ -41,19 +41,23 @@ def dpo_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array) -> Loss:
     if config.use_weighting:
         likeness_BS = jnp.exp(out.mean(out.tokens.logp_BN - out.tokens.collision_BN))
         losses *= jax.lax.stop_gradient(likeness_BS.reshape(-1, 2).prod(-1))
-    rewards = config.beta * pairs.a, config.beta * pairs.b
-    return Loss((losses * pairs.live).sum(), pairs.live.sum(), _metrics(out, pairs.live, rewards))
+    metrics = _metrics(out, pairs.live, (pairs.chosen, pairs.rejected), (config.beta * pairs.a, config.beta * pairs.b))
+    return Loss((losses * pairs.live).sum(), pairs.live.sum(), metrics)
 
 
 def orpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`NLL(prompt, y_w) - beta log sigmoid(log odds ratio)` (arXiv 2403.07691 eq. 6): mean over tokens, and over pairs."""
-    out = answer_logprobs(config, model_config, params, batch)
+    return orpo_loss(config, answer_logprobs(config, model_config, params, batch))
+
+
+def orpo_loss(config: Any, out: AnswerLogprobs) -> Loss:
+    """ORPO's loss and metrics from log-probabilities."""
     live, (chosen, rejected) = _live(out), split_pairs(out.mean(out.tokens.logp_BN))
     rejected_BN = out.member_BSN[:, 1::2].any(1)
     told_BN = (out.tokens.weights_BN != 0) & ~rejected_BN  # the prompts, trained with the chosen answers
     odds = log_odds_ratio(jnp.where(live > 0, chosen, -1.0), jnp.where(live > 0, rejected, -1.0))
     losses = _nll(out, told_BN) - config.beta * jax.nn.log_sigmoid(odds)
-    metrics = _metrics(out, live, (config.beta * chosen, config.beta * rejected))
+    metrics = _metrics(out, live, (chosen, rejected), (config.beta * chosen, config.beta * rejected))
     metrics |= {"nll_loss": metric(-out.tokens.logp_BN, told_BN.astype(jnp.float32)), "log_odds_chosen": metric(odds, live)}
     metrics |= {"log_odds_ratio": metric(jax.nn.log_sigmoid(odds), live)}
     return Loss((losses * live).sum(), live.sum(), metrics)
@@ -61,11 +65,15 @@ def orpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch
 
 def cpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`loss(log p(y_w) - log p(y_l)) + cpo_alpha NLL(y_w)`: CPO (arXiv 2401.08417), and SimPO (2405.14734), which has means over tokens."""
-    out = answer_logprobs(config, model_config, params, batch)
+    return cpo_loss(config, answer_logprobs(config, model_config, params, batch))
+
+
+def cpo_loss(config: Any, out: AnswerLogprobs) -> Loss:
+    """CPO's loss and metrics from log-probabilities."""
     (name,) = config.loss_type
     live, (chosen, rejected) = _live(out), split_pairs(out.mean(out.tokens.logp_BN) if name in BY_MEAN else out.logp_BS)
     losses = REFERENCE_FREE[name](chosen - rejected, config)
-    metrics = _metrics(out, live, (config.beta * chosen, config.beta * rejected))
+    metrics = _metrics(out, live, (chosen, rejected), (config.beta * chosen, config.beta * rejected))
     if config.cpo_alpha:
         chosen_BN = out.member_BSN[:, ::2].any(1)
         losses += config.cpo_alpha * _nll(out, chosen_BN)
@@ -83,17 +91,20 @@ def _nll(out: AnswerLogprobs, where_BN: jax.Array) -> jax.Array:
     return -jnp.where(where_BN, out.tokens.logp_BN, 0.0).sum() / jnp.maximum(where_BN.sum(), 1)
 
 
-def _metrics(out: AnswerLogprobs, live: jax.Array, rewards: tuple[jax.Array, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+Both = tuple[jax.Array, jax.Array]  # of the chosen and of the rejected answers
+
+
+def _metrics(out: AnswerLogprobs, live: jax.Array, logps: Both, rewards: Both) -> dict[str, tuple[jax.Array, jax.Array]]:
     """TRL's metrics. `rewards/...` are implicit: beta times the log-ratio (or log-probability)."""
-    (chosen, rejected), (logp_chosen, logp_rejected) = rewards, split_pairs(out.logp_BS)
+    chosen, rejected = rewards
     chosen_BN = out.member_BSN[:, ::2].any(1).astype(jnp.float32)
     return {
         "rewards/chosen": metric(chosen, live),
         "rewards/rejected": metric(rejected, live),
         "rewards/accuracies": metric((chosen > rejected).astype(jnp.float32), live),
         "rewards/margins": metric(chosen - rejected, live),
-        "logps/chosen": metric(logp_chosen, live),
-        "logps/rejected": metric(logp_rejected, live),
+        "logps/chosen": metric(logps[0], live),
+        "logps/rejected": metric(logps[1], live),
         "lengths/chosen": metric(split_pairs(out.length_BS)[0], live),
         "lengths/rejected": metric(split_pairs(out.length_BS)[1], live),
         "mean_token_accuracy": metric(out.tokens.correct_BN, chosen_BN),
