@@ -85,7 +85,9 @@ def test_rows_are_trls(kind, tokenizer, tmp_path):
     for row, (ids, trained) in enumerate(theirs):
         length = int((batch.segments[0, row] > 0).sum())
         assert batch.tokens[0, row, :length].tolist() == ids
-        assert batch.weights[0, row, :length].tolist() == [
-            0.0,
-            *map(float, trained[1:]),
-        ]  # TRL's labels are shifted: the first is no target
+        expected = [False, *trained[1:]]  # TRL shifts its labels: the first is no target
+        if kind == "chat completion":  # TRL trains what the template writes after the stop token, a line break; we end with the token
+            stop = length - 1 - ids[::-1].index(tokenizer.eos_token_id)
+            assert tokenizer.decode(ids[stop + 1 :]) == "\n"
+            expected[stop + 1 :] = [False] * (length - stop - 1)
+        assert batch.weights[0, row, :length].tolist() == [float(on) for on in expected]
