@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree"},
     {"model", "data"},
-    {"parallel", "peft", "objectives", "optim", "metrics"},
+    {"parallel", "peft", "objectives", "optim", "metrics", "targets"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
     {"loop", "generate"},
     {"train", "evaluate", "export", "plan"},
