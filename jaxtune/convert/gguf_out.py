@@ -88,7 +88,7 @@ def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     if c.out_bias and architecture not in ("llama", "granite"):
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {architecture} model; this one has attention_bias")
     if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "phi3"):
-        raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; this one has another")
+        raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; not this one")
 
 
 class _Tensor:
