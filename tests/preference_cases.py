@@ -125,5 +125,5 @@ def ours(name, arrays=None):
             made = cpo_loss(run, out)
         return made.total / made.weight, made.metrics
 
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(arrays["logps"], jnp.float32))
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(arrays["logps"], jnp.float32))
     return float(value), np.asarray(gradient), {key: float(total / weight) for key, (total, weight) in metrics.items() if weight > 0}

@@ -70,7 +70,7 @@ def test_losses_are_their_formulas(name, beta, eps):
     c = load_config({"model": "m", "objective": "dpo", "loss_type": name, "beta": beta, "label_smoothing": eps})
     (chosen, rejected, ref_chosen, ref_rejected, n, m), p = pairs()
     want = FORMULAS[name](chosen - ref_chosen, rejected - ref_rejected, n, m, beta, eps)
-    np.testing.assert_allclose(np.sort(LOSSES[name](p, c)), np.sort(want), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(np.sort(jax.jit(lambda p: LOSSES[name](p, c))(p)), np.sort(want), rtol=2e-5, atol=1e-6)
 
 
 def test_scores_are_the_derivatives_of_their_divergences():
@@ -96,7 +96,7 @@ def test_odds_ratio_is_its_formula_and_finite_for_answers_known_by_heart():
     assert all(np.isfinite(gradient(jnp.float32(z))) for z in (-1e-8, -0.6931, -0.6932, -200.0))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["sigmoid", "aot", "aot_unpaired", "sft"])
 def test_padding_counts_for_nothing(name):
     c = load_config({"model": "m", "objective": "dpo", "loss_type": name, "label_smoothing": 0.1})
     _, p = pairs()
