@@ -3,9 +3,11 @@
 Shows what the model will see, before a single step: rows and tokens by source, lengths, what is dropped or cut, ten rows with
 their trained tokens in colour, and every problem with examples. The same as a page in data_report.html.
 
-jaxtune data convert IN OUT --to FORMAT [--columns OURS=THEIRS ...] writes the rows of a file in another format.
+jaxtune data convert IN OUT --to FORMAT           writes the rows of a file in another format (--help says more)
+jaxtune data generate MODEL IN OUT --make WHAT    makes rows with a local model (--help says more)
 """
 
+import functools
 import json
 import sys
 
@@ -13,20 +15,28 @@ from rich.console import Console
 
 from jaxtune import cli, errors
 from jaxtune.config import load_config
-from jaxtune.data import page, terminal
+from jaxtune.data import convert, files, formats, generate, page, quality, terminal
 from jaxtune.data.report import report
+from jaxtune.errors import ConfigError
+
+GENERATE = """jaxtune data generate MODEL IN OUT.jsonl --make tasks|instructions|answers [--count N] [--how "..."]
+
+Rows made by a local model: new tasks like those of IN, instructions that the texts of IN answer, or better answers to the prompts
+of IN. Empty rows and rows like others are left out, and counted.
+"""
 
 
 def main() -> None:
     """The command."""
-    if sys.argv[1:2] == ["convert"]:
-        from jaxtune.data import convert
+    verbs = {"convert": _convert, "generate": _generate}
+    return verbs[sys.argv[1]](sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in verbs else _report(sys.argv[1:])
 
-        return convert.main(sys.argv[2:])
+
+def _report(argv: list[str]) -> None:
     parser = cli.config_parser("data", __doc__)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object and nothing else")
     parser.add_argument("--report", metavar="FILE.html", default=None, help="where the page goes (data_report.html; with --json: nowhere)")
-    args = cli.parse(parser)
+    args = cli.parse(parser, argv)
     config = load_config(args.config, args.overrides)
 
     from jaxtune.convert.load import open_tokenizer
@@ -40,6 +50,53 @@ def main() -> None:
     else:
         terminal.show(found, Console())
         print(f"\nthe same as a page: {file}")
+
+
+def _convert(argv: list[str]) -> None:
+    parser = cli.parser("data convert", convert.__doc__)
+    parser.add_argument("source", metavar="IN", help="a file, folder, glob or hub id")
+    parser.add_argument("target", metavar="OUT", help="a .jsonl, .json, .csv or .parquet file")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(convert.WRITERS))
+    parser.add_argument("--from", dest="form", metavar="FORMAT", help="the format of IN, where it is not to be detected")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="the names of the file's own fields")
+    args = parser.parse_args(argv)
+    if wrong := [pair for pair in args.columns if "=" not in pair]:
+        raise ConfigError(f"--columns {wrong[0]}: write OURS=THEIRS, for example prompt=question")
+    count = convert.convert(args.source, args.target, args.to, args.form, dict(pair.split("=", 1) for pair in args.columns))
+    print(f"{count:,} rows written to {args.target}")
+
+
+def _generate(argv: list[str]) -> None:
+    parser = cli.parser("data generate", GENERATE)
+    parser.add_argument("model", metavar="MODEL", help="a hub id, folder, .gguf file or pypi: source")
+    parser.add_argument("source", metavar="IN", help="rows: prompts for tasks and answers, texts for instructions")
+    parser.add_argument("target", metavar="OUT.jsonl", help="rows are appended, each as it comes")
+    parser.add_argument("--make", required=True, choices=("tasks", "instructions", "answers"), help="what the model writes")
+    parser.add_argument("--count", type=int, default=100, help="how many tasks")
+    parser.add_argument("--how", default=generate.HOW, help="what is asked of a new answer")
+    parser.add_argument("--adapter", help="an adapter of the model")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of a task, instruction or answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the tasks shown")
+    args = parser.parse_args(argv)
+    said = [quality.texts(formats.parse(row, None)) for row in files.rows(args.source)]
+
+    import jaxtune
+
+    model = jaxtune.load(args.model)
+    adapter = jaxtune.load_adapter(args.adapter, model) if args.adapter else None
+    settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
+    ask = functools.partial(jaxtune.generate, model, adapter=adapter)
+    writer, made = generate.Writer(ask, settings, seed=args.seed), generate.Made()
+    if args.make == "tasks":
+        rows = generate.self_instruct(writer, [prompt or answer for prompt, answer, _ in said], args.count, made=made)
+    elif args.make == "instructions":
+        rows = generate.back_translate(writer, [answer for _, answer, _ in said], made=made)
+    else:
+        rows = generate.rewrite(writer, [{"prompt": prompt, "completion": answer} for prompt, answer, _ in said], args.how, made=made)
+    generate.save(rows, args.target)
+    refused = ", ".join(f"{count} {reason}" for reason, count in made.refused.items())
+    print(f"{made.rows:,} rows written to {args.target}" + (f"; left out: {refused}" if refused else ""))
 
 
 if __name__ == "__main__":

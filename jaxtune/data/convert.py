@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from jaxtune import cli
 from jaxtune.data import files, formats
 from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Text
 from jaxtune.data.files import Row
@@ -37,9 +36,7 @@ def convert(source: str, target: str | os.PathLike, to: str, form: str | None = 
     kind = target.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv", ".parquet"):
         raise ConfigError(f"{target}: rows are written to .jsonl, .json, .csv or .parquet files")
-    paths = files.find(source)
-    rows = files.read_hub(source, None, None) if paths is None else files.read(paths)
-    made = list(_rows(rows, to, form, columns or {}))
+    made = list(_rows(files.rows(source), to, form, columns or {}))
     _write(made, target, kind)
     return len(made)
 
@@ -209,18 +206,3 @@ def _csv(rows: list[dict], stream) -> None:
     writer = csv.DictWriter(stream, names, restval="")
     writer.writeheader()
     writer.writerows(rows)
-
-
-def main(argv: list[str]) -> None:
-    """The command."""
-    parser = cli.parser("data convert", __doc__)
-    parser.add_argument("source", metavar="IN", help="a file, folder, glob or hub id")
-    parser.add_argument("target", metavar="OUT", help="a .jsonl, .json, .csv or .parquet file")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(WRITERS))
-    parser.add_argument("--from", dest="form", metavar="FORMAT", help="the format of IN, where it is not to be detected")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="the names of the file's own fields")
-    args = parser.parse_args(argv)
-    if wrong := [pair for pair in args.columns if "=" not in pair]:
-        raise ConfigError(f"--columns {wrong[0]}: write OURS=THEIRS, for example prompt=question")
-    count = convert(args.source, args.target, args.to, args.form, dict(pair.split("=", 1) for pair in args.columns))
-    print(f"{count:,} rows written to {args.target}")

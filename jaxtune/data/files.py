@@ -90,6 +90,12 @@ def find(path: str) -> list[Path] | None:
     return None
 
 
+def rows(path: str, name: str | None = None, split: str | None = None) -> Iterator[Row]:
+    """The rows of a source: files here, or a data set of the hub with its subset and split."""
+    paths = find(path)
+    return read_hub(path, name, split) if paths is None else read(paths)
+
+
 def content_hash(path: Path) -> str:
     """sha256 of a file, or of all files of an Arrow folder with their names."""
     digest = hashlib.sha256()

@@ -55,8 +55,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
 def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:
     """The rows of one source under the names the formats use, and what they mean."""
     columns, form = dict(source.columns or config.data.columns), form_of(source, config)
-    paths = files.find(source.path)
-    for row in files.read_hub(source.path, source.name, source.split) if paths is None else files.read(paths):
+    for row in files.rows(source.path, source.name, source.split):
         row = formats.rename(row, columns)
         yield row, formats.parse(row, form)
 

@@ -1,0 +1,185 @@
+"""Rows made by a local model: new tasks from seed tasks, instructions for given texts, better answers to given prompts.
+
+Each function is a generator of rows `{"prompt", "completion"}`, so that what has been made can be written as it comes (`save`). Every row
+passes three gates: it is not empty, it is not like a row that was there or has been made before (MinHash, as in `quality`),
+and `keep(row)` says yes. What did not pass is counted in `Made`, which each call can be given.
+
+    writer = Writer(functools.partial(jaxtune.generate, jaxtune.load("org/name")))
+    save(self_instruct(writer, seeds, 1000, keep=lambda row: len(row["completion"]) > 20), "tasks.jsonl")
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtune.data.similar import Similar
+from jaxtune.errors import DataError
+
+NEW_TASK = """Here are some tasks that people ask of an assistant:
+
+{tasks}
+
+Write one more task of the same kind, different from all of these. Write the task alone, in one paragraph, without its answer."""
+BACK = """Here is a text that an assistant wrote as an answer:
+
+{text}
+
+Write the question or instruction that this text answers best. Write the instruction alone."""
+REWRITE = """Here is a question and an answer to it.
+
+Question: {prompt}
+
+Answer: {completion}
+
+{how} Write the new answer alone."""
+HOW = "Write a better answer: correct, complete, clear, and no longer than it needs to be."
+
+Row = dict[str, str]
+Keep = Callable[[Row], bool]
+
+
+@dataclass
+class Made:
+    """How many rows were made, and what became of those that are not among them, by reason."""
+
+    rows: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def refuse(self, reason: str) -> None:
+        """Count a row that is left out."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model and how it is asked.
+
+    Attributes:
+        generate: `(prompts, **settings) -> texts`: `jaxtune.generate` with its model (and adapter) filled in.
+        settings: temperature, top_p, max_new_tokens, ...
+        batch: questions asked at once.
+        seed: of the sampling and of the choice of examples.
+    """
+
+    generate: Callable[..., list[str]]
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 256})
+    batch: int = 16
+    seed: int = 0
+
+    def write(self, prompts: Sequence[str], number: int, **settings: Any) -> list[str]:
+        """An answer to each prompt, white space around it taken off. `number` tells one call's randomness from another's."""
+        given = {**self.settings, **settings, "seed": self.seed * 1_000_003 + number}
+        return [text.strip() for text in self.generate(list(prompts), **given)]
+
+
+def self_instruct(
+    writer: Writer, seeds: Sequence[str], count: int, shown: int = 3, keep: Keep | None = None, made: Made | None = None,
+    patience: int = 20,
+) -> Iterator[Row]:  # fmt: skip
+    """`count` new tasks like `seeds`, each with its answer (Wang et al., arXiv 2212.10560).
+
+    Each question shows the model `shown` tasks, drawn from the seeds and from the tasks made so far, and asks for one more; the new
+    tasks that pass are then answered, greedily. Stops early after `patience` batches that brought nothing.
+
+    Raises:
+        DataError: there are fewer seeds than are to be shown.
+    """
+    if len(seeds) < shown:
+        raise DataError(f"{len(seeds)} seed tasks were given, but each question shows {shown}; give more, or a smaller `shown`")
+    gate = _Gate(keep, made, seeds)
+    pool, rng, fruitless, number = list(seeds), random.Random(writer.seed), 0, 0
+    while gate.made.rows < count and fruitless < patience:
+        asked = [NEW_TASK.format(tasks="\n".join(f"- {_one_line(task)}" for task in rng.sample(pool, shown))) for _ in range(writer.batch)]
+        tasks = []
+        for task in writer.write(asked, number):
+            task = re.sub(r"^(?:[-*]|\d+[.)]|(?:New )?[Tt]ask:)\s*", "", task.split("\n\n")[0]).strip()
+            if gate.fresh(task):
+                tasks.append(task)
+        answers = writer.write(tasks, number + 1, temperature=0.0) if tasks else []
+        number += 2
+        before = gate.made.rows
+        for task, answer in zip(tasks, answers, strict=True):
+            if gate.made.rows < count and (row := gate.passed(task, answer)):
+                pool.append(task)
+                yield row
+        fruitless = 0 if gate.made.rows > before else fruitless + 1
+
+
+def back_translate(writer: Writer, texts: Iterable[str], keep: Keep | None = None, made: Made | None = None) -> Iterator[Row]:
+    """For each text the instruction it could be the answer to; the text itself is the completion (Li et al., arXiv 2308.06259)."""
+    gate = _Gate(keep, made)
+    for number, batch in enumerate(_batches(texts, writer.batch)):
+        prompts = writer.write([BACK.format(text=text) for text in batch], number)
+        for prompt, text in zip(prompts, batch, strict=True):
+            if gate.fresh(prompt) and (row := gate.passed(prompt, text)):
+                yield row
+
+
+def rewrite(writer: Writer, rows: Iterable[Row], how: str = HOW, keep: Keep | None = None, made: Made | None = None) -> Iterator[Row]:
+    """The same prompts with their completions written anew, as `how` says. Prompts are kept as they are, also when they are alike."""
+    gate = _Gate(keep, made)
+    for number, batch in enumerate(_batches(rows, writer.batch)):
+        asked = [REWRITE.format(prompt=row["prompt"], completion=row["completion"], how=how) for row in batch]
+        for row, answer in zip(batch, writer.write(asked, number), strict=True):
+            if new := gate.passed(row["prompt"], answer):
+                yield new
+
+
+def save(rows: Iterable[Row], file: str | os.PathLike) -> int:
+    """Append rows to a JSONL file, each as it comes; how many there were."""
+    count = 0
+    with open(file, "a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            count += 1
+    return count
+
+
+class _Gate:
+    """Decides which rows pass, and counts the others."""
+
+    def __init__(self, keep: Keep | None, made: Made | None, known: Iterable[str] = ()):
+        self.keep, self.made, self.seen = keep, made if made is not None else Made(), Similar(0.7)
+        for text in known:
+            self.seen.add(self.seen.sign(text))
+
+    def fresh(self, prompt: str) -> bool:
+        """The prompt is not empty and unlike those before it."""
+        signed = self.seen.sign(prompt)
+        if not prompt or self.seen.find(signed) is not None:
+            self.made.refuse("similar" if prompt else "empty")
+            return False
+        self.seen.add(signed)
+        return True
+
+    def passed(self, prompt: str, completion: str) -> Row | None:
+        """The row, if it has an answer and the caller wants it."""
+        row = {"prompt": prompt, "completion": completion}
+        if not completion:
+            self.made.refuse("empty")
+        elif self.keep is not None and not self.keep(row):
+            self.made.refuse("filtered")
+        else:
+            self.made.rows += 1
+            return row
+        return None
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,83 @@
+"""The gates and the order of questions, with a writer that is a table; the model itself is tested with jaxtune.generate."""
+
+import json
+
+import pytest
+
+from jaxtune.data.generate import Made, Writer, back_translate, rewrite, save, self_instruct
+from jaxtune.errors import DataError
+
+SEEDS = [
+    "Name three rivers of Europe.", "Explain how bread rises in the oven.", "Write a haiku about snow.", "Add seventeen and twenty-five.",
+]  # fmt: skip
+
+
+class Table(Writer):
+    """Answers from a function of prompt and call number."""
+
+    def __init__(self, answer, batch=2):
+        super().__init__(generate=None, batch=batch)
+        object.__setattr__(self, "answer", answer)
+        object.__setattr__(self, "asked", [])
+
+    def write(self, prompts, number, **settings):
+        self.asked.append((list(prompts), settings))
+        return [self.answer(prompt, number, place) for place, prompt in enumerate(prompts)]
+
+
+def tasks(prompt, number, place):
+    if "Write one more task" in prompt:
+        return (
+            f"- Task {number}-{place}: "
+            + ["count the {} birds by night", "sing of the {} fish at noon"][place].format(f"q{number}")
+            + "\n\nAnswer: no"
+        )
+    return f"Answer to {prompt}"
+
+
+def test_self_instruct_makes_new_tasks_with_answers():
+    writer, made = Table(tasks), Made()
+    rows = list(self_instruct(writer, SEEDS, 3, made=made))
+    assert len(rows) == made.rows == 3
+    assert all(row["completion"] == f"Answer to {row['prompt']}" and "Answer: no" not in row["prompt"] for row in rows)
+    asked, settings = writer.asked[0]
+    assert asked[0].count("\n- ") == 3 and settings == {} and writer.asked[1][1] == {"temperature": 0.0}
+    assert rows == list(self_instruct(Table(tasks), SEEDS, 3)), "the same seed, the same rows"
+
+
+def test_self_instruct_gives_up_when_nothing_new_comes():
+    made = Made()
+    assert list(self_instruct(Table(lambda *_: SEEDS[0]), SEEDS, 5, made=made, patience=3)) == []
+    assert made.refused == {"similar": 6}
+
+
+def test_filters_and_empty_answers_are_counted():
+    made = Made()
+    questions = {"one": "How much is half of two?", "two": "", "three": "Which number follows two when counting upwards?"}
+
+    def ask(prompt, number, place):
+        return next(question for text, question in questions.items() if f"\n{text}\n" in prompt)
+
+    rows = list(back_translate(Table(ask), list(questions), keep=lambda row: row["completion"] != "three", made=made))
+    assert [row["completion"] for row in rows] == ["one"]
+    assert made.refused == {"empty": 1, "filtered": 1}
+
+
+def test_rewrite_keeps_prompts():
+    rows = [{"prompt": "One?", "completion": "1"}, {"prompt": "One?", "completion": "uno"}, {"prompt": "Two?", "completion": "2"}]
+    new = list(rewrite(Table(lambda prompt, number, place: f"new {number}{place}"), rows, how="Say it in verse."))
+    assert [row["prompt"] for row in new] == ["One?", "One?", "Two?"]
+    assert [row["completion"] for row in new] == ["new 00", "new 01", "new 10"]
+
+
+def test_save_appends(tmp_path):
+    for _ in range(2):
+        assert save(iter([{"prompt": "a", "completion": "ü"}]), tmp_path / "rows.jsonl") == 1
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        {"prompt": "a", "completion": "ü"}
+    ] * 2
+
+
+def test_too_few_seeds():
+    with pytest.raises(DataError, match="2 seed tasks were given, but each question shows 3"):
+        list(self_instruct(Table(tasks), SEEDS[:2], 1))
