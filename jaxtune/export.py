@@ -1,0 +1,211 @@
+"""The result of a run in the formats of others.
+
+    jaxtune export runs/first exported --merge                      a model folder, base and adapter in one
+    jaxtune export runs/first exported                              the adapter, for PEFT; the model, where the run trained all of it
+    jaxtune export runs/first exported --format gguf --type q8_0    for llama.cpp and Ollama
+    jaxtune export org/name exported --format gguf                  any model, converted
+
+RUN is a run folder, an adapter folder, or a model (a folder, a .gguf file, a hub id). A merged model is written tensor by tensor and then
+checked: its logits beside those of base and adapter, on real prompts.
+"""
+
+import dataclasses
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxtune import cli, errors
+from jaxtune.config import Config, load_config
+from jaxtune.convert import check, hf
+from jaxtune.convert.folders import new_folder
+from jaxtune.convert.gguf_out import TYPES, save_gguf
+from jaxtune.convert.load import DTYPES, Model, Opened, load, open_model, quantizer, read_model, stored_dtype
+from jaxtune.convert.merge import Packed, composed
+from jaxtune.convert.modelfile import modelfile
+from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.tensors import read_json
+from jaxtune.data.prompts import questions
+from jaxtune.errors import ConfigError, JaxtuneError, ModelError
+from jaxtune.model.spec import abstract
+from jaxtune.peft import compose
+
+log = logging.getLogger("jaxtune")
+
+FORMATS = ("hf", "peft", "gguf")
+# The largest logit difference, and the least share of equal next tokens, that rounding the merged weights may make; a wrong merge makes
+# differences of tens. What a coarse GGUF type loses is the user's choice: there it is only made sure that it is the same model.
+BOUNDS = {"float32": (1e-2, 0.99), "float16": (0.25, 0.95), "bfloat16": (2.0, 0.9)}
+BOUNDS |= {"f32": BOUNDS["float32"], "f16": BOUNDS["float16"], "bf16": BOUNDS["bfloat16"]}
+BOUNDS |= {name: (10.0, 0.5) for name in TYPES if name not in BOUNDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What there is to export: a base with an adapter folder, or a model alone; and the run it came from."""
+
+    base: str
+    adapter: Path | None
+    config: Config | None
+
+    @property
+    def dtype(self) -> str:
+        """What the run computed in."""
+        return self.config.dtype if self.config else "float32"
+
+    @property
+    def quantization(self) -> str | None:
+        """How the run packed its base."""
+        return self.config.quantization if self.config else None
+
+
+def export(
+    run: str | os.PathLike,
+    out: str | os.PathLike,
+    merge: bool = False,
+    format: str | None = None,
+    *,
+    type: str = "f16",
+    dtype: str | None = None,
+    bound: float | None = None,
+) -> Path:
+    """Write the result of a run, or any model, to the new folder `out`; returns it.
+
+    merge   multiply the adapter into its base. A base that was packed for training is merged in its dequantised form, in 16 bits
+    format  "hf": a folder for transformers and vLLM; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a Modelfile for
+            Ollama. By default peft for an adapter that is not merged, hf otherwise; hf and gguf merge an adapter
+    type    of a GGUF file's matrices (`convert.gguf_out.TYPES`)
+    dtype   of a model folder's tensors: float32, bfloat16, float16; by default the base's own
+    bound   the largest difference of logits that is let pass; by default one for each dtype (`BOUNDS`)
+
+    Raises ModelError when the merged model's logits are not those of base and adapter, and for all that cannot be read or written.
+    """
+    found = find(run)
+    format = format or ("peft" if found.adapter and not merge else "hf")
+    _check_arguments(found, merge, format, type, dtype)
+    if format == "peft":
+        return _copy_adapter(found, Path(out))
+    opened = open_model(found.base)
+    if found.adapter is None:
+        with new_folder(out) as folder:
+            _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
+        return Path(out)
+    return _merge(found, opened, Path(out), format, type, dtype, bound)
+
+
+def find(run: str | os.PathLike) -> Found:
+    """What a path or name stands for."""
+    path = Path(run).expanduser()
+    adapter = path if (path / "adapter_config.json").is_file() else path / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        config = next((load_config(folder / "config.yaml") for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
+        base = config.model if config else read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{adapter}/adapter_config.json has no base_model_name_or_path, so there is nothing to add it to")
+        return Found(base, adapter, config)
+    if (path / "config.yaml").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise ModelError(f"{path} is a run without a result (no adapter/, no model/); let it end, or go on with resume=true")
+        return Found(str(path / "model"), None, load_config(path / "config.yaml"))
+    return Found(os.fspath(run), None, None)
+
+
+def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: str | None) -> None:
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
+    if format == "peft" and (merge or not found.adapter):
+        raise ConfigError("format peft is for an adapter as it is; a merged or whole model is hf or gguf")
+    if merge and not found.adapter:
+        raise ConfigError(f"there is no adapter to merge in {found.base}; leave out --merge")
+    if type not in TYPES:
+        raise ConfigError(f"type {type!r} is not a GGUF type that can be written; there are {', '.join(TYPES)}")
+    if dtype is not None and dtype not in DTYPES[:3]:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES[:3])}")
+
+
+def _copy_adapter(found: Found, out: Path) -> Path:
+    assert found.adapter is not None
+    with new_folder(out) as folder:
+        for file in found.adapter.iterdir():
+            shutil.copyfile(file, folder / file.name)
+    log.info("adapter: %s", out)
+    return out
+
+
+def _merge(found: Found, opened: Opened, out: Path, format: str, type: str, dtype: str | None, bound: float | None) -> Path:
+    """Write base and adapter as one, then read it back and compare, before `out` gets its name."""
+    assert found.adapter is not None
+    adapter = load_adapter(found.adapter, Model(opened.config, {}, source=found.base))
+    prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
+    model = read_model(opened, found.dtype, found.quantization)
+    wanted = check.logits(model.config, compose(model.params, adapter), prompts)
+    del model
+    base, dtype = opened.checkpoint, dtype or stored_dtype(opened)
+    if pack := quantizer(opened.config, found.quantization):
+        base = Packed(base, opened.config, found.dtype, pack)
+        dtype = "bfloat16" if dtype == "float32" else dtype
+        log.info("the base was trained as %s; it is merged as what that stands for, in %s", found.quantization, dtype)
+    with new_folder(out) as folder:
+        file = _write(opened, composed(opened.config, adapter), base, folder, out.name, format, type, dtype)
+        merged = load(file, "auto")
+        compared = check.compare(wanted, check.logits(merged.config, merged.params, prompts))
+        log.info("merged beside base and adapter: %s", compared)
+        largest, least = BOUNDS[type if format == "gguf" else dtype]
+        largest = largest if bound is None else bound
+        if not (compared.difference <= largest and compared.agreement >= least):
+            raise ModelError(
+                f"the merged model is not the base with its adapter: {compared}; at most {largest:g} and at least {least:.0%} are let "
+                "pass, so nothing was written. Take a finer dtype or type, or a larger --bound, or export the adapter as it is"
+            )
+    return out
+
+
+def _texts(found: Found, opened: Opened) -> list[str]:
+    """Prompts and answers of the run's own evaluation rows; the usual prompts where there are none (any more)."""
+    if found.config and opened.tokenizer:
+        try:
+            return [question.text + question.answer for question in questions(found.config, opened.tokenizer, limit=8)]
+        except JaxtuneError as error:
+            log.info("the run's own rows cannot be asked (%s); the usual prompts are taken", str(error).splitlines()[0])
+    return list(check.PROMPTS)
+
+
+def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, format: str, type: str, dtype: str | None) -> Path:
+    """The model in `folder`; returns what `load` opens."""
+    if format == "hf":
+        hf.write_model(folder, opened.config, params, opened.tokenizer, opened.generation_config, dtype, base)
+        return folder
+    settings = dict(type=type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)
+    file = save_gguf(opened.config, params, folder / f"{name}-{type}.gguf", **settings)
+    if opened.tokenizer is not None:
+        text = modelfile(file.name, opened.tokenizer, _stop_texts(opened), opened.config.max_position_embeddings)
+        (folder / "Modelfile").write_text(text, "utf-8")
+    return file
+
+
+def _stop_texts(opened: Opened) -> list[str]:
+    ends = opened.generation_config.get("eos_token_id", opened.tokenizer.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    return [opened.tokenizer.convert_ids_to_tokens(number) for number in ends if number is not None]
+
+
+def main() -> None:
+    """`python -m jaxtune.export`."""
+    parser = cli.parser("export", __doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder, an adapter folder, or a model")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="multiply the adapter into its base")
+    parser.add_argument("--format", choices=FORMATS, help="default: peft for an adapter that is not merged, hf otherwise")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="of a GGUF file's matrices")
+    parser.add_argument("--dtype", choices=DTYPES[:3], help="of a model folder's tensors; default: the base's own")
+    parser.add_argument("--bound", type=float, help="largest difference of logits that a merge may make")
+    given = vars(cli.parse(parser))
+    cli.log_to_terminal()
+    print(export(given.pop("run"), given.pop("out"), **given))
+
+
+cli.callable_module(__name__, export)
+
+if __name__ == "__main__":
+    errors.run(main)

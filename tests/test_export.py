@@ -1,0 +1,170 @@
+"""`jaxtune export`: adapters as they are, merged and checked, and as GGUF."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from jaxtune import export as export_module
+from jaxtune import peft
+from jaxtune.config import LoraConfig
+from jaxtune.convert import check, load, load_adapter, save_adapter
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.export import export
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+def make_run(folder: Path, lora=LORA, hf=tiny.LLAMA, **config) -> Path:
+    """A model and a run folder with an adapter that does something, as `train` leaves them."""
+    tiny.write_chat_model(folder / "model", hf)
+    model = load(folder / "model")
+    adapter = peft.init_adapter(jax.random.key(1), model, lora)
+    adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape) * (x == 0), adapter)
+    run = folder / "run"
+    run.mkdir()
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(3)]
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": str(folder / "eval.jsonl"), "eval": str(folder / "eval.jsonl")}
+    fields = {"model": str(folder / "model"), "method": "lora", "dtype": "float32", "data": data} | config
+    (run / "config.yaml").write_text(yaml.safe_dump(fields))
+    save_adapter(adapter, model, run / "adapter")
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def logits(params, config):
+    return check.logits(config, params, check.prompt_ids(None, config.vocab_size))
+
+
+def test_an_adapter_is_copied_as_it_is(run, tmp_path):
+    export(run, tmp_path / "out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("source", [".", "adapter"])
+def test_merged_is_base_and_adapter(run, tmp_path, source, caplog):
+    caplog.set_level("INFO", "jaxtune")
+    export(run / source, tmp_path / "out", merge=True)
+    base, merged = load(run.parent / "model"), load(tmp_path / "out")
+    wanted = logits(peft.compose(base.params, load_adapter(run / "adapter", base)), base.config)
+    compared = check.compare(wanted, logits(merged.params, merged.config))
+    assert compared.difference < 1e-4 and compared.agreement == 1
+    assert "merged beside base and adapter: largest logit difference" in caplog.text
+    assert "usual prompts" not in caplog.text  # the run's own rows were asked
+    assert check.compare(logits(base.params, base.config), wanted).difference > 0.1  # the adapter does something
+    assert merged.tokenizer.chat_template == base.tokenizer.chat_template and merged.generation_config == base.generation_config
+
+
+def test_an_adapter_on_one_use_of_a_tied_matrix_unties_it(tmp_path):
+    run = make_run(tmp_path, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]), tiny.LLAMA | {"tie_word_embeddings": True})
+    export(run, tmp_path / "out", merge=True)
+    merged = load(tmp_path / "out")
+    assert merged.hf_config["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(merged.params["head"], load(tmp_path / "model").params["embed"])
+
+
+def test_a_packed_base_is_merged_as_what_it_stands_for(tmp_path, caplog):
+    caplog.set_level("INFO", "jaxtune")
+    run = make_run(tmp_path, hf=tiny.LLAMA | {"hidden_size": 64}, method="qlora", quantization="nf4")
+    export(run, tmp_path / "out", merge=True)
+    assert "trained as nf4; it is merged as what that stands for, in bfloat16" in caplog.text
+    base = load(tmp_path / "model", quantization="nf4")
+    merged = peft.merge(base.params, load_adapter(run / "adapter", base), "bfloat16")
+    np.testing.assert_array_equal(load(tmp_path / "out", "bfloat16").params["layers"]["0"]["q"], merged["layers"]["0"]["q"])
+
+
+def test_a_merge_that_went_wrong_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "composed", lambda config, adapter: export_module.abstract(config))  # forgets the adapter
+    with pytest.raises(ModelError, match="the merged model is not the base with its adapter: largest logit difference"):
+        export(run, tmp_path / "out", merge=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_gone_are_no_obstacle(run, tmp_path, caplog):
+    caplog.set_level("INFO", "jaxtune")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    other = tmp_path / "run"
+    (other / "adapter").mkdir(parents=True)
+    for file in (run / "adapter").iterdir():
+        (other / "adapter" / file.name).write_bytes(file.read_bytes())
+    (other / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"train": "/gone.jsonl", "eval": "/gone.jsonl"}}))
+    export(other, tmp_path / "out", merge=True)
+    assert "the usual prompts are taken" in caplog.text
+
+
+@pytest.mark.parametrize(("type", "bound"), [("f32", 1e-4), ("q8_0", 1.0)])
+def test_gguf_with_a_modelfile(run, tmp_path, type, bound):
+    export(run, tmp_path / "out", format="gguf", type=type)
+    file = tmp_path / "out" / f"out-{type}.gguf"
+    base, merged = load(run.parent / "model"), load(file)
+    wanted = logits(peft.compose(base.params, load_adapter(run / "adapter", base)), base.config)
+    assert check.compare(wanted, logits(merged.params, merged.config)).difference < bound
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith(f"FROM ./{file.name}\nTEMPLATE") and 'PARAMETER stop "<|im_end|>"' in text
+
+
+def test_a_model_is_converted_without_a_run(run, tmp_path):
+    export(run.parent / "model", tmp_path / "gguf", format="gguf", type="f32")
+    export(tmp_path / "gguf" / "gguf-f32.gguf", tmp_path / "hf")
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", run.parent / "model"))
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_fully_tuned_run_is_its_model(run, tmp_path):
+    full = tmp_path / "run"
+    full.mkdir()
+    (full / "config.yaml").write_text(yaml.safe_dump({"model": "org/base", "method": "full", "data": {"train": "x.jsonl"}}))
+    with pytest.raises(ModelError, match="a run without a result"):
+        export(full, tmp_path / "out")
+    tiny.write(full / "model")
+    export(full, tmp_path / "out", dtype="bfloat16")
+    assert load(tmp_path / "out", "auto").config.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="no adapter to merge"):
+        export(full, tmp_path / "again", merge=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(format="onnx"), "format 'onnx' is not known; there are hf, peft, gguf"),
+        (dict(format="gguf", type="q9"), "type 'q9' is not a GGUF type"),
+        (dict(merge=True, format="peft"), "format peft is for an adapter as it is"),
+        (dict(merge=True, dtype="int8"), "dtype 'int8' is not one of"),
+    ],
+)
+def test_arguments_that_make_no_sense(run, tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        export(run, tmp_path / "out", **arguments)
+
+
+def test_an_adapter_without_a_base(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(ModelError, match="has no base_model_name_or_path"):
+        export(tmp_path / "a", tmp_path / "out", merge=True)
+
+
+def test_the_command_and_its_errors(run, tmp_path):
+    command = [sys.executable, "-m", "jaxtune.export", str(run), str(tmp_path / "out")]
+    done = subprocess.run([*command, "--merge"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out") and "largest logit difference" in done.stderr
+    again = subprocess.run([*command, "--merge"], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.splitlines()[-1].startswith("error: ") and "not empty" in again.stderr
+    assert "Traceback" not in again.stderr
