@@ -1,0 +1,92 @@
+"""config.json: what is refused, by name, and what is not worth a word."""
+
+import dataclasses
+
+import pytest
+import references
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families import FAMILIES, from_hf
+from jaxtune.model.spec import spec
+
+FIRST = {}  # a golden config of every family
+for name in references.CASES:
+    FIRST.setdefault(references.load(name).hub["model_type"], references.load(name).hub)
+LLAMA = FIRST["llama"]
+
+
+def test_every_family_has_a_golden():
+    assert FIRST.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("llama", dict(model_type="mamba"), "model_type 'mamba' is not supported"),
+        ("llama", dict(model_type=None), "model_type None is not supported"),
+        ("llama", dict(hidden_size=None), "hidden_size=None; it needs a positive whole number"),
+        ("llama", dict(vocab_size="96"), "vocab_size='96'"),
+        ("llama", dict(num_key_value_heads=3), "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ("llama", dict(hidden_act="mish"), "hidden_act 'mish' is not supported; supported are silu"),
+        ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is not implemented for llama"),
+        ("llama", dict(rope_scaling=dict(type="mrope")), "rope_type 'mrope' is not supported"),
+        ("llama", dict(rope_scaling=dict(type="linear")), "rope_type 'linear' needs factor"),
+        ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "'llama3' needs low_freq_factor, high_freq_factor"),
+        ("qwen2", dict(rope_parameters=dict(full_attention={})), "rope_parameters.full_attention: one rotary scheme per kind of layer"),
+        ("qwen2", dict(layer_types=["chunked_attention"] * 4), "layer_types: 'chunked_attention' is not supported"),
+        ("qwen2", dict(layer_types=["full_attention"]), "layer_types has 1 entries for num_hidden_layers=4"),
+        ("qwen2", dict(layer_types=["sliding_attention"] * 4, use_sliding_window=False), "sliding_window is None"),
+        ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is not implemented for gemma"),
+        ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is not implemented for gemma2"),
+        ("gemma3_text", dict(use_bidirectional_attention=True), "not implemented for gemma3_text"),
+        ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear' is not supported for phi3"),
+        ("phi3", dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "'longrope' needs long_factor"),
+        (
+            "phi3",
+            dict(rope_scaling=dict(type="su", short_factor=[1.0] * 8, long_factor=[1.0] * 7)),
+            "long_factor has 7 numbers; this model's heads need 8",
+        ),
+        ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries"),
+        ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 is not implemented for mixtral"),
+        ("mixtral", dict(num_experts_per_tok=9), "num_experts_per_tok=9 is more than the 4 experts"),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True is not implemented for gpt2"),
+        ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not implemented"),
+        ("gpt2", dict(n_layer=0), "n_layer=0"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(model_type, change, message):
+    with pytest.raises(ModelError) as error:
+        from_hf(FIRST[model_type] | change)
+    assert message in str(error.value)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ModelError, match="lacks intermediate_size"):
+        from_hf({key: value for key, value in LLAMA.items() if key != "intermediate_size"})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_that_change_nothing_are_ignored(model_type):
+    extra = dict(use_cache=True, torch_dtype="bfloat16", attention_dropout=0.1, transformers_version="4.40.0", pretraining_tp=2, mine="x")
+    config = from_hf(FIRST[model_type] | extra)
+    assert config == from_hf(FIRST[model_type]) and hash(config) == hash(from_hf(FIRST[model_type]))
+
+
+def test_keys_left_out_mean_what_transformers_takes():
+    bare = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, vocab_size=96)
+    gemma3 = from_hf(bare | dict(model_type="gemma3_text", head_dim=16, num_key_value_heads=2))
+    assert gemma3.layer_windows == (4096,) * 5 + (0,) and gemma3.layer_ropes == (1,) * 5 + (0,)
+    assert [rope.theta for rope in gemma3.ropes] == [1e6, 1e4] and gemma3.tie_word_embeddings
+    assert from_hf(bare | dict(model_type="mixtral", num_key_value_heads=2)).ropes[0].theta == 1e6
+    assert from_hf(bare | dict(model_type="smollm3")).layer_ropes == (0, 0, 0, -1, 0, 0)
+    assert from_hf(bare | dict(model_type="mistral", num_key_value_heads=2)).layer_windows == (4096,) * 6
+    qwen = from_hf(bare | dict(model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, max_window_layers=4))
+    assert qwen.layer_windows == (0,) * 4 + (4096,) * 2
+    moe = from_hf(bare | dict(model_type="qwen3_moe", num_local_experts=4, num_experts_per_tok=2, decoder_sparse_step=3)).moe
+    assert moe.layers == (2, 5) and moe.num_experts == 4
+
+
+def test_an_untied_copy_has_a_head_row():
+    config = from_hf(FIRST["gemma"])
+    assert "head" not in spec(config)
+    assert spec(dataclasses.replace(config, tie_word_embeddings=False))["head"].hf_names() == ["lm_head.weight"]

@@ -1,0 +1,116 @@
+"""Every family at the size it is published in: parameter counts as on the model cards, and the forward pass by shape alone."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtune.model import decoder
+from jaxtune.model.families import FAMILIES, from_hf
+from jaxtune.model.spec import abstract, parameter_count, spec
+
+LLAMA31 = dict(
+    model_type="llama",
+    vocab_size=128256,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
+)
+LONGROPE = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1.5] * 48)
+
+
+def size(hidden, inner, layers, heads):
+    return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
+
+
+PUBLISHED = {
+    "Llama-2-7b": (dict(model_type="llama", vocab_size=32000, rms_norm_eps=1e-5) | size(4096, 11008, 32, 32), 6738415616),
+    "Llama-3.1-8B": (LLAMA31 | size(4096, 14336, 32, 32), 8030261248),
+    "Llama-3.1-70B": (LLAMA31 | size(8192, 28672, 80, 64), 70553706496),
+    "Llama-3.2-1B": (LLAMA31 | size(2048, 8192, 16, 32) | dict(head_dim=64, tie_word_embeddings=True), 1235814400),
+    "SmolLM2-135M": (
+        dict(model_type="llama", vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True) | size(576, 1536, 30, 9),
+        134515008,
+    ),
+    "Mistral-7B-v0.1": (
+        dict(model_type="mistral", vocab_size=32000, num_key_value_heads=8, sliding_window=4096) | size(4096, 14336, 32, 32),
+        7241732096,
+    ),
+    "Mixtral-8x7B-v0.1": (
+        dict(model_type="mixtral", vocab_size=32000, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+        | size(4096, 14336, 32, 32),
+        46702792704,
+    ),
+    "Qwen2.5-7B": (
+        dict(model_type="qwen2", vocab_size=152064, num_key_value_heads=4, rope_theta=1e6, use_sliding_window=False, sliding_window=131072)
+        | size(3584, 18944, 28, 28),
+        7615616512,
+    ),
+    "Qwen3-8B": (
+        dict(model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128, rope_theta=1e6) | size(4096, 12288, 36, 32),
+        8190735360,
+    ),
+    "Qwen3-30B-A3B": (
+        dict(model_type="qwen3_moe", vocab_size=151936, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8)
+        | dict(moe_intermediate_size=768, norm_topk_prob=True, mlp_only_layers=[])
+        | size(2048, 6144, 48, 32),
+        30532122624,
+    ),
+    "gemma-7b": (
+        dict(model_type="gemma", vocab_size=256000, num_key_value_heads=16, head_dim=256, hidden_act="gelu") | size(3072, 24576, 28, 16),
+        8537680896,
+    ),
+    "gemma-2-9b": (
+        dict(model_type="gemma2", vocab_size=256000, num_key_value_heads=8, head_dim=256) | size(3584, 14336, 42, 16),
+        9241705984,
+    ),
+    "gemma-3-1b": (
+        dict(model_type="gemma3_text", vocab_size=262144, num_key_value_heads=1, sliding_window=512) | size(1152, 6912, 26, 4),
+        999885952,
+    ),
+    "Phi-3-mini-4k": (dict(model_type="phi3", vocab_size=32064, sliding_window=2047) | size(3072, 8192, 32, 32), 3821079552),
+    "Phi-3-mini-128k": (
+        dict(model_type="phi3", vocab_size=32064, max_position_embeddings=131072, original_max_position_embeddings=4096)
+        | dict(rope_scaling=LONGROPE | dict(type="su"), sliding_window=262144)
+        | size(3072, 8192, 32, 32),
+        3821079552,
+    ),
+    "phi-4": (dict(model_type="phi3", vocab_size=100352, num_key_value_heads=10) | size(5120, 17920, 40, 40), 14659507200),
+    "Phi-4-mini": (
+        dict(model_type="phi3", vocab_size=200064, num_key_value_heads=8, partial_rotary_factor=0.75, tie_word_embeddings=True)
+        | dict(max_position_embeddings=131072, original_max_position_embeddings=4096, rope_scaling=LONGROPE, sliding_window=262144)
+        | size(3072, 8192, 32, 24),
+        3836021760,
+    ),
+    "SmolLM3-3B": (dict(model_type="smollm3", vocab_size=128256, num_key_value_heads=4) | size(2048, 11008, 36, 16), 3075098624),
+    "OLMo-2-1124-7B": (dict(model_type="olmo2", vocab_size=100352, rope_theta=500000) | size(4096, 11008, 32, 32), 7298617344),
+    "granite-3.1-8b": (
+        dict(model_type="granite", vocab_size=49155, num_key_value_heads=8, tie_word_embeddings=True, attention_multiplier=0.0078125)
+        | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=16.0, rope_theta=1e7)
+        | size(4096, 12800, 40, 32),
+        8170848256,
+    ),
+    "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
+    "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
+    "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),
+    "gpt-neox-20b": (dict(model_type="gpt_neox", vocab_size=50432, rotary_pct=0.25) | size(6144, 24576, 44, 64), 20554567680),
+}
+
+
+def test_every_family_is_here():
+    assert {hf["model_type"] for hf, _ in PUBLISHED.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_size(name):
+    hf, parameters = PUBLISHED[name]
+    config = from_hf(hf)
+    assert parameter_count(config) == parameters
+    names = [name for row in spec(config).values() for name in row.hf_names()]
+    assert len(set(names)) == len(names)
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    logits = jax.eval_shape(lambda params, tokens: decoder.forward(config, params, tokens), abstract(config, "bfloat16"), tokens)
+    assert logits.shape == (2, 64, config.vocab_size) and logits.dtype == jnp.float32
