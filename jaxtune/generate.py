@@ -227,13 +227,15 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
 
     prompts: list[Any] = list(arguments.prompt)
     if arguments.prompts:
-        for path in files.find(arguments.prompts) or [arguments.prompts]:
-            for row in files.read(path):
-                prompt = row.fields.get("prompt") or row.fields.get("messages")
-                if not prompt or not isinstance(prompt, (str, list)):
-                    found = ", ".join(row.fields)
-                    raise row.fail(f"has no prompt; it needs a text or a list of messages under `prompt` or `messages`, it has {found}")
-                prompts.append(prompt)
+        paths = files.find(arguments.prompts)
+        if paths is None:
+            raise DataError(f"{arguments.prompts}: no such file; --prompts takes a file of rows with `prompt` or `messages`")
+        for row in files.read(paths):
+            prompt = row.fields.get("prompt") or row.fields.get("messages")
+            if not prompt or not isinstance(prompt, (str, list)):
+                found = ", ".join(row.fields)
+                raise row.fail(f"has no prompt; it needs a text or a list of messages under `prompt` or `messages`, it has {found}")
+            prompts.append(prompt)
     if not prompts:
         raise ConfigError("there is nothing to answer; give --prompt TEXT or --prompts FILE")
     if arguments.system is not None:
