@@ -13,6 +13,7 @@ FIRST = {}  # a golden config of every family
 for name in references.CASES:
     FIRST.setdefault(references.load(name).hub["model_type"], references.load(name).hub)
 LLAMA = FIRST["llama"]
+LONGROPE = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8)
 
 
 def test_every_family_has_a_golden():
@@ -45,6 +46,11 @@ def test_every_family_has_a_golden():
             "phi3",
             dict(rope_scaling=dict(type="su", short_factor=[1.0] * 8, long_factor=[1.0] * 7)),
             "long_factor has 7 numbers; this model's heads need 8",
+        ),
+        (
+            "phi3",
+            dict(rope_scaling=LONGROPE | dict(type="longrope", original_max_position_embeddings=16)),
+            "original_max_position_embeddings is 64 in config.json and 16 in its rope_scaling",
         ),
         ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries"),
         ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 is not implemented for mixtral"),
@@ -84,6 +90,15 @@ def test_keys_left_out_mean_what_transformers_takes():
     assert qwen.layer_windows == (0,) * 4 + (4096,) * 2
     moe = from_hf(bare | dict(model_type="qwen3_moe", num_local_experts=4, num_experts_per_tok=2, decoder_sparse_step=3)).moe
     assert moe.layers == (2, 5) and moe.num_experts == 4
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_under_the_names_it_had_in_phi3(kind):
+    bare = {key: value for key, value in FIRST["phi3"].items() if key != "original_max_position_embeddings"}
+    above = from_hf(bare | dict(original_max_position_embeddings=16, rope_scaling=LONGROPE | dict(type=kind)))
+    inside = from_hf(bare | dict(rope_scaling=LONGROPE | dict(type="su", original_max_position_embeddings=16)))
+    assert above.ropes == inside.ropes and above.ropes[0].kind == "longrope" and above.ropes[0].original_max == 16
+    assert from_hf(bare | dict(rope_scaling=LONGROPE | dict(type=kind))).ropes[0].original_max == 4096
 
 
 def test_an_untied_copy_has_a_head_row():

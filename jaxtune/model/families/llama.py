@@ -150,12 +150,15 @@ GRANITE = Family(
 def _phi3(hf: dict[str, Any]) -> ModelConfig:
     scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "longrope", "su", "yarn"):
+        raise ModelError(f"rope_type {kind!r} is not supported for phi3; supported are default, longrope")
+    key = "original_max_position_embeddings"
+    outside, inside = hf.get(key) or (None if kind == "su" else 4096), scaling.get(key)
+    if kind != "default" and outside and inside and outside != inside:
+        raise ModelError(f"{key} is {outside} in config.json and {inside} in its rope_scaling; write the same in both places")
     if kind in ("su", "yarn"):  # what longrope was called when Phi-3 came out
         kind = "longrope"
-    if kind not in ("default", "longrope"):
-        raise ModelError(f"rope_type {kind!r} is not supported for phi3; supported are default, longrope")
-    original = hf.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or 4096
-    hf = hf | {"rope_scaling": scaling | {"rope_type": kind}, "original_max_position_embeddings": original}
+    hf = hf | {"rope_scaling": scaling | {"rope_type": kind}, key: outside or inside or 4096}
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     return common(hf, ropes=(Rope.from_hf(hf, head_dim),), layer_windows=one_window(hf))
 
