@@ -39,7 +39,7 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
     return x if cap == 0.0 else cap * jnp.tanh(x / cap)
 
 
-def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window=0, cap: float = 0.0) -> jax.Array:
+def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0):
     """Grouped-query attention, `[B, T, H, h]` in q's dtype; a query that sees nothing (padding) gets a mean of values, never NaN.
 
     `cap` bounds the scores (`softcap`).

@@ -102,7 +102,7 @@ def hidden(
         scanned = params["layers"][str(stack)], jnp.asarray(layers), ropes, windows
         (x_BTD, kv), sums = jax.lax.scan(_remat(config, layer), (x_BTD, kv), scanned)
         routed += [jax.tree.map(lambda x: x.sum(0), sums)] if sums is not None else []
-    if cache is not None:
+    if cache is not None and kv is not None:
         cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
     return Output(norm(config, params, "norm", x_BTD), cache, aux)

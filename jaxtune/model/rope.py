@@ -51,7 +51,7 @@ class Rope:
             raise ModelError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (or rope_scaling) of config.json")
         dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
         names = {field.name for field in dataclasses.fields(cls)} - {"dim", "theta", "kind", "original_max", "attention_factor"}
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
         for key in ("short_factor", "long_factor"):
             if kind == "longrope" and len(settings[key]) != dim // 2:
                 raise ModelError(f"rope_parameters.{key} has {len(settings[key])} numbers; this model's heads need {dim // 2}")

@@ -94,7 +94,7 @@ def common(hf: Mapping[str, Any], **changes) -> ModelConfig:
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise ModelError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-    fields = dict(
+    fields: dict[str, Any] = dict(
         model_type=hf["model_type"],
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
