@@ -17,7 +17,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
 from jaxtune.runlog import RunLog
-from jaxtune.step import TrainState
+from jaxtune.step import TrainState, with_reference
 
 log = logging.getLogger("jaxtune")
 
@@ -90,8 +90,7 @@ class Loop:
         log.warning("%s: finishing this step, then saving; once more quits at once", signal.Signals(number).name)
 
     def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:
-        sharding = parallel.batch_sharding(self.mesh, micro_batches)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        return parallel.put(batch, self.mesh, micro_batches)
 
     def _due(self, number: int, strategy: str, every: float | None) -> bool:
         if strategy == "steps":
@@ -114,7 +113,8 @@ class Loop:
     def _write(self, number: int) -> None:
         window, self.window = self.window, []
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        mean = {name: sum(row[name] for row in window) / len(window) for name in window[0] if name not in ("tokens", "weight")}
+        mean = {name: _mean([row[name] for row in window]) for name in window[0] if name not in ("tokens", "weight")}
+        mean = {name: value for name, value in mean.items() if value is not None}
         mean |= {"grad_norm": window[-1]["grad_norm"], "learning_rate": self.rate(number - 1), "num_tokens": self.notes["num_tokens"]}
         mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
         self._log(number, mean)
@@ -137,11 +137,12 @@ class Loop:
         """Log `eval_*`; whether it is time to stop early, and whether this is the best so far."""
         total = None
         for batch in self.rows.eval.batches(jax.process_index(), jax.process_count()):
-            out = eval_step(state.trainable, base, self._put(jax.tree.map(lambda x: x[0], batch), micro_batches=False))
+            rows = self._put(jax.tree.map(lambda x: x[0], batch), micro_batches=False)
+            out = eval_step(state.trainable, with_reference(base, state), rows)
             total = out if total is None else jax.tree.map(jnp.add, total, out)
         loss = jax.device_get(total)
         metrics = {"eval_loss": float(loss.total / loss.weight)}
-        metrics |= {f"eval_{name}": float(value / weight) for name, (value, weight) in loss.metrics.items()}
+        metrics |= {f"eval_{name}": float(value / weight) for name, (value, weight) in loss.metrics.items() if weight}
         self._log(number, metrics)
         return self._judge(number, metrics)
 
@@ -163,3 +164,9 @@ class Loop:
 
     def _save(self, number: int, state: TrainState) -> None:
         self.checkpoints.save(number, state, self.notes)
+
+
+def _mean(values: list[float]) -> float | None:
+    """The mean over the steps that had something to measure; None where none had."""
+    measured = [value for value in values if not math.isnan(value)]
+    return sum(measured) / len(measured) if measured else None

@@ -54,6 +54,12 @@ def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
 WHOLE = ("vocab",)  # axes that stay whole where they do not divide: vocabularies are rarely round, and their models are to work too
 
 
+def put(batch: Any, mesh: Mesh, micro_batches: bool = True) -> Any:
+    """A batch of this process' rows (numpy) as arrays of the whole mesh."""
+    sharding = batch_sharding(mesh, micro_batches)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
 def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], whole: tuple = WHOLE) -> NamedSharding:
     """Each dimension along its axis's part of the mesh; ConfigError where it does not divide (axes in `whole` are then not cut)."""
     names = []

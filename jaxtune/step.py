@@ -7,22 +7,39 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
 from jaxtune.peft import compose
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that changes in training: the step's number, what is trained, the optimiser's state, the PRNG key."""
+    """Everything that changes in training: the step's number, what is trained, the optimiser's state, the PRNG key.
+
+    `reference`, with `sync_ref_model` only: an earlier `trainable`, which the reference model is composed of.
+    """
 
     step: jax.Array
     trainable: struct.PyTreeNode | dict
     opt_state: optax.OptState
     key: jax.Array
+    reference: struct.PyTreeNode | dict | None = None
 
 
-def init_state(trainable, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(trainable, optimizer: optax.GradientTransformation, seed: int, sync_ref_model: bool = False) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(seed))
+    reference = jax.tree.map(jnp.copy, trainable) if sync_ref_model else None
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key(seed), reference)
+
+
+def with_reference(base: dict, state: TrainState) -> dict:
+    """The base, with the reference model of this moment in it where that moves."""
+    return base if state.reference is None else base | {REFERENCE: compose(base, state.reference)}
+
+
+def _synchronised(config, reference, trainable, step: jax.Array):
+    """Every `ref_model_sync_steps` steps `(1 - alpha) reference + alpha trainable` (TR-DPO, arXiv 2404.09656), else as it was."""
+    alpha, due = config.ref_model_mixup_alpha, step % config.ref_model_sync_steps == 0
+    return jax.tree.map(lambda old, new: jnp.where(due, (1 - alpha) * old + alpha * new, old).astype(old.dtype), reference, trainable)
 
 
 def make_step(config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None) -> Callable:
@@ -39,7 +56,7 @@ def make_step(config, model_config, objective: Callable, optimizer: optax.Gradie
 
         def total(trainable, micro, key_pair):
             params = compose(base, trainable, key=key_pair[0])
-            loss = objective(config, model_config, params, base, micro, key_pair[1])
+            loss = objective(config, model_config, params, with_reference(base, state), micro, key_pair[1])
             return loss.total, loss
 
         def one(micro, key_pair):
@@ -55,8 +72,9 @@ def make_step(config, model_config, objective: Callable, optimizer: optax.Gradie
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss.total / loss.weight, "grad_norm": grad_norm, "weight": loss.weight}
-        metrics |= {name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in loss.metrics.items()}
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN where there was nothing to measure
+        reference = None if state.reference is None else _synchronised(config, state.reference, trainable, state.step + 1)
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, reference=reference), metrics
 
     return step
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import cli, data, errors, optim, parallel, runfolder
+from jaxtune import cli, data, errors, optim, parallel, reference, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
 from jaxtune.convert import hf
@@ -69,14 +69,17 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
         len(rows.train.documents), f"{rows.train.tokens:,}", 100 * rows.train.trained_tokens / rows.train.tokens, len(rows.train.plan),
         100 * rows.train.efficiency, rows.train.steps_per_epoch, total_steps,
     )  # fmt: skip
+    if saved := rows.train.saved_tokens:
+        share = 100 * saved / (saved + rows.train.tokens)
+        log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)
 
     # ---- 2. The weights, and what is trained of them ----
     model, trainable = load_for_training(config, opened, mesh)
-    base = {} if config.method == "full" else model.params
+    base = reference.prepare(config, opened, model, trainable, rows, mesh)
 
     # ---- 3. The step ----
     optimizer = optim.optimizer(config, total_steps)
-    state = _place_state(mesh, model.config, trainable, optimizer, config.seed)
+    state = _place_state(mesh, config, trainable, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     objective = OBJECTIVES[config.objective]
     step = jax.jit(make_step(config, model.config, objective, optimizer), donate_argnums=0, out_shardings=(shardings, None))
@@ -151,9 +154,9 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     return model, trainable
 
 
-def _place_state(mesh, model_config, trainable, optimizer, seed: int) -> TrainState:
+def _place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
     """The first state, each leaf where it belongs."""
-    make = lambda trainable: init_state(trainable, optimizer, seed)  # noqa: E731
+    make = lambda trainable: init_state(trainable, optimizer, config.seed, config.sync_ref_model)  # noqa: E731
     shapes = jax.eval_shape(make, trainable)
     own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     shardings = parallel.like(trainable, own, shapes, parallel.replicated(mesh))
@@ -181,6 +184,7 @@ def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, traina
         "counts": {
             "trainable_parameters": count(trainable), "documents": len(rows.train.documents), "rows": len(rows.train.plan),
             "tokens": rows.train.tokens, "trained_tokens": rows.train.trained_tokens, "packing_efficiency": rows.train.efficiency,
+            "shared_prompt_tokens": rows.train.saved_tokens,
             "steps_per_epoch": rows.train.steps_per_epoch, "steps": total_steps,
         },
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Batches as a pure function of the step number."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -28,6 +28,7 @@ class Source:
         units: what a row is made of (data/units.py): documents, or pairs and other groups of answers.
         plan: which units share a row.
         mixture: which rows an epoch has, where not simply all of them.
+        ref_logps: float32, the reference's log-probability of each answer, unit after unit, where they were computed beforehand.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Source:
     ):  # fmt: skip
         self.units, self.plan, self.rows, self.accumulation = units, plan, rows, accumulation
         self.seed, self.shuffle, self.mixture = seed, shuffle, mixture
+        self.ref_logps: np.ndarray | None = None
         self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
 
     @property
@@ -59,6 +61,11 @@ class Source:
     def trained_tokens(self) -> int:
         """Tokens of an epoch that the loss is taken on; with a mixture, of the first one."""
         return self._total(self.units.trained)
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens of an epoch that are not computed a second time because answers share their prompt."""
+        return self._total(self.units.saved)
 
     @property
     def efficiency(self) -> float:
@@ -142,6 +149,34 @@ class Source:
         for place, row in np.ndenumerate(mine):
             if row >= 0:
                 at = Cursor(place)
-                for unit in self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]:
+                for unit in self._units_of(row):
                     self.units.fill(batch, at, int(unit))
-        return batch
+        if self.ref_logps is None:
+            return batch
+        known = np.zeros((*mine.shape, self.answers[group]), np.float32)
+        for place, row in np.ndenumerate(mine):
+            if row >= 0:
+                values = self.ref_logps[self._answers_of(row)]
+                known[(*place, slice(len(values)))] = values
+        return batch.replace(answers=batch.answers.replace(ref_logps=known))
+
+    def _units_of(self, row: int) -> np.ndarray:
+        return self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]
+
+    def _answers_of(self, row: int) -> np.ndarray:
+        """The numbers of a row's answers among all answers of all units."""
+        return np.concatenate([np.arange(self._ends[unit] - self.units.answers[unit], self._ends[unit]) for unit in self._units_of(row)])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.units.answers)
+
+    def each_answer(self, function: Callable[[Batch], np.ndarray], process: int = 0, processes: int = 1) -> np.ndarray:
+        """`function(batch [1, B, T]) -> [B, S]`, of all processes' rows, over each row once, as float32 [answers], unit after unit."""
+        out = np.zeros(int(self.units.answers.sum()), np.float32)
+        for rows in self._steps(np.arange(len(self.plan)), self.rows):
+            for row, answers in zip(rows, function(self._batch(rows[None], process, processes)), strict=True):
+                if row >= 0:
+                    where = self._answers_of(row)
+                    out[where] = answers[: len(where)]
+        return out

@@ -5,6 +5,7 @@ restart after the prompt. The prompt's tokens are then computed once. Every kind
 
     documents                         what it was made of
     lengths, trained, part, answers   int64 [n]: tokens in the row, trained tokens, the documents' source, numbers given to answers
+    saved                             int64 [n]: tokens that are not computed a second time because prompts are shared
     shared                            whether batches carry parents
     settings                          what the layout depends on beside the documents, for fingerprints
     fill(batch, at, unit)             write one unit into a row
@@ -88,7 +89,7 @@ class Single:
     def __init__(self, documents: Documents):
         self.documents = documents
         self.lengths, self.trained, self.part = documents.lengths, documents.trained, documents.part
-        self.answers = np.zeros(len(documents), np.int64)
+        self.answers = self.saved = np.zeros(len(documents), np.int64)
 
     def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
         """Write one document."""
@@ -136,8 +137,8 @@ class Pairs:
         self.settings = ("pairs", share, train_prompt)
         count = len(documents) // 2
         self.part, self.answers = documents.part[::2], np.full(count, 2, np.int64)
-        self._prompts = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64)
-        self.lengths = documents.lengths.reshape(-1, 2).sum(1) - self._prompts * share
+        self.saved = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64) * share  # the prompt, where it is shared
+        self.lengths = documents.lengths.reshape(-1, 2).sum(1) - self.saved
         self.trained = documents.trained.reshape(-1, 2).sum(1)
         if train_prompt:
             self.trained = self.trained + [self._pair(unit)[0].start - 1 for unit in range(count)]
@@ -152,7 +153,7 @@ class Pairs:
         if self.train_prompt:
             place = np.arange(len(chosen.mask))
             chosen = chosen._replace(mask=np.where((place > 0) & (place < chosen.start), 1, chosen.mask))
-        put_answers(batch, at, [chosen, rejected], int(self._prompts[unit]) * self.shared)
+        put_answers(batch, at, [chosen, rejected], int(self.saved[unit]))
 
 
 class Mismatched:
@@ -171,7 +172,8 @@ class Mismatched:
         self.part = np.array([documents.part[unit[0]] for unit in self._units])
         self.answers = np.array([2 * len(unit) for unit in self._units])
         groups = [self._groups(unit) for unit in range(len(self._units))]
-        self.lengths = np.array([sum(len(a.tokens) + len(b.tokens) - a.start * share for a, b in group) for group in groups])
+        self.saved = np.array([sum(own.start * share for own, _ in group) for group in groups])
+        self.lengths = np.array([sum(len(answer.tokens) for pair in group for answer in pair) for group in groups]) - self.saved
         self.trained = np.array([sum(np.count_nonzero(x.mask) for pair in group for x in pair) for group in groups])
 
     def _groups(self, unit: int) -> list[tuple[Answer, Answer]]:

@@ -1,0 +1,138 @@
+"""The reference model of DPO and KTO, without a second model wherever there is a way.
+
+    an adapter is trained       the base under it; or the adapter it began as (`init_adapter`), or another one (`ref_model: FOLDER`)
+    the whole model is trained  the weights it began with, whose log-probabilities are computed before the first step
+    ref_model: MODEL            a checkpoint of its own, loaded beside the policy, or only until its log-probabilities are computed
+
+`precompute_ref_log_probs` computes them once, for every answer of the run, and keeps them on disk under the hash of the rows and of the
+reference model's files: later runs over the same rows load neither the reference nor spend a forward pass on it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune import data, parallel, runfolder
+from jaxtune.config import Config
+from jaxtune.convert import peft as peft_files
+from jaxtune.convert.load import Model, Opened, open_model, read_model
+from jaxtune.data.tokenised import cache_dir
+from jaxtune.errors import ConfigError
+from jaxtune.objectives.answers import REFERENCE, answer_logprobs
+from jaxtune.peft import compose
+
+log = logging.getLogger("jaxtune")
+
+WITH_REFERENCE = ("dpo", "kto")
+
+
+def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: data.Data, mesh: jax.sharding.Mesh) -> dict:
+    """The `base` of the step: the frozen tree (nothing in full tuning), with the reference model in it where that is another tree.
+
+    Where log-probabilities are computed beforehand they go into the rows. Raises ConfigError for a reference model that cannot serve.
+    """
+    base = {} if config.method == "full" else model.params
+    if config.objective not in WITH_REFERENCE or config.sync_ref_model:
+        return base
+    beforehand = config.precompute_ref_log_probs or (config.method == "full" and config.ref_model is None)
+    if not beforehand:
+        reference = _reference(config, model, trainable, mesh)
+        return base if reference is model.params else base | {REFERENCE: reference}
+    digest = _identity(config, opened)
+    todo = [source for source in (rows.train, rows.eval) if source is not None and not _cached(config, source, digest)]
+    if todo:
+        reference = _reference(config, model, trainable, mesh)
+        for source in todo:
+            _compute(config, model, reference, source, mesh)
+            _store(_file(config, source, digest), source.ref_logps)
+        log.info("reference: log-probabilities of %s answers", f"{sum(len(source.ref_logps) for source in todo):,}")
+    else:
+        log.info("reference: log-probabilities found in %s", cache_dir(config) / "reference")
+    return base
+
+
+def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.Mesh) -> dict:
+    """The reference model's tree; shares what it can with the model's."""
+    if config.ref_model is None:
+        start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter else None  # the step donates what is trained
+        return compose(model.params, start)
+    path = Path(config.ref_model).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        adapter = peft_files.load_adapter(path, model)
+        return compose(model.params, jax.device_put(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
+    opened = open_model(config.ref_model)
+    if opened.config != _comparable(model.config, opened.config):
+        raise ConfigError(
+            f"ref_model {config.ref_model} is not built as the model ({_difference(opened.config, model.config)}); "
+            "name a checkpoint of the same model, or an adapter for it"
+        )
+    reference = read_model(opened, config.dtype, config.quantization)
+    return jax.device_put(reference.params, parallel.param_shardings(mesh, model.config, reference.params))
+
+
+def _comparable(config: Any, like: Any) -> Any:
+    """The model's config with the settings of the computation as the other has them."""
+    return config.__class__(**{**vars(config), "dtype": like.dtype, "remat": like.remat})
+
+
+def _difference(a: Any, b: Any) -> str:
+    names = [name for name in vars(a) if name not in ("dtype", "remat", "hf_json") and getattr(a, name) != getattr(b, name)]
+    return ", ".join(f"{name} {getattr(a, name)} instead of {getattr(b, name)}" for name in names[:2])
+
+
+# ---- computed beforehand ----
+
+
+def _compute(config: Config, model: Model, reference: dict, source: data.Source, mesh: jax.sharding.Mesh) -> None:
+    """Fill `source.ref_logps`."""
+
+    @jax.jit
+    def logps(params: dict, batch: data.Batch) -> jax.Array:
+        rows = jax.tree.map(lambda x: x[0], batch)
+        return jax.lax.with_sharding_constraint(answer_logprobs(config, model.config, params, rows).logp_BS, parallel.replicated(mesh))
+
+    def of(batch: data.Batch) -> np.ndarray:
+        return np.asarray(logps(reference, parallel.put(batch, mesh)))
+
+    source.ref_logps = source.each_answer(of, jax.process_index(), jax.process_count())
+
+
+def _identity(config: Config, opened: Opened) -> dict:
+    """What the reference's log-probabilities depend on beside the rows: files, and how they are read."""
+    paths = {"model": opened.path, "init_adapter": config.init_adapter, "ref_model": config.ref_model}
+    if config.ref_model is not None and not Path(config.ref_model).expanduser().exists():
+        paths["ref_model"] = open_model(config.ref_model).path
+    files = {name: runfolder.file_hashes(Path(path).expanduser()) for name, path in paths.items() if path is not None}
+    if config.ref_model is not None:
+        files.pop("init_adapter", None)
+    return files | {name: getattr(config, name) for name in ("dtype", "param_dtype", "quantization", "ld_alpha")}
+
+
+def _file(config: Config, source: data.Source, identity: dict) -> Path:
+    rows = source.documents.fingerprint, source.units.settings
+    key = hashlib.sha256(json.dumps([rows, identity, config.data.max_length], sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir(config) / "reference" / f"{key}.npy"
+
+
+def _cached(config: Config, source: data.Source, identity: dict) -> bool:
+    """Whether the source's log-probabilities were on disk; they are then in place."""
+    path = _file(config, source, identity)
+    if not path.is_file():
+        return False
+    source.ref_logps = np.load(path, allow_pickle=False)
+    return True
+
+
+def _store(path: Path, values: np.ndarray) -> None:
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    np.save(scratch, values)
+    os.replace(scratch, path)
