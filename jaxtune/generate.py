@@ -23,7 +23,7 @@ import numpy as np
 from jaxtune import cli, errors
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.generation.answer import Answer, Reader
-from jaxtune.generation.decode import NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
 from jaxtune.peft import compose
@@ -78,7 +78,8 @@ def generate_tokens(
     stream       called with an answer's number and the next piece of its text
     chat         whether a text is a user's turn of the chat template; None: if there is a template
 
-    Raises DataError for a prompt that cannot be used, ConfigError for a setting out of range, ModelError for a missing template.
+    Raises DataError for a prompt that cannot be used, ConfigError for a setting out of range, ModelError for a missing template and for
+    logits that are not numbers.
     """
     sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
     for name, value in (("max_new_tokens", max_new_tokens), ("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
@@ -175,7 +176,13 @@ class _Run(NamedTuple):
         while True:
             tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
             for row, tokens in zip(rows, tokens_BN, strict=False):
-                row.answer.update(tokens[tokens != NONE].tolist(), last=step == self.new)
+                tokens = tokens[tokens != NONE].tolist()
+                if NAN in tokens:
+                    raise ModelError(
+                        f"token {len(tokens)} of the answer to prompt {row.prompt + 1} has logits that are not numbers (NaN): the weights "
+                        f"hold NaN, or {self.config.dtype} overflows; check the training run, or load with dtype=float32"
+                    )
+                row.answer.update(tokens, last=step == self.new)
             ended = [row.answer.finish_reason is not None for row in rows]
             if all(ended):
                 return

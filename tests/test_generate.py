@@ -165,6 +165,13 @@ def test_stop_strings(model, endless):
     assert generate.generate(model, prompts, max_new_tokens=NEW, stop=[stop, "no such text"])[0] == free[0].text.split(stop)[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9}])
+def test_logits_that_are_not_numbers_are_an_error(model, settings):
+    broken = model.params | {"norm": model.params["norm"].at[3].set(jnp.nan)}
+    with pytest.raises(errors.ModelError, match="token 1 of the answer to prompt 3 has logits that are not numbers .* float32 overflows"):
+        generate.generate(dataclasses.replace(model, params=broken), _prompts(model), max_new_tokens=NEW, **settings)
+
+
 # ---- streaming ----
 
 

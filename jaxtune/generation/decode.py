@@ -14,7 +14,7 @@ from jaxtune.generation.sampling import Sampling, choose
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
 
-NONE = -1  # in `tokens_BN` where a row has no token: after its end
+NONE, NAN = -1, -2  # in `tokens_BN`: no token, the row had ended; no token, the logits are not numbers
 
 
 class Rows(struct.PyTreeNode):
@@ -29,7 +29,7 @@ class State(struct.PyTreeNode):
     """A batch between two tokens."""
 
     cache: decoder.Cache
-    tokens_BN: jax.Array  # int32, the tokens chosen so far; NONE elsewhere
+    tokens_BN: jax.Array  # int32, the tokens chosen so far, NONE or NAN
     last_B: jax.Array  # int32, the newest token, not yet in the cache
     done_B: jax.Array  # bool
     seen_BV: jax.Array | None  # bool, tokens of prompt and answer; only where there is a repetition penalty
@@ -80,17 +80,18 @@ def decode(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, st
 
 
 def _append(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, state: State, hidden_BD: jax.Array) -> State:
-    """Choose the next token of each row and write it down; a row that has ended gets NONE."""
+    """Choose the next token of each row and write it down; a row that has ended gets NONE, one without numbers gets NAN and ends."""
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rows.keys_B, state.step)
-    tokens_B = choose(sampling, decoder.logits(config, params, hidden_BD), keys_B, state.seen_BV)
-    written_B = jnp.where(state.done_B, NONE, tokens_B)
+    logits_BV = decoder.logits(config, params, hidden_BD)
+    tokens_B, nan_B = choose(sampling, logits_BV, keys_B, state.seen_BV), jnp.isnan(logits_BV).any(-1)
+    written_B = jnp.where(state.done_B, NONE, jnp.where(nan_B, NAN, tokens_B))
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
     return state.replace(
         tokens_BN=jax.lax.dynamic_update_slice(state.tokens_BN, written_B[:, None], (0, state.step)),
         last_B=tokens_B,
-        done_B=state.done_B | (tokens_B[:, None] == rows.stops_S[None]).any(-1),
+        done_B=state.done_B | nan_B | (tokens_B[:, None] == rows.stops_S[None]).any(-1),
         seen_BV=seen_BV,
         step=state.step + 1,
     )
