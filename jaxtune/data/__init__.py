@@ -1,11 +1,17 @@
 """Data: what the model sees. `load` goes from a config to batches; nothing here imports transformers or datasets by itself."""
 
+from typing import TYPE_CHECKING, Any
+
 from jaxtune.data.batch import Batch
+
+if TYPE_CHECKING:
+    from jaxtune.data.prepare import Data, load
+    from jaxtune.data.source import Source
 
 __all__ = ["Batch", "Data", "Source", "load"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in ("Data", "load"):
         from jaxtune.data import prepare
 
