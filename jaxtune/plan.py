@@ -24,9 +24,8 @@ from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.logprobs import CHUNK
 from jaxtune.peft import METHODS
-from jaxtune.step import init_state, make_step
+from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.targets import Target, find_target
 from jaxtune.tree import flatten, unflatten
 
@@ -114,10 +113,11 @@ def _abstract_batch(config: Config, mesh) -> Batch:
 
 def abstract_step(config: Config, model_config: ModelConfig, mesh):
     """`(jitted step, (state, base, batch))`, the step that `train` runs, with shapes in place of arrays."""
-    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    model_config = dataclasses.replace(model_config, dtype=dtype, remat=remat)
-    params = abstract_params(model_config, config.param_dtype if config.method == "full" else dtype, config.quantization)
+    platform = mesh.devices.flat[0].platform
+    if config.dtype == "auto":
+        config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
+    model_config = how_to_compute(config, model_config, platform)
+    params = abstract_params(model_config, config.param_dtype if config.method == "full" else config.dtype, config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
     trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
     own = parallel.trainable_shardings(mesh, model_config, trainable)
@@ -188,7 +188,7 @@ def _causes(config: Config, model_config: ModelConfig, state, base, batch, peak:
     estimates = {
         "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else _per_device(state.trainable),
         "activations": residual,
-        "logits": min(rows * length, CHUNK) * model_config.vocab_size * 4,
+        "logits": min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
     }
     for name, size in estimates.items():
         causes[name] = max(0, min(size, left))

@@ -1,5 +1,6 @@
 """The train step: one pure function, whatever the method, the objective and the machine."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -40,6 +41,14 @@ def _synchronised(config, reference, trainable, step: jax.Array):
     """Every `ref_model_sync_steps` steps `(1 - alpha) reference + alpha trainable` (TR-DPO, arXiv 2404.09656), else as it was."""
     alpha, due = config.ref_model_mixup_alpha, step % config.ref_model_sync_steps == 0
     return jax.tree.map(lambda old, new: jnp.where(due, (1 - alpha) * old + alpha * new, old).astype(old.dtype), reference, trainable)
+
+
+def how_to_compute(config, model_config, platform: str):
+    """The model's config with the run's way to compute it: the dtype, what the backward pass computes again, how many tokens have
+    logits at one time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long each as 128)."""
+    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
+    chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
+    return dataclasses.replace(model_config, dtype=config.dtype, remat=remat, logits_chunk=chunk)
 
 
 def make_step(config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None) -> Callable:

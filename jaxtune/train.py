@@ -29,7 +29,7 @@ from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import METHODS
 from jaxtune.peft.lora import Adapter
-from jaxtune.step import TrainState, init_state, make_eval_step, make_step
+from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
 from jaxtune.tree import count, nbytes
 
 log = logging.getLogger("jaxtune")
@@ -137,8 +137,7 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     started = time.monotonic()
     dtype = config.param_dtype if config.method == "full" else config.dtype
     model = read_model(opened, dtype, config.quantization)
-    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
-    model.config = dataclasses.replace(model.config, dtype=config.dtype, remat=remat)
+    model.config = how_to_compute(config, model.config, jax.default_backend())
     model.params = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)

@@ -14,8 +14,6 @@ from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
 
-CHUNK = 512  # tokens whose logits exist at one time
-
 
 class TokenLogprobs(NamedTuple):
     """Of each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether
@@ -48,9 +46,9 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
 
 
 def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):
-    """`(logp, entropy, correct, collision)`, float32 `[B, N]`, of targets under the head's softmax, `CHUNK` tokens at a time."""
+    """`(logp, entropy, correct, collision)`, float32 `[B, N]`, of targets under the head, `config.logits_chunk` tokens at a time."""
     B, N, D = hidden_BND.shape
-    size = min(N, max(1, CHUNK // B))  # chunks run along N, so that rows may lie on different devices
+    size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
     pad = -N % size
     hidden = jnp.pad(hidden_BND, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
     targets = jnp.pad(targets_BN, ((0, 0), (0, pad))).reshape(B, -1, size).swapaxes(0, 1)
@@ -65,13 +63,17 @@ def _logits(config, head, hidden):
 def _statistics(config, head, hidden, targets):
     """logp, entropy, correct, collision, and the logits' derivative of logp, of one chunk."""
     logits = _logits(config, head, hidden)
-    logz = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    probs = jnp.exp(logits - logz)
-    logp = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - logz[..., 0]
-    entropy = logz[..., 0] - (probs * logits).sum(-1)
-    correct = (logits.argmax(-1) == targets).astype(jnp.float32)
-    collision = jnp.log(jnp.square(probs).sum(-1))
-    return logp, entropy, correct, collision, jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - probs
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    shifted = logits - top
+    unscaled = jnp.exp(shifted)
+    total = unscaled.sum(-1, keepdims=True)
+    logz = jnp.log(total)
+    target = jnp.take_along_axis(shifted, targets[..., None], axis=-1)
+    entropy = (logz - (unscaled * shifted).sum(-1, keepdims=True) / total)[..., 0]
+    correct = (target >= 0).astype(jnp.float32)[..., 0]  # argmax would be one more, slow pass
+    collision = jnp.log(jnp.square(unscaled).sum(-1) / jnp.square(total[..., 0]))
+    dlogits = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - unscaled / total
+    return (target - logz)[..., 0], entropy, correct, collision, dlogits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -59,6 +59,7 @@ class ModelConfig:
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
+    logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
     @property
