@@ -16,7 +16,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import is_weight
-from jaxtune.peft.lora import Adapter
+from jaxtune.peft.lora import Adapter, adaptable
 from jaxtune.tree import flatten, unflatten
 
 AXES = ("data", "fsdp", "tensor")
@@ -97,7 +97,7 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
     """Where what is trained lies: a full tree like parameters, a LoRA pair like the matrix it adapts."""
     if not isinstance(trainable, Adapter):
         return param_shardings(mesh, config, trainable)
-    rows = spec(config)
+    rows = adaptable(config)
 
     def pair(path: str, leaves: dict) -> dict:
         *lead, out, width = rows[path].axes

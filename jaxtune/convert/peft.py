@@ -17,8 +17,8 @@ from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.tensors import Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ModelError
-from jaxtune.model.spec import spec
-from jaxtune.peft.lora import Adapter, Site, module_names, rank_and_scale
+from jaxtune.model.weight import dense
+from jaxtune.peft.lora import Adapter, Site, adaptable, module_names, rank_and_scale
 
 PREFIX = "base_model.model."
 # our leaf -> PEFT's suffix, and whether PEFT holds it transposed
@@ -27,7 +27,7 @@ EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True)}
 
 # fields of adapter_config.json that change the result, with the value that asks for nothing; any other value is refused by name
 NOT_HERE = {
-    "bias": "none", "lora_bias": False, "modules_to_save": None, "fan_in_fan_out": False, "layer_replication": None,
+    "bias": "none", "lora_bias": False, "modules_to_save": None, "layer_replication": None,
     "target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
     The folder is written beside and renamed. Raises ModelError when `out` is there and not empty.
     """
     tensors: dict[str, np.ndarray] = {}
-    rows = spec(model.config)
+    rows = adaptable(model.config)
     for site in adapter.sites:
         stacked = bool(rows[site.path].layers)
         for number, name in enumerate(module_names(rows[site.path])):
@@ -63,13 +63,13 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
 
 def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     """What PEFT writes; `all-linear` is spelled out, as PEFT does."""
-    fields = adapter.config.to_dict()
+    fields, rows = adapter.config.to_dict(), adaptable(model.config)
     targets = fields["target_modules"]
     if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for site in adapter.sites for name in module_names(spec(model.config)[site.path])})
+        targets = sorted({name.rsplit(".", 1)[-1] for site in adapter.sites for name in module_names(rows[site.path])})
     return fields | {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": model.source,
-        "target_modules": targets, "fan_in_fan_out": False,
+        "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
     }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     checkpoint = Safetensors(path, stem="adapter_model")
     left = dict(checkpoint.entries)
     params, sites = {}, []
-    for name, row in spec(model.config).items():
+    for name, row in adaptable(model.config).items():
         found = [{leaf: f"{PREFIX}{module}.{suffix}" for leaf, (suffix, _) in _suffixes(name).items()} for module in module_names(row)]
         found = [{leaf: tensor for leaf, tensor in names.items() if tensor in left} for names in found]
         if not any(found):
@@ -103,10 +103,23 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
                 left.pop(tensor)
         params[name] = _stack(layers, row.shape[-2:], max(ranks), bool(row.layers))
         sites.append(Site(name, tuple(ranks), tuple(scales)))
+    _ignore_copies(path, model, checkpoint, left)
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
     return Adapter(params=params, sites=tuple(sites), config=config)
+
+
+def _ignore_copies(path: Path, model: Model, checkpoint: Safetensors, left: dict) -> None:
+    """Take out the whole matrices that PEFT writes beside the adapter of an embedding or head; they must be the model's own."""
+    for name, row in adaptable(model.config).items():
+        for module in module_names(row) if name in ("embed", "head") else ():
+            if left.pop(tensor := f"{PREFIX}{module}.base_layer.weight", None) is None:
+                continue
+            own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
+            saved = checkpoint.read(tensor).astype(np.float32)
+            if saved.shape != own.shape or not np.allclose(saved, own, rtol=1e-2, atol=1e-4):
+                raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
 
 
 def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:

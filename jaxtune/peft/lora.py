@@ -15,7 +15,7 @@ from flax import struct
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
-from jaxtune.model.families import ModelConfig
+from jaxtune.model.families import FAMILIES, ModelConfig
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
 from jaxtune.tree import flatten, unflatten
@@ -90,7 +90,7 @@ class Adapter(struct.PyTreeNode):
 
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
     """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), `b` zeros."""
-    table = spec(model_config)
+    table = adaptable(model_config)
     sites = find_sites(model_config, config)
     leaves = flatten(params)
     tree = {}
@@ -147,6 +147,14 @@ def module_names(row: Row) -> list[str]:
     return [name.removesuffix(".weight") for name in row.hf_names()]
 
 
+def adaptable(model_config: ModelConfig) -> dict[str, Row]:
+    """The rows an adapter can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone)."""
+    rows = spec(model_config)
+    if "head" not in rows:
+        rows["head"] = rows["embed"]._replace(hf=f"{FAMILIES[model_config.model_type].ends['head']}.weight")
+    return {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
+
+
 def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...]:
     """Which rows and layers the config's `target_modules` names, with ranks and scales, by PEFT's rules.
 
@@ -154,9 +162,8 @@ def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...
     every linear layer but the output head. `ConfigError` for a target that matches nothing, naming what is there.
     """
     sites, matched = [], set()
-    for path, row in spec(model_config).items():
-        if not (row.is_matrix or path in ("embed", "head")):
-            continue
+    rows = adaptable(model_config)
+    for path, row in rows.items():
         hits = [_matches(name, row, config) for name in module_names(row)]
         matched.update(hit for hit in hits if hit)
         if any(hits):
@@ -165,7 +172,7 @@ def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...
     targets = config.target_modules
     wanted = {targets} if isinstance(targets, str) else set(targets or ())
     if missing := sorted(wanted - matched):
-        names = sorted({name.rsplit(".", 1)[-1] for row in spec(model_config).values() if row.is_matrix for name in module_names(row)})
+        names = sorted({name.rsplit(".", 1)[-1] for row in rows.values() if row.is_matrix for name in module_names(row)})
         raise ConfigError(f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; there are {', '.join(names)}")
     return tuple(sites)
 
