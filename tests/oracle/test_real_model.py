@@ -71,8 +71,9 @@ def test_nf4_is_bitsandbytes_on_every_matrix(smollm2):
         np.testing.assert_array_equal(np.asarray(ours.codes).reshape(-1), packed.numpy().reshape(-1), err_msg=name)
         _, flat = functional.quantize_4bit(torch.tensor(w), quant_type="nf4")
         np.testing.assert_array_equal(np.asarray(plain.absmax).reshape(-1), flat.absmax.numpy(), err_msg=name)
-        np.testing.assert_allclose(ours.nested_offset, state.offset.numpy(), rtol=2e-7, err_msg=name)
-        np.testing.assert_allclose(ours.nested_absmax, state.state2.absmax.numpy(), atol=3e-7 * float(state.offset), err_msg=name)
+        # torch sums in float32, in an order that depends on its threads, and is ulps off the mean; ours is summed in float64
+        np.testing.assert_allclose(ours.nested_offset, state.offset.numpy(), rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours.nested_absmax, state.state2.absmax.numpy(), atol=1e-6 * float(state.offset), err_msg=name)
         codes = np.asarray(ours.absmax).reshape(-1).astype(int)
         theirs = state.absmax.numpy().astype(int)
         assert np.abs(codes - theirs).max() <= 1
