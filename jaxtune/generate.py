@@ -97,7 +97,7 @@ def generate_tokens(
         params=compose(model.params, adapter),
         sampling=sampling,
         key=jax.random.key(seed, impl="threefry2x32"),
-        stops=np.asarray(sorted(reader.stop_tokens), np.int32),
+        stops=jnp.asarray(sorted(reader.stop_tokens), jnp.int32),
         new=max_new_tokens,
         watched=stream is not None or bool(strings),
     )
@@ -159,7 +159,7 @@ class _Run(NamedTuple):
     params: dict
     sampling: Sampling
     key: jax.Array
-    stops: np.ndarray
+    stops: jax.Array
     new: int
     watched: bool
 
@@ -171,7 +171,7 @@ class _Run(NamedTuple):
         for number, row in enumerate(rows):
             prompts_BT[number, T - len(row.ids) :], lengths_B[number] = row.ids, len(row.ids)
         places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
-        shared = Rows(lengths_B, row_keys(self.key, places_B2), self.stops)
+        shared = Rows(jnp.asarray(lengths_B), row_keys(self.key, places_B2), self.stops)
         state = prefill(self.config, self.params, self.sampling, shared, prompts_BT, self.new)
         while True:
             tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)

@@ -50,6 +50,7 @@ def prefill(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, p
     real_BT = offsets_BT >= 0
     empty = decoder.init_cache(config, B, T)
     out = decoder.hidden(config, params, prompts_BT, jnp.maximum(offsets_BT, 0), real_BT.astype(jnp.int32), cache=empty)
+    assert out.cache is not None  # one was given
     seen_BV = None
     if sampling.repetition_penalty is not None:
         seen_BV = jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BT].max(real_BT)

@@ -50,6 +50,7 @@ def _check(name: str, value, holds: bool, wanted: str) -> None:
 def filtered(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
     """Logits of the distribution that is drawn from. `seen_BV` (bool: tokens so far) is needed for the repetition penalty only."""
     if sampling.repetition_penalty is not None:
+        assert seen_BV is not None
         logits_BV = repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature is not None:
         logits_BV = logits_BV / sampling.temperature
