@@ -251,7 +251,7 @@ def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
 
 def _candidates(config: Config, devices: int):
     """`(what it is, [settings to try, the mildest first])`."""
-    if config.gradient_checkpointing is not True:
+    if config.gradient_checkpointing in (False, "dots"):
         yield "recompute activations", [{"gradient_checkpointing": True}]
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]

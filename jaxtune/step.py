@@ -46,7 +46,8 @@ def _synchronised(config, reference, trainable, step: jax.Array):
 def how_to_compute(config, model_config, platform: str):
     """The model's config with the run's way to compute it: the dtype, what the backward pass computes again, how many tokens have
     logits at one time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long each as 128)."""
-    remat = {True: "full", False: "none"}.get(config.gradient_checkpointing, config.gradient_checkpointing)
+    auto = "dots" if platform == "cpu" else "full"  # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
+    remat = {True: "full", False: "none", "auto": auto}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
     return dataclasses.replace(model_config, dtype=config.dtype, remat=remat, logits_chunk=chunk)
 

@@ -205,7 +205,7 @@ class Config(ObjectiveConfig):
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
     neftune_noise_alpha: float | None = None
-    gradient_checkpointing: bool | str = True  # or the name of a remat policy
+    gradient_checkpointing: bool | Literal["auto", "full", "dots"] = "auto"  # true is full; auto is dots on a CPU, full elsewhere
     attention: str = "auto"
 
     logging_steps: int | float = 10  # below 1, here and in the next: a share of all steps

@@ -1,15 +1,20 @@
 """Attention by segments: a token sees earlier tokens of its own segment, and of the segment it goes on from, within the layer's window.
 Softmax in float32.
 
-Plain XLA, over blocks of queries so that the scores of a long row are never all there at once; the backward pass recomputes a block.
+Plain XLA, by blocks of queries: the scores of a row are never all there at once, and the backward pass makes a block's scores again
+from what the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum (arXiv 2205.14135).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-QUERY_BLOCK = 1024  # rows up to this long are one block
+BLOCK = 128  # queries of one block
+SPANS = 8  # a row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
+_UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
 
 
 class Keys(NamedTuple):
@@ -40,28 +45,136 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0):
-    """Grouped-query attention, `[B, T, H, h]` in q's dtype; a query that sees nothing (padding) gets a mean of values, never NaN.
+    """Grouped-query attention, `[B, T, H, h]` in q's dtype; zeros for a query that sees nothing (padding).
 
-    `cap` bounds the scores (`softcap`).
+    `cap` bounds the scores (`softcap`). Where there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ...
     """
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]
-    q = q_BTHh.reshape(B, T, K, H // K, h)
+    q = checkpoint_name(q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4), "attention")
+    k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
+    out = _attend(_Scores(scale, cap), q, k, v, queries, keys, jnp.asarray(window))
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
-    def block(q, queries: Keys) -> jax.Array:
-        scores = softcap(jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * scale, cap)
-        mask = visible(queries, keys, window)[:, None, None]
-        # finite, so that a row that sees nothing has no NaN, neither here nor in its gradient
-        probs = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-        return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v_BSKh.dtype), v_BSKh)
 
-    if T <= QUERY_BLOCK:
-        return block(q, queries).reshape(B, T, H, h)
-    pad = -T % QUERY_BLOCK
+class _Scores(NamedTuple):
+    """How scores follow from products."""
+
+    scale: float
+    cap: float
+
+
+# From here on q and out are [B, K, G, T, h] (G = H / K), k and v are [B, K, S, h], and logz, the log of a softmax's sum, is [B, K, G, T].
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, q, k, v, queries, keys, window):
+    return _attend_fwd(how, q, k, v, queries, keys, window)[0]
+
+
+def _attend_fwd(how, q, k, v, queries, keys, window):
+    outs, logzs = [], []
+    for span, seen in _spans(q.shape[3], k.shape[2]):
+        keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
+
+        def block(_, part, keys_seen=keys_seen):
+            return None, _block(how, window, *part, *keys_seen)
+
+        _, (out, logz) = _by_blocks(block, None, (q[:, :, :, span], _slots(queries, span)))
+        outs.append(out)
+        logzs.append(logz)
+    out, logz = (checkpoint_name(jnp.concatenate(parts, axis=3), "attention") for parts in (outs, logzs))
+    return out, (q, k, v, queries, keys, window, out, logz)
+
+
+def _attend_bwd(how, residuals, dout):
+    q, k, v, queries, keys, window, out, logz = residuals
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dqs = []
+    for span, seen in _spans(q.shape[3], k.shape[2]):
+        keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
+
+        def block(totals, part, keys_seen=keys_seen):
+            dq, dk, dv = _block_gradient(how, window, *part, *keys_seen)
+            return (totals[0] + dk, totals[1] + dv), dq
+
+        part = (q[:, :, :, span], _slots(queries, span), dout[:, :, :, span], logz[:, :, :, span], delta[:, :, :, span])
+        totals, dq = _by_blocks(block, (dk[:, :, :seen], dv[:, :, :seen]), part)
+        dk, dv = dk.at[:, :, :seen].set(totals[0]), dv.at[:, :, :seen].set(totals[1])
+        dqs.append(dq)
+    return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _block(how, window, q, queries, k, v, keys):
+    """Result and logz of one block of queries."""
+    B, K, G, t, h = q.shape
+    scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
+    scores = jnp.where(visible(queries, keys, window)[:, None, None], scores, _UNSEEN)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = _product(weights.astype(v.dtype).reshape(B, K, G * t, -1), v, 3, 2).reshape(B, K, G, t, h) / total
+    sees = top > _UNSEEN
+    return jnp.where(sees, out, 0).astype(q.dtype), jnp.where(sees, top + jnp.log(total), 0)[..., 0]
+
+
+def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
+    """dq, dk, dv of one block of queries. Scores stand keys first, `[B, K, S, G, t]`, so that two of three products need no transpose."""
+    B, K, G, t, h = q.shape
+    flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
+    capped = softcap(_product(k, flat_q, 3, 3).reshape(B, K, -1, G, t) * how.scale, how.cap)
+    seen = visible(queries, keys, window).swapaxes(1, 2)[:, None, :, None]
+    probs = jnp.where(seen, jnp.exp(capped - logz[:, :, None]), 0)
+    dprobs = _product(v, flat_dout, 3, 3).reshape(probs.shape)
+    dscores = probs * (dprobs - delta[:, :, None]) * how.scale
+    if how.cap != 0.0:
+        dscores *= 1 - jnp.square(capped / how.cap)
+    probs, dscores = (x.astype(q.dtype).reshape(B, K, -1, G * t) for x in (probs, dscores))
+    dq = _product(dscores, k, 2, 2).astype(q.dtype).reshape(q.shape)
+    return dq, _product(dscores, flat_q, 3, 2), _product(probs, flat_dout, 3, 2)
+
+
+def _product(a, b, a_axis, b_axis):
+    """Batched over the two first axes, contracted over one of each, in float32."""
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+# ---- spans and blocks ----
+
+
+def _spans(T: int, S: int) -> list[tuple[slice, int]]:
+    """Where a row of T queries is cut, and how many keys each part may see: all, unless queries and keys are the same tokens."""
+    if T != S:
+        return [(slice(0, T), S)]
+    length = BLOCK * -(-T // (BLOCK * SPANS))
+    return [(slice(start, min(start + length, T)), min(start + length, T)) for start in range(0, T, length)]
+
+
+def _slots(keys: Keys, part: slice) -> Keys:
+    return jax.tree.map(lambda x: x[:, part], keys)
+
+
+def _by_blocks(function, carry, parts):
+    """`carry, out = function(carry, part)` over blocks of queries, in order; outs side by side again."""
+    length = parts[0].shape[3]
+    if length <= BLOCK:
+        return function(carry, parts)
+    pad = -length % BLOCK
+
+    def axis(x):
+        return 1 if x.ndim == 2 else 3  # of the queries, in [B, T] and in [B, K, G, T, ...]
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, pad if i == axis(x) else 0) for i in range(x.ndim)])  # segment 0: sees nothing
+        return jnp.moveaxis(x.reshape(*x.shape[: axis(x)], -1, BLOCK, *x.shape[axis(x) + 1 :]), axis(x), 0)
 
-    out = jax.lax.map(jax.checkpoint(lambda args: block(*args)), (split(q), jax.tree.map(split, queries)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T + pad, H, h)[:, :T]
+    def join(x):
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :length]
+
+    carry, out = jax.lax.scan(function, carry, jax.tree.map(split, parts))
+    return carry, jax.tree.map(join, out)

@@ -131,7 +131,7 @@ def output_head(params: dict):
 
 
 def _remat(config: ModelConfig, layer):
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention")}
     if config.remat == "none":
         return layer
     return jax.checkpoint(layer, policy=policies[config.remat], prevent_cse=False)  # a scan cannot be CSE'd across

@@ -66,6 +66,7 @@ class NF4(Weight):
         return blocks.reshape(-1)[: out * width].reshape(out, width).astype(dtype)
 
     def apply(self, x: jax.Array) -> jax.Array:
+        """`x W^T`; the backward pass unpacks the matrix again."""
         return _packed_matmul(self, x)
 
 
@@ -76,9 +77,11 @@ class Int8(Weight):
     absmax: jax.Array  # float32 [out]
 
     def dense(self, dtype) -> jax.Array:
+        """`[out, in]`."""
         return (self.codes.astype(jnp.float32) * (self.absmax[:, None] * jnp.float32(1 / 127))).astype(dtype)
 
     def apply(self, x: jax.Array) -> jax.Array:
+        """`x W^T`; the backward pass unpacks the matrix again."""
         return _packed_matmul(self, x)
 
 

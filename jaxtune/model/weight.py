@@ -4,11 +4,10 @@ A matrix `[out, in]` in the tree is a `jax.Array` or a `Weight`: a pytree that s
 others). `linear` multiplies by it, `rows` looks rows up (embeddings), `dense` is the matrix itself. Weights nest.
 """
 
-from typing import Union
-
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Weight(struct.PyTreeNode):
@@ -32,7 +31,7 @@ class Weight(struct.PyTreeNode):
         return self.dense(dtype)[ids]
 
 
-Matrix = Union[jax.Array, Weight]
+Matrix = jax.Array | Weight
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -41,7 +40,7 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`x [..., in] -> x W^T + bias [..., out]` in x's dtype, for any leaf."""
-    y = w.apply(x) if isinstance(w, Weight) else _matmul(x, w.astype(x.dtype))
+    y = checkpoint_name(w.apply(x) if isinstance(w, Weight) else _matmul(x, w.astype(x.dtype)), "linear")
     return y if bias is None else y + bias.astype(x.dtype)
 
 
