@@ -165,8 +165,10 @@ def _rope(m: _Metadata, head_dim: int) -> dict[str, Any]:
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": m.get("rope.scaling.factor") or m("rope.scale_linear")}
     if kind == "yarn":
-        original = {"original_max_position_embeddings": m("rope.scaling.original_context_length")}
-        return rope | {"rope_type": "yarn", "factor": m("rope.scaling.factor")} | original
+        rope |= {"rope_type": "yarn", "factor": m("rope.scaling.factor")}
+        rope["original_max_position_embeddings"] = m("rope.scaling.original_context_length")
+        betas = {key: m.get(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+        return rope | {key: value for key, value in betas.items() if value is not None}
     if kind != "none":
         raise ModelError(f"{m.file.path}: rope.scaling.type {kind!r} is not supported; supported are none, linear, yarn")
     return rope

@@ -1,0 +1,333 @@
+"""GGUF files in and out: containers, layouts, metadata; the `gguf` package is the other side."""
+
+import struct
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import references
+import tiny
+from chat import make_tokenizer
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from safetensors.numpy import load_file
+
+from jaxtune.convert import hf
+from jaxtune.convert.gguf import generation_config, gguf_config, llama3_divisors
+from jaxtune.convert.gguf_file import GGUFFile
+from jaxtune.convert.gguf_out import ARCHITECTURES, TYPES, save_gguf
+from jaxtune.convert.load import load, open_model
+from jaxtune.errors import ModelError
+from jaxtune.model import decoder
+from jaxtune.model.families import from_hf
+from jaxtune.tree import flatten
+
+forward = jax.jit(decoder.forward, static_argnums=0)
+DECODED = [kind for kind in GGMLQuantizationType if kind in gguf.quants._type_traits]
+ENCODED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]
+
+
+def write_llama(path, hf_config=tiny.LLAMA, tensors=None, drop=(), **metadata):
+    """A file as llama.cpp's converter writes it: q and k interleaved, with `GGUFWriter` alone."""
+    tensors = tiny.hf_tensors(hf_config) if tensors is None else tensors
+    writer = GGUFWriter(path, "llama")
+    c = from_hf(hf_config)
+    fields = {
+        "block_count": c.num_layers, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_heads, "attention.head_count_kv": c.num_kv_heads,
+        "attention.key_length": c.head_dim, "vocab_size": c.vocab_size,
+    }  # fmt: skip
+    for key, value in fields.items():
+        if key not in drop:
+            writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", c.norm_eps)
+    writer.add_float32("llama.rope.freq_base", c.ropes[0].theta)
+    for key, value in metadata.items():
+        key = key.replace("__", ".")
+        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](key, value)
+    names = {"self_attn.": "attn_", "_proj": "", "mlp.": "ffn_", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, value in tensors.items():
+        if ".q_proj" in name or ".k_proj" in name:
+            heads = c.num_heads if ".q_proj" in name else c.num_kv_heads
+            value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        name = name.replace("model.layers", "blk").replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        name = name.replace("lm_head", "output").replace("attn_o.", "attn_output.")
+        if name not in drop:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_a_llama_file_is_the_hugging_face_model(tmp_path):
+    tensors = write_llama(tmp_path / "m.gguf")
+    model = load(tmp_path / "m.gguf")
+    hf.save(model.config, model.params, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(found[name], array)
+    wanted = from_hf(tiny.LLAMA)
+    assert {f: getattr(model.config, f) for f in ("ropes", "norm_eps", "qkv_bias", "out_bias", "head_dim")} == {
+        "ropes": wanted.ropes, "norm_eps": pytest.approx(1e-5), "qkv_bias": True, "out_bias": True, "head_dim": 16,
+    }  # fmt: skip
+
+
+# ---- the container ----
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_quantised_blocks_decode_as_the_gguf_package_decodes_them(tmp_path, kind):
+    values = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
+    kind = GGMLQuantizationType[kind]
+    packed = gguf.quantize(values, kind)
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("first", values[:3, :7].copy())
+    writer.add_tensor("w", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.tensors["w"].shape == (6, 512)
+    np.testing.assert_array_equal(file.read("w"), gguf.dequantize(packed, kind))
+    np.testing.assert_array_equal(file.read("first"), values[:3, :7])
+
+
+@pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
+def test_every_type_the_package_decodes_is_read(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(1).integers(0, 200, (2, 3 * size), dtype=np.uint8)
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("w", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        found, wanted = GGUFFile(tmp_path / "x.gguf").read("w"), gguf.dequantize(data, kind)
+    assert found.shape == (2, 3 * block)
+    np.testing.assert_array_equal(found.astype(np.float32), wanted)
+
+
+def test_metadata_of_every_kind(tmp_path):
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    values = {"a": ("uint8", 7), "b": ("int64", -(2**40)), "c": ("float64", 0.1), "d": ("bool", True), "e": ("string", "héllo")}
+    for key, (kind, value) in values.items():
+        getattr(writer, f"add_{kind}")(key, value)
+    writer.add_array("f", ["x", "", "yy"])
+    writer.add_array("g", [1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = GGUFFile(tmp_path / "x.gguf").metadata
+    assert {key: metadata[key] for key in "abcdefg"} == {k: v for k, (_, v) in values.items()} | {"f": ["x", "", "yy"], "g": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("size", [0, 10, 30, 100, 500, -1, -2000])
+def test_a_cut_file_is_noticed_wherever_it_is_cut(tmp_path, size):
+    write_llama(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[:size])
+    with pytest.raises(ModelError, match=r"cut\.gguf"):
+        load(tmp_path / "cut.gguf")
+
+
+def test_other_files_and_versions(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04" + bytes(60))
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        load(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
+    with pytest.raises(ModelError, match="GGUF version 9"):
+        load(tmp_path / "b.gguf")
+
+
+# ---- metadata -> config.json ----
+
+
+@pytest.mark.parametrize(
+    ("drop", "metadata", "message"),
+    [
+        (("blk.1.ffn_up.weight",), {}, "tensor model.layers.1.mlp.up_proj.weight is missing"),
+        (("block_count",), {}, "the metadata lacks llama.block_count"),
+        (("token_embd.weight",), {}, "tensor token_embd.weight is missing"),
+        ((), {"general__architecture": "mamba"}, "architecture 'mamba' is not supported; supported are llama, qwen2"),
+        ((), {"llama__rope__scaling__type": "su"}, "rope.scaling.type 'su' is not supported"),
+        ((), {"tokenizer__ggml__model": "t5"}, "a tokenizer of kind 't5' is not supported"),
+    ],
+)
+def test_what_is_refused(tmp_path, drop, metadata, message):
+    if "general__architecture" in metadata:
+        metadata = {}
+        write_llama(tmp_path / "m.gguf")
+        data = (tmp_path / "m.gguf").read_bytes()
+        (tmp_path / "m.gguf").write_bytes(data.replace(b"\x05" + bytes(7) + b"llama", b"\x05" + bytes(7) + b"mamba", 1))
+    else:
+        write_llama(tmp_path / "m.gguf", drop=drop, **metadata)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(tmp_path / "m.gguf")
+    assert "m.gguf" in str(caught.value)
+
+
+def test_extra_tensors_are_refused_and_rope_tensors_are_not(tmp_path):
+    tensors = tiny.hf_tensors()
+    write_llama(tmp_path / "a.gguf", tensors=tensors | {"rope_freqs.weight": np.ones(8, np.float32)})
+    load(tmp_path / "a.gguf")
+    write_llama(tmp_path / "b.gguf", tensors=tensors | {"blk.0.attn_sinks.weight": np.ones(8, np.float32)})
+    with pytest.raises(ModelError, match=r"tensor blk.0.attn_sinks.weight is not part of the model"):
+        load(tmp_path / "b.gguf")
+
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_rope_frequencies_are_known_again_or_kept(tmp_path):
+    """llama.cpp keeps Llama 3's scheme as divisors; others' divisors have no name and stay numbers."""
+    theta = {"rope_theta": 500000.0, "head_dim": 64}
+    divisors = llama3_divisors(500000.0, 32, LLAMA3)
+    wanted = from_hf(tiny.LLAMA | theta | {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}})
+    np.testing.assert_allclose(
+        from_hf(tiny.LLAMA | theta).ropes[0].frequencies() / divisors, wanted.ropes[0].frequencies(), rtol=1e-6
+    )
+    for name, values in {"known": divisors, "unknown": divisors * 1.5}.items():
+        tensors = tiny.hf_tensors(tiny.LLAMA | theta) | {"rope_freqs.weight": values}
+        write_llama(tmp_path / f"{name}.gguf", tiny.LLAMA | theta, tensors)
+    assert load(tmp_path / "known.gguf").config.ropes == wanted.ropes
+    unknown = load(tmp_path / "unknown.gguf")
+    np.testing.assert_allclose(unknown.config.ropes[0].frequencies(), wanted.ropes[0].frequencies() / 1.5, rtol=1e-6)
+    with pytest.raises(ModelError, match="which config.json cannot say; export it as gguf"):
+        hf.save(unknown.config, unknown.params, tmp_path / "out")
+    save_gguf(unknown.config, unknown.params, tmp_path / "again.gguf", type="f32")
+    assert load(tmp_path / "again.gguf").config.ropes == unknown.config.ropes
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"llama__rope__scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {f"llama__rope__scaling__{key}": value for key, value in YARN.items()},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+        ),
+    ],
+)
+def test_rope_scaling_is_honoured(tmp_path, metadata, scaling):
+    write_llama(tmp_path / "m.gguf", **metadata)
+    assert load(tmp_path / "m.gguf").config.ropes == from_hf(tiny.LLAMA | {"rope_scaling": scaling}).ropes
+
+
+def test_every_token_that_ends_a_turn_is_in_the_generation_config(tmp_path):
+    ids = {"bos": 1, "eos": 2, "eot": 5, "eom": 6, "padding": 0}
+    write_llama(tmp_path / "m.gguf", **{f"tokenizer__ggml__{key}_token_id": number for key, number in ids.items()})
+    file = GGUFFile(tmp_path / "m.gguf")
+    assert generation_config(file) == {"bos_token_id": 1, "eos_token_id": [2, 5, 6], "pad_token_id": 0}
+    assert gguf_config(file)["eos_token_id"] == 2
+
+
+# ---- out ----
+
+# what llama.cpp runs of each family (checked with it, see docs/decisions.md), where the golden model is not like that
+LIKE_LLAMA_CPP = {
+    "qwen2": dict(use_sliding_window=False, sliding_window=None, layer_types=None, head_dim=None),
+    "qwen2_full": dict(head_dim=None),
+    "qwen3_yarn": dict(attention_bias=False),
+    "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=None),
+    "gemma2": dict(query_pre_attn_scalar=16),
+    "gemma3": dict(query_pre_attn_scalar=16, num_hidden_layers=7, layer_types=None, sliding_window_pattern=6, _sliding_window_pattern=6),
+    "olmo2": dict(hidden_size=64),
+    "smollm3": dict(layer_types=None, no_rope_layers=None),
+}
+FAMILIES = ["gemma", "granite", "linear", "llama", "llama3", "mistral", "mixtral", "phi3", "phi4_mini", "qwen3", *LIKE_LLAMA_CPP]
+
+
+def family_config(case):
+    changes = LIKE_LLAMA_CPP.get(case, {})
+    return {key: value for key, value in (references.load(case).config | changes).items() if value is not None or key not in changes}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_out_and_in_is_the_same_model(tmp_path, case):
+    config = from_hf(family_config(case))
+    params = references.tree(config, tiny.hf_tensors(family_config(case)))
+    save_gguf(config, params, tmp_path / "m.gguf", type="f32")
+    again = load(tmp_path / "m.gguf")
+    for path, leaf in flatten(params).items():
+        # Gemma's norms are stored with one added, which rounds
+        tolerance = 1e-6 if config.norm == "rms_offset" and path.endswith("norm") else 0
+        np.testing.assert_allclose(flatten(again.params)[path], leaf, rtol=0, atol=tolerance, err_msg=path)
+    tokens = references.load(case).documents[0][None]
+    np.testing.assert_allclose(forward(again.config, again.params, tokens), forward(config, params, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("gpt2", "a model of type gpt2 cannot be written as GGUF"),
+        ("dynamic", "rope_type 'dynamic' cannot be written"),
+        ("qwen2", "use_sliding_window"),
+        ("qwen2_full", "takes hidden_size / num_attention_heads for the head_dim"),
+        ("qwen3_yarn", "no bias of the attention's output"),
+        ("qwen3_moe", "experts in every layer"),
+        ("gemma2", "takes 16 as query_pre_attn_scalar"),
+        ("smollm3", "without positions in every fourth layer"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(tmp_path, case, message):
+    golden = references.load(case)
+    config = from_hf(golden.config)
+    with pytest.raises(ModelError, match=message):
+        save_gguf(config, references.tree(config, golden.tensors), tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_types_and_metadata_as_the_gguf_package_reads_them(tmp_path, type):
+    config = tiny.LLAMA | {"hidden_size": 64, "vocab_size": 400}
+    tensors = tiny.write(tmp_path / "m", config)
+    opened = open_model(tmp_path / "m")
+    model = load(tmp_path / "m")
+    save_gguf(opened.config, model.params, tmp_path / "m.gguf", type=type, tokenizer=make_tokenizer("chatml"), name="a name")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    matrix, table, number = TYPES[type]
+    assert found["blk.0.attn_v.weight"].tensor_type == matrix and found["token_embd.weight"].tensor_type == table
+    assert found["blk.0.ffn_down.weight"].tensor_type == (matrix if type in ("f32", "bf16") else GGMLQuantizationType.F16)  # rows of 48
+    assert found["blk.0.attn_norm.weight"].tensor_type == found["blk.0.attn_q.bias"].tensor_type == GGMLQuantizationType.F32
+    assert reader.fields["general.name"].contents() == "a name" and reader.fields["general.file_type"].contents() == number
+    assert reader.fields["tokenizer.ggml.model"].contents() == "gpt2" and reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    value = tensors["model.layers.0.self_attn.v_proj.weight"]
+    wanted = gguf.dequantize(gguf.quantize(value, matrix), matrix)
+    np.testing.assert_array_equal(gguf.dequantize(found["blk.0.attn_v.weight"].data, matrix), wanted)
+    np.testing.assert_array_equal(load(tmp_path / "m.gguf").params["layers"]["0"]["v"][0], wanted)
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
+    config = from_hf(tiny.LLAMA)
+    params = references.tree(config, tiny.hf_tensors())
+    (tmp_path / "m.gguf").write_text("mine")
+    with pytest.raises(ModelError, match="exists; nothing is overwritten"):
+        save_gguf(config, params, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "mine"
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        save_gguf(config, params, tmp_path / "n.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    with pytest.raises(ModelError, match="'q2' is not a GGUF type"):
+        save_gguf(config, params, tmp_path / "n.gguf", type="q2")
+
+
+def test_every_architecture_goes_both_ways():
+    from jaxtune.convert.gguf import ARCHITECTURES as IN
+    from jaxtune.convert.gguf import CLASSES
+
+    assert {architecture for architecture, _ in ARCHITECTURES.values()} == set(IN)
+    assert set(CLASSES) == set(ARCHITECTURES)
