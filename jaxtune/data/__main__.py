@@ -81,12 +81,13 @@ def _generate(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     said = [quality.texts(formats.parse(row, None)) for row in files.rows(args.source)]
 
-    import jaxtune
+    from jaxtune.convert import load, load_adapter
+    from jaxtune.generate import generate as write
 
-    model = jaxtune.load(args.model)
-    adapter = jaxtune.load_adapter(args.adapter, model) if args.adapter else None
+    model = load(args.model)
+    adapter = load_adapter(args.adapter, model) if args.adapter else None
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
-    ask = functools.partial(jaxtune.generate, model, adapter=adapter)
+    ask = functools.partial(write, model, adapter=adapter)
     writer, made = generate.Writer(ask, settings, seed=args.seed), generate.Made()
     if args.make == "tasks":
         rows = generate.self_instruct(writer, [prompt or answer for prompt, answer, _ in said], args.count, made=made)

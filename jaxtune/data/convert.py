@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO, TypeVar
 
 from jaxtune.data import files, formats
 from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Text
@@ -17,6 +18,9 @@ from jaxtune.data.files import Row
 from jaxtune.errors import ConfigError, DataError
 
 SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation"}
+
+
+Kind = TypeVar("Kind", bound=Example)
 
 
 class NoForm(Exception):
@@ -124,8 +128,9 @@ def _preference(example: Example) -> list[dict]:
     if isinstance(pair.chosen, Completion):
         prompt, chosen, rejected = pair.chosen.prompt, pair.chosen.completion, _only(pair.rejected, Completion).completion
         return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} | margin]
-    sides = {name: chat.messages[chat.start :] for name, chat in (("chosen", pair.chosen), ("rejected", _only(pair.rejected, Chat)))}
-    return [{"prompt": pair.chosen.messages[: pair.chosen.start]} | sides | _extras(pair.chosen) | margin]
+    chosen, rejected = _only(pair.chosen, Chat), _only(pair.rejected, Chat)
+    sides = {"chosen": chosen.messages[chosen.start :], "rejected": rejected.messages[rejected.start :]}
+    return [{"prompt": chosen.messages[: chosen.start]} | sides | _extras(chosen) | margin]
 
 
 def _openai_preference(example: Example) -> list[dict]:
@@ -156,7 +161,7 @@ WRITERS: dict[str, Callable[[Example], list[dict]]] = {
 }  # fmt: skip
 
 
-def _only(example: Example, kind: type):
+def _only(example: Example, kind: type[Kind]) -> Kind:
     if not isinstance(example, kind):
         raise NoForm(f"it is of kind {type(example).__name__}, and {kind.__name__} is needed")
     return example
@@ -198,7 +203,7 @@ def _write(rows: list[dict], target: Path, kind: str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _csv(rows: list[dict], stream) -> None:
+def _csv(rows: list[dict], stream: IO[str]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     for row in rows:
         if any(isinstance(value, list | dict) for value in row.values()):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,8 @@ class Documents:
     @classmethod
     def load(cls, folder: Path) -> "Documents":
         """Open what `write` wrote, tokens memory-mapped."""
-        flat = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
-        index = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
+        flat: dict[str, Any] = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
+        index: dict[str, Any] = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
         index |= {name: index[name].view(kind) for name, kind in TYPES.items()}
         info = json.loads((folder / "info.json").read_text())
         return cls(**flat, part=np.zeros(len(index["rows"]), np.int64), **index, info=[info])
@@ -85,10 +86,11 @@ class Documents:
     @classmethod
     def join(cls, parts: list["Documents"]) -> "Documents":
         """The documents of several sources, one after another; their parts are numbered on."""
-        lists = {name: [item for p in parts for item in getattr(p, name)] for name in ("tokens", "mask", "info")}
+        lists: dict[str, Any] = {name: [item for p in parts for item in getattr(p, name)] for name in ("tokens", "mask", "info")}
         offsets = np.cumsum([0] + [len(p.tokens) for p in parts])
         part = np.concatenate([p.part + offset for p, offset in zip(parts, offsets, strict=False)])
-        return cls(**lists, part=part, **{name: np.concatenate([getattr(p, name) for p in parts]) for name in INDEX})
+        index: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in INDEX}
+        return cls(part=part, **lists, **index)
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:

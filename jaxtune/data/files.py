@@ -250,7 +250,9 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
     except Exception as error:
         raise DataError(f"{path}: not a readable Arrow data set ({str(error).splitlines()[0]}); save it again with save_to_disk") from None
     if isinstance(rows, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(rows)}; name one of their folders, like {path / next(iter(rows))}")
+        raise DataError(
+            f"{path}: holds the splits {', '.join(map(str, rows))}; name one of their folders, like {path / str(next(iter(rows)))}"
+        )
     for number, fields in enumerate(rows, 1):
         yield number, dict(fields)
 

@@ -68,7 +68,7 @@ def _preference(row: Row) -> Pair:
         return _implicit(row)  # also UltraFeedback's: the prompt once more, as a string, beside two whole conversations
     elif isinstance(given, str) and whole:
         prompt = [{"role": "user", "content": given}]
-    return Pair(*(_answer(row, "prompt", side, prompt) for side in ("chosen", "rejected")), _margin(row))
+    return Pair(_answer(row, "prompt", "chosen", prompt), _answer(row, "prompt", "rejected", prompt), _margin(row))
 
 
 def _opens_with(side: list, prompt: str) -> bool:
@@ -102,7 +102,8 @@ def _openai_preference(row: Row) -> Pair:
         raise row.fail(f"'input' must be like {{\"messages\": [...]}}, this is {short(inner)}")
     row = replace(row, fields={**row.fields, **inner})
     prompt = messages(row, "messages")
-    return Pair(*(_chat(row, prompt + messages(row, side), len(prompt)) for side in ("preferred_output", "non_preferred_output")))
+    chosen, rejected = (_chat(row, prompt + messages(row, side), len(prompt)) for side in ("preferred_output", "non_preferred_output"))
+    return Pair(chosen, rejected)
 
 
 def _unpaired(row: Row) -> Labelled:
@@ -122,7 +123,7 @@ def _classification(row: Row) -> Labelled:
     label = row.fields["label"]
     if isinstance(label, str) and label.isdigit():  # CSV has nothing but strings
         label = int(label)
-    if type(label) not in (int, bool) or not 0 <= label < MAX_CLASSES:
+    if not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
         raise row.fail(f"'label' must be the number of a class, from 0 to below {MAX_CLASSES}, this is {short(label)}")
     return Labelled(_text(row) if "text" in row.fields else _messages(row), int(label))
 

@@ -87,7 +87,7 @@ def divide(config: Config, tokenizer: Any, survey: bool = False) -> dict[str, Do
         indices = {name: np.flatnonzero(side == number) for number, name in enumerate(splits.SIDES)}
         parts = {name: documents.select(index) for name, index in indices.items() if len(index)}
     for name, sources in (("eval", data.eval), ("test", data.test)):
-        if sources is not None and not isinstance(sources, float):
+        if isinstance(sources, tuple):
             parts[name] = _read(sources, config, tokenizer, survey)
     return screened(parts, config, survey)
 

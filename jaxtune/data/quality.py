@@ -113,7 +113,8 @@ def texts(example: Example) -> tuple[str, str, str]:
     if isinstance(example, Steps):
         return example.prompt, "\n".join(example.steps), ""
     if isinstance(example, Segments):
-        return tuple("".join(text for text, trained in example.parts if trained == wanted) for wanted in (False, True)) + ("",)
+        read, said = ("".join(text for text, trained in example.parts if trained == wanted) for wanted in (False, True))
+        return read, said, ""
     if isinstance(example, Chat | Prompt):
         said = example.messages if isinstance(example, Chat) else example.prompt
         if isinstance(said, str):

@@ -2,6 +2,7 @@
 
 import re
 import zlib
+from typing import cast
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -38,7 +39,7 @@ class Similar:
     def find(self, signed: tuple[np.ndarray, MinHash]) -> tuple[int, float] | None:
         """The most similar text remembered and its Jaccard similarity, if that reaches the threshold."""
         best = None
-        for number in sorted(self._index.query(signed[1])):
+        for number in sorted(cast(list[int], self._index.query(signed[1]))):
             common = len(np.intersect1d(signed[0], self._sets[number], assume_unique=True))
             likeness = common / (len(signed[0]) + len(self._sets[number]) - common)
             if likeness >= self.threshold and (best is None or likeness > best[1]):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -158,14 +159,16 @@ class Source:
             if row >= 0:
                 values = self.ref_logps[self._answers_of(row)]
                 known[(*place, slice(len(values)))] = values
-        return batch.replace(answers=batch.answers.replace(ref_logps=known))
+        assert batch.answers is not None  # a reference has log-probabilities of answers only
+        return replace(batch, answers=replace(batch.answers, ref_logps=known))
 
     def _units_of(self, row: int) -> np.ndarray:
         return self.plan.docs[self.plan.starts[row] : self.plan.starts[row + 1]]
 
     def _answers_of(self, row: int) -> np.ndarray:
         """The numbers of a row's answers among all answers of all units."""
-        return np.concatenate([np.arange(self._ends[unit] - self.units.answers[unit], self._ends[unit]) for unit in self._units_of(row)])
+        ends = [(int(self._ends[unit]), int(self.units.answers[unit])) for unit in self._units_of(row)]
+        return np.concatenate([np.arange(end - count, end) for end, count in ends])
 
     @cached_property
     def _ends(self) -> np.ndarray:

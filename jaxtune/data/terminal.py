@@ -37,9 +37,10 @@ def _summary(report: Report) -> Text:
 
 def _sources(report: Report) -> Table:
     table = Table(title="sources", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name, justify in (("", "left"), ("source", "left"), ("rows", "right"), ("documents", "right"), ("tokens", "right"),
-                          ("trained", "right"), ("of an epoch's rows", "right"), ("of its tokens", "right")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("", "source"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "documents", "tokens", "trained", "of an epoch's rows", "of its tokens"):
+        table.add_column(name, justify="right")
     for source in report.sources:
         shares = [f"{source[key]:.1%}" if key in source else "" for key in ("row_share", "token_share")]
         counts = [f"{source[key]:,}" for key in ("rows", "documents", "kept_tokens", "trained_tokens")]

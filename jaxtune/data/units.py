@@ -68,6 +68,7 @@ class Answer(NamedTuple):
 
 def put_answers(batch: Batch, at: Cursor, answers: list[Answer], prompt: int) -> None:
     """Write answers, numbered on, after the first `prompt` tokens, which they have in common; 0: each a document of its own."""
+    assert batch.answers is not None  # the units here number their answers, so batches were made with room for them
     parent = None
     if prompt:
         put(batch, at, answers[0].tokens[:prompt], answers[0].mask[:prompt])
@@ -118,6 +119,7 @@ class Stepwise(Single):
     def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
         """Write one document."""
         tokens, mask = self.documents[unit]
+        assert batch.answers is not None
         start = at.slot
         put(batch, at, tokens, mask)
         for low, high in _runs(mask):
