@@ -11,6 +11,7 @@ import tiny
 from jaxtune import peft
 from jaxtune.config import LoraConfig
 from jaxtune.convert.load import load
+from jaxtune.errors import ConfigError
 from jaxtune.model.decoder import forward
 
 TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int32)
@@ -27,11 +28,24 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[None, "nf4-dq", "int8"], ids=["dense", "nf4-dq", "int8"])
-def model(request, tmp_path_factory):
+BASES = {"dense": None, "nf4-dq": "nf4-dq", "int8": "int8"}
+# every variant over a dense base; over packed ones those that use the base in another way
+EACH = [("dense", name) for name in VARIANTS] + [(base, name) for base in ("nf4-dq", "int8") for name in ("all-linear", "DoRA")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "llama"
     tiny.write(folder)
-    return load(folder, quantization=request.param)
+    return {name: load(folder, quantization=quantization) for name, quantization in BASES.items()}
+
+
+@pytest.fixture(params=BASES)
+def model(models, request):
+    return models[request.param]
+
+
+logits = jax.jit(forward, static_argnums=0)
 
 
 def trained(adapter, seed=1):
@@ -46,25 +60,27 @@ def trained(adapter, seed=1):
     return adapter.replace(params=params)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_fresh_adapter_changes_nothing(model, name):
+@pytest.mark.parametrize("base_name, name", EACH)
+def test_fresh_adapter_changes_nothing(models, base_name, name):
+    model = models[base_name]
     adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS[name])
-    base = jax.jit(forward, static_argnums=0)(model.config, model.params, TOKENS)
-    composed = jax.jit(forward, static_argnums=0)(model.config, peft.compose(model.params, adapter), TOKENS)
+    base = logits(model.config, model.params, TOKENS)
+    composed = logits(model.config, peft.compose(model.params, adapter), TOKENS)
     if name == "DoRA":  # divides by a norm computed anew: equal to rounding
         np.testing.assert_allclose(composed, base, atol=1e-4)
     else:
         np.testing.assert_array_equal(composed, base)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_merged_equals_composed(model, name):
+@pytest.mark.parametrize("base_name, name", EACH)
+def test_merged_equals_composed(models, base_name, name):
+    model = models[base_name]
     adapter = trained(peft.init_adapter(jax.random.key(0), model, VARIANTS[name]))
-    composed = forward(model.config, peft.compose(model.params, adapter), TOKENS)
+    composed = logits(model.config, peft.compose(model.params, adapter), TOKENS)
     merged_tree = peft.merge(model.params, adapter)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged_tree))
-    merged = forward(model.config, merged_tree, TOKENS)
-    assert np.abs(composed - forward(model.config, model.params, TOKENS)).max() > 1e-2  # the adapter does something
+    merged = logits(model.config, merged_tree, TOKENS)
+    assert np.abs(composed - logits(model.config, model.params, TOKENS)).max() > 1e-2  # the adapter does something
     np.testing.assert_allclose(merged, composed, atol=2e-4)
 
 
@@ -106,16 +122,14 @@ def test_dropout_draws_from_the_key(model):
     adapter = trained(peft.init_adapter(jax.random.key(0), model, config))
 
     def run(key):
-        return np.asarray(forward(model.config, peft.compose(model.params, adapter, key), TOKENS))
+        return np.asarray(logits(model.config, peft.compose(model.params, adapter, key), TOKENS))
 
     assert np.array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
-    assert np.array_equal(run(None), np.asarray(forward(model.config, peft.compose(model.params, adapter), TOKENS)))
+    assert np.array_equal(run(None), np.asarray(logits(model.config, peft.compose(model.params, adapter), TOKENS)))
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "wrong_proj"), "nothing.*"])
-def test_a_target_that_matches_nothing_is_an_error(model, targets):
-    from jaxtune.errors import ConfigError
-
+def test_a_target_that_matches_nothing_is_an_error(models, targets):
     with pytest.raises(ConfigError, match="matches no linear layer.*down_proj.*q_proj"):
-        peft.init_adapter(jax.random.key(0), model, LoraConfig(target_modules=targets))
+        peft.init_adapter(jax.random.key(0), models["dense"], LoraConfig(target_modules=targets))

@@ -1,8 +1,5 @@
 """Generation against transformers: the filters number by number, and greedy text token for token."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -111,13 +108,11 @@ def test_greedy_of_a_tiny_model(tmp_path, penalty):
     assert [completion.tokens for completion in found] == expected
 
 
-@pytest.mark.skipif("JAXTUNE_TEST_MODEL" not in os.environ, reason="JAXTUNE_TEST_MODEL names no folder with SmolLM2-135M-Instruct")
-def test_greedy_of_a_real_model_over_64_tokens():
-    folder = Path(os.environ["JAXTUNE_TEST_MODEL"])
-    model = load(folder)
+def test_greedy_of_a_real_model_over_64_tokens(smollm2):
+    model = load(smollm2)
     ids = [generate.token_ids(model, prompt, "prompt") for prompt in PROMPTS]
     assert len({len(prompt) for prompt in ids}) == len(PROMPTS)
     found = generate.generate_tokens(model, PROMPTS, max_new_tokens=64)
-    expected = [_cut(tokens, generate.stop_tokens(model)) for tokens in _greedy(folder, ids, 64)]
+    expected = [_cut(tokens, generate.stop_tokens(model)) for tokens in _greedy(smollm2, ids, 64)]
     assert [completion.tokens for completion in found] == expected
     assert {completion.finish_reason for completion in found} == {"stop", "length"}
