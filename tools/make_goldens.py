@@ -2,8 +2,9 @@
 
     python tools/make_goldens.py [case ...]          needs torch; without names all cases
 
-A golden holds `config` (config.json as transformers 5 writes it), `hub` (the same in the spelling files on the hub have), `tensor/NAME` (float16,
-exact), and for three documents `tokens/I`, `alone/I` (logits of the document by itself), `right/I` and `left/I` (padded into one batch).
+A golden holds `config` (config.json as transformers 5 writes it), `hub` (the same in the spelling files on the hub have), `tensor/NAME`
+(float16, exact), and for three documents `tokens/I`, `alone/I` (logits of the document by itself), `right/I` and `left/I` (padded into one
+batch).
 Matrices are scaled up, norms and biases made random, windows and caps small, so that a forgotten switch shows in the logits.
 """
 
@@ -168,7 +169,7 @@ def make_model(config: dict, seed: int):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
-                p.mul_(4.0)
+                p.mul_(12.0 if ".mlp." in name else 4.0)  # large enough for one gelu to differ from the other
             else:
                 p.add_(0.2 * torch.randn(p.shape))
             p.copy_(p.half().float())

@@ -1,0 +1,148 @@
+"""Switching off any one thing that makes a family what it is must show in its logits: no golden is blind to a switch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+from jaxtune.model import decoder
+from jaxtune.model.families import ModelConfig, from_hf
+from jaxtune.model.rope import Rope
+from jaxtune.model.spec import spec
+from jaxtune.tree import flatten, unflatten
+
+TOLERANCE = 1e-4
+PLAIN = {  # what a field is in a model that has nothing special about it
+    "attention_softcap": 0.0,
+    "logits_softcap": 0.0,
+    "logits_scaling": 1.0,
+    "embed_scale": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "parallel_residual": False,
+}
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions")
+
+
+def without(config: ModelConfig) -> dict[str, ModelConfig]:
+    """The config with one switch off, or turned the other way, for every switch that it has on."""
+    layers, head_dim = config.num_layers, config.head_dim
+    fields = {name: plain for name, plain in PLAIN.items() if getattr(config, name) != plain}
+    if config.attention_scale != head_dim**-0.5:
+        fields["attention_scale"] = head_dim**-0.5
+    if any(config.layer_windows):
+        fields["layer_windows"] = (0,) * layers
+    if -1 in config.layer_ropes and config.ropes:
+        fields["layer_ropes"] = (0,) * layers
+    if config.norm != "rms_float32":  # differs from "rms" in low precision alone: tests/model/test_layers.py
+        fields["norm"] = "rms_offset" if config.norm == "rms" else "rms"
+    fields["hidden_act"] = "gelu" if config.hidden_act in ("gelu_pytorch_tanh", "gelu_new") else "relu"
+    fields["norm_eps"] = 0.1
+    changed = {name: dataclasses.replace(config, **{name: value}) for name, value in fields.items()}
+    if any(config.layer_windows):
+        one_more = tuple(window + 1 if window else 0 for window in config.layer_windows)
+        changed["window of one more"] = dataclasses.replace(config, layer_windows=one_more)
+    if len(config.ropes) > 1:
+        changed["one rope"] = dataclasses.replace(config, layer_ropes=(0,) * layers)
+    for i, rope in enumerate(config.ropes):
+        for field, plain in (("kind", "default"), ("theta", 10000.0), ("attention_factor", 1.0), ("dim", head_dim)):
+            if getattr(rope, field) != plain:
+                base = Rope(rope.dim, rope.theta) if field == "kind" else rope
+                other = base if field == "kind" else dataclasses.replace(base, **{field: plain})
+                if field == "dim" and rope.kind != "default":
+                    continue  # as many factors as frequencies
+                changed[f"rope {i} {field}"] = dataclasses.replace(config, ropes=(*config.ropes[:i], other, *config.ropes[i + 1 :]))
+    if config.moe:
+        moe = config.moe
+        changed["moe normalize"] = dataclasses.replace(config, moe=dataclasses.replace(moe, normalize=not moe.normalize))
+        changed["moe chosen"] = dataclasses.replace(config, moe=dataclasses.replace(moe, experts_per_token=1))
+    return changed
+
+
+def lacking(params: dict) -> dict[str, dict]:
+    """The tree without the rows of one optional part (biases: zero, since a LayerNorm always has one)."""
+    leaves = flatten(params)
+    found = {}
+    for part in OPTIONAL:
+        rest = {path: leaf for path, leaf in leaves.items() if not path.endswith(part)}
+        if len(rest) < len(leaves):
+            zeros = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items() if path.endswith(part) and part == "_bias"}
+            found[part] = unflatten(rest | zeros)
+    return found
+
+
+GENERIC = {"norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"}  # every model has them: tried where they are listed
+# what makes each case more than a plain Llama; complete but for the generic ones
+SWITCHES = {
+    "dynamic": {"rope 0 kind"},
+    "gemma": {"embed_scale", "norm", "hidden_act"},
+    "gemma2": {
+        "embed_scale", "attention_softcap", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "norm", "norm_eps",
+        "hidden_act", "attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm",
+    },
+    "gemma3": {
+        "embed_scale", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "one rope", "rope 0 kind",
+        "rope 1 theta", "hidden_act", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm",
+    },
+    "gpt2": {"positions", "_bias", "norm", "norm_eps", "hidden_act"},
+    "gpt2_unscaled": {"positions", "_bias", "attention_scale", "hidden_act"},
+    "gpt_neox": {"parallel_residual", "_bias", "rope 0 dim", "rope 0 theta", "hidden_act"},
+    "gpt_neox_sequential": {"rope 0 dim", "_bias"},
+    "granite": {"embedding_multiplier", "residual_multiplier", "attention_scale", "logits_scaling"},
+    "linear": {"rope 0 kind"},
+    "llama": {"_bias", "norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"},
+    "llama3": {"rope 0 kind"},
+    "mistral": {"layer_windows", "window of one more"},
+    "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
+    "olmo2": {"q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "norm_eps"},
+    "phi3": {"layer_windows", "window of one more"},
+    "phi4_mini": {"rope 0 kind", "rope 0 attention_factor"},
+    "phi4_mini_short": {"rope 0 kind", "rope 0 attention_factor"},
+    "qwen2": {"_bias", "layer_windows", "window of one more"},
+    "qwen2_full": {"_bias"},
+    "qwen3": {"q_norm", "k_norm"},
+    "qwen3_moe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
+    "qwen3_moe_raw": {"moe normalize", "moe chosen", "layer_windows", "window of one more", "q_norm", "k_norm"},
+    "qwen3_yarn": {"rope 0 kind", "rope 0 attention_factor", "_bias", "q_norm", "k_norm"},
+    "smollm3": {"layer_ropes"},
+    "smollm3_window": {"layer_ropes", "layer_windows", "window of one more"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", references.CASES)
+def test_every_switch_shows(case):
+    golden = references.load(case)
+    config = from_hf(golden.config)
+    params = references.tree(config, golden.tensors)
+    runs = {name: (changed, params) for name, changed in without(config).items()}
+    runs |= {name: (config, tree) for name, tree in lacking(params).items()}
+    assert runs.keys() >= SWITCHES[case] >= runs.keys() - GENERIC
+    tokens, wanted = golden.documents[0][None], golden.logits["alone"][0]
+    moved = {}
+    for name in sorted(SWITCHES[case]):
+        changed, tree = runs[name]
+        logits = jax.jit(decoder.forward, static_argnums=0)(changed, tree, tokens)[0]
+        moved[name] = float(np.abs(np.asarray(logits) - wanted).max())
+    print(case, {name: f"{value:.1e}" for name, value in moved.items()})
+    assert {name: value for name, value in moved.items() if value < 3 * TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("case", references.CASES)
+def test_every_parameter_is_trained_and_padding_makes_no_nan(case):
+    golden = references.load(case)
+    config = dataclasses.replace(from_hf(golden.config), remat="full")
+    params = references.tree(config, golden.tensors)
+    batch = references.layout(golden.documents, "left")
+
+    def loss(params):
+        logits = decoder.forward(config, params, batch.tokens, batch.positions, batch.segments)
+        return jnp.where((batch.segments > 0)[..., None], logits, 0.0).var()
+
+    gradient = flatten(jax.jit(jax.grad(loss))(params))
+    for path, row in spec(config).items():
+        g = np.asarray(gradient[path])
+        per_layer = np.abs(g).reshape(g.shape[0], -1).max(1) if row.layers else np.abs(g).max()[None]
+        assert np.isfinite(g).all() and (per_layer > 0).all(), path
