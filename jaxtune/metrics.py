@@ -198,7 +198,7 @@ def find(spec: str | Metric) -> tuple[str, Metric]:
     function = getattr(_file(place, spec) if separator == ":" else _module(place, spec), name, None)
     if not callable(function):
         raise ConfigError(f"metric {spec}: {place} has no function {name}; define it there, or write the name of one it has")
-    return name, function
+    return name, cast(Metric, function)
 
 
 def _file(place: str, spec: str):
@@ -237,4 +237,4 @@ def score(spec: str | Metric, predictions: list[str], references: list[str], row
     if values.shape != (len(predictions),):
         given = f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
         raise ConfigError(f"metric {name} must return one number for each of the {len(predictions)} answers, and returned {given}")
-    return values.tolist()
+    return [float(value) for value in values]

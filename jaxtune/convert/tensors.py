@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 class Checkpoint(Protocol):
     """What the loader needs of a checkpoint: which tensors it has, under Hugging Face's names, and one of them at a time."""
 
-    entries: Mapping[str, Entry]
+    entries: dict[str, Entry]
 
     def read(self, name: str) -> Any:
         """The tensor as a numpy array, or as a packed `Weight`."""

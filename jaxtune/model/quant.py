@@ -77,8 +77,8 @@ class Int8(Weight):
     absmax: jax.Array  # float32 [out]
 
     def dense(self, dtype) -> jax.Array:
-        """`[out, in]`."""
-        return (self.codes.astype(jnp.float32) * (self.absmax[:, None] * jnp.float32(1 / 127))).astype(dtype)
+        """`[out, in]`; multiplied in bitsandbytes' order, which decides the last bit."""
+        return (self.codes.astype(jnp.float32) * self.absmax[:, None] * jnp.float32(1 / 127)).astype(dtype)
 
     def apply(self, x: jax.Array) -> jax.Array:
         """`x W^T`; the backward pass unpacks the matrix again."""
