@@ -198,7 +198,7 @@ def find(spec: str | Metric) -> tuple[str, Metric]:
     function = getattr(_file(place, spec) if separator == ":" else _module(place, spec), name, None)
     if not callable(function):
         raise ConfigError(f"metric {spec}: {place} has no function {name}; define it there, or write the name of one it has")
-    return name, cast(Metric, function)
+    return name, function  # type: ignore[return-value]
 
 
 def _file(place: str, spec: str):

@@ -52,7 +52,7 @@ class NF4(Weight):
 
     def scales(self) -> jax.Array:
         """absmax per block, float32 `[rows, blocks per row]`."""
-        if self.nested_absmax is None:
+        if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
         block = jnp.arange(self.absmax.size).reshape(self.absmax.shape) // NESTED_BLOCK
         return jnp.asarray(dynamic_map())[self.absmax] * self.nested_absmax[block] + self.nested_offset

@@ -52,7 +52,7 @@ def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: 
     pad = -N % size
     hidden = jnp.pad(hidden_BND, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
     targets = jnp.pad(targets_BN, ((0, 0), (0, pad))).reshape(B, -1, size).swapaxes(0, 1)
-    out = _chunked(config, head, hidden, targets)
+    out: tuple[jax.Array, ...] = _chunked(config, head, hidden, targets)  # type: ignore[assignment]
     return tuple(x.swapaxes(0, 1).reshape(B, N + pad)[:, :N] for x in out)
 
 
