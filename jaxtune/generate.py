@@ -239,7 +239,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
             raise DataError(f"{arguments.prompts}: no such file; --prompts takes a file of rows with `prompt` or `messages`")
         for row in files.read(paths):
             prompt = row.fields.get("prompt") or row.fields.get("messages")
-            if not prompt or not isinstance(prompt, (str, list)):
+            if not prompt or not isinstance(prompt, str) and not (isinstance(prompt, list) and isinstance(prompt[0], dict)):
                 found = ", ".join(row.fields)
                 raise row.fail(f"has no prompt; it needs a text or a list of messages under `prompt` or `messages`, it has {found}")
             prompts.append(prompt)
@@ -248,7 +248,9 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
     if arguments.system is not None:
         if arguments.no_chat:
             raise ConfigError("--system needs the chat template, which --no-chat leaves out; take one of them away")
-        turns = ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts)
+        turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        if own := [number for number, turn in enumerate(turns, 1) if turn[0].get("role") == "system"]:
+            raise ConfigError(f"prompt {own[0]} of {len(turns)} has a system turn of its own; leave --system out, or take that turn away")
         prompts = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
     return prompts
 

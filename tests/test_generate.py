@@ -321,6 +321,12 @@ def test_mistakes_are_one_clear_line(monkeypatch, capsys, folder, arguments, mes
     assert code == 2 and message in err and "Traceback" not in err and out == ""
 
 
+def test_two_system_turns_are_refused(monkeypatch, capsys, folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
+    code, _, err = _command(monkeypatch, capsys, folder, "--prompts", tmp_path / "p.jsonl", "--system", "b")
+    assert code == 2 and "prompt 1 of 1 has a system turn of its own" in err
+
+
 def test_a_row_without_a_prompt_is_named(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"question": "two"}\n')
     code, _, err = _command(monkeypatch, capsys, folder, "--prompts", tmp_path / "p.jsonl")
