@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.moe import RouterSums
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,13 +27,14 @@ class TokenLogprobs(NamedTuple):
     correct_BN: jax.Array
     index_BN: jax.Array
     collision_BN: jax.Array
+    aux: RouterSums | None = None  # where the routers sent the tokens (None without experts)
 
 
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
     """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
-    hidden_BTD = decoder.hidden(
+    hidden_BTD, _, aux = decoder.hidden(
         config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD, parents_BT=batch.parents
-    ).hidden_BTD
+    )
     N = batch.capacity or batch.tokens.shape[1]
     trained_BT = batch.weights != 0
     index_BN = jnp.argsort(~trained_BT, axis=1, stable=True)[:, :N]  # trained tokens first, in order
@@ -42,7 +44,7 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
     hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
     logp, entropy, correct, collision = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
     live = (weights_BN != 0).astype(jnp.float32)
-    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN, collision * live)
+    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN, collision * live, aux)
 
 
 def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):

@@ -6,12 +6,17 @@ import jax.numpy as jnp
 from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.moe import load_balancing_loss
 from jaxtune.objectives.logprobs import token_logprobs
 from jaxtune.objectives.loss import Loss
 
 
 def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """`-sum(w log p)` over trained tokens and `sum(w)`; with `neftune_noise_alpha` and a key, noisy embeddings (arXiv 2310.05914)."""
+    """`-sum(w log p)` over trained tokens and `sum(w)`; with `neftune_noise_alpha` and a key, noisy embeddings (arXiv 2310.05914).
+
+    Where there are experts, `router_aux_loss_coef` times the load-balancing loss is added. That one is a product of means over the
+    micro-batch, as in transformers, so it alone depends on how a batch is cut into micro-batches.
+    """
     embeds_BTD = None
     if config.neftune_noise_alpha and key is not None:
         embeds_BTD = decoder.embed(model_config, params, batch.tokens)
@@ -21,4 +26,9 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
     out = token_logprobs(model_config, params, batch, embeds_BTD)
     count = (out.weights_BN != 0).astype(jnp.float32).sum()
     metrics = {"mean_token_accuracy": (out.correct_BN.sum(), count), "entropy": (out.entropy_BN.sum(), count)}
-    return Loss(-(out.logp_BN * out.weights_BN).sum(), out.weights_BN.sum(), metrics)
+    total, weight = -(out.logp_BN * out.weights_BN).sum(), out.weights_BN.sum()
+    if out.aux is not None:
+        balance = load_balancing_loss(out.aux)
+        total += config.router_aux_loss_coef * balance * weight
+        metrics["aux_loss"] = (balance * weight, weight)
+    return Loss(total, weight, metrics)
