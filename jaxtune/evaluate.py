@@ -69,29 +69,33 @@ class Report:
             console.print(_sample(sample))
 
     def _table(self) -> Table:
+        """Metric, base, tuned, change, and the interval of the change (of the base, where it stands alone)."""
         table = Table(title=f"{self.rows} answered rows" if self.rows else None, title_justify="left")
-        for column in ("", "base", *(("tuned", "change") if self.tuned else ())):
-            table.add_column(column, justify="right" if column else "left")
-        for name, value in self.base.items():
-            cells = [name, self._cell("base", name, value)]
-            if self.tuned:
-                cells += [self._cell("tuned", name, self.tuned[name]), self._cell("change", name, self.tuned[name] - value)]
-            table.add_row(*cells)
+        columns = {"base": self.base} | ({"tuned": self.tuned, "change": self._change()} if self.tuned else {})
+        for column in ("", *columns, "95 % interval"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        last = "change" if self.tuned else "base"
+        for name in self.base:
+            share = name in self.interval["base"] or name == "mean_token_accuracy"
+            cells = [_number(values[name], share, signed=side == "change") for side, values in columns.items()]
+            bounds = [_number(bound, share, self.tuned is not None) for bound in self.interval[last].get(name, ())]
+            table.add_row(name, *cells, " to ".join(bounds))
         return table
 
-    def _cell(self, side: str, name: str, value: float) -> str:
-        sign = "+" if side == "change" else ""
-        if name not in self.interval.get(side, {}):
-            return f"{100 * value:{sign}.1f} %" if name == "mean_token_accuracy" else f"{value:{sign}.4g}"
-        low, high = self.interval[side][name]
-        return f"{100 * value:{sign}.1f} % [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    def _change(self) -> dict[str, float]:
+        return {name: self.tuned[name] - value for name, value in self.base.items()} if self.tuned else {}
+
+
+def _number(value: float, share: bool, signed: bool) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f} %" if share else f"{value:{sign}.4g}"
 
 
 def _sample(sample: dict[str, Any]) -> Text:
-    lines = Text("\n" + sample["prompt"].strip() + "\n", "bold")
+    lines = Text("\n" + sample["prompt"].strip(), "bold")
     for name in ("reference", "base", "tuned"):
         if name in sample:
-            lines.append(f"  {name:<10}{' '.join(sample[name].split())}\n", "green" if name == "reference" else "not bold")
+            lines.append(f"\n  {name:<10}{' '.join(sample[name].split())}", "not bold green" if name == "reference" else "not bold")
     return lines
 
 
