@@ -61,7 +61,8 @@ def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 
 
 def log_to_terminal() -> None:
-    """Print what jaxtune has to say on stderr; other packages' logs stay as they are."""
+    """Print what jaxtune has to say on stderr. Orbax's threads log every exception that they also hand on, with its traceback: not here."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logger, handler = logging.getLogger("jaxtune"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers, logger.propagate = [handler], False

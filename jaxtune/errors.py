@@ -56,7 +56,7 @@ def explain(error: BaseException) -> str | None:
             if isinstance(link, OSError) and link.errno == number:
                 return f"{link.filename}: {reason}" if link.filename else reason
             if os.strerror(number) in str(link):
-                return f"{reason} ({str(link).splitlines()[0]})"
+                return f"{reason} ({str(link).splitlines()[0][:160]})"
     return None
 
 
