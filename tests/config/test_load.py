@@ -148,7 +148,7 @@ def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     for name in ALIASES[alias].split("."):
         here, there = getattr(here, name), getattr(there, name)
     asks_for_the_default = {"lora_target_linear", "full_finetuning", "completion_only_loss", "evaluation_strategy", "packing",
-                            "sample_packing", "use_gradient_checkpointing", "activation_checkpointing", "attn_implementation",
+                            "sample_packing", "attn_implementation",
                             "finetuning_type", "stage", "use_peft", "optimizer", "excess_length_strategy",
                             "init_lora_weights"}  # fmt: skip
     assert (here == there) == (alias in asks_for_the_default)
