@@ -135,11 +135,13 @@ def _quantize_blocks(w, block_size: int, kind: str):
     rows = out if width % block_size == 0 else 1
     blocks = jnp.pad(flat, (0, pad)).reshape(rows, -1, block_size)
     absmax = jnp.abs(blocks).max(-1)
-    floor = jnp.maximum(absmax, jnp.float32(1e-38))
-    scaled = jnp.clip(blocks * (1.0 / floor)[..., None], -1.0, 1.0)
+    # bitsandbytes divides by max(absmax, 1e-38). XLA counts that number as 0, and 0 / 0 would give a block of zeros another code than 7
+    inverse = jnp.where(absmax > 0, 1.0 / absmax, 0.0)
+    scaled = jnp.clip(blocks * inverse[..., None], -1.0, 1.0)
     if pad:  # bitsandbytes divides in the last, partial block and multiplies by the reciprocal elsewhere
-        scaled = scaled.at[0, -1].set(jnp.clip(blocks[0, -1] / floor[0, -1], -1.0, 1.0))
-        absmax = absmax.at[0, -1].set(floor[0, -1])
+        last = absmax[0, -1]
+        scaled = scaled.at[0, -1].set(jnp.where(last > 0, jnp.clip(blocks[0, -1] / last, -1.0, 1.0), 0.0))
+        absmax = absmax.at[0, -1].set(jnp.where(last > 0, last, jnp.float32(1e-38)))
     order = np.argsort(np.asarray(CODES[kind], np.float32), kind="stable")
     values = np.asarray(CODES[kind], np.float32)[order]
     thresholds = (values[1:] + values[:-1]) / np.float32(2)
