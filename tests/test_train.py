@@ -15,7 +15,8 @@ from jaxtune.errors import CheckpointError, ConfigError, JaxtuneError
 from jaxtune.runlog import RunLog
 from jaxtune.train import train
 
-ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in "one two three hello there fox dog quick brown lazy".split()]
+WORDS = "one two three hello there fox dog quick brown lazy".split()
+ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in WORDS]
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +48,19 @@ def metrics(run):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_run_lowers_the_loss_and_leaves_its_folder(config, tmp_path, method):
-    result = train(config(method=method, max_steps=8, data={"eval": 0.3}))
+    ended = train(config(method=method, max_steps=8, data={"eval": 0.3}))
     run = tmp_path / "run"
     rows = [row for row in metrics(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"]
     assert {"grad_norm", "learning_rate", "epoch", "num_tokens", "mean_token_accuracy", "entropy"} <= rows[0].keys()
     assert any("eval_loss" in row for row in metrics(run))
     kept = {path.name for path in run.iterdir()}
-    assert kept == {"config.yaml", "run.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", "model" if method == "full" else "adapter"}
+    result = "model" if method == "full" else "adapter"
+    assert kept == {"config.yaml", "run.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", result}
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == method
     record = json.loads((run / "run.json").read_text())
     assert record["versions"]["jax"] == jax.__version__ and record["model"]["sha256"]["model.safetensors"]
-    assert result.step == 8 and result.metrics["loss"] == rows[-1]["loss"]
+    assert ended.step == 8 and ended.metrics["loss"] == rows[-1]["loss"]
 
 
 def test_the_adapter_on_disk_is_the_one_that_was_trained(config, folder, tmp_path):
@@ -90,7 +92,8 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, metho
     resumed = train(settings | {"resume": True})
     for left, right in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(resumed.trainable), strict=True):
         np.testing.assert_array_equal(left, right)
-    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(tmp_path / name)] for name in ("whole", "run")]
+    logs = [metrics(tmp_path / name) for name in ("whole", "run")]
+    timeless = [[{key: value for key, value in row.items() if key != "tokens_per_second"} for row in log] for log in logs]
     assert timeless[0] == timeless[1]
 
 
