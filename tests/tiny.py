@@ -7,6 +7,7 @@ import numpy as np
 from chat import make_tokenizer
 from safetensors.numpy import save_file
 
+from jaxtune.convert.tensors import Safetensors
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import spec
 
@@ -57,3 +58,15 @@ def write_chat_model(folder, hf=LLAMA, seed=0):
     write(folder, hf, hf_tensors(hf, seed=seed))
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def read_all(folder):
+    files = Safetensors(folder)
+    return {name: files.read(name) for name in files.entries}
+
+
+def assert_same_bytes(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name

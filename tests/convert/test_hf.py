@@ -9,24 +9,11 @@ from safetensors.numpy import load_file
 
 from jaxtune.convert import hf
 from jaxtune.convert.load import load, open_model
-from jaxtune.convert.tensors import Safetensors
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
 from jaxtune.model.spec import abstract
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.tree import flatten
-
-
-def read_all(folder):
-    files = Safetensors(folder)
-    return {name: files.read(name) for name in files.entries}
-
-
-def assert_same_bytes(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
 
 
 def test_a_row_is_its_tensors_stacked(tmp_path):
@@ -49,7 +36,7 @@ def test_in_and_out_is_the_same_bytes(tmp_path, dtype, tie):
     model = load(tmp_path / "in", dtype=dtype)
     hf.save(model.config, model.params, tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    assert_same_bytes(read_all(tmp_path / "out"), tensors)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tensors)
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((tmp_path / "in/config.json").read_text())
 
 
@@ -60,7 +47,7 @@ def test_mixed_dtypes_survive_auto(tmp_path):
     model = load(tmp_path / "in", dtype="auto")
     assert model.config.dtype == "bfloat16"
     hf.save(model.config, model.params, tmp_path / "out")
-    assert_same_bytes(read_all(tmp_path / "out"), tensors)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tensors)
 
 
 def test_another_dtype_is_written_and_said(tmp_path):
@@ -68,14 +55,14 @@ def test_another_dtype_is_written_and_said(tmp_path):
     model = load(tmp_path / "in")
     hf.save(model.config, model.params, tmp_path / "out", dtype="bfloat16")
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert {str(array.dtype) for array in read_all(tmp_path / "out").values()} == {"bfloat16"}
+    assert {str(array.dtype) for array in tiny.read_all(tmp_path / "out").values()} == {"bfloat16"}
 
 
 def test_from_disk_to_disk_without_loading(tmp_path):
     tensors = tiny.write(tmp_path / "in", dtype="bfloat16")
     opened = open_model(tmp_path / "in")
     hf.save(opened.config, abstract(opened.config), tmp_path / "out", base=opened.checkpoint)
-    assert_same_bytes(read_all(tmp_path / "out"), tensors)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tensors)
 
 
 def test_sharded_folders_load_like_single_ones(tmp_path):
@@ -113,7 +100,7 @@ def test_a_tied_model_with_another_head_is_untied(tmp_path):
     assert not model.config.tie_word_embeddings and model.hf_config["tie_word_embeddings"] is False
     np.testing.assert_array_equal(model.params["head"], head)
     hf.save(model.config, model.params, tmp_path / "out")
-    assert_same_bytes(read_all(tmp_path / "out"), tensors)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tensors)
 
 
 def test_a_tree_with_a_head_of_its_own_unties_what_is_written(tmp_path):

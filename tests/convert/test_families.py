@@ -1,0 +1,65 @@
+"""Every family through disk: Hugging Face in, Hugging Face out, the same bytes; and the other layouts its files come in."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import references
+import tiny
+from tiny import assert_same_bytes, read_all
+
+from jaxtune.convert import hf
+from jaxtune.convert.load import load, open_model
+from jaxtune.model.spec import abstract
+
+
+@pytest.mark.parametrize("case", references.CASES)
+def test_in_and_out_is_the_same_bytes(tmp_path, case):
+    golden = references.load(case)
+    tensors = tiny.write(tmp_path / "in", golden.config, dtype="bfloat16")
+    assert tensors.keys() == golden.tensors.keys()
+    assert {name: array.shape for name, array in tensors.items()} == {name: array.shape for name, array in golden.tensors.items()}
+    model = load(tmp_path / "in", "bfloat16")
+    hf.save(model.config, model.params, tmp_path / "loaded", max_shard_size="20KB")
+    assert_same_bytes(read_all(tmp_path / "loaded"), tensors)
+    opened = open_model(tmp_path / "in")
+    hf.save(opened.config, abstract(opened.config), tmp_path / "streamed", base=opened.checkpoint)
+    assert_same_bytes(read_all(tmp_path / "streamed"), tensors)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_stacked_as_transformers_5_can_write_them(tmp_path, case):
+    golden = references.load(case)
+    tensors = tiny.write(tmp_path / "apart", golden.config)
+    stacked, experts = {}, {}
+    for name, array in tensors.items():
+        match = re.fullmatch(r"(.*)\.(block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match:
+            kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(match[4], match[4])
+            experts.setdefault((match[1], kind), {})[int(match[3])] = array
+        else:
+            stacked[name.replace("block_sparse_moe.gate", "mlp.gate")] = array
+    parts = {key: np.stack([by_number[number] for number in sorted(by_number)]) for key, by_number in experts.items()}
+    for prefix in {prefix for prefix, _ in parts}:
+        stacked[f"{prefix}.mlp.experts.gate_up_proj"] = np.concatenate([parts[prefix, "gate_proj"], parts[prefix, "up_proj"]], axis=1)
+        stacked[f"{prefix}.mlp.experts.down_proj"] = parts[prefix, "down_proj"]
+    tiny.write(tmp_path / "stacked", golden.config, stacked)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "stacked").params, load(tmp_path / "apart").params)
+
+
+@pytest.mark.parametrize(
+    ("case", "rename", "buffers"),
+    [
+        ("gpt2", lambda name: name.removeprefix("transformer."), ["h.0.attn.bias", "h.0.attn.masked_bias"]),
+        ("gpt_neox", lambda name: name.replace("embed_out", "lm_head"), ["gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+        ("gpt_neox", lambda name: name, ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias"]),
+        ("llama", lambda name: name.removeprefix("model."), []),
+    ],
+)
+def test_names_that_older_files_have(tmp_path, case, rename, buffers):
+    golden = references.load(case)
+    tensors = tiny.write(tmp_path / "usual", golden.config)
+    other = {rename(name): array for name, array in tensors.items()} | {name: np.ones((1, 1), np.float32) for name in buffers}
+    tiny.write(tmp_path / "other", golden.config, other)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "other").params, load(tmp_path / "usual").params)
