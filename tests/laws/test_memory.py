@@ -1,0 +1,72 @@
+"""Law 8: dequantised weights are never live across layers. By the compiler's own account of the train step's temporaries."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from jaxtune.config import LoraConfig
+from jaxtune.data.batch import Batch
+from jaxtune.model import quant
+from jaxtune.model.families import from_hf
+from jaxtune.model.spec import spec
+from jaxtune.model.weight import Weight
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.peft import lora
+from jaxtune.step import how_to_compute, init_state, make_step
+from jaxtune.tree import unflatten
+
+SHAPE = tiny.LLAMA | {"hidden_size": 128, "intermediate_size": 512, "attention_bias": False}
+TOKENS = 8  # few, so that weights are what takes memory
+
+
+def temporaries(layers: int, remat: str, quantization: str | None = "nf4-dq") -> int:
+    """Bytes of temporaries of one LoRA step on a model of so many layers."""
+    config = dataclasses.replace(from_hf(SHAPE | {"num_hidden_layers": layers}), remat=remat)
+    run = SimpleNamespace(max_grad_norm=1.0, neftune_noise_alpha=None, lora=LoraConfig(r=2))
+    flat = {}
+    for path, row in spec(config).items():
+        if row.is_matrix and quantization:
+            leaf = quant.abstract(quantization, row.shape[1:])
+            flat[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), leaf)
+        else:
+            flat[path] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
+    base = unflatten(flat)
+    optimizer = optax.sgd(1.0)
+    state = jax.eval_shape(lambda p: init_state(lora.init(jax.random.key(0), config, p, run.lora), optimizer, 0), base)
+    numbers = jnp.arange(TOKENS, dtype=jnp.int32)[None, None]
+    batch = Batch(numbers, (numbers > 0).astype(jnp.float32), numbers, jnp.ones_like(numbers))
+    step = jax.jit(make_step(run, config, OBJECTIVES["sft"], optimizer))
+    return step.lower(state, base, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def dense_layer() -> int:
+    rows = spec(from_hf(SHAPE)).values()
+    return sum(4 * int(np.prod(row.shape[1:])) for row in rows if row.is_matrix)
+
+
+def growth(remat: str, quantization: str | None = "nf4-dq") -> float:
+    """Temporaries that one more layer takes, in dense layers."""
+    return (temporaries(10, remat, quantization) - temporaries(2, remat, quantization)) / 8 / dense_layer()
+
+
+@pytest.mark.parametrize(("kind", "remat"), [("nf4-dq", "none"), ("nf4-dq", "dots"), ("nf4-dq", "full"), ("int8", "none")])
+def test_a_layer_leaves_no_dense_copy(kind, remat):
+    assert growth(remat, kind) < 0.2
+
+
+def test_the_measure_sees_a_dense_copy(monkeypatch):
+    """Autodiff through the plain product keeps what it multiplied by: this law's failure, made on purpose."""
+    monkeypatch.setattr(quant.NF4, "apply", Weight.apply)
+    assert growth("none") > 0.9
+
+
+def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
+    run = SimpleNamespace(gradient_checkpointing="auto", logits_chunk_size=None, dtype="float32")
+    chosen = {platform: how_to_compute(run, from_hf(SHAPE), platform).remat for platform in ("cpu", "gpu", "tpu")}
+    assert chosen == {"cpu": "dots", "gpu": "full", "tpu": "full"}

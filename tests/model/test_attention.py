@@ -1,0 +1,101 @@
+"""Attention by blocks against one plain softmax over all scores: values and gradients, whatever hides a key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.model import attention
+from jaxtune.model.attention import Keys, attend
+
+B, T, H, K, h = 2, 45, 6, 2, 8
+RNG = np.random.default_rng(0)
+Q = RNG.standard_normal((B, T, H, h)).astype(np.float32)
+KV = RNG.standard_normal((2, B, T, K, h)).astype(np.float32)
+OUT = RNG.standard_normal((B, T, H, h)).astype(np.float32)
+# three documents in the first row; two and padding in the second
+SEGMENTS = np.stack([np.repeat([1, 2, 3], 15), np.repeat([1, 2, 0], [20, 14, 11])]).astype(np.int32)
+SLOTS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+POSITIONS = SLOTS - np.stack([np.repeat([0, 15, 30], 15), np.repeat([0, 20, 34], [20, 14, 11])]).astype(np.int32)
+PARENTS = np.where(SEGMENTS == 3, 1, 0).astype(np.int32)
+CASES = {
+    "segments": {},
+    "window": {"window": 4},
+    "softcap": {"cap": 1.5},
+    "parents": {"parents": PARENTS},
+    "all": {"window": 40, "cap": 1.5, "parents": PARENTS},
+}
+
+
+def plain(q, k, v, window=0, cap=0.0, parents=None):
+    """Every score at once, by loops over what the docstring of `Keys` says; zeros where a query sees nothing."""
+    seen = np.zeros((B, T, T), bool)
+    for b in range(B):
+        for t in range(T):
+            for s in range(t + 1):
+                mine = SEGMENTS[b, s] in (SEGMENTS[b, t], *([] if parents is None else [parents[b, t]]))
+                near = window == 0 or POSITIONS[b, t] - POSITIONS[b, s] < window
+                seen[b, t, s] = mine and near and SEGMENTS[b, s] > 0
+    k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
+    scores = jnp.einsum("bthx,bshx->bhts", q, k) * 0.3
+    scores = cap * jnp.tanh(scores / cap) if cap else scores
+    probs = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1) * seen.any(-1)[:, None, :, None]
+    return jnp.einsum("bhts,bshx->bthx", probs, v)
+
+
+def ours(q, k, v, window=0, cap=0.0, parents=None):
+    queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
+    return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap)
+
+
+@pytest.fixture(params=[(128, 8), (8, 8), (8, 2), (4, 1)], ids=str)
+def blocks(request, monkeypatch):
+    """One block; a span for each block; spans of several blocks, the last one not full; one span of all."""
+    monkeypatch.setattr(attention, "BLOCK", request.param[0])
+    monkeypatch.setattr(attention, "SPANS", request.param[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(blocks, case):
+    def through(function):
+        return lambda q, k, v: (function(q, k, v, **CASES[case]) * OUT).sum()
+
+    np.testing.assert_allclose(ours(Q, *KV, **CASES[case]), plain(Q, *KV, **CASES[case]), atol=2e-6)
+    left, right = (jax.grad(through(f), (0, 1, 2))(Q, *map(jnp.asarray, KV)) for f in (ours, plain))
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_padding_is_zero_and_gives_no_gradient(blocks):
+    assert np.all(np.asarray(ours(Q, *KV))[SEGMENTS == 0] == 0)
+    grads = jax.grad(lambda q, k, v: jnp.square(ours(q, k, v)).sum(), (0, 1, 2))(Q, *map(jnp.asarray, KV))
+    assert all(np.all(np.asarray(g)[SEGMENTS == 0] == 0) and np.all(np.isfinite(g)) for g in grads)
+
+
+def test_more_slots_than_queries(blocks):
+    """As with a cache: the queries are the last tokens, and slots after them are empty."""
+    whole = ours(Q, *KV)
+    k, v = (np.concatenate([x, np.full((B, 5, K, h), 7, np.float32)], 1) for x in KV)
+
+    def empty(x):
+        return np.concatenate([x, np.zeros((B, 5), np.int32)], 1)
+
+    keys = Keys(np.broadcast_to(np.arange(T + 5), (B, T + 5)), empty(POSITIONS), empty(SEGMENTS))
+    queries = Keys(*(x[:, 10:] for x in (SLOTS, POSITIONS, SEGMENTS)))
+    np.testing.assert_allclose(attend(Q[:, 10:], k, v, queries, keys, scale=0.3), whole[:, 10:], atol=2e-6)
+
+
+def test_scores_are_never_all_there(monkeypatch):
+    """Temporaries of the backward pass grow with the length, not with its square."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+
+    def temporaries(length):
+        x, kv = (jax.ShapeDtypeStruct((1, length, heads, h), jnp.float32) for heads in (H, K))
+        slots = jnp.broadcast_to(jnp.arange(length), (1, length))
+        keys = Keys(slots, slots, jnp.ones((1, length), jnp.int32))
+        grad = jax.grad(lambda q, k, v: jnp.square(attend(q, k, v, keys, keys, scale=0.3)).sum(), (0, 1, 2))
+        return jax.jit(grad).lower(x, kv, kv).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(256), temporaries(512)
+    assert long < 2.5 * short
+    assert long < 512 * 512 * H * 4
