@@ -51,7 +51,8 @@ def load_params(source: Checkpoint, config: ModelConfig, dtype: str = "float32",
         if cell.path not in tree:
             stack = rows[cell.path].shape[: len(cell.index)]
             tree[cell.path] = jax.tree.map(lambda x, stack=stack: jnp.zeros(stack + x.shape, x.dtype), leaf)
-        tree[cell.path] = _put(tree[cell.path], leaf, cell.index)
+        # Waited for: calls are dispatched ahead of the work, and every matrix in the queue would be in memory.
+        tree[cell.path] = jax.block_until_ready(_put(tree[cell.path], leaf, cell.index))
     return unflatten(tree)
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -198,9 +198,14 @@ def write_file(file: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarr
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for plan in plans:
-            array = np.asarray(make(plan.name), order="C")
-            assert array.dtype == plan.dtype and array.shape == plan.shape, (plan, array.dtype, array.shape)
-            stream.write(array.reshape(-1).view(np.uint8).data)
+            _write_tensor(stream, plan, make)
+
+
+def _write_tensor(stream: BinaryIO, plan: Plan, make: Callable[[str], np.ndarray]) -> None:
+    # A function of its own, so that a tensor is gone before the next is made.
+    array = np.asarray(make(plan.name), order="C")
+    assert array.dtype == plan.dtype and array.shape == plan.shape, (plan, array.dtype, array.shape)
+    stream.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_json(file: Path, value: dict) -> None:
