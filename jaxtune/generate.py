@@ -27,6 +27,7 @@ from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
 from jaxtune.peft import compose
+from jaxtune.peft.combine import Mixed
 
 CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
 MOST_ROWS = 64  # rows of a batch if no batch_size is given, or as many as
@@ -69,7 +70,7 @@ def generate_tokens(
     """Answers to prompts, in their order; `num_return_sequences` of each, one after another.
 
     prompts      one or a list of: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; token ids
-    adapter      as `jt.load_adapter` or training gives it
+    adapter      as `jt.load_adapter` or training gives it; or `peft.combine.mix` of several, chosen or mixed prompt by prompt
     temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but a generation
                  config's own sampling settings are not taken over: what is not said here is off
     seed         the answer to a prompt depends on the seed and on the prompt's number, not on what it is batched with
@@ -94,7 +95,8 @@ def generate_tokens(
     reader = Reader(model.tokenizer, frozenset(stop_tokens(model)), strings)
     run = _Run(
         config=replace(model.config, remat="none"),
-        params=compose(model.params, adapter),
+        params=model.params,
+        adapter=adapter,
         sampling=sampling,
         key=jax.random.key(seed, impl="threefry2x32"),
         stops=jnp.asarray(sorted(reader.stop_tokens), jnp.int32),
@@ -157,6 +159,7 @@ class _Run(NamedTuple):
 
     config: Any
     params: dict
+    adapter: Any
     sampling: Sampling
     key: jax.Array
     stops: jax.Array
@@ -172,7 +175,9 @@ class _Run(NamedTuple):
             prompts_BT[number, T - len(row.ids) :], lengths_B[number] = row.ids, len(row.ids)
         places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
         shared = Rows(jnp.asarray(lengths_B), row_keys(self.key, places_B2), self.stops)
-        state = prefill(self.config, self.params, self.sampling, shared, prompts_BT, self.new)
+        adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
+        params = compose(self.params, adapter)
+        state = prefill(self.config, params, self.sampling, shared, prompts_BT, self.new)
         while True:
             tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
             for row, tokens in zip(rows, tokens_BN, strict=False):
@@ -193,7 +198,7 @@ class _Run(NamedTuple):
                 slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
                 state = with_slots(state, slots)
             until = min(slots - T + 1, step + CHUNK if self.watched else self.new)
-            state = decode(self.config, self.params, self.sampling, shared, state.replace(done_B=done_B), until)
+            state = decode(self.config, params, self.sampling, shared, state.replace(done_B=done_B), until)
 
 
 # ---- the command ----

@@ -10,6 +10,7 @@ import jax
 
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.peft import lora
+from jaxtune.peft.combine import Mixed, compose_rows
 
 
 class Method(NamedTuple):
@@ -49,6 +50,8 @@ def compose(base: dict, trainable, key: jax.Array | None = None) -> dict:
         return base
     if isinstance(trainable, lora.Adapter):
         return lora.compose(base, trainable, key)
+    if isinstance(trainable, Mixed):
+        return compose_rows(base, trainable)
     return trainable
 
 

