@@ -22,6 +22,8 @@ _WHERE = {
     "init_adapter": "jaxtune.peft",
     "compose": "jaxtune.peft",
     "merge": "jaxtune.peft",
+    "combine": "jaxtune.peft.combine",
+    "mix": "jaxtune.peft.combine",
     "generate_tokens": "jaxtune.generate",
     "Config": "jaxtune.config",
     "LoraConfig": "jaxtune.config",

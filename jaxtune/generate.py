@@ -2,9 +2,11 @@
 
     jaxtune generate Qwen/Qwen3-0.6B --prompt "What is the capital of France?"
     jaxtune generate BASE_MODEL --adapter runs/first/adapter --prompts questions.jsonl --json
+    jaxtune generate BASE_MODEL --adapter a=DIR --adapter b=DIR --prompt "..." --use a --prompt "..." --use b=0.7,a=0.3
 
 A prompt is a text, written as a user's turn where the tokenizer has a chat template (--no-chat: as it is). A file of prompts has rows
-with `prompt` (a text or a list of messages) or `messages`. One prompt is answered word by word; several are answered together.
+with `prompt` (a text or a list of messages) or `messages`. One prompt is answered word by word; several are answered together, each by
+the adapter that it names: --use (one for each --prompt, or one for all), or a row's `adapter` (a name, or weights by name).
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +30,12 @@ from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
 from jaxtune.peft import compose
-from jaxtune.peft.combine import Mixed
+from jaxtune.peft.combine import Mixed, mix
 
 CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
 MOST_ROWS = 64  # rows of a batch if no batch_size is given, or as many as
 MOST_BYTES = 2**30  # fit here with their cache and attention scores
+BASE = "base"  # the choice of no adapter, on the command line
 LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter, so that few shapes are compiled
 
 
@@ -70,7 +74,7 @@ def generate_tokens(
     """Answers to prompts, in their order; `num_return_sequences` of each, one after another.
 
     prompts      one or a list of: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; token ids
-    adapter      as `jt.load_adapter` or training gives it; or `peft.combine.mix` of several, chosen or mixed prompt by prompt
+    adapter      as `jt.load_adapter` or training gives it; or `jt.mix` of several, chosen or weighted prompt by prompt
     temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but a generation
                  config's own sampling settings are not taken over: what is not said here is off
     seed         the answer to a prompt depends on the seed and on the prompt's number, not on what it is batched with
@@ -92,6 +96,8 @@ def generate_tokens(
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; take it out")
     ids = _encode(model, prompts, chat, max_new_tokens)
+    if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
+        raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")
     reader = Reader(model.tokenizer, frozenset(stop_tokens(model)), strings)
     run = _Run(
         config=replace(model.config, remat="none"),
@@ -212,7 +218,8 @@ _SETTINGS = (
 def _arguments() -> argparse.Namespace:
     parser = cli.parser("generate", __doc__)
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, .gguf file or pypi:PACKAGE==VERSION/PATH")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter folder")
+    parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help="a PEFT adapter folder; several have names")
+    parser.add_argument("--use", metavar="NAME", action="append", default=[], help="a prompt's adapter; base: none; a=0.7,b=0.3: a sum")
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="a file of prompts (.jsonl, .json, .csv, .parquet)")
     parser.add_argument("--system", metavar="TEXT", help="a system turn before each prompt")
@@ -233,11 +240,12 @@ def _arguments() -> argparse.Namespace:
     return cli.parse(parser)
 
 
-def _prompts(arguments: argparse.Namespace) -> list[Any]:
-    """The prompts of the command line, then those of the file."""
+def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """The prompts of the command line, then those of the file; and which adapter the rows of the file ask for."""
     from jaxtune.data import files
 
     prompts: list[Any] = list(arguments.prompt)
+    named: list[Any] = [None] * len(prompts)
     if arguments.prompts:
         paths = files.find(arguments.prompts)
         if paths is None:
@@ -248,6 +256,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
                 found = ", ".join(row.fields)
                 raise row.fail(f"has no prompt; it needs a text or a list of messages under `prompt` or `messages`, it has {found}")
             prompts.append(prompt)
+            named.append(row.fields.get("adapter"))
     if not prompts:
         raise ConfigError("there is nothing to answer; give --prompt TEXT or --prompts FILE")
     if arguments.system is not None:
@@ -257,18 +266,53 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
         if own := [number for number, turn in enumerate(turns, 1) if turn[0].get("role") == "system"]:
             raise ConfigError(f"prompt {own[0]} of {len(turns)} has a system turn of its own; leave --system out, or take that turn away")
         prompts = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
-    return prompts
+    return prompts, named
+
+
+def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
+    """What answers the prompts: None, the one adapter of all, or several mixed; and each prompt's choice."""
+    from jaxtune.convert.peft import load_adapter
+
+    folders = dict(_name_and_folder(text) for text in arguments.adapter)
+    if len(folders) < len(arguments.adapter):
+        raise ConfigError(f"{len(arguments.adapter)} adapters need as many names; write --adapter first=DIR --adapter second=DIR")
+    adapters = {name: load_adapter(folder, model) for name, folder in folders.items()}
+    uses = [_choice(text) for text in arguments.use]
+    if len(uses) > 1:
+        if len(uses) != len(arguments.prompt):
+            raise ConfigError(f"--use is given {len(uses)} times for {len(arguments.prompt)} --prompt; give it once, or for each")
+        named[: len(uses)] = uses
+    choices = [uses[0] if choice is None and len(uses) == 1 else choice for choice in named]
+    if len(adapters) <= 1 and not any(choices):
+        return next(iter(adapters.values()), None), choices
+    if missing := [number for number, choice in enumerate(choices, 1) if choice is None]:
+        raise ConfigError(f"prompt {missing[0]} of {len(choices)} names none of the adapters {', '.join(adapters)}; add --use, or base")
+    return mix(adapters, [None if choice == BASE else choice for choice in choices]), choices
+
+
+def _name_and_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    return (name, folder) if folder and not Path(text).exists() else ("adapter", text)
+
+
+def _choice(text: str) -> str | dict[str, float]:
+    """`name`, or `name=weight,name=weight`."""
+    if "=" not in text:
+        return text
+    try:
+        return {name.strip(): float(weight) for name, _, weight in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise ConfigError(f"--use {text!r} is neither a name nor weights; write --use NAME or --use a=0.7,b=0.3") from None
 
 
 def main() -> None:
     """`python -m jaxtune.generate`."""
     from jaxtune.convert.load import load
-    from jaxtune.convert.peft import load_adapter
 
     arguments = _arguments()
-    prompts = _prompts(arguments)
+    prompts, named = _prompts(arguments)
     model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    adapter = load_adapter(arguments.adapter, model) if arguments.adapter else None
+    adapter, choices = _adapter(arguments, model, named)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS} | {"chat": False if arguments.no_chat else None}
     live = len(prompts) * arguments.num_return_sequences == 1 and not arguments.json
     if live:
@@ -278,6 +322,8 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if arguments.json:
         found = [{"prompt": prompts[c.prompt], "text": c.text, "finish_reason": c.finish_reason, "tokens": c.tokens} for c in completions]
+        if any(choices):
+            found = [one | {"adapter": choices[c.prompt]} for one, c in zip(found, completions, strict=True)]
         print(json.dumps({"completions": found, "seconds": round(seconds, 3)}, ensure_ascii=False))
         return
     for number, completion in enumerate(completions):

@@ -304,6 +304,32 @@ def test_an_adapter_folder(monkeypatch, capsys, folder, model, tmp_path):
     assert out != jt.generate(model, "hello", max_new_tokens=20)[0] + "\n"
 
 
+def test_each_prompt_by_its_own_adapter(monkeypatch, capsys, folder, model, tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        adapter = jt.init_adapter(jax.random.key(seed), model, LoraConfig(r=2, target_modules="q_proj v_proj".split()))
+        jt.save_adapter(jax.tree.map(lambda leaf: leaf + 0.5, adapter), model, tmp_path / name)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "hello", "adapter": {"a": 0.5, "b": 0.5}}))
+    given = (folder, "--adapter", f"a={tmp_path / 'a'}", "--adapter", f"b={tmp_path / 'b'}", "--max-new-tokens", 9)
+    asked = [word for use in ("a", "b", "base") for word in ("--prompt", "hello", "--use", use)]
+    code, out, _ = _command(monkeypatch, capsys, *given, *asked, "--prompts", tmp_path / "p.jsonl", "--json")
+    found = json.loads(out)["completions"]
+    adapters = {name: jt.load_adapter(tmp_path / name, model) for name in "ab"}
+    choices = ["a", "b", None, {"a": 0.5, "b": 0.5}]
+    texts = jt.generate(model, ["hello"] * 4, jt.mix(adapters, choices), max_new_tokens=9)
+    assert code == 0 and [one["text"] for one in found] == texts and len(set(texts)) == 4
+    assert [one["adapter"] for one in found] == ["a", "b", "base", choices[3]]
+    wrong = [
+        (("--prompt", "x"), "prompt 1 of 1 names none of the adapters a, b"),
+        (("--prompt", "x", "--use", "c"), "prompt 1 asks for adapter 'c'; there are a, b"),
+        (("--prompt", "x", "--use", "a=much"), "--use 'a=much' is neither a name nor weights"),
+        (("--prompt", "x", "--adapter", f"a={tmp_path / 'a'}", "--use", "a"), "3 adapters need as many names"),
+        ((*asked, "--prompt", "y"), "--use is given 3 times for 4 --prompt"),
+    ]
+    for arguments, message in wrong:
+        code, _, err = _command(monkeypatch, capsys, *given, *arguments)
+        assert code == 2 and message in err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -23,6 +23,9 @@ from jaxtune.tree import flatten, unflatten
 def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The weighted sum of adapters as one adapter; its rank at each matrix is the sum of theirs, so nothing is rounded away.
 
+    PEFT's `add_weighted_adapter(combination_type="cat")`. Its other types are approximations: "svd" cuts the sum down to a rank, "linear"
+    sums the factors, whose product then holds what one adapter's a makes of another's b.
+
     Raises ConfigError for adapters that are not sums of low-rank products (DoRA).
     """
     if not adapters or len(adapters) != len(weights):
@@ -112,15 +115,20 @@ Choice = None | str | Mapping[str, float]
 def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
     """Named adapters and, for each row (for each prompt of `generate`), its choice: a name, weights by name, or None for the base alone.
 
-    Raises ConfigError for a name that is not there and for DoRA adapters.
+    Raises ConfigError for a choice of another kind, for a name that is not there and for DoRA adapters.
     """
+    if not adapters:
+        raise ConfigError("there is no adapter to choose from; give at least one, by name")
     _refuse_dora(tuple(adapters.values()))
     names = list(adapters)
     weights = np.zeros((len(choices), len(names)), np.float32)
     for row, choice in enumerate(choices):
-        for name, weight in ({choice: 1.0} if isinstance(choice, str) else choice or {}).items():
+        wanted = {choice: 1.0} if isinstance(choice, str) else choice or {}
+        if not isinstance(wanted, Mapping) or not all(isinstance(weight, (int, float)) for weight in wanted.values()):
+            raise ConfigError(f"the choice for prompt {row + 1} is {choice!r}; write a name, or weights by name, {{{names[0]}: 0.7}}")
+        for name, weight in wanted.items():
             if name not in adapters:
-                raise ConfigError(f"row {row + 1} asks for adapter {name!r}; there are {', '.join(names)}")
+                raise ConfigError(f"prompt {row + 1} asks for adapter {name!r}; there are {', '.join(names)}")
             weights[row, names.index(name)] = weight
     return Mixed(tuple(adapters.values()), weights)
 

@@ -213,7 +213,7 @@ def _matches(name: str, row: Row, config: LoraConfig) -> str | None:
     if config.target_modules == "all-linear":
         return "all-linear" if row.is_matrix else None
     hit = _named(name, config.target_modules)
-    if hit and config.layers_to_transform is not None and not isinstance(config.target_modules, str):
+    if hit and hit != name and config.layers_to_transform is not None and not isinstance(config.target_modules, str):
         layer = re.search(r"\.(\d+)\.", name)
         chosen = config.layers_to_transform
         if layer is None or int(layer.group(1)) not in ((chosen,) if isinstance(chosen, int) else chosen):

@@ -17,6 +17,7 @@ from jaxtune.convert.peft import load_adapter, save_adapter  # noqa: E402
 from jaxtune.model.decoder import forward  # noqa: E402
 
 TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int64)
+SUM = {"a": {"r": 4, "target_modules": ["q_proj", "down_proj"]}, "b": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"]}}
 VARIANTS = {
     "all-linear": {"r": 4, "target_modules": "all-linear"},
     "list": {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"]},
@@ -86,3 +87,25 @@ def test_pefts_opens_here(folder, tmp_path, name):
         base = theirs(folder)(torch.tensor(TOKENS)).logits.numpy()
     assert np.abs(expected - base).max() > 1e-2
     np.testing.assert_allclose(ours(folder, lambda model: load_adapter(tmp_path / "adapter", model)), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_weighted_sum_is_pefts_cat(folder, tmp_path):
+    torch.manual_seed(0)
+    made = None
+    for name, settings in SUM.items():
+        settings = peft_library.LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM")
+        made = made or peft_library.get_peft_model(theirs(folder), settings, adapter_name=name)
+        if name not in made.peft_config:
+            made.add_adapter(name, settings)
+    made.add_weighted_adapter(list(SUM), [0.7, -0.4], "sum", combination_type="cat")
+    made.set_adapter("sum")
+    made.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = made.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+    def combined(model):
+        return peft.combine.combine(model.config, [load_adapter(tmp_path / name, model) for name in SUM], [0.7, -0.4])
+
+    np.testing.assert_allclose(ours(folder, combined), expected, atol=1e-4)
+    np.testing.assert_allclose(ours(folder, lambda model: load_adapter(tmp_path / "sum", model)), expected, atol=1e-4)
