@@ -32,8 +32,8 @@ class Plan:
         docs: int64 [n], document numbers, row after row.
         starts: int64 [R + 1], row r holds `docs[starts[r]:starts[r + 1]]`.
         group: int64 [R], the shape a row belongs to.
-        lengths: tokens per row T, one for each group.
-        capacities: most trained tokens of a row, rounded up, one for each group.
+        lengths: tokens per row T, one for each group, increasing.
+        capacities: most trained tokens of a row of this group or of one before it, rounded up.
     """
 
     docs: np.ndarray
@@ -118,7 +118,7 @@ def make_plan(lengths: np.ndarray, trained: np.ndarray, source: np.ndarray, pack
     else:
         sizes = [min(round_up(int(lengths.max(initial=1))), max_length)]
     group = np.searchsorted(sizes, lengths) if packing == "group" else np.zeros(len(starts) - 1, np.int64)
-    capacities = [min(round_up(int(row_trained[group == g].max(initial=1))), size) for g, size in enumerate(sizes)]
+    capacities = [min(round_up(int(row_trained[group <= g].max(initial=1))), size) for g, size in enumerate(sizes)]
     return Plan(docs, starts, group, tuple(sizes), tuple(capacities))
 
 

@@ -19,7 +19,7 @@ from jaxtune.data.packing import make_plan
 from jaxtune.data.screen import screened, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.errors import DataError
 
 # objective: what its rows are. All others take preference pairs.
 KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Labelled,)}
@@ -107,8 +107,6 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     if not training:
         return Source(units, plan, rows, seed=seed, shuffle=False)
     mix = mixture(units.part[plan.docs[plan.starts[:-1]]], config)
-    if mix is not None and len(plan.lengths) > 1:
-        raise ConfigError("data.packing: group sorts rows by length, which a mixture with weights cannot keep to; use packing: true")
     return Source(units, plan, rows, config.gradient_accumulation_steps, seed, data.shuffle, mix)
 
 

@@ -49,9 +49,8 @@ class Source:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch: those that visit each row once, or as often as the mixture says."""
-        per_step = self.rows * self.accumulation
-        counts = np.bincount(self.plan.group) if self.mixture is None else [sum(self.mixture.quota)]
-        return int(sum(-(-count // per_step) for count in counts))
+        count = len(self.plan) if self.mixture is None else sum(self.mixture.quota)
+        return -(-count // (self.rows * self.accumulation))
 
     @property
     def tokens(self) -> int:
@@ -125,17 +124,18 @@ class Source:
 
     @cached_property
     def answers(self) -> list[int]:
-        """The most answers a row has, for each group of rows; 0 for objectives that number none."""
+        """The most answers that a row of each group, or of one before it, has; 0 for objectives that number none."""
         counts = self._by_row(self.units.answers)
-        return [int(counts[self.plan.group == group].max()) for group in range(len(self.plan.lengths))]
+        return [int(counts[self.plan.group <= group].max()) for group in range(len(self.plan.lengths))]
 
     def _steps(self, order: np.ndarray, per_step: int) -> np.ndarray:
-        """Row numbers [steps, per_step], -1 where there is none; the rows of a step are of one shape."""
-        steps = []
-        for group in range(len(self.plan.lengths)):
-            rows = order[self.plan.group[order] == group]
-            steps.append(np.pad(rows, (0, -len(rows) % per_step), constant_values=-1).reshape(-1, per_step))
-        return np.concatenate(steps)
+        """Row numbers [steps, per_step], -1 where there is none.
+
+        Rows are sorted by group and then cut into steps, so that an epoch has the same number of steps whatever a mixture has drawn. A step
+        over the border of two groups takes the longer shape.
+        """
+        order = order[np.argsort(self.plan.group[order], kind="stable")]
+        return np.pad(order, (0, -len(order) % per_step), constant_values=-1).reshape(-1, per_step)
 
     def _batch(self, rows_AB: np.ndarray, process: int, processes: int) -> Batch:
         if self.rows % processes:
@@ -143,7 +143,7 @@ class Source:
                 f"{self.rows} rows of a micro-batch do not divide by {processes} processes; make "
                 "per_device_train_batch_size times the devices a multiple of the processes"
             )
-        group = self.plan.group[rows_AB.max()]
+        group = self.plan.group[rows_AB[rows_AB >= 0]].max()
         mine = np.split(rows_AB, processes, axis=1)[process]
         shape = (*mine.shape, self.plan.lengths[group])
         batch = Batch.empty(shape, self.plan.capacities[group], self.answers[group], self.units.shared)

@@ -6,6 +6,7 @@ import pytest
 
 from jaxtune import data
 from jaxtune.data.mixing import Mixture
+from jaxtune.data.packing import MAX_SHAPES
 from jaxtune.errors import ConfigError
 
 SIZES = {"a": 40, "b": 10}
@@ -86,6 +87,30 @@ def test_a_step_of_a_far_epoch_is_a_pure_function(config, tokenizers, sources):
         assert (one.batch_at(step).tokens == two.batch_at(step).tokens).all()
 
 
+def test_rows_grouped_by_length_keep_to_the_mixture(config, tokenizers, tmp_path):
+    """Quotas are exact in every epoch, each has the same number of steps, and no epoch asks for a shape of its own."""
+    paths = []
+    for name, size in (("a", 60), ("b", 25)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"{name} {n}: ", "completion": "yes " * (n * n % 121)}) + "\n" for n in range(1, size)))
+        paths.append(str(path))
+    train = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 2), strict=True)]
+    top = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    source = data.load(config(train, top, packing="group", max_length=1024, mix_stop="first"), tokenizers["chatml"]).train
+    assert len(source.plan.lengths) > 2
+    together, shapes = collections.Counter(), set()
+    for epoch, seen in enumerate(counts(source, 6)):
+        assert by_source(seen) == [12, 24, 0]
+        together += seen
+        for step in range(source.steps_per_epoch):
+            batch = source.batch_at(epoch * source.steps_per_epoch + step)
+            shapes.add((batch.tokens.shape, batch.capacity))
+            longest = (batch.segments > 0).sum(-1).max()
+            assert longest <= batch.tokens.shape[-1] and (batch.weights > 0).sum(-1).max() <= batch.capacity
+    assert len(together) == 59 + 24, "every row of every length has its turn"
+    assert 1 < len(shapes) <= MAX_SHAPES
+
+
 def test_unshuffled_sources_are_interleaved_evenly():
     mix = Mixture([np.arange(4), np.arange(4, 6)], [4, 2])
     assert mix.epoch(0, 0, shuffle=False).tolist() == [0, 4, 1, 2, 5, 3]
@@ -98,14 +123,3 @@ def test_mistakes(config, tokenizers, sources):
         mixed(config, tokenizers, sources, replay={"path": sources["general"], "weight": 1.0})
     with pytest.raises(ConfigError, match="the weight of .* is -1, but has to be above 0"):
         mixed(config, tokenizers, sources, weights=(1, -1))
-    with pytest.raises(ConfigError, match="packing: group sorts rows"):
-        data.load(
-            config([{"path": sources["a"], "weight": 1}, {"path": long_rows(sources["b"]), "weight": 1}], packing="group"),
-            tokenizers["chatml"],
-        )
-
-
-def long_rows(path):
-    with open(path, "a") as stream:
-        stream.write(json.dumps({"prompt": "long " * 15, "completion": "yes"}) + "\n")
-    return path
