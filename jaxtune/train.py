@@ -1,10 +1,12 @@
 """python -m jaxtune.train CONFIG.yaml [key=value ...]
 
 Fine-tune a model as the config says; writes a run folder: config.yaml, run.json, metrics.jsonl, loss.png, tensorboard/,
-checkpoints/, and the result: adapter/ (PEFT's format) or model/ (Hugging Face's).
+checkpoints/, and the result: adapter/ (PEFT's format) or model/ (Hugging Face's). With data.kfold, one such folder for each fold and
+folds.json, the mean and spread of what they measured.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -25,6 +27,7 @@ from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
+from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import METHODS
@@ -44,20 +47,29 @@ class Result:
     metrics: dict[str, float]
     trainable: Any
     model: Model
+    interrupted: bool = False
 
 
-def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = ()) -> Result:
-    """One training run, from a config to its result.
+def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = ()) -> Result | CrossValidation:
+    """One training run, from a config to its result; with `data.kfold` and no `data.fold`, one for each fold.
 
     Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
     """
     config = config if isinstance(config, Config) else load_config(config, overrides)
     _check_tables(config)
     enable_compilation_cache(config)
-
-    # ---- 1. What there is: devices, the model's files, the rows ----
     mesh = parallel.make_mesh(config.mesh)
     config = _settle(config)
+    if config.data.kfold is None or config.data.fold is not None:
+        return _train(config, mesh)
+    tokenizer = open_model(config.model).tokenizer
+    found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh))
+    found.show()
+    return found
+
+
+def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
+    # ---- 1. What there is: the model's files, the rows ----
     if config.resume or config.output_dir and Path(config.output_dir).exists():
         runfolder.open_run(config)  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
@@ -78,12 +90,8 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     base = reference.prepare(config, opened, model, trainable, rows, mesh)
 
     # ---- 3. The step ----
-    optimizer = optim.optimizer(config, total_steps)
-    state = _place_state(mesh, config, trainable, optimizer)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    objective = OBJECTIVES[config.objective]
-    step = jax.jit(make_step(config, model.config, objective, optimizer), donate_argnums=0, out_shardings=(shardings, None))
-    eval_step = jax.jit(make_eval_step(config, model.config, objective))
+    state = _place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
+    step, eval_step = _programs(config, model.config, total_steps, state)
 
     # ---- 4. The folder; resume ----
     folder = runfolder.open_run(config)
@@ -104,7 +112,7 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     if not run.interrupted and config.evaluate.metric:
         of_run(config, model, state.trainable, folder).show()
         log.info("every answer: %s; the loss: %s", folder / "predictions.jsonl", folder / "loss.png")
-    return Result(folder, int(state.step), metrics, state.trainable, model)
+    return Result(folder, int(state.step), metrics, state.trainable, model, run.interrupted)
 
 
 def _check_tables(config: Config) -> None:
@@ -160,6 +168,20 @@ def _place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
     own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     shardings = parallel.like(trainable, own, shapes, parallel.replicated(mesh))
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
+
+
+def _programs(config: Config, model_config: Any, total_steps: int, state: TrainState) -> tuple[Any, Any]:
+    """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
+    alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
+    shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
+    return _jitted(alike, model_config, total_steps, OBJECTIVES[config.objective], tuple(shardings), structure)
+
+
+@functools.lru_cache(maxsize=1)
+def _jitted(config: Config, model_config: Any, total_steps: int, objective: Any, shardings: tuple, structure: Any) -> tuple[Any, Any]:
+    step = make_step(config, model_config, objective, optim.optimizer(config, total_steps))
+    out_shardings = (jax.tree.unflatten(structure, shardings), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective))
 
 
 def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:

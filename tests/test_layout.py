@@ -16,7 +16,7 @@ LEVELS = (
     {"model", "data"},
     {"parallel", "peft", "objectives", "optim", "metrics", "targets"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
-    {"loop", "generate", "reference"},
+    {"loop", "generate", "reference", "folds"},
     {"train", "evaluate", "export", "plan"},
     {"__main__", "__init__"},
 )

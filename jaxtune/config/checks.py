@@ -126,6 +126,8 @@ def _evaluation(config: "Config") -> None:
             f"eval_strategy is {config.eval_strategy}, but there is nothing to evaluate on; "
             "write data.eval: a file, or a share of the training rows such as 0.05."
         )
+    if not evaluated and config.data.kfold is not None:
+        raise ConfigError("data.kfold is there to evaluate, and eval_strategy is no; leave eval_strategy out.")
     if config.eval_steps is not None and config.eval_strategy != "steps":
         raise ConfigError(f"eval_steps is {config.eval_steps:g}, but eval_strategy is {config.eval_strategy}; write eval_strategy: steps.")
     for key in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):

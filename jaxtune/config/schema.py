@@ -83,8 +83,8 @@ class DataConfig(Group):
     split_by: str | None = None  # the field whose value stays on one side of a split
     stratify: str | None = None  # the field each of whose values is split in the same shares
     split_seed: int = 0
-    kfold: int | None = None  # evaluate on each k-th of the rows in turn
-    fold: int | None = None
+    kfold: int | None = None  # evaluate on each k-th of the rows in turn: training runs every fold
+    fold: int | None = None  # this one alone
     format: str | None = None  # detected when not given
     columns: tuple[tuple[str, str], ...] = ()  # {what we call it: what the file calls it}
     max_length: int = 1024

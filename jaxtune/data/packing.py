@@ -4,7 +4,7 @@ A plan is a list of rows, each a list of document numbers. Packed rows are fille
 asks for are few, because each one is a compilation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -120,6 +120,15 @@ def make_plan(lengths: np.ndarray, trained: np.ndarray, source: np.ndarray, pack
     group = np.searchsorted(sizes, lengths) if packing == "group" else np.zeros(len(starts) - 1, np.int64)
     capacities = [min(round_up(int(row_trained[group <= g].max(initial=1))), size) for g, size in enumerate(sizes)]
     return Plan(docs, starts, group, tuple(sizes), tuple(capacities))
+
+
+def widened(plan: Plan, others: list[Plan]) -> Plan:
+    """The plan with shapes that serve the other ones too, those of them that have as many groups: one compilation for all."""
+    alike = [plan, *(other for other in others if len(other.lengths) == len(plan.lengths))]
+    lengths, capacities = (
+        tuple(max(sizes) for sizes in zip(*(getattr(p, name) for p in alike), strict=True)) for name in ("lengths", "capacities")
+    )
+    return replace(plan, lengths=lengths, capacities=capacities)
 
 
 def bucket_lengths(lengths: np.ndarray, max_length: int) -> list[int]:

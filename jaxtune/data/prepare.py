@@ -1,5 +1,6 @@
 """From the config to the rows of a run."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtune.data.encode import SFT
 from jaxtune.data.examples import Example, Labelled, Pair, Steps
 from jaxtune.data.files import Row
 from jaxtune.data.mixing import mixture
-from jaxtune.data.packing import make_plan
+from jaxtune.data.packing import make_plan, widened
 from jaxtune.data.screen import screened, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise
@@ -55,16 +56,22 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1, survey: bool = 
     Raises:
         DataError: a source or row that cannot be used, with its file, number, the reason and what to change.
     """
-    data = config.data
-    if not data.train:
+    if not config.data.train:
         raise DataError("no training data is named; set data.train to a file, folder, glob or hub id")
-    parts = divide(config, tokenizer, survey)
-    ledger = {name: part.info for name, part in parts.items()}
-    if data.replay is not None:
-        parts["train"] = Documents.join([parts["train"], _read((data.replay,), config, tokenizer, survey)])
-        ledger["train"] = parts["train"].info
-    sources = {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
+    sources = _sources(config, tokenizer, data_parallel, survey)
+    folds = [dataclasses.replace(config.data, fold=fold) for fold in range(config.data.kfold or 0) if fold != (config.data.fold or 0)]
+    others = [_sources(config.replace(data=fold), tokenizer, data_parallel, survey) for fold in folds]
+    for name, source in sources.items():  # folds have shapes in common, so that what is compiled for one serves all
+        source.plan = widened(source.plan, [other[name].plan for other in others])
+    ledger = {name: source.documents.info for name, source in sources.items()}
     return Data(sources["train"], sources.get("eval"), sources.get("test"), ledger)
+
+
+def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -> dict[str, Source]:
+    parts = divide(config, tokenizer, survey)
+    if config.data.replay is not None:
+        parts["train"] = Documents.join([parts["train"], _read((config.data.replay,), config, tokenizer, survey)])
+    return {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
 
 
 def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:
@@ -73,9 +80,14 @@ def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel
     Raises:
         DataError: the config names no such rows.
     """
-    if getattr(config.data, name) is None:
-        raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
+    require(config, name)
     return _source(divide(config, tokenizer)[name], config, False, data_parallel)
+
+
+def require(config: Config, name: str) -> None:
+    """Raise DataError where the config names no rows of the `eval` or `test` side."""
+    if getattr(config.data, name) is None and (name != "eval" or config.data.kfold is None):
+        raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
 
 
 def divide(config: Config, tokenizer: Any, survey: bool = False) -> dict[str, Documents]:

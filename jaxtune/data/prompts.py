@@ -7,7 +7,7 @@ from jaxtune.config import Config
 from jaxtune.data.encode import with_system
 from jaxtune.data.examples import Chat, Completion, Labelled, Pair, Prompt
 from jaxtune.data.files import Row
-from jaxtune.data.prepare import held_out
+from jaxtune.data.prepare import held_out, require
 from jaxtune.data.templates import Template
 from jaxtune.data.tokenised import template
 from jaxtune.errors import DataError
@@ -40,8 +40,7 @@ def questions(config: Config, tokenizer: Any, limit: int | None = None, name: st
     Raises:
         DataError: no evaluation rows are named, or none of them asks anything.
     """
-    if getattr(config.data, name) is None:
-        raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
+    require(config, name)
     found = []
     for row, example in held_out(config, tokenizer, name):
         question = _question(row, example, config, tokenizer)

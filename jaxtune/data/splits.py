@@ -22,16 +22,20 @@ def places(keys: np.ndarray, seed: int) -> np.ndarray:
 def sides(documents: Documents, config: Config) -> np.ndarray:
     """For each document the number of its side in `SIDES`.
 
-    With `data.kfold: k` the rows of fold `data.fold` are the evaluation rows. Otherwise the shares `data.eval` and `data.test`, where they
-    are numbers, are cut off [0, 1): a row's side does not depend on other rows. With `data.stratify` the cut is made inside each
-    stratum at its own quantile, so that each has its share exactly; rows near the cut may then move when others are added.
+    With `data.kfold: k` the rows of fold `data.fold` (0, if it is not given) are the evaluation rows. Otherwise the shares `data.eval`
+    and `data.test`, where they are numbers, are cut off [0, 1): a row's side does not depend on other rows. With `data.stratify` the cut
+    is made inside each stratum at its own quantile, so that each has its share exactly; rows near the cut may then move when others
+    are added.
     """
     data = config.data
     place = places(documents.groups, data.split_seed)
     if data.stratify is not None:
         place = _ranks(place, documents.strata)
     if data.kfold is not None:
-        return np.where((place * data.kfold).astype(int) == (data.fold or 0), 1, 0)
+        fold = np.minimum((place * data.kfold).astype(int), data.kfold - 1)
+        if (empty := np.flatnonzero(np.bincount(fold, minlength=data.kfold) == 0)).size:
+            raise DataError(f"data.kfold {data.kfold} leaves fold {empty[0]} without any of the {len(documents)} rows; lower it")
+        return np.where(fold == (data.fold or 0), 1, 0)
     shares = [share if isinstance(share, float) else 0.0 for share in (data.eval, data.test)]
     side = np.searchsorted(np.cumsum(shares), place, side="right")
     side = np.array([1, 2, 0])[side]

@@ -92,7 +92,9 @@ def test_rows_grouped_by_length_keep_to_the_mixture(config, tokenizers, tmp_path
     paths = []
     for name, size in (("a", 60), ("b", 25)):
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": f"{name} {n}: ", "completion": "yes " * (n * n % 121)}) + "\n" for n in range(1, size)))
+        path.write_text(
+            "".join(json.dumps({"prompt": f"{name} {n}: ", "completion": "yes " * (n * n % 121)}) + "\n" for n in range(1, size))
+        )
         paths.append(str(path))
     train = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 2), strict=True)]
     top = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

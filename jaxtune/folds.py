@@ -1,0 +1,121 @@
+"""Cross-validation: `data.kfold: k` without `data.fold` is a run for each fold, and the mean of what they measured.
+
+Fold f is evaluated on the rows whose hash falls into the f-th of k parts, and trained on the others. All folds take the same number of
+steps and, where their rows allow, have the same shapes (data/prepare.py), so that one compiled step serves them all.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtune import data, runfolder
+from jaxtune.config import Config, interval
+from jaxtune.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("jaxtune")
+FILE = "folds.json"
+
+
+@dataclasses.dataclass
+class CrossValidation:
+    """What the folds measured.
+
+    Attributes:
+        folder: holds `fold_0`, `fold_1`, ..., each the folder of a run, and `folds.json`.
+        folds: metrics of each finished fold, in order; `eval_*` of its evaluation rows and, with `evaluate.metric`, `tuned_*`.
+        metrics: their mean over the folds.
+        spread: their sample standard deviation, sqrt(sum (x - mean)^2 / (k - 1)).
+        interrupted: a signal stopped it before the last fold was done.
+    """
+
+    folder: Path
+    folds: list[dict[str, float]]
+    metrics: dict[str, float]
+    spread: dict[str, float]
+    interrupted: bool = False
+
+    def show(self, console: Console | None = None) -> None:
+        """Print a table: metric, mean, spread, and each fold."""
+        table = Table(title=f"{len(self.folds)} folds", title_justify="left")
+        for name in ("", "mean", "spread", *(f"fold {n}" for n in range(len(self.folds)))):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for name, mean in self.metrics.items():
+            values = (mean, self.spread[name], *(fold[name] for fold in self.folds))
+            table.add_row(name, *(f"{value:.4g}" for value in values))
+        (console or Console()).print(table)
+
+
+def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one: Callable[[Config], Any]) -> CrossValidation:
+    """Run what is left of the folds: one that is done is not run again, one that was stopped goes on.
+
+    Raises:
+        CheckpointError: `output_dir` holds something and `resume` is not set, or it holds another run or one on other rows.
+        ConfigError: a fold would never be evaluated.
+    """
+    if config.resume or Path(config.output_dir or "").exists():
+        folder = runfolder.open_run(config)  # refuse a folder in use before anything long is done
+        if different := runfolder.differences(config, folder) if config.resume else None:
+            raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    rows = [data.load(_of(config, number), tokenizer, data_parallel).train for number in range(config.data.kfold or 0)]
+    # num_train_epochs of the fold with the most steps an epoch: the others have a few rows less, and see some of them once more
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * max(fold.steps_per_epoch for fold in rows))
+    if config.eval_strategy == "steps" and interval(config.eval_steps or 1, steps) > steps:
+        raise ConfigError(f"eval_steps is {config.eval_steps}, but a fold has {steps} steps and would never be evaluated; lower it")
+    folder = runfolder.open_run(config)
+    runfolder.write_config(folder, config)
+    file = folder / FILE
+    done: list[dict[str, float]] = json.loads(file.read_text())["folds"] if file.exists() else []
+    for number in range(len(done)):
+        if json.loads((folder / f"fold_{number}" / "run.json").read_text())["data"]["fingerprint"] != rows[number].fingerprint:
+            raise CheckpointError(f"the rows are not those fold {number} of {folder} was trained on; put them back, or use another folder")
+    for number in range(len(done), len(rows)):
+        log.info("fold %d of %d", number, len(rows))
+        own = folder / f"fold_{number}"
+        if train_one(_fold(config, own, number, steps)).interrupted:  # nothing else of it is kept: one model in memory at a time
+            return _summary(folder, done, interrupted=True)
+        done.append(_measured(config, own))
+        found = _summary(folder, done)
+        record = {"kfold": len(rows), "steps": steps, "folds": done, "mean": found.metrics, "spread": found.spread}
+        runfolder.write_text(file, json.dumps(record, indent=2))
+    return _summary(folder, done)
+
+
+def _of(config: Config, number: int) -> Config:
+    return config.replace(data=dataclasses.replace(config.data, fold=number))
+
+
+def _fold(config: Config, folder: Path, number: int, steps: int) -> Config:
+    begun = (folder / "config.yaml").is_file()
+    if folder.exists() and not begun:  # stopped before it had written anything that could be gone on with
+        shutil.rmtree(folder)
+    return _of(config, number).replace(output_dir=str(folder), resume=begun, max_steps=steps)
+
+
+def _measured(config: Config, folder: Path) -> dict[str, float]:
+    """The metrics of the last evaluation, or of the best one where that model is the result; and those of `evaluation.json`."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if config.metric_for_best_model in row]
+    choose = max if config.greater_is_better else min
+    row = choose(rows, key=lambda row: row[config.metric_for_best_model]) if config.load_best_model_at_end else rows[-1]
+    found = {name: value for name, value in row.items() if name.startswith("eval_") and value is not None}
+    answers = folder / "evaluation.json"
+    if answers.exists():
+        found |= {f"tuned_{name}": value for name, value in json.loads(answers.read_text())["tuned"].items()}
+    return found
+
+
+def _summary(folder: Path, folds: list[dict[str, float]], interrupted: bool = False) -> CrossValidation:
+    names = [name for name in folds[0] if all(name in fold for fold in folds)] if folds else []
+    values = {name: [fold[name] for fold in folds] for name in names}
+    mean = {name: statistics.fmean(column) for name, column in values.items()}
+    spread = {name: statistics.stdev(column) if len(column) > 1 else 0.0 for name, column in values.items()}
+    return CrossValidation(folder, folds, mean, spread, interrupted)
