@@ -86,7 +86,7 @@ def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -
     """The parameter tree as shapes, packed as `quantization` packs it."""
 
     def leaf(row):
-        if quantization is None or not row.is_matrix:
+        if quantization is None or not row.can_be_packed:
             return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
         *lead, out, width = row.shape
         packed = quant.abstract(quantization, (out, width))

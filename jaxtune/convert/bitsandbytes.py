@@ -125,7 +125,8 @@ Make = Callable[[str], np.ndarray]
 def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], make: Make) -> tuple[list[Plan], Make, dict[str, Any]]:
     """The plans and `make` of dense tensors, with those of packed leaves as bitsandbytes writes them; and what config.json says of it."""
     leaves = flatten(params)
-    packed = {cell.name: cell for cell in cells(spec(config)) if isinstance(leaves[cell.path], NF4 | Int8)}
+    rows = spec(config)  # transformers keeps experts in one array each, which bitsandbytes does not pack: they are written dense
+    packed = {c.name: c for c in cells(rows) if isinstance(leaves[c.path], NF4 | Int8) and not rows[c.path].is_experts}
     if not packed:
         raise ModelError("no matrix of this model is packed, so bitsandbytes has nothing to write; load it with a quantization")
     result, makers = [], {}

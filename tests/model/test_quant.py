@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.model import quant
-from jaxtune.model.weight import dense, linear
+from jaxtune.model.weight import dense, grouped, linear
 
 RNG = np.random.default_rng(0)
 CODE = np.asarray(quant.NF4_CODE, np.float32)
@@ -105,6 +105,16 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind, shape):
     full = dense(leaf)
     np.testing.assert_allclose(linear(leaf, x), x @ full.T, rtol=1e-5, atol=1e-5)
     left, right = (jax.grad(lambda x, w=w: jnp.square(linear(w, x)).sum())(jnp.asarray(x)) for w in (leaf, full))
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
+def test_packed_experts_are_their_dense_matrices(kind):
+    leaves = [quant.quantize(matrix(24, 128), kind) for _ in range(3)]
+    packed, sizes, x = jax.tree.map(lambda *parts: jnp.stack(parts), *leaves), jnp.asarray([2, 0, 5]), matrix(7, 128)
+    wanted = np.concatenate([x[:2] @ dense(leaves[0]).T, x[2:] @ dense(leaves[2]).T])
+    np.testing.assert_allclose(grouped(packed, x, sizes), wanted, rtol=1e-5, atol=1e-5)
+    left, right = (jax.grad(lambda x, w=w: jnp.square(grouped(w, x, sizes)).sum())(jnp.asarray(x)) for w in (packed, dense(packed)))
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
 
 
