@@ -63,7 +63,7 @@ def config(name):
 
 
 def given(name):
-    """float64: `logps` and `collision` of tokens `[2n, T]`, `ref` of answers `[2n]`; bool: `mask` of answer tokens, `labels` `[2n]`."""
+    """float64: `logps`, `collision`, `mean_logits` of tokens `[2n, T]`, `ref` of answers `[2n]`; bool: `mask` of tokens, `labels`."""
     rng = np.random.default_rng(sum(map(ord, name)))
     lengths = rng.integers(1, T - PROMPT + 1, 2 * N)
     lengths[0], lengths[N] = 1, T - PROMPT  # the shortest and the longest there are
@@ -75,7 +75,7 @@ def given(name):
         ref = ref + 2.0
     return {
         "logps": logps, "ref": ref, "mask": mask, "labels": rng.permutation(np.arange(2 * N) % 3 > 0),
-        "collision": -rng.gamma(1.0, 1.0, logps.shape),
+        "collision": -rng.gamma(1.0, 1.0, logps.shape), "mean_logits": rng.normal(2.0, 1.0, logps.shape),
     }  # fmt: skip
 
 
@@ -112,9 +112,9 @@ def ours(name, arrays=None):
         batch = Batch(ids, weights, ids, ids, answers=Answers(jnp.asarray(numbers), by_answer(arrays["labels"])))
         live = jnp.asarray(weights != 0, jnp.float32)
         logp = logps.reshape(-1)[source] * live
-        collision = jnp.asarray(arrays["collision"], jnp.float32).reshape(-1)[source] * live
+        collision, mean = (jnp.asarray(arrays[name], jnp.float32).reshape(-1)[source] * live for name in ("collision", "mean_logits"))
         index = jnp.broadcast_to(jnp.arange(8 * T), ids.shape)
-        out = sum_answers(batch, TokenLogprobs(logp, jnp.asarray(weights), logp * 0, logp * 0, index, collision), run.ld_alpha)
+        out = sum_answers(batch, TokenLogprobs(logp, jnp.asarray(weights), logp * 0, logp * 0, index, collision, mean), run.ld_alpha)
         if run.objective == "orpo":
             made = orpo_loss(run, out)
         elif run.objective == "kto":

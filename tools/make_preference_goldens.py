@@ -2,8 +2,9 @@
 
     python tools/make_preference_goldens.py          needs torch and trl
 
-`CASE/logps`, `CASE/collision`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given (tests/preference_cases.py); `CASE/loss`
-and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in float64.
+`CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
+(tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in
+float64.
 """
 
 import os

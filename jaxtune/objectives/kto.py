@@ -26,11 +26,11 @@ def kto(config: Any, model_config: ModelConfig, params: dict, base: dict, batch:
 def kto_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array, good_BS: jax.Array) -> Loss:
     """KTO's loss and metrics from log-probabilities; with KL, answers are numbered (own, other), (own, other), ..."""
     ratio_BS, live_BS, kl = out.logp_BS - ref_BS, (out.length_BS > 0).astype(jnp.float32), jnp.zeros(())
-    logp_BS = out.logp_BS
+    logp_BS, member_BSN = out.logp_BS, out.member_BSN
     if config.loss_type == ("kto",):
         other, there = ratio_BS[:, 1::2], live_BS[:, 1::2]
         kl = jax.lax.stop_gradient(jnp.maximum((other * there).sum() / jnp.maximum(there.sum(), 1), 0.0))
-        ratio_BS, live_BS, good_BS, logp_BS = (x[:, ::2] for x in (ratio_BS, live_BS, good_BS, logp_BS))
+        ratio_BS, live_BS, good_BS, logp_BS, member_BSN = (x[:, ::2] for x in (ratio_BS, live_BS, good_BS, logp_BS, member_BSN))
     losses = jnp.where(
         good_BS > 0,
         config.desirable_weight * (1 - sigmoid(config.beta * (ratio_BS - kl))),
@@ -38,8 +38,10 @@ def kto_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array, good_BS: jax.A
     )
     good, bad = live_BS * (good_BS > 0), live_BS * (good_BS == 0)
     rewards = {name: metric(config.beta * ratio_BS, where) for name, where in (("chosen", good), ("rejected", bad))}
+    told = {name: (member_BSN & (where > 0)[..., None]).any(1) for name, where in (("chosen", good), ("rejected", bad))}
     margin = rewards["chosen"][0] / jnp.maximum(good.sum(), 1) - rewards["rejected"][0] / jnp.maximum(bad.sum(), 1)
     metrics = {f"rewards/{name}": sums for name, sums in rewards.items()}
+    metrics |= {f"logits/{name}": metric(out.tokens.mean_logit_BN, where.astype(jnp.float32)) for name, where in told.items()}
     metrics |= {
         "rewards/margins": metric(margin, ((good.sum() > 0) & (bad.sum() > 0)).astype(jnp.float32)),
         "logps/chosen": metric(logp_BS, good),

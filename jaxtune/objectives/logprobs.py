@@ -19,7 +19,7 @@ from jaxtune.model.moe import RouterSums
 class TokenLogprobs(NamedTuple):
     """Of each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether
     the token was the likeliest, and where it stands in the row; `collision_BN` is `log sum_v p(v)^2`, the log-probability that
-    two draws from the prediction agree. Only `logp_BN` carries a gradient."""
+    two draws from the prediction agree; `mean_logit_BN` the logits' mean over the vocabulary. Only `logp_BN` carries a gradient."""
 
     logp_BN: jax.Array
     weights_BN: jax.Array
@@ -27,6 +27,7 @@ class TokenLogprobs(NamedTuple):
     correct_BN: jax.Array
     index_BN: jax.Array
     collision_BN: jax.Array
+    mean_logit_BN: jax.Array
     aux: RouterSums | None = None  # where the routers sent the tokens (None without experts)
 
 
@@ -42,13 +43,14 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
     # the state that predicts a token is that of the token before it
     before_BN = jnp.maximum(index_BN - 1, 0) if batch.before is None else jnp.take_along_axis(batch.before, index_BN, axis=1)
     hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
-    logp, entropy, correct, collision = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
+    logp, *of_prediction = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
     live = (weights_BN != 0).astype(jnp.float32)
-    return TokenLogprobs(logp * live, weights_BN, entropy * live, correct * live, index_BN, collision * live, aux)
+    entropy, correct, collision, mean_logit = (x * live for x in of_prediction)
+    return TokenLogprobs(logp * live, weights_BN, entropy, correct, index_BN, collision, mean_logit, aux)
 
 
 def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):
-    """`(logp, entropy, correct, collision)`, float32 `[B, N]`, of targets under the head, `config.logits_chunk` tokens at a time."""
+    """`(logp, entropy, correct, collision, mean logit)`, float32 `[B, N]`, of targets, `config.logits_chunk` tokens at a time."""
     B, N, D = hidden_BND.shape
     size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
     pad = -N % size
@@ -63,7 +65,7 @@ def _logits(config, head, hidden):
 
 
 def _statistics(config, head, hidden, targets):
-    """logp, entropy, correct, collision, and the logits' derivative of logp, of one chunk."""
+    """logp, entropy, correct, collision, mean logit, and the logits' derivative of logp, of one chunk."""
     logits = _logits(config, head, hidden)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     shifted = logits - top
@@ -74,13 +76,14 @@ def _statistics(config, head, hidden, targets):
     entropy = (logz - (unscaled * shifted).sum(-1, keepdims=True) / total)[..., 0]
     correct = (target >= 0).astype(jnp.float32)[..., 0]  # argmax would be one more, slow pass
     collision = jnp.log(jnp.square(unscaled).sum(-1) / jnp.square(total[..., 0]))
+    mean = (shifted.mean(-1, keepdims=True) + top)[..., 0]
     dlogits = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - unscaled / total
-    return (target - logz)[..., 0], entropy, correct, collision, dlogits
+    return (target - logz)[..., 0], entropy, correct, collision, mean, dlogits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(config, head, hidden, targets):
-    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:4], (hidden, targets))
+    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:-1], (hidden, targets))
 
 
 def _chunked_fwd(config, head, hidden, targets):
@@ -109,7 +112,7 @@ def _chunked_bwd(config, residuals, cotangents):
         def chunk(total, args):
             h, y, g = args
             _, pull = jax.vjp(lambda head: _logits(config, head, h), head)
-            (dhead,) = pull(_statistics(config, head, h, y)[4] * g[..., None])
+            (dhead,) = pull(_statistics(config, head, h, y)[-1] * g[..., None])
             return jax.tree.map(jnp.add, total, dhead), None
 
         dhead, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, head), (hidden, targets, g))

@@ -97,7 +97,7 @@ Both = tuple[jax.Array, jax.Array]  # of the chosen and of the rejected answers
 def _metrics(out: AnswerLogprobs, live: jax.Array, logps: Both, rewards: Both) -> dict[str, tuple[jax.Array, jax.Array]]:
     """TRL's metrics. `rewards/...` are implicit: beta times the log-ratio (or log-probability)."""
     chosen, rejected = rewards
-    chosen_BN = out.member_BSN[:, ::2].any(1).astype(jnp.float32)
+    chosen_BN, rejected_BN = (out.member_BSN[:, side::2].any(1).astype(jnp.float32) for side in range(2))
     return {
         "rewards/chosen": metric(chosen, live),
         "rewards/rejected": metric(rejected, live),
@@ -105,6 +105,8 @@ def _metrics(out: AnswerLogprobs, live: jax.Array, logps: Both, rewards: Both) -
         "rewards/margins": metric(chosen - rejected, live),
         "logps/chosen": metric(logps[0], live),
         "logps/rejected": metric(logps[1], live),
+        "logits/chosen": metric(out.tokens.mean_logit_BN, chosen_BN),
+        "logits/rejected": metric(out.tokens.mean_logit_BN, rejected_BN),
         "lengths/chosen": metric(split_pairs(out.length_BS)[0], live),
         "lengths/rejected": metric(split_pairs(out.length_BS)[1], live),
         "mean_token_accuracy": metric(out.tokens.correct_BN, chosen_BN),

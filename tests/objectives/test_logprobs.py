@@ -28,11 +28,13 @@ def model(request):
 
 
 def plain(config, params, batch):
-    """Everything from the full logits: logp, entropy, correct and collision of each token, `[B, T - 1]`."""
-    logp = jax.nn.log_softmax(forward(config, params, batch.tokens)[:, :-1])
+    """Everything from the full logits: logp, entropy, correct, collision and mean logit of each token, `[B, T - 1]`."""
+    logits = forward(config, params, batch.tokens)[:, :-1]
+    logp = jax.nn.log_softmax(logits)
     target = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     probs = jnp.exp(logp)
-    return target, -(probs * logp).sum(-1), (logp.argmax(-1) == batch.tokens[:, 1:]) * 1.0, jnp.log(jnp.square(probs).sum(-1))
+    correct = (logp.argmax(-1) == batch.tokens[:, 1:]) * 1.0
+    return target, -(probs * logp).sum(-1), correct, jnp.log(jnp.square(probs).sum(-1)), logits.mean(-1)
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 512])
@@ -42,7 +44,8 @@ def test_values(model, chunk, capacity):
     out = token_logprobs(dataclasses.replace(config, logits_chunk=chunk), params, BATCH.replace(capacity=capacity))
     trained = np.asarray(out.weights_BN) > 0
     assert trained.sum() == (WEIGHTS > 0).sum()
-    for ours, full in zip((out.logp_BN, out.entropy_BN, out.correct_BN, out.collision_BN), plain(config, params, BATCH), strict=True):
+    found = out.logp_BN, out.entropy_BN, out.correct_BN, out.collision_BN, out.mean_logit_BN
+    for ours, full in zip(found, plain(config, params, BATCH), strict=True):
         np.testing.assert_allclose(np.asarray(ours)[trained], np.asarray(full)[WEIGHTS[:, 1:] > 0], atol=2e-5)
         assert np.all(np.asarray(ours)[~trained] == 0)
     np.testing.assert_array_equal(np.asarray(out.weights_BN)[trained], WEIGHTS[WEIGHTS > 0])

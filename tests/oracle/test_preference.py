@@ -11,7 +11,7 @@ from oracle import trl_losses  # noqa: E402
 
 SAME = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "kl", "nll_loss",
-    "log_odds_ratio", "log_odds_chosen",
+    "log_odds_ratio", "log_odds_chosen", "logits/chosen", "logits/rejected",
 )  # fmt: skip
 
 
@@ -20,8 +20,11 @@ def test_loss_gradient_and_metrics_are_trls(name):
     (loss, gradient, metrics), (want, want_gradient, want_metrics) = cases.ours(name), trl_losses.theirs(name)
     assert loss == pytest.approx(want, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=1e-5)
+    objective = cases.config(name).objective
     compared = metrics.keys() & want_metrics.keys() & set(SAME)
-    assert len(compared) >= 6 - (cases.config(name).objective == "kto")
+    if objective not in ("dpo", "kto"):
+        compared -= {"logits/chosen", "logits/rejected"}  # TRL's older trainers take the mean over prompts and padding too
+    assert len(compared) >= (8 if objective == "dpo" else 7 if objective == "kto" else 6)
     for key in compared:
         assert metrics[key] == pytest.approx(want_metrics[key], rel=1e-5, abs=1e-6), key
 

@@ -33,7 +33,8 @@ class Model:
     training = True
 
     def __init__(self, logps, arrays):
-        self.logps, self.collision, self.mask = logps, torch.tensor(arrays["collision"]), torch.tensor(arrays["mask"])
+        self.logps, self.mask = logps, torch.tensor(arrays["mask"])
+        self.collision, self.mean_logits = torch.tensor(arrays["collision"]), torch.tensor(arrays["mean_logits"])
 
     def __call__(self, input_ids, attention_mask, labels=None, **_):
         rows = input_ids[:, 0]
@@ -44,8 +45,9 @@ class Model:
         shown = torch.where(self.mask[rows], self.logps[rows], 0)[:, 1:]
         nothing = torch.zeros_like(shown).detach()
         return SimpleNamespace(
-            log_probs=shown, log_sum_sq_probs=self.collision[rows][:, 1:], entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
-        )
+            log_probs=shown, log_sum_sq_probs=self.collision[rows][:, 1:], entropy=nothing, mean_logits=self.mean_logits[rows][:, 1:],
+            is_top1=nothing.bool(),
+        )  # fmt: skip
 
 
 def inputs(arrays, rows, prefix=""):
