@@ -99,6 +99,7 @@ class DataConfig(Group):
     system: str | None = None
     chat_template: str | None = None  # the path of a Jinja file; the tokenizer's own when not given
     cache_dir: str | None = None
+    streaming: bool = False  # for corpora larger than memory: hub rows are not downloaded first, rows not compared with each other
     quality: tuple[tuple[str, Literal["drop", "keep", "error"]], ...] = ()  # {problem: what to do}, over data/quality.py's defaults
 
 

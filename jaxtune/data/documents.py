@@ -1,11 +1,12 @@
 """Tokenised rows on disk, read through the page cache: a corpus may be larger than memory."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 FLAT = {"tokens": np.int32, "mask": np.uint8}
-INDEX = ("starts", "lengths", "trained", "rows", "content", "groups", "strata", "values")
-TYPES = dict.fromkeys(("content", "groups", "strata"), np.uint64) | {"values": np.float64}  # int64 else
+INDEX = dict.fromkeys(("starts", "lengths", "trained", "rows"), np.int64) | dict.fromkeys(("content", "groups", "strata"), np.uint64)
+INDEX |= {"values": np.float64, "digests": np.uint64}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Documents:
         groups: uint64 [n], hash of what a split keeps together: the row, or its field `data.split_by`.
         strata: uint64 [n], hash of the row's field `data.stratify`.
         values: float64 [n], a number the row has beside its text: the margin of a pair; 0 else.
+        digests: uint64 [n], hash of the document's tokens and mask.
         info: for each part, what its maker had to say (the ledger).
     """
 
@@ -49,6 +51,7 @@ class Documents:
     groups: np.ndarray
     strata: np.ndarray
     values: np.ndarray
+    digests: np.ndarray
     info: list[dict]
 
     def __len__(self) -> int:
@@ -62,30 +65,31 @@ class Documents:
 
     def select(self, docs: np.ndarray) -> "Documents":
         """Some of the documents, in the order given; tokens are not copied."""
+        if len(docs) == len(self) and (docs == np.arange(len(self))).all():
+            return self  # the index stays on disk
         return replace(self, **{name: getattr(self, name)[docs] for name in ("part", *INDEX)})
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the documents: their number, lengths, values, tokens and masks, in order."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).data)
-        digest.update(np.ascontiguousarray(self.values).data)
-        for doc in range(len(self)):
-            for values in self[doc]:
-                digest.update(np.ascontiguousarray(values).data)
+        """sha256 of the documents: their number, lengths, values, tokens and masks, in order. Reads the index, not the tokens."""
+        digest = hashlib.sha256()
+        for name in ("lengths", "values", "digests"):
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
         return digest.hexdigest()
 
     @classmethod
     def load(cls, folder: Path) -> "Documents":
-        """Open what `write` wrote, tokens memory-mapped."""
+        """Open what `write` wrote, memory-mapped."""
         flat: dict[str, Any] = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
-        index: dict[str, Any] = dict(zip(INDEX, np.load(folder / "index.npy"), strict=True))
-        index |= {name: index[name].view(kind) for name, kind in TYPES.items()}
+        index: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in INDEX.items()}
         info = json.loads((folder / "info.json").read_text())
         return cls(**flat, part=np.zeros(len(index["rows"]), np.int64), **index, info=[info])
 
     @classmethod
     def join(cls, parts: list["Documents"]) -> "Documents":
         """The documents of several sources, one after another; their parts are numbered on."""
+        if len(parts) == 1:
+            return parts[0]
         lists: dict[str, Any] = {name: [item for p in parts for item in getattr(p, name)] for name in ("tokens", "mask", "info")}
         offsets = np.cumsum([0] + [len(p.tokens) for p in parts])
         part = np.concatenate([p.part + offset for p, offset in zip(parts, offsets, strict=False)])
@@ -111,25 +115,26 @@ class Entry:
 
 
 def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
-    """Store documents in a folder of `cache`, all or nothing, in little memory.
+    """Store documents in a folder of `cache`, all or nothing, each as it comes.
 
     `key` (the folder's name) and `info` are called when the last document has been made.
     """
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
     try:
-        columns = {name: array({np.uint64: "Q", np.float64: "d"}.get(TYPES.get(name), "q")) for name in INDEX}
-        start = 0
-        with open(temporary / "tokens.bin", "wb") as tokens_file, open(temporary / "mask.bin", "wb") as mask_file:
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in (*FLAT, *INDEX)}
+            start = 0
             for entry in entries:
-                tokens_file.write(np.asarray(entry.ids, np.int32).tobytes())
-                mask_file.write(np.asarray(entry.mask, np.uint8).tobytes())
-                trained = int(np.count_nonzero(entry.mask))
-                values = (start, len(entry.ids), trained, entry.row, entry.content, entry.group, entry.stratum, entry.value)
-                for name, value in zip(INDEX, values, strict=True):
-                    columns[name].append(value)
-                start += len(entry.ids)
-        np.save(temporary / "index.npy", np.stack([np.frombuffer(columns[name], np.int64) for name in INDEX]))
+                tokens, mask = np.asarray(entry.ids, np.int32).tobytes(), np.asarray(entry.mask, np.uint8).tobytes()
+                files["tokens"].write(tokens)
+                files["mask"].write(mask)
+                trained = len(mask) - mask.count(0)
+                digest = int.from_bytes(hashlib.blake2b(tokens + mask, digest_size=8).digest(), "little")
+                values = (start, len(mask), trained, entry.row, entry.content, entry.group, entry.stratum, entry.value, digest)
+                for (name, dtype), value in zip(INDEX.items(), values, strict=True):
+                    files[name].write(_PACK[dtype](value))
+                start += len(mask)
         (temporary / "info.json").write_text(json.dumps(info()))
         folder = cache / key()
         try:
@@ -140,3 +145,6 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Documents.load(folder)
+
+
+_PACK = {np.int64: struct.Struct("=q").pack, np.uint64: struct.Struct("=Q").pack, np.float64: struct.Struct("=d").pack}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from jaxtune.data.masks import Piece, same_text, trained_tokens, trained_turns
 from jaxtune.data.templates import Template
 from jaxtune.errors import DataError
 
-CHUNK = 512
+CHUNK = 512  # rows that are tokenised together,
+LONG = 1 << 20  # or fewer: no further ones from so many characters on
 SFT = (Text, Completion, Chat, Segments, Tokens)
 HELP = {
     Text: "text", Completion: "prompt and completion", Chat: "messages", Segments: "segments", Tokens: "input_ids",
@@ -62,22 +63,31 @@ class Encoder:
 
     def encode(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Encoded]:
         """The rows' documents, in order. A row that is dropped is booked, and missing here."""
-        stream = iter(examples)
-        while chunk := list(islice(stream, CHUNK)):
-            rows: list[tuple[Row, list[Piece], float]] = []
-            for row, example in chunk:
-                self.ledger.rows += 1
-                try:
-                    rows.append((row, self.pieces(row, example), getattr(example, "margin", 0.0)))
-                except RowError as error:
-                    self.ledger.fault(error)
-            tokens = self._tokenise([piece for _, pieces, _ in rows for piece in pieces])
-            for row, pieces, value in rows:
-                try:
-                    docs = [self._finish(piece, *next(tokens)) for piece in pieces]
-                    yield Encoded(row, self._fit(pieces, docs), value)
-                except RowError as error:
-                    self.ledger.fault(error)
+        rows: list[tuple[Row, list[Piece], float]] = []
+        characters = 0
+        for row, example in examples:
+            self.ledger.rows += 1
+            try:
+                pieces = self.pieces(row, example)
+            except RowError as error:
+                self.ledger.fault(error)
+                continue
+            rows.append((row, pieces, getattr(example, "margin", 0.0)))
+            characters += sum(len(piece.text) for piece in pieces)
+            if len(rows) == CHUNK or characters >= LONG:
+                yield from self._encode(rows)
+                rows, characters = [], 0
+        yield from self._encode(rows)
+
+    def _encode(self, rows: list[tuple[Row, list[Piece], float]]) -> Iterator[Encoded]:
+        tokens = self._tokenise([piece for _, pieces, _ in rows for piece in pieces])
+        for row, pieces, value in rows:
+            own = [next(tokens) for _ in pieces]  # all of them, also where the first one is refused
+            try:
+                docs = [self._finish(piece, *parts) for piece, parts in zip(pieces, own, strict=True)]
+                yield Encoded(row, self._fit(pieces, docs), value)
+            except RowError as error:
+                self.ledger.fault(error)
 
     def pieces(self, row: Row, example: Example) -> list[Piece]:
         """The texts of an example, one for each document, and what of them is trained."""

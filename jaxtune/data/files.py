@@ -1,5 +1,6 @@
 """Rows out of files: JSONL, JSON, CSV, Parquet, Arrow, hub data sets."""
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -7,13 +8,14 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
+from jaxtune.data import jsonfile
 from jaxtune.errors import DataError
 
 KINDS = {
@@ -90,10 +92,10 @@ def find(path: str) -> list[Path] | None:
     return None
 
 
-def rows(path: str, name: str | None = None, split: str | None = None) -> Iterator[Row]:
-    """The rows of a source: files here, or a data set of the hub with its subset and split."""
+def rows(path: str, name: str | None = None, split: str | None = None, streaming: bool = False) -> Iterator[Row]:
+    """The rows of a source: files here, or a data set of the hub with its subset and split, downloaded first unless `streaming`."""
     paths = find(path)
-    return read_hub(path, name, split) if paths is None else read(paths)
+    return read_hub(path, name, split, streaming) if paths is None else read(paths)
 
 
 def content_hash(path: Path) -> str:
@@ -129,12 +131,10 @@ def _read(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: the file holds no rows; check that it was written, or name another file")
 
 
-def hub(path: str, name: str | None, split: str | None) -> Any:
-    """A data set of the Hugging Face hub."""
-    import datasets
-
+@contextlib.contextmanager
+def _from_hub(path: str) -> Iterator[None]:
     try:
-        return datasets.load_dataset(path, name, split=split or "train")
+        yield
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -142,9 +142,24 @@ def hub(path: str, name: str | None, split: str | None) -> Any:
         ) from None
 
 
-def read_hub(path: str, name: str | None, split: str | None) -> Iterator[Row]:
+def hub_version(path: str, name: str | None, split: str | None, streaming: bool) -> str:
+    """What changes when a data set of the hub does: the fingerprint of its rows, or, unread, the hash of its files' names and commit."""
+    import datasets
+
+    with _from_hub(path):
+        if not streaming:
+            return datasets.load_dataset(path, name, split=split or "train")._fingerprint
+        builder = datasets.load_dataset_builder(path, name)
+        return f"{builder.hash} {builder.config_id} {split}"
+
+
+def read_hub(path: str, name: str | None, split: str | None, streaming: bool = False) -> Iterator[Row]:
     """The rows of a data set of the hub."""
-    for number, fields in enumerate(hub(path, name, split), 1):
+    import datasets
+
+    with _from_hub(path):
+        found = datasets.load_dataset(path, name, split=split or "train", streaming=streaming)
+    for number, fields in enumerate(found, 1):
         yield Row(path, number, "row", dict(fields), number)
 
 
@@ -166,15 +181,21 @@ def _open(path: Path) -> IO[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
+    with _readable(path, lambda: f"line {number}"), _open(path) as stream:
+        # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
+        for number, line in enumerate(stream, 1):
+            yield number, line
+
+
+@contextlib.contextmanager
+def _readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
+    """Errors of reading a text file, after the row or line that came last."""
     try:
-        with _open(path) as stream:
-            # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
-            for number, line in enumerate(stream, 1):
-                yield number, line
+        yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise DataError(f"{path}, after {last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
-        raise DataError(f"{path}, after line {number}: the compressed file is damaged ({error}); fetch it again") from None
+        raise DataError(f"{path}, after {last()}: the compressed file is damaged ({error}); fetch it again") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -192,25 +213,12 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _json(path: Path) -> Iterator[tuple[int, dict]]:
-    text = "".join(line for _, line in _lines(path))
-    if not text.strip():
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; if it holds one object a line, name it .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
-    if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise DataError(f"{path}: a JSON file must hold a list of objects, or an object with one such list")
-        rows = lists[0]
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a JSON file must hold a list of objects, this is a {_name(rows)}")
-    for number, fields in enumerate(rows, 1):
-        if not isinstance(fields, dict):
-            raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
-        yield number, fields
+    number = 0
+    with _readable(path, lambda: f"row {number}"):
+        for number, fields in enumerate(jsonfile.read(path, _open), 1):
+            if not isinstance(fields, dict):
+                raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
+            yield number, fields
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:

@@ -49,7 +49,7 @@ def write(report: Report, path: str | os.PathLike) -> None:
 def page(report: Report) -> str:
     """The whole document."""
     parts = [
-        "<h1>What the model will see</h1>", _figures(report), "<h2>Problems</h2>", _problems(report),
+        "<h1>What the model will see</h1>", _figures(report), "<h2>Problems</h2>", _problems(report), _faint(report.unexamined),
         "<h2>Sources</h2>", _sources(report), "<h2>Lengths</h2>", _histogram(report), _losses(report),
         f"<h2>{len(report.previews)} rows, as the model reads them</h2><p class=faint><mark>Marked</mark> tokens are trained: "
         "the loss is taken on them. Everything else is read only.</p>",
@@ -58,6 +58,10 @@ def page(report: Report) -> str:
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f"{meta}<title>Data report</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _faint(text: str) -> str:
+    return f'<p class="faint">{escape(text)}</p>' if text else ""
 
 
 def _figures(report: Report) -> str:
@@ -130,7 +134,7 @@ def _losses(report: Report) -> str:
     if report.cut["split"]:
         lines.append(f"{report.cut['split']:,} rows split")
     if not lines:
-        return '<p class="faint">No row was dropped, cut or split.</p>'
+        return _faint("No row was dropped, cut or split.")
     return "<h2>Dropped, cut, split</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 

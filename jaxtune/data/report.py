@@ -43,6 +43,7 @@ class Report:
         sources: for each source its ledger, in numbers, and its share of an epoch's rows.
         dropped: reason -> rows left out, all sides together.
         cut: rows that were cut to max_length, and the tokens that took; rows that were split.
+        examined: rows that were compared with each other; fewer than there are where they are a stream.
         problems: name -> rows that have it, all sides together, with those that were dropped for it.
         stops: names of those problems that stop a run, as `data.quality` stands.
         examples: name -> where, and what is wrong, for the first few.
@@ -63,12 +64,19 @@ class Report:
     sources: list[dict]
     dropped: dict[str, int]
     cut: dict[str, int]
+    examined: int
     problems: dict[str, int]
     stops: list[str]
     examples: dict[str, list[str]]
     lengths: dict[str, int]
     histogram: list[tuple[int, int]]
     previews: list[Preview]
+
+    @property
+    def unexamined(self) -> str:
+        """A sentence where not all rows were compared; empty else."""
+        some = self.examined < sum(self.sides.values())
+        return f"Of the stream, the first {self.examined:,} rows were compared with each other." if some else ""
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -84,7 +92,8 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
     data = load(config, tokenizer, data_parallel, survey=True)
     sides = {name: source for name in ("train", "eval", "test") if (source := getattr(data, name)) is not None}
     parts = divide(config, tokenizer, survey=True)
-    findings = quality.examine(items(config, parts))
+    compared = items(config, parts)
+    findings = quality.examine(compared)
     places, examples = _problems(data.ledger, findings)
     policies = quality.policies(config)
     lengths = data.train.documents.lengths
@@ -106,6 +115,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
             "tokens": sum(sum(info["cut"].values()) for info in data.ledger["train"]),
             "split": sum(len(info["parts"]) for info in data.ledger["train"]),
         },
+        examined=len(compared),
         problems={name: len(rows) for name, rows in sorted(places.items())},
         stops=sorted(name for name in places if policies.get(name, "error") == "error"),
         examples=examples,
@@ -121,7 +131,8 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
 
 
 def _rows(source: Source) -> int:
-    return len(np.unique(np.stack([source.documents.part, source.documents.rows]), axis=1).T)
+    documents = source.documents  # those of a row stand side by side
+    return 1 + int(np.count_nonzero((np.diff(documents.part) != 0) | (np.diff(documents.rows) != 0)))
 
 
 def _dropped(ledger: dict[str, list[dict]]) -> dict[str, int]:

@@ -16,7 +16,9 @@ from jaxtune.data import quality, similar
 from jaxtune.data.documents import Documents
 from jaxtune.data.quality import Findings, Item
 from jaxtune.data.tokenised import cache_dir, examples
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
+
+STREAMED = 20_000  # rows
 
 
 def sources_of(config: Config, side: str) -> tuple[SourceConfig, ...]:
@@ -26,14 +28,18 @@ def sources_of(config: Config, side: str) -> tuple[SourceConfig, ...]:
 
 
 def items(config: Config, parts: Mapping[str, Documents]) -> list[Item]:
-    """The rows of all sides, as text."""
+    """The rows of all sides, as text; of a stream the first STREAMED of each source."""
     found = []
     for side, documents in parts.items():
         for number, source in enumerate(sources_of(config, side)):
-            kept = set(documents.rows[documents.part == number].tolist())
+            rows = documents.rows[documents.part == number]
+            kept = set(np.unique(rows)[: STREAMED if config.data.streaming else None].tolist())
             for row, example in examples(source, config):
                 if row.index in kept:
                     found.append(Item(side, number, row.index, f"{row.file}, {row.unit} {row.number}", *quality.texts(example)))
+                    kept.discard(row.index)
+                if not kept:
+                    break
     return found
 
 
@@ -44,11 +50,17 @@ def screened(parts: dict[str, Documents], config: Config, survey: bool = False) 
 
     Raises:
         DataError: a row has a problem that is to stop the run, or no row of a side is left.
+        ConfigError: the rows are a stream.
     """
     keep = ("keep", "error") if survey else ("keep",)
     wanted = {name: policy for name, policy in quality.policies(config).items() if name not in quality.ENCODING_TIME and policy not in keep}
     if not wanted:
         return parts
+    if config.data.streaming:
+        raise ConfigError(
+            f"data.quality.{next(iter(wanted))} compares rows with each other, in memory, which data.streaming is there to avoid; "
+            "leave one of them out, or clean the files beforehand"
+        )
     found = _found(parts, config, wanted)
     out = {}
     for side, documents in parts.items():

@@ -21,6 +21,8 @@ def show(report: Report, console: Console) -> None:
     for preview in report.previews:
         console.print(_preview(preview))
     console.print(_problems(report))
+    if report.unexamined:
+        console.print(report.unexamined, style="dim")
 
 
 def _summary(report: Report) -> Text:

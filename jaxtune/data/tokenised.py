@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtune.data.examples import Example
 from jaxtune.data.ledger import Ledger
 from jaxtune.errors import DataError
 
-MAKERS = ("documents", "encode", "examples", "files", "formats", "ledger", "masks", "templates", "tokenised", "turns")
+MAKERS = ("documents", "encode", "examples", "files", "formats", "jsonfile", "ledger", "masks", "templates", "tokenised", "turns")
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
     "max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality", "split_by", "stratify",
@@ -55,7 +56,8 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
 def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:
     """The rows of one source under the names the formats use, and what they mean."""
     columns, form = dict(source.columns or config.data.columns), form_of(source, config)
-    for row in files.rows(source.path, source.name, source.split):
+    rows = files.rows(source.path, source.name, source.split, config.data.streaming)
+    for row in islice(rows, source.limit) if config.data.streaming else rows:  # a stream is not read beyond its limit
         row = formats.rename(row, columns)
         yield row, formats.parse(row, form)
 
@@ -108,9 +110,12 @@ def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
         b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MAKERS),
         json.dumps([importlib.metadata.version(name) for name in LIBRARIES]).encode(),
         json.dumps(
-            [files.content_hash(p) for p in paths] if paths else files.hub(source.path, source.name, source.split)._fingerprint
+            [files.content_hash(p) for p in paths]
+            if paths
+            else files.hub_version(source.path, source.name, source.split, config.data.streaming)
         ).encode(),
         json.dumps([source.path, form, source.columns or config.data.columns, config.objective]).encode(),
+        json.dumps(source.limit if config.data.streaming else None).encode(),
         formats.function_bytes(form),
         json.dumps([getattr(config.data, name) for name in KEYS]).encode(),
     ):

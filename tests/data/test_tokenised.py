@@ -141,3 +141,14 @@ def test_rows_that_are_no_text_are_not_split(config, tokenizers):
 def test_a_ledger_is_plain_json(config, tokenizers):
     ledger = data.load(config(TEXTS[:1], max_length=64), tokenizers["chatml"]).ledger
     assert json.loads(json.dumps(ledger)) == ledger
+
+
+def test_a_refused_answer_leaves_the_other_rows_their_own_tokens(config, tokenizers):
+    """The chosen answer of the second pair begins with BOS twice, for which its row is dropped; the third is still the third."""
+    pairs = [{"prompt": f"Question {n}: ", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    pairs[1]["prompt"] = "<|begin_of_text|>Question 1: "
+    settings = config(pairs, {"objective": "dpo"}, quality={"double_bos": "drop"})
+    documents = data.load(settings, tokenizers["llama3"]).train.documents
+    said = [tokenizers["llama3"].decode(documents[n][0], skip_special_tokens=True) for n in range(len(documents))]
+    assert said == [f"Question {n}: {word} {n}" for n in (0, 2, 3) for word in ("good", "bad")]
+    assert documents.rows.tolist() == [1, 1, 3, 3, 4, 4]
