@@ -37,6 +37,7 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object and nothing else")
     parser.add_argument("--report", metavar="FILE.html", default=None, help="where the page goes (data_report.html; with --json: nowhere)")
     args = cli.parse(parser, argv)
+    cli.log_to_terminal()
     config = load_config(args.config, args.overrides)
 
     from jaxtune.convert.load import open_tokenizer

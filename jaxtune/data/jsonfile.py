@@ -62,7 +62,7 @@ class _Reader:
                 if whole or not self.more():
                     self.fail(error.msg, error.pos)
                 continue
-            if end == len(self.window) and self.more():  # a number may go on
+            if end > len(self.window) - 3 and self.more():  # a number may go on: 1 is a beginning of 1e+9
                 continue
             self.at = end
             return value

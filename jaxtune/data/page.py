@@ -49,7 +49,7 @@ def write(report: Report, path: str | os.PathLike) -> None:
 def page(report: Report) -> str:
     """The whole document."""
     parts = [
-        "<h1>What the model will see</h1>", _figures(report), "<h2>Problems</h2>", _problems(report), _faint(report.unexamined),
+        "<h1>What the model will see</h1>", _figures(report), "<h2>Problems</h2>", _problems(report), *map(_faint, report.notes),
         "<h2>Sources</h2>", _sources(report), "<h2>Lengths</h2>", _histogram(report), _losses(report),
         f"<h2>{len(report.previews)} rows, as the model reads them</h2><p class=faint><mark>Marked</mark> tokens are trained: "
         "the loss is taken on them. Everything else is read only.</p>",
@@ -61,7 +61,7 @@ def page(report: Report) -> str:
 
 
 def _faint(text: str) -> str:
-    return f'<p class="faint">{escape(text)}</p>' if text else ""
+    return f'<p class="faint">{escape(text)}</p>'
 
 
 def _figures(report: Report) -> str:
@@ -82,7 +82,7 @@ def _problems(report: Report) -> str:
     if not report.problems:
         return "<p>None found.</p>"
     out = []
-    for name, count in report.problems.items():
+    for name, count in sorted(report.problems.items(), key=lambda problem: problem[0] not in report.stops):
         stops = name in report.stops
         note = ' <span class="faint">stops a run</span>' if stops else ""
         lines = "".join(f"<li>{escape(example)}</li>" for example in report.examples[name])

@@ -72,6 +72,7 @@ class Item:
         prompt: everything before the answer, as text.
         answer: the answer; for plain text, the text.
         other: further text: the rejected answer.
+        seam: where a plain prompt runs into its answer without a space or line break, the text around; else empty.
     """
 
     side: str
@@ -81,6 +82,7 @@ class Item:
     prompt: str
     answer: str
     other: str = ""
+    seam: str = ""
 
     @property
     def text(self) -> str:
@@ -122,6 +124,17 @@ def texts(example: Example) -> tuple[str, str, str]:
         contents = [f"{m.get('content') or ''}{m.get('tool_calls') or ''}" for m in said if m["role"] not in ("system", "developer")]
         return "\n".join(contents[:-1]), contents[-1] if contents else "", ""
     return "", "", ""  # token ids have no text of their own
+
+
+def seam(example: Example) -> str:
+    """The text around the place where a plain prompt runs into its answer, as in `... altogether?She has`; empty where it does not."""
+    if isinstance(example, Pair):
+        example = example.chosen
+    if not isinstance(example, Completion):
+        return ""
+    ends, begins = example.prompt[-1:], example.completion[:1]
+    together = (ends.isalnum() or ends in (*".?!",)) and begins.isalnum() and (ends + begins).isascii()
+    return f"{example.prompt[-12:]}{example.completion[:12]}" if together else ""
 
 
 def examine(items: list[Item]) -> Findings:
@@ -233,9 +246,10 @@ def _answers(items: list[Item]) -> Found:
 
 
 def _stops(answer: str) -> bool:
-    """The answer ends like a sentence, a number, a label or code; not in the middle of a word, clause or code block."""
+    """The answer ends like a sentence, a number, a short line or code; not in the middle of a long line, clause or code block."""
     end = answer.rstrip()
-    return not (end[-1:] in ",;:-–—(" or end[-1:].isalpha() and len(end.split()) >= 8) and end.count("```") % 2 == 0
+    last = end.rpartition("\n")[2]
+    return not (end[-1:] in ",;:-–—(" or end[-1:].isalpha() and len(last.split()) >= 8) and end.count("```") % 2 == 0
 
 
 def _lengths(items: list[Item]) -> Found:

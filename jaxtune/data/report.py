@@ -1,6 +1,7 @@
 """What the model will see, counted before a single step."""
 
 import collections
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtune.data import quality
 from jaxtune.data.prepare import divide, load
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
+from jaxtune.data.units import Pairs, Stepwise
 
 SHOWN = 10  # rows with their masks
 EXAMPLES = 5  # of each problem
@@ -50,6 +52,7 @@ class Report:
         lengths: minimum, quartiles, 95th and 99th percentile and maximum of the tokens of a document.
         histogram: upper edges and counts of the documents' lengths.
         previews: ten rows with their masks.
+        notes: what is no fault of a row, but should be known.
     """
 
     rows: int
@@ -71,12 +74,7 @@ class Report:
     lengths: dict[str, int]
     histogram: list[tuple[int, int]]
     previews: list[Preview]
-
-    @property
-    def unexamined(self) -> str:
-        """A sentence where not all rows were compared; empty else."""
-        some = self.examined < sum(self.sides.values())
-        return f"Of the stream, the first {self.examined:,} rows were compared with each other." if some else ""
+    notes: list[str]
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -96,6 +94,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
     findings = quality.examine(compared)
     places, examples = _problems(data.ledger, findings)
     policies = quality.policies(config)
+    stops = sorted(name for name in places if policies.get(name, "error") == "error")
     lengths = data.train.documents.lengths
     steps = config.max_steps if config.max_steps > 0 else int(np.ceil(config.num_train_epochs * data.train.steps_per_epoch))
     return Report(
@@ -117,7 +116,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
         },
         examined=len(compared),
         problems={name: len(rows) for name, rows in sorted(places.items())},
-        stops=sorted(name for name in places if policies.get(name, "error") == "error"),
+        stops=stops,
         examples=examples,
         lengths={
             name: int(value)
@@ -127,7 +126,22 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
         },
         histogram=_histogram(lengths),
         previews=_previews(data.train, config, tokenizer),
+        notes=[*_notes(compared, sum(map(_rows, sides.values())), tokenizer)],
     )
+
+
+def _notes(compared: list[quality.Item], rows: int, tokenizer: Any) -> Iterator[str]:
+    seams = [item.seam for item in compared if item.seam]
+    if len(seams) > len(compared) / 2:
+        chat = ", or write columns: {instruction: ..., output: ...} to make messages of them for the chat template" * bool(
+            tokenizer.chat_template
+        )
+        yield (
+            f"In {len(seams):,} rows the prompt runs into the answer ({seams[0]!r}). Prompt and completion are joined as they are: "
+            f"put a space or line break into one of them{chat}."
+        )
+    if len(compared) < rows:
+        yield f"Of the stream, the first {len(compared):,} rows were compared with each other."
 
 
 def _rows(source: Source) -> int:
@@ -187,6 +201,10 @@ def _previews(train: Source, config: Config, tokenizer: Any) -> list[Preview]:
         edges = np.flatnonzero(np.diff(mask > 0)) + 1
         runs = [(part.tolist(), bool(marks[0])) for part, marks in zip(np.split(ids, edges), np.split(mask, edges), strict=True)]
         decoded = [(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False), on) for part, on in runs]
-        info = documents.info[documents.part[doc]]
-        found.append(Preview(f"{info['path']}, row {documents.rows[doc]}", len(ids), int((mask > 0).sum()), decoded))
+        place = f"{documents.info[documents.part[doc]]['path']}, row {documents.rows[doc]}"
+        if isinstance(train.units, Pairs):
+            place += ", rejected" if doc % 2 else ", chosen"
+        elif train.answers[-1] and not isinstance(train.units, Stepwise):
+            place += f", label {int(mask.max()) - 1}"
+        found.append(Preview(place, len(ids), int((mask > 0).sum()), decoded))
     return found

@@ -36,7 +36,8 @@ def items(config: Config, parts: Mapping[str, Documents]) -> list[Item]:
             kept = set(np.unique(rows)[: STREAMED if config.data.streaming else None].tolist())
             for row, example in examples(source, config):
                 if row.index in kept:
-                    found.append(Item(side, number, row.index, f"{row.file}, {row.unit} {row.number}", *quality.texts(example)))
+                    place = f"{row.file}, {row.unit} {row.number}"
+                    found.append(Item(side, number, row.index, place, *quality.texts(example), quality.seam(example)))
                     kept.discard(row.index)
                 if not kept:
                     break

@@ -1,6 +1,7 @@
 """The report in the terminal."""
 
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -21,8 +22,8 @@ def show(report: Report, console: Console) -> None:
     for preview in report.previews:
         console.print(_preview(preview))
     console.print(_problems(report))
-    if report.unexamined:
-        console.print(report.unexamined, style="dim")
+    for note in report.notes:
+        console.print(f"\nnote: {note}", style="cyan", markup=False, highlight=False)
 
 
 def _summary(report: Report) -> Text:
@@ -34,7 +35,9 @@ def _summary(report: Report) -> Text:
     text.append(f"{report.packed_rows:,} batch rows of {lengths} tokens, {report.packing_efficiency:.1%} filled\n")
     text.append(f"{report.steps_per_epoch:,} steps an epoch, {report.steps:,} in all")
     rest = [f"{count:,} {side} rows" for side, count in report.sides.items() if side != "train"]
-    return text.append(f"; {', '.join(rest)} held out" if rest else "")
+    text.append(f"; {', '.join(rest)} held out" if rest else "")
+    stops = ", ".join(f"{report.problems[name]:,} {name.replace('_', ' ')}" for name in report.stops)
+    return text.append(f"\na run would stop: {stops}" if stops else "", "bold red")
 
 
 def _sources(report: Report) -> Table:
@@ -83,10 +86,10 @@ def _preview(preview: Preview) -> Group:
 def _problems(report: Report) -> Group | Text:
     if not report.problems:
         return Text("\nno problems found", "green")
-    lines: list[Text] = [Text("\nproblems", "bold")]
-    for name, count in report.problems.items():
+    lines: list[Text | Padding] = [Text("\nproblems", "bold")]
+    for name, count in sorted(report.problems.items(), key=lambda problem: problem[0] not in report.stops):
         stops = name in report.stops
         head = Text.assemble((f"{count:>7,} {name.replace('_', ' ')}", "bold red" if stops else "bold yellow"))
         lines.append(head.append("  stops a run" if stops else "", "red"))
-        lines += [Text(f"          {example}", "dim", overflow="fold") for example in report.examples[name]]
+        lines += [Padding(Text(example, "dim", overflow="fold"), (0, 0, 0, 10)) for example in report.examples[name]]
     return Group(*lines)

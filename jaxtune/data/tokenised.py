@@ -3,7 +3,9 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,8 @@ from jaxtune.data.examples import Example
 from jaxtune.data.ledger import Ledger
 from jaxtune.errors import DataError
 
+log = logging.getLogger("jaxtune")
+SILENCE = 10.0  # seconds
 MAKERS = ("documents", "encode", "examples", "files", "formats", "jsonfile", "ledger", "masks", "templates", "tokenised", "turns")
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
@@ -41,7 +45,11 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
     encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
 
     def entries() -> Iterator[Entry]:
+        said = time.monotonic()
         for item in encoder.encode(examples(source, config)):
+            if time.monotonic() > said + SILENCE:
+                log.info("data: %s rows of %s are tokens, kept for the next time in %s", f"{ledger.rows:,}", source.path, cache)
+                said = time.monotonic()
             content, group, stratum = content_key(item.row.fields), *split_keys(item.row, config)
             for ids, mask in item.docs:
                 ledger.keep(len(ids), int(np.count_nonzero(mask)))

@@ -32,6 +32,12 @@ def test_the_values_are_those_of_the_json_module(rows, block, indent, plain, wra
     assert values(json.dumps(whole, indent=indent, ensure_ascii=plain), block) == rows
 
 
+@pytest.mark.parametrize("number", ["1.5", "1e+9", "-0.25E-2", "12345678901234567890"])
+def test_a_number_cut_anywhere_is_whole(number):
+    for block in range(1, 9):
+        assert values(f"[{number}, {number}]", block) == [json.loads(number)] * 2
+
+
 @given(st.lists(VALUES, min_size=1, max_size=4), st.data())
 def test_damage_is_found_where_the_json_module_finds_it(rows, data):
     text = json.dumps(rows, indent=1)

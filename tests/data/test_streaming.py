@@ -58,7 +58,7 @@ def test_rows_are_compared_only_as_far_as_memory_should_go(config, tokenizers, m
     monkeypatch.setattr(screen, "STREAMED", 61)
     found = report(config(rows, streaming=True), tokenizers["chatml"])
     assert found.examined == 61 and found.problems["exact_duplicate"] == 1
-    assert found.unexamined == "Of the stream, the first 61 rows were compared with each other."
+    assert found.notes == ["Of the stream, the first 61 rows were compared with each other."]
     assert report(config(rows), tokenizers["chatml"]).problems["exact_duplicate"] == 2
     with pytest.raises(ConfigError, match="data.quality.near_duplicate compares rows with each other, in memory"):
         data.load(config(rows, streaming=True, quality={"near_duplicate": "drop"}), tokenizers["chatml"])
