@@ -38,6 +38,26 @@ class Checkpoints:
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
         self._prune(step)
 
+    def prove(self, step: int, state: Any, notes: dict, keep: bool) -> Any:
+        """Save, let the state go, read it back, compare: that a run can be resumed is known before it is long.
+
+        Returns what was read, which takes the state's place, so that no second copy has to fit. Unless `keep`, the checkpoint goes.
+        """
+        shapes = _shapes(state)
+        self.save(step, state, notes)
+        self.wait()
+        jax.tree.map(lambda x: x.delete(), state)
+        try:
+            state = _unflat(state, self._read(shapes, step)[0])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} does not read back as it was written ({error}), so this run could not be resumed; "
+                f"look at the disk under {self.manager.directory}, or write output_dir: a folder on another one"
+            ) from error
+        if not keep:
+            self.manager.delete(step)
+        return state
+
     def _prune(self, unfinished: int | None = None) -> None:
         """Delete all but the newest `keep` and the best. One that is still being written takes a place, but the last whole one stays."""
         if self.keep is None:
@@ -55,23 +75,24 @@ class Checkpoints:
             raise CheckpointError(f"{self.manager.directory} holds no checkpoint; start without resume=true, in another folder")
         for number in reversed(steps):
             try:
-                return self._restore(state, number)
+                flat, notes = self._read(_shapes(state), number)
+                return _unflat(state, flat), notes
             except CheckpointError as error:
                 log.warning("checkpoint %d is damaged (%s)%s", number, error, "; taking the one before it" if number != steps[0] else "")
         raise CheckpointError(f"no checkpoint in {self.manager.directory} can be read; start again in another folder")
 
-    def _restore(self, state: Any, step: int) -> tuple[Any, dict]:
-        flat = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
+    def _read(self, shapes: dict[str, Any], step: int) -> tuple[dict[str, Any], dict]:
+        """The leaves by path, and the notes, of one checkpoint; CheckpointError where it is not whole."""
         try:
             restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(flat), notes=ocp.args.JsonRestore())
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), notes=ocp.args.JsonRestore())
             )
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(str(error).splitlines()[0]) from error
         sums = jax.device_get(_checksums(restored.state))
         if wrong := [name for name, sum_ in restored.notes["checksums"].items() if int(sums[name]) != sum_]:
             raise CheckpointError(f"the checksum of {wrong[0]} does not agree")
-        return _unflat(state, restored.state), restored.notes
+        return restored.state, restored.notes
 
     def wait(self) -> None:
         """Until everything begun has been written."""
@@ -79,9 +100,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish writing and let go of the folder."""
-        self.wait()
-        self._prune()
-        self.manager.close()
+        try:
+            self.wait()
+            self._prune()
+        finally:
+            self.manager.close()
 
 
 def _is_key(leaf: Any) -> bool:
@@ -92,6 +115,11 @@ def _flat(state: Any) -> dict[str, Any]:
     """Leaves by path; PRNG keys as the integers they are made of."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
+
+
+def _shapes(state: Any) -> dict[str, Any]:
+    """What to read of a checkpoint: shapes, dtypes and where they go."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
 
 
 def _unflat(state: Any, flat: dict[str, Any]) -> Any:

@@ -60,6 +60,9 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+last_words: list[Callable[[int], None]] = []  # called with the exit code when a command has failed and said why
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0, or 2 with `error: ...` on stderr and no traceback for a user's mistake.
 
@@ -82,4 +85,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {message}", file=sys.stderr)
         code = 2
+    if code:
+        for function in last_words:
+            function(code)
     sys.exit(code)

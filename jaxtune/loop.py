@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental import multihost_utils
 
-from jaxtune import data, optim, parallel
+from jaxtune import data, distributed, faults, optim, parallel
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
@@ -32,8 +33,10 @@ class Loop:
     def __init__(self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict):
         self.config, self.mesh, self.rows, self.total = config, mesh, rows, total_steps
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
+        self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
-        self.interrupted = False
+        self.asked = self.interrupted = False  # a signal has come; and this is the step to stop after
+        self.done = 0
         self.window: list[dict[str, float]] = []  # metrics since the last line of the log
         self.last: dict[str, float] = {}
         checkpoints.best = notes["best_step"]
@@ -41,15 +44,24 @@ class Loop:
     def __call__(self, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> tuple[TrainState, dict[str, float]]:
         """All steps that are left. Returns the state (the best one, if so configured) and the last metrics by name."""
         start = int(state.step)
-        handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.log = RunLog(self.folder, self.total, start, self.config.report_to)
+        # Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the step to stop at.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
+        self.log = RunLog(self.folder, self.total, start, self.config.report_to) if distributed.is_first() else None
         try:
             state = self._run(start, state, base, step, eval_step)
+            self.checkpoints.close()
+        except BaseException as error:
+            if jax.process_count() == 1 or isinstance(error, JaxtuneError):  # else the others are not there to close it with
+                self.checkpoints.close()
+            elif isinstance(error, jax.errors.JaxRuntimeError):
+                raise distributed.lost(error, self.done) from error
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.log.close()
-            self.checkpoints.close()
+            if self.log:
+                self.log.close()
         return state, self.last
 
     def _run(self, start: int, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> TrainState:
@@ -58,20 +70,23 @@ class Loop:
             self._evaluate(0, state, base, eval_step)
         self.clock = time.monotonic()
         for number in range(start + 1, self.total + 1):
-            batch = self.rows.train.batch_at(number - 1, jax.process_index(), jax.process_count())
-            state, metrics = step(state, base, self._put(batch))
+            state, metrics = step(state, base, self._put(self.rows.train.batch_at(number - 1, *self.part)))
             if waiting:  # the device is at work on this step, so reading the last one's metrics stalls nothing
                 self._read(*waiting)
-            waiting = (number, metrics, batch)
+            waiting = (number, metrics)
             evaluate = self._due(number, config.eval_strategy, config.eval_steps)
             save = self._due(number, config.save_strategy, config.save_steps)
-            if evaluate or save or self.interrupted or number == self.total:
+            prove = number == 1 and config.save_strategy != "no"
+            self._hear(number)
+            if evaluate or save or prove or self.interrupted or number == self.total:
                 waiting = self._read(*waiting)
+            if prove:
+                state = self.checkpoints.prove(number, state, self.notes, keep=save)
             if evaluate:
                 stop, better = self._evaluate(number, state, base, eval_step)
                 save = save or (better and config.save_strategy == "best")
             stop = stop or self.interrupted
-            if save or self.interrupted or ((stop or number == self.total) and config.save_strategy != "no"):
+            if (save and not prove) or self.interrupted or ((stop or number == self.total) and config.save_strategy != "no"):
                 self._save(number, state)
             if stop:
                 break
@@ -84,10 +99,17 @@ class Loop:
         return state
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # a second signal quits at once
+        if self.asked:  # a second signal quits at once
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.asked = True
         log.warning("%s: finishing this step, then saving; once more quits at once", signal.Signals(number).name)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX hears
+
+    def _hear(self, number: int) -> None:
+        """Whether to stop after this step: a signal here, or one that any of several processes has had (a TPU's maintenance notice too)."""
+        self.done = number
+        self.interrupted = self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
     def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:
         return parallel.put(batch, self.mesh, micro_batches)
@@ -99,36 +121,63 @@ class Loop:
 
     # ---- metrics ----
 
-    def _read(self, number: int, metrics: dict[str, jax.Array], batch: data.Batch) -> None:
-        """Fetch a step's metrics, stop at a loss that is no number, and write a line of the log when it is time."""
+    def _read(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Fetch a step's metrics, deal with numbers that are none, and write a line of the log when it is time."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise TrainingError(self._fault(number, values))
-        self.notes["num_tokens"] += int(np.count_nonzero(batch.segments)) * jax.process_count()
-        self.window.append(values | {"tokens": int(np.count_nonzero(batch.segments)) * jax.process_count()})
-        self.log.advance(number, values["loss"], self.window[-1]["tokens"])
+        self.notes["num_tokens"] += int(values["tokens"])
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            self.window.append(values)
+            self._watch(number, values["loss"])
+        else:
+            self._unsound(number, values)
+        if self.log:
+            self.log.advance(number, values["loss"], int(values["tokens"]))
         if number % max(1, interval(self.config.logging_steps, self.total)) == 0 or number == self.total:
             self._write(number)
+
+    def _watch(self, number: int, loss: float) -> None:
+        """Tell of a loss far above those before it."""
+        if found := faults.spike(self.notes["losses"], loss, self.config.loss_spike_sigma):
+            if self.log:
+                log.warning("%s", faults.write_spike(self.folder, number, found, self.rows.train.rows_at(number - 1)))
+        self.notes["losses"] = faults.remember(self.notes["losses"], loss)
+
+    def _unsound(self, number: int, values: dict[str, float]) -> None:
+        """A loss or gradient that is no number: pass it over while that is allowed (the step has changed nothing), else stop."""
+        if self.notes["skipped_steps"] >= self.config.max_skipped_steps:
+            raise TrainingError(self._fault(number, values))
+        self.notes["skipped_steps"] += 1
+        log.warning(
+            "step %d skipped (%d of at most %d): loss %s, grad_norm %s; its batch was %s", number, self.notes["skipped_steps"],
+            self.config.max_skipped_steps, values["loss"], values["grad_norm"], faults.rows_in_words(self.rows.train.rows_at(number - 1)),
+        )  # fmt: skip
 
     def _write(self, number: int) -> None:
         window, self.window = self.window, []
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        if not window:  # every step was skipped
+            return
         mean = {name: _mean([row[name] for row in window]) for name in window[0] if name not in ("tokens", "weight")}
         mean = {name: value for name, value in mean.items() if value is not None}
         mean |= {"grad_norm": window[-1]["grad_norm"], "learning_rate": self.rate(number - 1), "num_tokens": self.notes["num_tokens"]}
+        if self.config.max_skipped_steps:
+            mean["skipped_steps"] = self.notes["skipped_steps"]
         mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
         self._log(number, mean)
 
     def _log(self, number: int, metrics: dict[str, float]) -> None:
         self.last |= metrics
-        self.log.write(number, {"epoch": number / self.rows.train.steps_per_epoch} | metrics)
+        if self.log:
+            self.log.write(number, {"epoch": number / self.rows.train.steps_per_epoch} | metrics)
 
     def _fault(self, number: int, values: dict[str, float]) -> str:
         saved = self.checkpoints.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there is no checkpoint yet"
+        skipped = f" ({self.notes['skipped_steps']} steps were skipped before)" if self.notes["skipped_steps"] else ""
         return (
-            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {number}; {kept}. Lower learning_rate or max_grad_norm, "
-            f"or look at the rows of that step: python -m jaxtune.data {self.folder / 'config.yaml'}"
+            f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {number}{skipped}; {kept}. The batch was "
+            f"{faults.rows_in_words(self.rows.train.rows_at(number - 1))}. Lower learning_rate or max_grad_norm, allow max_skipped_steps, "
+            f"or look at those rows: python -m jaxtune.data {self.folder / 'config.yaml'}"
         )
 
     # ---- evaluation ----
@@ -136,7 +185,7 @@ class Loop:
     def _evaluate(self, number: int, state: TrainState, base: dict, eval_step: Callable) -> tuple[bool, bool]:
         """Log `eval_*`; whether it is time to stop early, and whether this is the best so far."""
         total = None
-        for batch in self.rows.eval.batches(jax.process_index(), jax.process_count()):
+        for batch in self.rows.eval.batches(*self.part):
             rows = self._put(jax.tree.map(lambda x: x[0], batch), micro_batches=False)
             out = eval_step(state.trainable, with_reference(base, state), rows)
             total = out if total is None else jax.tree.map(jnp.add, total, out)

@@ -1,6 +1,7 @@
 """Devices: the mesh, and where every array lies on it, derived from the row table's logical axes.
 
-The mesh has three axes: `data` (rows), `fsdp` (rows, and weights cut along their input) and `tensor` (weights cut along heads and mlp).
+The mesh has four axes: `data` (rows), `fsdp` (rows, and weights cut along their input), `tensor` (weights cut along heads and mlp) and
+`sequence` (the tokens of a row). Devices of one process are neighbours in it, the last axis first.
 """
 
 import math
@@ -13,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.layout import ROWS
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import is_weight
 from jaxtune.peft.lora import Adapter, adaptable
 from jaxtune.tree import flatten, unflatten
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that hold different rows of a batch
+AXES = ("data", "fsdp", "tensor", "sequence")
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "experts": None, "layers": None}
 
 
@@ -47,20 +48,63 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
-    """Rows over `data` and `fsdp`: `[A, B, T]`, or `[B, T]`."""
+    """Rows over `data` and `fsdp`: `[A, B, T]`, or `[B, T]`. (The model cuts T over `sequence` where it matters.)"""
     return NamedSharding(mesh, PartitionSpec(*(None,) * micro_batches, ROWS))
+
+
+def row_part(mesh: Mesh) -> tuple[int, int]:
+    """`(part, parts)`: which of how many equal parts of a batch's rows this process's devices hold.
+
+    Processes that share the devices of one part (`tensor` or `sequence` over several hosts) hold the same rows.
+    """
+    groups = mesh.devices.reshape(data_parallel(mesh), -1)
+    mine = [number for number, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
+    first, count = mine[0], len(mine)
+    if mine != list(range(first, first + count)) or first % count or len(groups) % count:
+        sizes = dict(mesh.shape)
+        raise ConfigError(f"mesh {sizes} gives this process rows {mine} of {len(groups)}; choose tensor * sequence to divide its devices")
+    return first // count, len(groups) // count
+
+
+def put(batch: Any, mesh: Mesh, micro_batches: bool = True) -> Any:
+    """A batch of this process's part of the rows (numpy) as arrays of the whole mesh."""
+    sharding, (_, parts) = batch_sharding(mesh, micro_batches), row_part(mesh)
+
+    def one(x: np.ndarray) -> jax.Array:
+        shape = list(x.shape)
+        shape[micro_batches] *= parts
+        return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
+
+    return jax.tree.map(one, batch)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays where `shardings` says. What is not a global array yet has to be the same on every process; each keeps its own shards."""
+
+    def one(x, sharding):
+        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as numpy arrays, whole, on every process; all of them have to call it, in the same order."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x))
+
+    return jax.tree.map(one, tree)
 
 
 WHOLE = ("vocab",)  # axes that stay whole where they do not divide: vocabularies are rarely round, and their models are to work too
 
 
-def put(batch: Any, mesh: Mesh, micro_batches: bool = True) -> Any:
-    """A batch of this process' rows (numpy) as arrays of the whole mesh."""
-    sharding = batch_sharding(mesh, micro_batches)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], whole: tuple = WHOLE) -> NamedSharding:
+def sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], whole: tuple = WHOLE) -> NamedSharding:
     """Each dimension along its axis's part of the mesh; ConfigError where it does not divide (axes in `whole` are then not cut)."""
     names = []
     for size, axis in zip(shape, axes, strict=True):
@@ -77,19 +121,20 @@ def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | N
 def param_shardings(mesh: Mesh, config: ModelConfig, params: dict) -> dict:
     """A sharding for every array of a parameter tree (or its shapes), packed leaves cut like the matrix they stand for."""
     rows = spec(config)
-    return unflatten({path: _leaf(mesh, path, rows[path], leaf) for path, leaf in flatten(params).items()})
+    return unflatten({path: leaf_shardings(mesh, path, rows[path], leaf) for path, leaf in flatten(params).items()})
 
 
-def _leaf(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
+def leaf_shardings(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
+    """Those of one leaf (or its shapes), stacked as the row says."""
     if not is_weight(leaf):
-        return _sharding(mesh, path, leaf.shape, row.axes)
+        return sharding(mesh, path, leaf.shape, row.axes)
     whole = jax.tree.map(lambda _: replicated(mesh), leaf)
     if isinstance(leaf, Int8):
-        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
-        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
+        absmax = sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
+        return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     if isinstance(leaf, NF4) and leaf.codes.shape[-2] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
-        absmax = _sharding(mesh, path, leaf.absmax.shape, row.axes, whole=row.axes)  # small: whole where its blocks do not divide
-        return whole.replace(codes=_sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
+        absmax = sharding(mesh, path, leaf.absmax.shape, row.axes, whole=row.axes)  # small: whole where its blocks do not divide
+        return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
     return whole
 
 
@@ -102,7 +147,7 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
     def pair(path: str, leaves: dict) -> dict:
         *lead, out, width = rows[path].axes
         axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out)}
-        return {name: _sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
+        return {name: sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
 
     return trainable.replace(params={path: pair(path, leaves) for path, leaves in trainable.params.items()})
 

@@ -65,15 +65,14 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
     path = Path(config.ref_model).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         adapter = peft_files.load_adapter(path, model)
-        return compose(model.params, jax.device_put(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
+        return compose(model.params, parallel.place(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
     opened = open_model(config.ref_model)
     if opened.config != _comparable(model.config, opened.config):
         raise ConfigError(
             f"ref_model {config.ref_model} is not built as the model ({_difference(opened.config, model.config)}); "
             "name a checkpoint of the same model, or an adapter for it"
         )
-    reference = read_model(opened, config.dtype, config.quantization)
-    return jax.device_put(reference.params, parallel.param_shardings(mesh, model.config, reference.params))
+    return read_model(opened, config.dtype, config.quantization, mesh).params
 
 
 def _comparable(config: Any, like: Any) -> Any:
@@ -100,7 +99,7 @@ def _compute(config: Config, model: Model, reference: dict, source: data.Source,
     def of(batch: data.Batch) -> np.ndarray:
         return np.asarray(logps(reference, parallel.put(batch, mesh)))
 
-    source.ref_logps = source.each_answer(of, jax.process_index(), jax.process_count())
+    source.ref_logps = source.each_answer(of, *parallel.row_part(mesh))
 
 
 def _identity(config: Config, opened: Opened) -> dict:

@@ -19,6 +19,7 @@ from jaxtune.errors import CheckpointError
 FREE = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
     "compilation_cache", "evaluate", "eval_steps", "eval_strategy", "eval_on_start", "per_device_eval_batch_size", "mesh",
+    "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma",
 }  # fmt: skip
 PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
@@ -30,13 +31,24 @@ def write_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
+def folder_of(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.output_dir).expanduser()
+
+
+def check_free(config: Config) -> None:
+    """Raise what `open_run` would, without making anything."""
+    if config.resume or folder_of(config).exists():
+        open_run(config)
+
+
 def open_run(config: Config) -> Path:
     """The run's folder, made if need be.
 
     Raises CheckpointError when the folder holds something and `resume` is not set, or when `resume` is set and there is nothing
     to resume, or the run that is there was another one (naming the keys that differ).
     """
-    folder = Path(config.output_dir).expanduser()
+    folder = folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is a file; name a folder")
     if not config.resume:

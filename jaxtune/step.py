@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
@@ -52,12 +53,18 @@ def how_to_compute(config, model_config, platform: str):
     return dataclasses.replace(model_config, dtype=config.dtype, remat=remat, logits_chunk=chunk)
 
 
-def make_step(config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None) -> Callable:
-    """`step(state, base, batch) -> (state, metrics)`, to be jitted (or pmapped with `axis_name`).
+def make_step(
+    config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None,
+    mesh: Mesh | None = None,
+) -> Callable:
+    """`step(state, base, batch) -> (state, metrics)`, to be jitted (or pmapped with `axis_name`); on `mesh`, activations lie as
+    model/layout.py says.
 
     `batch` has leading axes `[A, B, T]`; sums of loss, gradient and weight over the A micro-batches (and devices) are divided once by
     the total weight, so A, B and the number of devices cannot change the result. `metrics` are float32 scalars on the device.
+    With `max_skipped_steps`, a step whose loss or gradient is no number changes nothing but the step's number.
     """
+    model_config = dataclasses.replace(model_config, mesh=mesh)
 
     def step(state: TrainState, base: dict, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 2 * batch.tokens.shape[0])
@@ -73,18 +80,24 @@ def make_step(config, model_config, objective: Callable, optimizer: optax.Gradie
             grads, loss = jax.grad(total, has_aux=True)(state.trainable, micro, key_pair)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss
 
-        sums = _sum_over(one, (batch, keys.reshape(-1, 2)))
+        sums, tokens = _sum_over(one, (batch, keys.reshape(-1, 2))), jnp.count_nonzero(batch.segments)
         if axis_name is not None:
-            sums = jax.lax.psum(sums, axis_name)
+            sums, tokens = jax.lax.psum((sums, tokens), axis_name)
         grads, loss = sums
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
         grads, grad_norm = clip_by_global_norm(grads, config.max_grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss.total / loss.weight, "grad_norm": grad_norm, "weight": loss.weight}
+        metrics = {"loss": loss.total / loss.weight, "grad_norm": grad_norm, "weight": loss.weight, "tokens": tokens}
         metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN where there was nothing to measure
         reference = None if state.reference is None else _synchronised(config, state.reference, trainable, state.step + 1)
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, reference=reference), metrics
+        new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, reference=reference)
+        if config.max_skipped_steps:
+            sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            names = ("trainable", "opt_state", "reference")
+            kept = {name: jax.tree.map(lambda *x: jnp.where(sound, *x), getattr(new, name), getattr(state, name)) for name in names}
+            new = new.replace(**kept)
+        return new, metrics
 
     return step
 
@@ -99,8 +112,9 @@ def _sum_over(function: Callable, xs):
     return total
 
 
-def make_eval_step(config, model_config, objective: Callable) -> Callable:
+def make_eval_step(config, model_config, objective: Callable, mesh: Mesh | None = None) -> Callable:
     """`eval_step(trainable, base, batch [B, T]) -> Loss` of sums, without dropout or noise."""
+    model_config = dataclasses.replace(model_config, mesh=mesh)
 
     def eval_step(trainable, base: dict, batch):
         return objective(config, model_config, compose(base, trainable), base, batch, None)

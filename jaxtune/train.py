@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from jaxtune import cli, data, errors, optim, parallel, reference, runfolder
+from jaxtune import cli, data, distributed, errors, optim, parallel, reference, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
 from jaxtune.convert import hf
@@ -57,7 +58,9 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     """
     config = config if isinstance(config, Config) else load_config(config, overrides)
     _check_tables(config)
+    distributed.start(config.distributed)
     enable_compilation_cache(config)
+    distributed.check_joined(config.distributed)
     mesh = parallel.make_mesh(config.mesh)
     config = _settle(config)
     if config.data.kfold is None or config.data.fold is not None:
@@ -70,8 +73,7 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
 
 def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
     # ---- 1. What there is: the model's files, the rows ----
-    if config.resume or config.output_dir and Path(config.output_dir).exists():
-        runfolder.open_run(config)  # refuse a folder in use before anything long is done
+    distributed.on_first(lambda: runfolder.check_free(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
     opened = open_model(config.model)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
@@ -91,16 +93,18 @@ def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
 
     # ---- 3. The step ----
     state = _place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
-    step, eval_step = _programs(config, model.config, total_steps, state)
+    step, eval_step = _programs(config, model.config, total_steps, state, mesh)
 
     # ---- 4. The folder; resume ----
-    folder = runfolder.open_run(config)
+    distributed.on_first(lambda: runfolder.open_run(config))
+    folder = runfolder.folder_of(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
-    notes: dict[str, Any] = {"fingerprint": rows.train.fingerprint, "best": None, "best_step": None, "bad_evals": 0, "num_tokens": 0}
+    notes = first_notes(rows)
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
-    runfolder.write_config(folder, config)
-    _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
+    if distributed.is_first():
+        runfolder.write_config(folder, config)
+        _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
 
     # ---- 5. The loop ----
     run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes)
@@ -144,14 +148,13 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     """The model on the mesh, ready to train, and a fresh trainable part; says how many matrices it has."""
     started = time.monotonic()
     dtype = config.param_dtype if config.method == "full" else config.dtype
-    model = read_model(opened, dtype, config.quantization)
+    model = read_model(opened, dtype, config.quantization, mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
-    model.params = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)
     else:
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config)
-    trainable = jax.device_put(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
+    trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
@@ -170,31 +173,49 @@ def _place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
 
 
-def _programs(config: Config, model_config: Any, total_steps: int, state: TrainState) -> tuple[Any, Any]:
+def _programs(config: Config, model_config: Any, total_steps: int, state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
     """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
     alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
-    return _jitted(alike, model_config, total_steps, OBJECTIVES[config.objective], tuple(shardings), structure)
+    return _jitted(alike, model_config, total_steps, OBJECTIVES[config.objective], mesh, tuple(shardings), structure)
 
 
 @functools.lru_cache(maxsize=1)
-def _jitted(config: Config, model_config: Any, total_steps: int, objective: Any, shardings: tuple, structure: Any) -> tuple[Any, Any]:
-    step = make_step(config, model_config, objective, optim.optimizer(config, total_steps))
+def _jitted(
+    config: Config, model_config: Any, total_steps: int, objective: Any, mesh: Mesh, shardings: tuple, structure: Any
+) -> tuple[Any, Any]:
+    step = make_step(config, model_config, objective, optim.optimizer(config, total_steps), mesh=mesh)
     out_shardings = (jax.tree.unflatten(structure, shardings), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective, mesh))
+
+
+def first_notes(rows: data.Data) -> dict[str, Any]:
+    """What a run remembers beside its state, before the first step; checkpoints carry it."""
+    best = {"best": None, "best_step": None, "bad_evals": 0}
+    return {"fingerprint": rows.train.fingerprint, "num_tokens": 0, "skipped_steps": 0, "losses": []} | best
 
 
 def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:
-    if different := runfolder.differences(config, folder):
-        raise errors.CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    drift = [f"{folder} holds another run: {'; '.join(found)}"] if (found := runfolder.differences(config, folder)) else []
     if not checkpoints.steps():
+        _refuse(config, drift)
         log.info("resume: %s has no checkpoint yet, so from the start", folder)
         return state, notes
+    if drift:
+        _refuse(config, drift)  # before the state is read, which may not even fit it
     state, saved = checkpoints.restore(state)
     if saved["fingerprint"] != notes["fingerprint"]:
-        raise errors.CheckpointError(f"the training rows are not those {folder} was trained on; put them back, or start in another folder")
+        _refuse(config, [f"the training rows are not those {folder} was trained on"])
     log.info("resume: at step %d", int(state.step))
-    return state, saved
+    return state, notes | saved | {"fingerprint": notes["fingerprint"]}
+
+
+def _refuse(config: Config, drift: list[str]) -> None:
+    """CheckpointError for a run that is not the one to go on with, or where that is allowed a line that says so."""
+    for what in drift:
+        if not config.resume_allow_drift:
+            raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to go on all the same")
+        log.warning("resume_allow_drift: %s; going on all the same", what)
 
 
 def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, trainable, total_steps: int) -> None:
@@ -216,14 +237,20 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     """`adapter/` in PEFT's format, or `model/` in Hugging Face's; the result of an earlier end of this run is replaced."""
     out = folder / ("adapter" if isinstance(trainable, Adapter) else "model")
     scratch = folder / f".{out.name}.new"
-    shutil.rmtree(scratch, ignore_errors=True)
+    if distributed.is_first():
+        shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(trainable, Adapter):
-        peft_files.save_adapter(trainable, model, scratch)
-    else:
-        hf.save(model.config, trainable, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(scratch, out)
-    log.info("result: %s", out)
+        trainable = parallel.fetch(trainable)
+    elif not distributed.is_first():
+        hf.take_part(model.config, trainable)
+    if distributed.is_first():
+        if isinstance(trainable, Adapter):
+            peft_files.save_adapter(trainable, model, scratch)
+        else:
+            hf.save(model.config, trainable, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(scratch, out)
+        log.info("result: %s", out)
     return out
 
 

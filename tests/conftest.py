@@ -15,6 +15,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
+# Collectives in one order on all fake devices: else they wait for each other where there are fewer cores (jaxtune/distributed.py).
+os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JAX_PLATFORMS=cuda pytest ...
 
 import jax  # noqa: E402

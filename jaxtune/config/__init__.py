@@ -2,8 +2,9 @@
 
 from jaxtune.config.checks import interval
 from jaxtune.config.load import describe, load_config
-from jaxtune.config.schema import Config, DataConfig, EvalConfig, LoraConfig, MeshConfig, ObjectiveConfig, Source
+from jaxtune.config.schema import Config, DataConfig, DistributedConfig, EvalConfig, LoraConfig, MeshConfig, ObjectiveConfig, Source
 
 __all__ = [
-    "Config", "DataConfig", "EvalConfig", "LoraConfig", "MeshConfig", "ObjectiveConfig", "Source", "describe", "interval", "load_config",
+    "Config", "DataConfig", "DistributedConfig", "EvalConfig", "LoraConfig", "MeshConfig", "ObjectiveConfig", "Source", "describe",
+    "interval", "load_config",
 ]  # fmt: skip

@@ -17,7 +17,9 @@ AT_LEAST = {
     "warmup_steps": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "eval_steps": 0,
     "save_total_limit": 1, "logits_chunk_size": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0, "seed": 0,
     "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.kfold": 2,
-    "data.fold": 0, "data.split_seed": 0, "evaluate.max_new_tokens": 1, "evaluate.limit": 1,
+    "max_skipped_steps": 0, "loss_spike_sigma": 0, "distributed.initialization_timeout": 1,
+    "distributed.num_processes": 1, "distributed.process_id": 0, "data.fold": 0, "data.split_seed": 0, "evaluate.max_new_tokens": 1,
+    "evaluate.limit": 1,
 }  # fmt: skip
 ABOVE = {
     "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0,

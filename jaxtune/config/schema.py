@@ -112,6 +112,20 @@ class MeshConfig(Group):
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1  # each row of tokens cut over that many devices
+
+
+@dataclass(frozen=True)
+class DistributedConfig(Group):
+    """How this process finds the others of a run over several hosts (`jax.distributed.initialize`)."""
+
+    group: ClassVar[str] = "distributed"
+
+    initialize: bool | Literal["auto"] = "auto"  # auto: where keys are given, or srun, mpirun or a TPU slice started several processes
+    coordinator_address: str | None = None  # HOST:PORT of process 0; or JAX_COORDINATOR_ADDRESS
+    num_processes: int | None = None  # or JAX_NUM_PROCESSES
+    process_id: int | None = None  # or JAX_PROCESS_ID
+    initialization_timeout: int = 300  # seconds to wait for the others at the start
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,7 @@ class Config(ObjectiveConfig):
     objective: str = "sft"
     output_dir: str | None = None
     resume: bool = False
+    resume_allow_drift: bool = False  # go on although keys or rows have changed; what has is said
     lora: LoraConfig = LoraConfig()
     init_adapter: str | None = None  # a PEFT folder to go on from, instead of a fresh adapter (its own config counts, not `lora`)
     quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
@@ -203,6 +218,8 @@ class Config(ObjectiveConfig):
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    max_skipped_steps: int = 0  # so many steps whose loss or gradient is no number are passed over, state unchanged, before the run stops
+    loss_spike_sigma: float = 6.0  # report a loss so many standard deviations above the last hundred, with its rows; 0: never
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
     neftune_noise_alpha: float | None = None
@@ -229,6 +246,8 @@ class Config(ObjectiveConfig):
     seed: int = 42
     data_seed: int = _later()  # seed
     mesh: MeshConfig = MeshConfig()
+    zero_stage: Literal[0, 1] = 0  # 1: the optimiser's state cut over mesh.data as well (ZeRO-1)
+    distributed: DistributedConfig = DistributedConfig()
     compilation_cache: bool | str = True  # or the folder
 
     def __post_init__(self):

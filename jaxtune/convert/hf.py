@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune import parallel
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
-from jaxtune.convert.tensors import Checkpoint, Plan, write_json, write_tensors
+from jaxtune.convert.shards import Shards
+from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, write_tensors
 from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
@@ -29,12 +31,15 @@ Quantize = Callable[[str, jax.Array], Matrix]
 # ---- in ----
 
 
-def load_params(source: Checkpoint, config: ModelConfig, dtype: str = "float32", quantize: Quantize | None = None) -> dict:
+def load_params(
+    source: Checkpoint, config: ModelConfig, dtype: str = "float32", quantize: Quantize | None = None, shards: Shards | None = None
+) -> dict:
     """The parameter tree of a checkpoint.
 
     source    its tensors under Hugging Face's names; read one at a time
     dtype     of every plain leaf; "auto" keeps what the file has
     quantize  `(path, matrix) -> leaf`, called for every tensor after the cast, layer by layer
+    shards    reads (and packs) in its stead, onto a mesh, where the tree is to lie on several devices
 
     Stacks are allocated once, where they will live, and filled in place: at its peak the host holds one tensor, the device the
     result and one tensor. Raises ModelError for a tensor that is missing, left over, of another shape or not a float.
@@ -44,15 +49,18 @@ def load_params(source: Checkpoint, config: ModelConfig, dtype: str = "float32",
     rows = spec(config)
     tree: dict[str, Any] = {}
     for cell in table:
-        leaf = _leaf(source, names[cell.name], cell, dtype, quantize)
+        name, row = names[cell.name], rows[cell.path]
+        leaf = shards.leaf(name, cell, row, dtype) if shards else _leaf(source, name, cell, dtype, quantize)
         if not cell.index:
             tree[cell.path] = leaf
             continue
         if cell.path not in tree:
-            stack = rows[cell.path].shape[: len(cell.index)]
-            tree[cell.path] = jax.tree.map(lambda x, stack=stack: jnp.zeros(stack + x.shape, x.dtype), leaf)
+            stack = row.shape[: len(cell.index)]
+            shapes = jax.tree.map(lambda x, stack=stack: jax.ShapeDtypeStruct(stack + x.shape, x.dtype), leaf)
+            where = shards.shardings(cell.path, row, shapes) if shards else jax.tree.map(lambda _: None, shapes)
+            tree[cell.path] = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), shapes, where)
         # Waited for: calls are dispatched ahead of the work, and every matrix in the queue would be in memory.
-        tree[cell.path] = jax.block_until_ready(_put(tree[cell.path], leaf, cell.index))
+        tree[cell.path] = jax.block_until_ready(_put(tree[cell.path], leaf, cell.index, shards))
     return unflatten(tree)
 
 
@@ -70,15 +78,22 @@ def _matrix(value: Any, cell: Cell) -> Matrix:
     return value if is_weight(value) else jnp.asarray(value.T if cell.transposed else value)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack, leaf, index):
-    """`stack[index] = leaf` for every array of a leaf, in place."""
+def _put(stack, leaf, index, shards: Shards | None):
+    """`stack[index] = leaf` for every array of a leaf, in place; without a mesh nothing is tied to a device."""
+    where = tuple(x.sharding for x in jax.tree.leaves(stack)) if shards else None
+    return _putter(where, jax.tree.structure(stack))(stack, leaf, index)
 
-    def put(whole, part):
+
+@functools.lru_cache(maxsize=64)
+def _putter(where: tuple | None, structure: Any):
+    def put(whole, part, index):
         start = (*index, *(0,) * part.ndim)
         return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype).reshape((1,) * len(index) + part.shape), start)
 
-    return jax.tree.map(put, stack, leaf)
+    def every(stack, leaf, index):
+        return jax.tree.map(lambda whole, part: put(whole, part, index), stack, leaf)
+
+    return jax.jit(every, donate_argnums=0, out_shardings=None if where is None else jax.tree.unflatten(structure, where))
 
 
 def settle_tie(source: Checkpoint, config: ModelConfig) -> ModelConfig:
@@ -125,6 +140,14 @@ def save(
     with new_folder(out) as folder:
         write_model(folder, config, params, tokenizer, generation_config, dtype, base, keep_packed, max_shard_size)
     return Path(out)
+
+
+def take_part(config: ModelConfig, params: dict) -> None:
+    """What a process that writes nothing does while another one saves: it gives its parts of each tensor, in the same order."""
+    _, plans, make = tensors_out(config, params)
+    for shard in in_shards(plans):
+        for plan in shard:
+            make(plan.name)
 
 
 def write_model(
@@ -178,7 +201,7 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         else:
             read = (lambda: _matrix(base.read(stored[name]), cell)) if base else None
             leaf = _cell(leaf, cell.index, read)
-        value = np.asarray(dense(leaf, wanted))
+        value = parallel.fetch(dense(leaf, wanted))
         return value.T if cell.transposed else value
 
     return config, [Plan(cell.name, dtype_of(cell), cell.shape) for cell in table.values()], make

@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxtune.convert import hf, sources
 from jaxtune.convert.bitsandbytes import Bitsandbytes, is_packed
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
 from jaxtune.convert.names import unstack_experts
+from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
@@ -62,12 +65,14 @@ def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | 
     return read_model(open_model(source), dtype, quantization)
 
 
-def read_model(opened: Opened, dtype: str = "float32", quantization: str | None = None) -> Model:
-    """The model whose files `open_model` has opened: reads the tensors (see `load`)."""
+def read_model(opened: Opened, dtype: str = "float32", quantization: str | None = None, mesh: Mesh | None = None) -> Model:
+    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given."""
     compute = stored_dtype(opened) if dtype == "auto" else dtype
     config = dataclasses.replace(opened.config, dtype=compute)
     packed = isinstance(opened.checkpoint, Bitsandbytes)  # what the file has packed stays packed, and the rest was left dense on purpose
-    params = hf.load_params(opened.checkpoint, config, dtype, None if packed else quantizer(config, quantization))
+    quantization = None if packed else quantization
+    shards = Shards(opened.checkpoint, mesh, quantization) if mesh is not None else None
+    params = hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)
     return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, opened.source)
 
 

@@ -69,6 +69,12 @@ class Safetensors:
             raise ModelError(f"{entry.file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
         return data.view(entry.dtype).reshape(entry.shape)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[index]` without reading the rest."""
+        entry = self.entries[name]
+        data = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.nbytes,)) if entry.nbytes else np.zeros(0, np.uint8)
+        return np.array(data.view(entry.dtype).reshape(entry.shape)[index])
+
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or what `model.safetensors.index.json` lists."""
@@ -161,8 +167,8 @@ def parse_size(text: str | int) -> int:
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
 
 
-def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarray], max_shard_size: str | int = "5GB") -> None:
-    """`model.safetensors`, or shards of at most `max_shard_size` with their index; `make(name)` is called once, in order, per tensor."""
+def in_shards(plans: Iterable[Plan], max_shard_size: str | int = "5GB") -> list[list[Plan]]:
+    """The tensors of each file, in the order in which they are written: wide types first, so that each starts at a multiple of its size."""
     shards, room = [], 0
     limit = parse_size(max_shard_size)
     for plan in sorted(plans, key=lambda plan: _natural(plan.name)):
@@ -171,6 +177,12 @@ def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.
             room = limit
         shards[-1].append(plan)
         room -= plan.nbytes
+    return [sorted(shard, key=lambda plan: -plan.dtype.itemsize) for shard in shards]
+
+
+def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarray], max_shard_size: str | int = "5GB") -> None:
+    """`model.safetensors`, or shards of at most `max_shard_size` with their index; `make(name)` is called once, in order, per tensor."""
+    shards = in_shards(plans, max_shard_size)
     if len(shards) <= 1:
         write_file(folder / "model.safetensors", [plan for shard in shards for plan in shard], make)
         return

@@ -92,6 +92,16 @@ class Source:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes)
 
+    def rows_at(self, step: int) -> dict[str, list[int]]:
+        """The numbers of the rows that step `step` (from 0) trains on, from 1, by the source they come from."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        places = self._epoch(epoch)[index]
+        documents = [doc for row in places[places >= 0] for unit in self._units_of(row) for doc in self.units.members(int(unit))]
+        found: dict[str, set[int]] = {}
+        for doc in documents:
+            found.setdefault(self.documents.info[self.documents.part[doc]]["path"], set()).add(int(self.documents.rows[doc]))
+        return {path: sorted(rows) for path, rows in found.items()}
+
     def batches(self, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """Each row once, in order, as batches `[1, B / processes, T]`; the last ones are filled up with empty rows."""
         for rows in self._steps(np.arange(len(self.plan)), self.rows):

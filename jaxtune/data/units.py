@@ -8,6 +8,7 @@ restart after the prompt. The prompt's tokens are then computed once. Every kind
     saved                             int64 [n]: tokens that are not computed a second time because prompts are shared
     shared                            whether batches carry parents
     settings                          what the layout depends on beside the documents, for fingerprints
+    members(unit)                     the numbers of the documents it is made of
     fill(batch, at, unit)             write one unit into a row
 """
 
@@ -92,6 +93,10 @@ class Single:
         self.lengths, self.trained, self.part = documents.lengths, documents.trained, documents.part
         self.answers = self.saved = np.zeros(len(documents), np.int64)
 
+    def members(self, unit: int) -> list[int]:
+        """Its one document."""
+        return [unit]
+
     def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
         """Write one document."""
         put(batch, at, *self.documents[unit])
@@ -145,9 +150,13 @@ class Pairs:
         if train_prompt:
             self.trained = self.trained + [self._pair(unit)[0].start - 1 for unit in range(count)]
 
+    def members(self, unit: int) -> list[int]:
+        """Chosen and rejected."""
+        return [2 * unit, 2 * unit + 1]
+
     def _pair(self, unit: int) -> list[Answer]:
         documents = self.documents
-        return [Answer(*documents[n], int(documents[n][1].argmax()), documents.values[n]) for n in (2 * unit, 2 * unit + 1)]
+        return [Answer(*documents[n], int(documents[n][1].argmax()), documents.values[n]) for n in self.members(unit)]
 
     def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
         """Write one pair."""
@@ -177,6 +186,10 @@ class Mismatched:
         self.saved = np.array([sum(own.start * share for own, _ in group) for group in groups])
         self.lengths = np.array([sum(len(answer.tokens) for pair in group for answer in pair) for group in groups]) - self.saved
         self.trained = np.array([sum(np.count_nonzero(x.mask) for pair in group for x in pair) for group in groups])
+
+    def members(self, unit: int) -> list[int]:
+        """Two or three answers."""
+        return self._units[unit].tolist()
 
     def _groups(self, unit: int) -> list[tuple[Answer, Answer]]:
         own = [_labelled(self.documents, n) for n in self._units[unit]]

@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from jaxtune.errors import ModelError
 from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
@@ -60,6 +62,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
+    mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
     @property
