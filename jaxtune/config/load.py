@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -195,8 +194,17 @@ def describe(config: Config) -> str:
             lines.append([f"{key}.{name}={_word(item)}" for name, item in value.items() if item not in (None, [], {})])
         elif value not in (None, [], {}):
             top.append(f"{key}={_word(value)}")
-    fill = textwrap.TextWrapper(118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False).fill
-    return "\n".join(fill("  ".join(words)) for words in [top, *lines] if words)
+    return "\n".join(_fill(words) for words in [top, *lines] if words)
+
+
+def _fill(words: list[str], width: int = 118) -> str:
+    """Words two spaces apart in lines of at most `width`; none is broken, though it holds spaces."""
+    lines = [""]
+    for word in words:
+        if lines[-1].strip() and len(lines[-1]) + 2 + len(word) > width:
+            lines.append("")
+        lines[-1] += f"  {word}" if lines[-1] or len(lines) > 1 else word
+    return "\n".join(lines)
 
 
 def _word(value: Any) -> str:
