@@ -17,6 +17,7 @@ _WHERE = {
     "Model": "jaxtune.convert",
     "save": "jaxtune.convert",
     "load_adapter": "jaxtune.convert",
+    "load_scorer": "jaxtune.convert",
     "save_adapter": "jaxtune.convert",
     "forward": "jaxtune.model.decoder",
     "init_adapter": "jaxtune.peft",
@@ -25,12 +26,13 @@ _WHERE = {
     "combine": "jaxtune.peft.combine",
     "mix": "jaxtune.peft.combine",
     "generate_tokens": "jaxtune.generate",
+    "best_of_n": "jaxtune.best_of",
     "Config": "jaxtune.config",
     "LoraConfig": "jaxtune.config",
     "load_config": "jaxtune.config",
     "JaxtuneError": "jaxtune.errors",
 }
-_VERBS = ("train", "evaluate", "generate", "export", "plan")  # modules that can be called
+_VERBS = ("train", "evaluate", "generate", "score", "export", "plan")  # modules that can be called
 
 __all__ = ["__version__", *_WHERE, *_VERBS]
 

@@ -14,6 +14,7 @@ VERBS = {
     "train": "fine-tune a model as a config says",
     "evaluate": "perplexity and task metrics, base beside tuned",
     "generate": "sample from a model, with or without an adapter",
+    "score": "score texts with a reward model or classifier",
     "export": "write a run's result as HF, PEFT or GGUF files",
     "data": "show what the model will see: counts, lengths, masks, problems",
     "plan": "will it fit, and what takes the memory",

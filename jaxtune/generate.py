@@ -225,12 +225,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="a system turn before each prompt")
     parser.add_argument("--no-chat", action="store_true", help="take texts as they are, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy, and the default; 1 with --best-of")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
     parser.add_argument("--num-return-sequences", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--best-of", type=int, metavar="N", help="draw N answers to each prompt, print the one --reward likes best")
+    parser.add_argument("--reward", metavar="WHAT", help="a reward model's folder, or a function: module.function, path/file.py:function")
     parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends an answer; may be given several times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, help="rows at a time")
@@ -314,16 +316,23 @@ def main() -> None:
     model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter, choices = _adapter(arguments, model, named)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS} | {"chat": False if arguments.no_chat else None}
-    live = len(prompts) * arguments.num_return_sequences == 1 and not arguments.json
+    settings["temperature"] = float(arguments.best_of is not None) if arguments.temperature is None else arguments.temperature
+    live = len(prompts) * arguments.num_return_sequences == 1 and not arguments.json and arguments.best_of is None
     if live:
         settings["stream"] = lambda number, text: print(text, end="", flush=True)
     began = time.perf_counter()
-    completions = generate_tokens(model, prompts, adapter, **settings)
+    if arguments.best_of is None and arguments.reward is None:
+        completions, extras = generate_tokens(model, prompts, adapter, **settings), None
+    else:
+        from jaxtune.best_of import for_command
+
+        completions, extras = for_command(model, prompts, arguments.best_of, arguments.reward, adapter, settings)
     seconds = time.perf_counter() - began
     if arguments.json:
         found = [{"prompt": prompts[c.prompt], "text": c.text, "finish_reason": c.finish_reason, "tokens": c.tokens} for c in completions]
         if any(choices):
             found = [one | {"adapter": choices[c.prompt]} for one, c in zip(found, completions, strict=True)]
+        found = [one | extra for one, extra in zip(found, extras, strict=True)] if extras else found
         print(json.dumps({"completions": found, "seconds": round(seconds, 3)}, ensure_ascii=False))
         return
     for number, completion in enumerate(completions):

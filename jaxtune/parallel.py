@@ -149,7 +149,8 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
         axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out)}
         return {name: sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
 
-    return trainable.replace(params={path: pair(path, leaves) for path, leaves in trainable.params.items()})
+    saved = param_shardings(mesh, config, trainable.saved)
+    return trainable.replace(params={path: pair(path, leaves) for path, leaves in trainable.params.items()}, saved=saved)
 
 
 def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> Any:

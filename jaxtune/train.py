@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtune import cli, data, distributed, errors, optim, parallel, reference, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
-from jaxtune.convert import hf
+from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
 from jaxtune.errors import ConfigError
@@ -149,6 +149,7 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     started = time.monotonic()
     dtype = config.param_dtype if config.method == "full" else config.dtype
     model = read_model(opened, dtype, config.quantization, mesh)
+    model = heads.attach(model, heads.head_of(config), jax.random.key(config.seed), mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)

@@ -16,7 +16,7 @@ LEVELS = (
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "optim", "metrics", "targets"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
-    {"loop", "generate", "reference", "folds"},
+    {"loop", "generate", "reference", "folds", "score", "best_of"},
     {"train", "evaluate", "export", "plan"},
     {"__main__", "__init__"},
 )

@@ -1,10 +1,10 @@
-"""Writes tests/goldens/objectives/preference.npz: TRL's value and gradient of every preference loss over random answers.
+"""Writes tests/goldens/objectives/: TRL's value and gradient of every preference and reward loss over random answers.
 
     python tools/make_preference_goldens.py          needs torch and trl
 
-`CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
+preference.npz: `CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
 (tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in
-float64.
+float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the scores.
 """
 
 import os
@@ -14,26 +14,33 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).parent.parent / "tests"
-OUT = TESTS / "goldens" / "objectives" / "preference.npz"
+OUT = TESTS / "goldens" / "objectives"
 
 sys.path.insert(0, str(TESTS))
-import preference_cases as cases  # noqa: E402
-from oracle import trl_losses  # noqa: E402
+import preference_cases  # noqa: E402
+import reward_cases  # noqa: E402
+from oracle import trl_losses, trl_rewards  # noqa: E402
+
+
+def write(name, cases, theirs):
+    """One file: each case's arrays, and what the reference makes of them."""
+    arrays = {}
+    for case in cases.CASES:
+        given = {key: value.astype(np.float32) if value.dtype == float else value for key, value in cases.given(case).items()}
+        exact = {key: value.astype(float) if value.dtype == np.float32 else value for key, value in given.items()}
+        loss, gradient, _ = theirs(case, exact)
+        arrays |= {f"{case}/{key}": value for key, value in given.items()}
+        arrays |= {f"{case}/loss": np.float64(loss), f"{case}/gradient": gradient.astype(np.float32)}
+    OUT.mkdir(parents=True, exist_ok=True)
+    scratch = OUT / f".{name}.{os.getpid()}.npz"
+    np.savez_compressed(scratch, **arrays)
+    os.replace(scratch, OUT / f"{name}.npz")
+    print(f"{OUT / name}.npz: {len(cases.CASES)} losses, {(OUT / f'{name}.npz').stat().st_size} bytes")
 
 
 def main():
-    arrays = {}
-    for name in cases.CASES:
-        given = {key: value.astype(np.float32) if value.dtype == float else value for key, value in cases.given(name).items()}
-        exact = {key: value.astype(float) if value.dtype == np.float32 else value for key, value in given.items()}
-        loss, gradient, _ = trl_losses.theirs(name, exact)
-        arrays |= {f"{name}/{key}": value for key, value in given.items()}
-        arrays |= {f"{name}/loss": np.float64(loss), f"{name}/gradient": gradient.astype(np.float32)}
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    scratch = OUT.with_name(f".{OUT.name}.{os.getpid()}.npz")
-    np.savez_compressed(scratch, **arrays)
-    os.replace(scratch, OUT)
-    print(f"{OUT}: {len(cases.CASES)} losses, {OUT.stat().st_size} bytes")
+    write("preference", preference_cases, trl_losses.theirs)
+    write("reward", reward_cases, trl_rewards.theirs)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ ALIASES: dict[str, str] = {
         "data.shuffle": "shuffle_dataset",
         "data.chat_template": "chat_template chat_template_path",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
+        "id2label": "label2id",
     }.items()
     for alias in names.split()
 }
@@ -92,6 +93,21 @@ def _optim_args(value: Any) -> Any:
         return {name.strip(): ast.literal_eval(text.strip()) for name, text in (pair.split("=", 1) for pair in value.split(","))}
     except (ValueError, SyntaxError):
         raise ConfigError(f"optim_args is {value!r}; write optim_args: {{NAME: NUMBER}}.") from None
+
+
+def _label_names(value: Any) -> Any:
+    """HF's `{0: negative, 1: positive}` as names in order."""
+    if not isinstance(value, dict):
+        return value
+    names = {str(number): name for number, name in value.items()}
+    if sorted(names) != sorted(str(number) for number in range(len(names))):
+        raise ConfigError(f"id2label is {value!r}, but has to number the classes 0, 1, 2, ...; write id2label: [negative, positive].")
+    return [names[str(number)] for number in range(len(names))]
+
+
+def _label_numbers(value: Any) -> Any:
+    """HF's `{negative: 0, positive: 1}`, turned round."""
+    return {number: name for name, number in value.items()} if isinstance(value, dict) else value
 
 
 _AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "sharegpt": "sharegpt"}
@@ -144,6 +160,8 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
     )
     | {"lion_32bit": "lion", "paged_lion_32bit": "lion"},
     "optim_args": _optim_args,
+    "id2label": _label_names,
+    "label2id": _label_numbers,
     "lr_scheduler_type": {"wsd": "warmup_stable_decay"},
     "dtype": {"bf16": "bfloat16", "fp32": "float32", "torch.bfloat16": "bfloat16", "torch.float32": "float32"},
     "attention": dict.fromkeys("sdpa eager flash_attention_2 flash_attention_3 flex_attention".split(), "auto"),
@@ -174,7 +192,7 @@ DIFFERENT: dict[str, str] = {
         _ATTENTION: "flash_attention padding_free neat_packing xformers_attention sdp_attention flash_attn",
         _LIGER: "use_liger_kernel use_liger liger_kernel_config",
         "rows are tokenised on all cores, once; leave it out": "dataset_num_proc preprocessing_num_workers dataset_processes",
-        _LENGTH: "max_prompt_length max_completion_length",
+        _LENGTH: "max_prompt_length",
         "rows are padded to data.max_length only; leave it out": "pad_to_sequence_len pad_to_multiple_of",
         "write dtype: bfloat16 or float32": "tf32",
         "write gradient_checkpointing: true, false, or the name of a remat policy": "gradient_checkpointing_kwargs",

@@ -35,6 +35,10 @@ def resolve(config: "Config") -> dict[str, Any]:
         out["loss_type"] = LOSS_TYPES[config.objective][:1]
     if config.cpo_alpha is None and config.objective in ("cpo", "simpo"):
         out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
+    if config.objective == "classification":
+        labels = config.num_labels or (len(config.id2label) if config.id2label else None)
+        out["num_labels"] = labels
+        out["problem_type"] = config.problem_type or ("regression" if labels == 1 else "single_label_classification")
     return out
 
 
@@ -57,8 +61,24 @@ def check(config: "Config") -> None:
             f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
         )
     _reference(config)
-    if config.objective == "classification" and (config.num_labels or 0) < 2:
-        raise ConfigError("num_labels is missing; write the number of classes, at least 2.")
+    if config.objective == "classification":
+        _labels(config)
+    if config.max_completion_length is not None and config.max_completion_length < 1:
+        raise ConfigError(f"max_completion_length is {config.max_completion_length}, but has to be at least 1.")
+    if not config.step_separator:
+        raise ConfigError("step_separator is empty, but a step is judged at its last token; write one, such as a line break.")
+
+
+def _labels(config: "Config") -> None:
+    names = config.id2label or ()
+    if config.num_labels is None or config.num_labels < 1:
+        raise ConfigError("num_labels is missing; write the number of classes, or their names: id2label: [negative, positive].")
+    if names and len(names) != config.num_labels:
+        raise ConfigError(f"id2label names {len(names)} classes, but num_labels is {config.num_labels}; leave num_labels out.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"id2label has a name twice: {', '.join(names)}; each class needs one of its own.")
+    if config.num_labels == 1 and config.problem_type != "regression":
+        raise ConfigError(f"problem_type {config.problem_type} with one label has nothing to choose from; write problem_type: regression.")
 
 
 def _losses(config: "Config", losses: tuple[str, ...]) -> None:

@@ -168,7 +168,12 @@ class ObjectiveConfig(Group):
     cpo_alpha: float | None = _of("cpo", "simpo")
     simpo_gamma: float = _of("simpo", "cpo", default=0.5)
     center_rewards_coefficient: float | None = _of("reward")
+    step_separator: str = _of("stepwise_reward", default="\n")  # written after each step; its last token is where a step is judged
+    train_on_last_step_only: bool = _of("stepwise_reward", default=False)
+    max_completion_length: int | None = _of("stepwise_reward")  # tokens of all steps together; what goes beyond is cut
     num_labels: int | None = _of("classification")
+    id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
     router_aux_loss_coef: float = 0.001
 
 

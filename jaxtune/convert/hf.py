@@ -101,7 +101,7 @@ def settle_tie(source: Checkpoint, config: ModelConfig) -> ModelConfig:
 
     transformers does the same, silently: such a file was made by a tool that trained or merged one use of a tied matrix alone.
     """
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings or config.num_labels:
         return config
     rows = spec(untied(config))
     head, table = (next((name for name in spellings(rows[path].hf) if name in source.entries), None) for path in ("head", "embed"))

@@ -17,6 +17,8 @@ from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.tensors import Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ModelError
+from jaxtune.model.families import heads
+from jaxtune.model.spec import spec
 from jaxtune.model.weight import dense
 from jaxtune.peft.lora import Adapter, Site, adaptable, module_names, rank_and_scale
 
@@ -24,6 +26,9 @@ PREFIX = "base_model.model."
 # our leaf -> PEFT's suffix, and whether PEFT holds it transposed
 MATRIX = {"a": ("lora_A.weight", False), "b": ("lora_B.weight", False), "magnitude": ("lora_magnitude_vector", False)}
 EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True)}
+
+TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
+HEADS = {"score", "classifier"}  # what `modules_to_save` may name: PEFT adds both by itself under these tasks
 
 # fields of adapter_config.json that change the result, with the value that asks for nothing; any other value is refused by name
 NOT_HERE = {
@@ -54,6 +59,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
                 value = np.asarray(adapter.params[site.path][leaf][number] if stacked else adapter.params[site.path][leaf])
                 value = value[:rank] if leaf == "a" else value[:, :rank] if leaf == "b" else value
                 tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
+    tensors |= {PREFIX + spec(model.config)[path].hf: np.asarray(value) for path, value in adapter.saved.items()}
     with new_folder(out) as folder:
         write_json(folder / "adapter_config.json", _config_json(adapter, model))
         plans = [Plan(name, value.dtype, value.shape) for name, value in tensors.items()]
@@ -67,8 +73,11 @@ def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     targets = fields["target_modules"]
     if targets == "all-linear":
         targets = sorted({name.rsplit(".", 1)[-1] for site in adapter.sites for name in module_names(rows[site.path])})
+    if adapter.saved:
+        fields["modules_to_save"] = sorted({spec(model.config)[path].hf.rsplit(".", 1)[0] for path in adapter.saved})
+    task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
     return fields | {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": model.source,
+        "peft_type": "LORA", "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
         "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
     }  # fmt: skip
 
@@ -82,10 +91,10 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     path = Path(path).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
-    saved = read_json(path / "adapter_config.json")
-    config = _read_config(saved, path)
+    config = _read_config(read_json(path / "adapter_config.json"), path)
     checkpoint = Safetensors(path, stem="adapter_model")
     left = dict(checkpoint.entries)
+    saved = _saved(checkpoint, model, left)
     params, sites = {}, []
     for name, row in adaptable(model.config).items():
         found = [{leaf: f"{PREFIX}{module}.{suffix}" for leaf, (suffix, _) in _suffixes(name).items()} for module in module_names(row)]
@@ -104,10 +113,24 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
         params[name] = _stack(layers, row.shape[-2:], max(ranks), bool(row.layers))
         sites.append(Site(name, tuple(ranks), tuple(scales)))
     _ignore_copies(path, model, checkpoint, left)
+    if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
+        raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
-    return Adapter(params=params, sites=tuple(sites), config=config)
+    return Adapter(params=params, sites=tuple(sites), config=config, saved=saved)
+
+
+def _saved(checkpoint: Safetensors, model: Model, left: dict) -> dict[str, jnp.ndarray]:
+    """The scoring head beside the adapter, taken out of `left`."""
+    found = {}
+    for path, row in spec(model.config).items():
+        if path in heads.PATHS and left.pop(name := PREFIX + row.hf, None) is not None:
+            value = checkpoint.read(name).astype(np.float32)
+            if value.shape != row.shape:
+                raise ModelError(f"{name} is {value.shape}, but the model's head is {row.shape}; give the model as many labels")
+            found[path] = jnp.asarray(value)
+    return found
 
 
 def _ignore_copies(path: Path, model: Model, checkpoint: Safetensors, left: dict) -> None:
@@ -126,6 +149,8 @@ def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
     if saved.get("peft_type") != "LORA":
         raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; LORA is what can be opened")
     for field, nothing in NOT_HERE.items():
+        if field == "modules_to_save" and set(saved.get(field) or ()) <= HEADS:
+            continue
         if saved.get(field) not in (None, nothing, [], {}):
             raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
     ours = {field.name for field in dataclasses.fields(LoraConfig)} & saved.keys() - NOT_HERE.keys()

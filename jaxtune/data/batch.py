@@ -12,7 +12,7 @@ class Answers:
 
     Attributes:
         numbers: int32 `[B, T]`, the answer a token is part of, from its first trained token to its end; 0: none.
-        values: float32 `[B, S]`, what the row says of an answer: a label, a class, a pair's margin.
+        values: float32 `[B, S]`, or `[B, S, L]`, what the row says of an answer: a label, a class, a pair's margin, L numbers.
         ref_logps: float32 `[B, S]`, log-probabilities under the reference model that were computed before; None: not yet.
     """
 
@@ -48,12 +48,15 @@ class Batch:
     answers: Answers | None = None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], capacity: int | None = None, answers: int = 0, shared: bool = False) -> "Batch":
-        """A batch of padding only, to be filled in; with room for that many answers a row, and for shared prompts."""
+    def empty(
+        cls, shape: tuple[int, ...], capacity: int | None = None, answers: int = 0, shared: bool = False, value: tuple[int, ...] = ()
+    ) -> "Batch":
+        """A batch of padding only, to be filled in; with room for that many answers a row, each with a value of that shape, and for
+        shared prompts."""
 
         def ints() -> np.ndarray:
             return np.zeros(shape, np.int32)
 
-        numbered = Answers(ints(), np.zeros((*shape[:-1], answers), np.float32)) if answers else None
+        numbered = Answers(ints(), np.zeros((*shape[:-1], answers, *value), np.float32)) if answers else None
         parents, before = (ints(), ints()) if shared else (None, None)
         return cls(ints(), np.zeros(shape, np.float32), ints(), ints(), capacity, parents, before, numbered)

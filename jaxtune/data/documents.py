@@ -35,7 +35,7 @@ class Documents:
         content: uint64 [n], hash of the row.
         groups: uint64 [n], hash of what a split keeps together: the row, or its field `data.split_by`.
         strata: uint64 [n], hash of the row's field `data.stratify`.
-        values: float64 [n], a number the row has beside its text: the margin of a pair; 0 else.
+        values: float64 [n], or [n, L], what the row has beside its text: the margin of a pair, a class, a number, or L of them; 0 else.
         digests: uint64 [n], hash of the document's tokens and mask.
         info: for each part, what its maker had to say (the ledger).
     """
@@ -82,6 +82,8 @@ class Documents:
         """Open what `write` wrote, memory-mapped."""
         flat: dict[str, Any] = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
         index: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in INDEX.items()}
+        if len(index["values"]) > len(index["rows"]):
+            index["values"] = index["values"].reshape(len(index["rows"]), -1)
         info = json.loads((folder / "info.json").read_text())
         return cls(**flat, part=np.zeros(len(index["rows"]), np.int64), **index, info=[info])
 
@@ -111,7 +113,7 @@ class Entry:
     content: int
     group: int
     stratum: int
-    value: float = 0.0
+    value: float | tuple[float, ...] = 0.0
 
 
 def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
@@ -133,7 +135,7 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
                 digest = int.from_bytes(hashlib.blake2b(tokens + mask, digest_size=8).digest(), "little")
                 values = (start, len(mask), trained, entry.row, entry.content, entry.group, entry.stratum, entry.value, digest)
                 for (name, dtype), value in zip(INDEX.items(), values, strict=True):
-                    files[name].write(_PACK[dtype](value))
+                    files[name].write(b"".join(map(_PACK[dtype], value)) if isinstance(value, tuple) else _PACK[dtype](value))
                 start += len(mask)
         (temporary / "info.json").write_text(json.dumps(info()))
         folder = cache / key()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
+from jaxtune.data import labels, steps
+from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row, RowError
 from jaxtune.data.ledger import Ledger
 from jaxtune.data.masks import Piece, same_text, trained_tokens, trained_turns
@@ -20,9 +21,11 @@ LONG = 1 << 20  # or fewer: no further ones from so many characters on
 SFT = (Text, Completion, Chat, Segments, Tokens)
 HELP = {
     Text: "text", Completion: "prompt and completion", Chat: "messages", Segments: "segments", Tokens: "input_ids",
-    Pair: "chosen and rejected", Labelled: "an answer with a label", Steps: "completions with labels", Prompt: "a prompt without an answer",
+    Pair: "chosen and rejected", Labelled: "an answer with a label", Classified: "text with a label", Steps: "completions with labels",
+    Prompt: "a prompt without an answer",
 }  # fmt: skip
 Doc = tuple[list[int], np.ndarray]
+Value = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Encoded:
 
     row: Row
     docs: list[Doc]
-    value: float = 0.0  # a pair's margin
+    value: Value = 0.0  # a pair's margin, a text's class
 
 
 class Encoder:
@@ -50,7 +53,7 @@ class Encoder:
         if data.add_eos and tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token to end rows with; set data.add_eos: false")
         self.data, self.tokenizer, self.ledger = data, tokenizer, ledger
-        self.kinds, self.objective = kinds, config.objective
+        self.kinds, self.objective, self.config = kinds, config.objective, config
         self._override = template
         self._template: Template | None = None
 
@@ -63,23 +66,23 @@ class Encoder:
 
     def encode(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Encoded]:
         """The rows' documents, in order. A row that is dropped is booked, and missing here."""
-        rows: list[tuple[Row, list[Piece], float]] = []
+        rows: list[tuple[Row, list[Piece], Value]] = []
         characters = 0
         for row, example in examples:
             self.ledger.rows += 1
             try:
-                pieces = self.pieces(row, example)
+                pieces, value = self.pieces(row, example), self._value(row, example)
             except RowError as error:
                 self.ledger.fault(error)
                 continue
-            rows.append((row, pieces, getattr(example, "margin", 0.0)))
+            rows.append((row, pieces, value))
             characters += sum(len(piece.text) for piece in pieces)
             if len(rows) == CHUNK or characters >= LONG:
                 yield from self._encode(rows)
                 rows, characters = [], 0
         yield from self._encode(rows)
 
-    def _encode(self, rows: list[tuple[Row, list[Piece], float]]) -> Iterator[Encoded]:
+    def _encode(self, rows: list[tuple[Row, list[Piece], Value]]) -> Iterator[Encoded]:
         tokens = self._tokenise([piece for _, pieces, _ in rows for piece in pieces])
         for row, pieces, value in rows:
             own = [next(tokens) for _ in pieces]  # all of them, also where the first one is refused
@@ -99,7 +102,23 @@ class Encoder:
         if isinstance(example, Labelled):
             piece = self._piece(row, example.example)
             return [replace(piece, marks=(1 + example.label,) * len(piece.spans))]
+        if isinstance(example, Classified):
+            return [self._whole(row, example.example)]
+        if isinstance(example, Steps):
+            return [steps.piece(row, example, self.tokenizer, self.config, self.ledger)]
         return [self._piece(row, example)]
+
+    def _value(self, row: Row, example: Example) -> Value:
+        """What a row says beside its text."""
+        if isinstance(example, Pair):
+            return example.margin
+        return labels.value(row, example.label, self.config) if isinstance(example, Classified) else 0.0
+
+    def _whole(self, row: Row, example: Text | Chat) -> Piece:
+        """A text to be judged as it is: without EOS, as it will be when transformers is asked about it."""
+        chat = isinstance(example, Chat)
+        text = self.template.render(row, with_system(example, self.data.system)) if chat else example.text
+        return Piece(row, text, [(0, len(text))], special=not chat)
 
     def _pair(self, row: Row, pair: Pair) -> list[Piece]:
         pieces = [self._piece(row, side) for side in (pair.chosen, pair.rejected)]
@@ -132,8 +151,6 @@ class Encoder:
             if max(example.ids) >= len(self.tokenizer):
                 raise row.fail(f"token id {max(example.ids)} is not in the tokenizer, which has {len(self.tokenizer)}")
             return Piece(row, "", [], ids=example.ids, mask=[int(mode == "all" or trained) for trained in example.trained])
-        if isinstance(example, Steps):
-            return _steps(row, example)
         assert isinstance(example, Segments)
         ends = [0, *accumulate(len(text) for text, _ in example.parts)]
         spans = [(a, b) for a, b, (_, trained) in zip(ends, ends[1:], example.parts, strict=False) if trained or mode == "all"]
@@ -199,7 +216,7 @@ class Encoder:
         if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
         mask[:1] = 0
-        if not mask.any():
+        if not mask.any() and Classified not in self.kinds:
             raise row.fail("no token of the row is trained on: the answer is empty; remove the row", "no_trained_token")
         self.ledger.tokens += len(ids)
         return ids, mask
@@ -250,15 +267,6 @@ def with_system(chat: Chat, system: str | None) -> Chat:
     if not system or chat.messages[0]["role"] in ("system", "developer"):
         return chat
     return replace(chat, messages=[{"role": "system", "content": system}, *chat.messages], start=chat.start + (chat.start > 0))
-
-
-def _steps(row: Row, example: Steps) -> Piece:
-    """Prompt and steps, each on lines of its own; the line break after a step carries its label."""
-    text, spans = example.prompt + "\n", []
-    for step in example.steps:
-        text += step + "\n"
-        spans.append((len(text) - 1, len(text)))
-    return Piece(row, text, spans, special=True, marks=tuple(1 + label for label in example.labels))
 
 
 def _split(doc: Doc, size: int) -> list[Doc]:

@@ -61,10 +61,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer that is good (1) or not (0), or a text of class `label`."""
+    """An answer that is good (1) or not (0)."""
 
-    example: Completion | Chat | Text
+    example: Completion | Chat
     label: int
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A text with what it is to be taken for: a class by number or name, a number, or several of them."""
+
+    example: Chat | Text
+    label: int | float | str | list
 
 
 @dataclass(frozen=True)
@@ -85,4 +93,4 @@ class Prompt:
     template_kwargs: dict = field(default_factory=dict)
 
 
-Example = Text | Completion | Chat | Segments | Tokens | Pair | Labelled | Steps | Prompt
+Example = Text | Completion | Chat | Segments | Tokens | Pair | Labelled | Classified | Steps | Prompt

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data import turns
-from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
+from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row
 from jaxtune.data.turns import fields, messages, short
 from jaxtune.errors import DataError
-
-MAX_CLASSES = 255  # a label is kept in the mask, one byte a token
 
 
 def _text(row: Row) -> Text:
@@ -119,13 +117,12 @@ def _unpaired(row: Row) -> Labelled:
     return Labelled(replace(chat, start=len(chat.messages) - 1), bool(label))
 
 
-def _classification(row: Row) -> Labelled:
-    label = row.fields["label"]
-    if isinstance(label, str) and label.isdigit():  # CSV has nothing but strings
-        label = int(label)
-    if not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
-        raise row.fail(f"'label' must be the number of a class, from 0 to below {MAX_CLASSES}, this is {short(label)}")
-    return Labelled(_text(row) if "text" in row.fields else _messages(row), int(label))
+def _classification(row: Row) -> Classified:
+    key = "label" if "label" in row.fields else "labels"
+    label = row.fields[key]
+    if isinstance(label, dict) or label is None or label == []:
+        raise row.fail(f"{key!r} must be a class, a number, or a list of such, this is {short(label)}")
+    return Classified(_text(row) if "text" in row.fields else _messages(row), label)
 
 
 def _stepwise(row: Row) -> Steps:
@@ -173,7 +170,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "preference": (("chosen", "rejected"), _preference),
     "stepwise": (("prompt", "completions", "labels"), _stepwise),
     "unpaired": (("label|kto_tag", "completion|messages|conversations|instruction"), _unpaired),
-    "classification": (("label", "text|messages"), _classification),
+    "classification": (("label|labels", "text|messages"), _classification),
     "messages": (("messages",), _messages),
     "sharegpt": (("conversations",), _sharegpt),
     "prompt_completion": (("prompt", "completion"), _prompt_completion),

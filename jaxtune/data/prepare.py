@@ -13,7 +13,7 @@ from jaxtune.data import splits
 from jaxtune.data import units as unit_kinds
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import SFT
-from jaxtune.data.examples import Example, Labelled, Pair, Steps
+from jaxtune.data.examples import Classified, Example, Labelled, Pair, Steps
 from jaxtune.data.files import Row
 from jaxtune.data.mixing import mixture
 from jaxtune.data.packing import make_plan, widened
@@ -23,7 +23,7 @@ from jaxtune.data.tokenised import examples, tokenise
 from jaxtune.errors import DataError
 
 # objective: what its rows are. All others take preference pairs.
-KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Labelled,)}
+KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     data = config.data
     rows = data_parallel * (config.per_device_train_batch_size if training else config.per_device_eval_batch_size)
     seed = config.seed if config.data_seed is None else config.data_seed
-    units = unit_kinds.make(documents, config)
+    units = unit_kinds.make(documents, config, training)
     longest = int(units.lengths.max())  # several answers may be longer than max_length together
     plan = make_plan(units.lengths, units.trained, units.part, data.packing, max(data.max_length, longest), seed)
     if not training:

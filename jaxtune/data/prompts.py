@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtune.config import Config
 from jaxtune.data.encode import with_system
-from jaxtune.data.examples import Chat, Completion, Labelled, Pair, Prompt
+from jaxtune.data.examples import Chat, Classified, Completion, Labelled, Pair, Prompt
 from jaxtune.data.files import Row
 from jaxtune.data.prepare import held_out, require
 from jaxtune.data.templates import Template
@@ -56,7 +56,7 @@ def questions(config: Config, tokenizer: Any, limit: int | None = None, name: st
 def _question(row: Row, example: Any, config: Config, tokenizer: Any) -> Question | None:
     if isinstance(example, Pair):
         example = example.chosen
-    if isinstance(example, Labelled):
+    if isinstance(example, Labelled | Classified):
         example = example.example
     if isinstance(example, Completion):
         return Question(row, example.prompt, tokenizer(example.prompt)["input_ids"], example.completion)

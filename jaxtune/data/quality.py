@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jaxtune.config import Config
-from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text
+from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text
 from jaxtune.data.similar import Similar
 from jaxtune.errors import ConfigError
 
@@ -106,7 +106,7 @@ def texts(example: Example) -> tuple[str, str, str]:
     if isinstance(example, Pair):
         prompt, answer, _ = texts(example.chosen)
         return prompt, answer, texts(example.rejected)[1]
-    if isinstance(example, Labelled):
+    if isinstance(example, Labelled | Classified):
         return texts(example.example)
     if isinstance(example, Text):
         return "", example.text, ""

@@ -156,7 +156,8 @@ class Source:
         group = self.plan.group[rows_AB[rows_AB >= 0]].max()
         mine = np.split(rows_AB, processes, axis=1)[process]
         shape = (*mine.shape, self.plan.lengths[group])
-        batch = Batch.empty(shape, self.plan.capacities[group], self.answers[group], self.units.shared)
+        value = self.documents.values.shape[1:]
+        batch = Batch.empty(shape, self.plan.capacities[group], self.answers[group], self.units.shared, value)
         for place, row in np.ndenumerate(mine):
             if row >= 0:
                 at = Cursor(place)

@@ -25,11 +25,15 @@ from jaxtune.errors import DataError
 
 log = logging.getLogger("jaxtune")
 SILENCE = 10.0  # seconds
-MAKERS = ("documents", "encode", "examples", "files", "formats", "jsonfile", "ledger", "masks", "templates", "tokenised", "turns")
+MAKERS = (
+    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "steps", "templates", "tokenised",
+    "turns",
+)  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
     "max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality", "split_by", "stratify",
 )  # fmt: skip
+OBJECTIVE_KEYS = ("objective", "step_separator", "max_completion_length", "num_labels", "id2label", "problem_type")
 
 
 def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[type, ...], survey: bool = False) -> Documents:
@@ -122,7 +126,8 @@ def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
             if paths
             else files.hub_version(source.path, source.name, source.split, config.data.streaming)
         ).encode(),
-        json.dumps([source.path, form, source.columns or config.data.columns, config.objective]).encode(),
+        json.dumps([source.path, form, source.columns or config.data.columns]).encode(),
+        json.dumps([getattr(config, name) for name in OBJECTIVE_KEYS]).encode(),
         json.dumps(source.limit if config.data.streaming else None).encode(),
         formats.function_bytes(form),
         json.dumps([getattr(config.data, name) for name in KEYS]).encode(),

@@ -64,7 +64,7 @@ class Answer(NamedTuple):
     tokens: np.ndarray
     mask: np.ndarray
     start: int
-    value: float
+    value: float | np.ndarray
 
 
 def put_answers(batch: Batch, at: Cursor, answers: list[Answer], prompt: int) -> None:
@@ -114,23 +114,41 @@ class Labelled(Single):
         put_answers(batch, at, [_labelled(self.documents, unit)], 0)
 
 
-class Stepwise(Single):
-    """Each document by itself; every run of marked tokens is an answer (the end of a step) whose value is its mark less one."""
+class Classified(Single):
+    """Each document by itself, one answer, all of it, whose value is the row's."""
 
     def __init__(self, documents: Documents):
         super().__init__(documents)
-        self.answers = np.array([len(_runs(documents[n][1])) for n in range(len(documents))], np.int64)
+        self.answers = np.ones(len(documents), np.int64)
+
+    def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
+        """Write one document."""
+        put_answers(batch, at, [Answer(*self.documents[unit], 0, self.documents.values[unit])], 0)
+
+
+class Stepwise(Single):
+    """Each document by itself; every marked token is an answer (the end of a step) whose value is its mark less one.
+
+    last_only: of each document the last step alone is trained.
+    """
+
+    def __init__(self, documents: Documents, last_only: bool = False):
+        super().__init__(documents)
+        self.settings = ("stepwise", last_only)
+        self.last_only = last_only
+        self.answers = np.minimum(documents.trained, 1) if last_only else documents.trained
+        self.trained = self.answers
 
     def fill(self, batch: Batch, at: Cursor, unit: int) -> None:
         """Write one document."""
         tokens, mask = self.documents[unit]
         assert batch.answers is not None
-        start = at.slot
-        put(batch, at, tokens, mask)
-        for low, high in _runs(mask):
+        places, start = np.flatnonzero(mask)[-1 if self.last_only else 0 :], at.slot
+        put(batch, at, tokens, np.isin(np.arange(len(mask)), places))
+        for place in places:
             at.answer += 1
-            batch.answers.numbers[(*at.row, slice(start + low, start + high))] = at.answer
-            batch.answers.values[(*at.row, at.answer - 1)] = int(mask[low]) - 1
+            batch.answers.numbers[(*at.row, start + place)] = at.answer
+            batch.answers.values[(*at.row, at.answer - 1)] = int(mask[place]) - 1
 
 
 class Pairs:
@@ -204,14 +222,16 @@ class Mismatched:
 Units = Single | Pairs | Mismatched
 
 
-def make(documents: Documents, config: Config) -> Units:
+def make(documents: Documents, config: Config, training: bool = True) -> Units:
     """What rows are made of under the config's objective."""
     objective, share = config.objective, config.data.shared_prompts
     if objective == "sft":
         return Single(documents)
     if objective == "stepwise_reward":
-        return Stepwise(documents)
-    if objective == "classification" or (objective == "kto" and config.loss_type == ("apo_zero_unpaired",)):
+        return Stepwise(documents, config.train_on_last_step_only and training)
+    if objective == "classification":
+        return Classified(documents)
+    if objective == "kto" and config.loss_type == ("apo_zero_unpaired",):
         return Labelled(documents)
     if objective == "kto":
         return Mismatched(documents, config.data.max_length, share)
@@ -248,9 +268,3 @@ def _common(a: Answer, b: Answer) -> int:
     size = min(a.start, b.start)
     different = np.flatnonzero(a.tokens[:size] != b.tokens[:size])
     return int(different[0]) if len(different) else size
-
-
-def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Where stretches of one non-zero mark begin and end."""
-    edges = [0, *(np.flatnonzero(np.diff(mask.astype(np.int16))) + 1).tolist(), len(mask)]
-    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if mask[low]]

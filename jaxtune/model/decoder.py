@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxtune.errors import ModelError
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import Place, block, norm
 from jaxtune.model.families import ModelConfig
@@ -118,6 +119,11 @@ def logits(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
     return logits_transform(config, linear(output_head(params), hidden_D).astype(jnp.float32))
 
 
+def scores(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
+    """float32 scores `[..., num_labels]` of hidden states `[..., D]` by a scoring head; the product is taken in float32."""
+    return linear(params["score"], hidden_D.astype(jnp.float32), params.get("score_bias"))
+
+
 def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
     """What a family does to the head's output, elementwise: `logits / scaling`, then `cap * tanh(logits / cap)`."""
     if config.logits_scaling != 1.0:
@@ -126,7 +132,9 @@ def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
 
 
 def output_head(params: dict):
-    """The matrix `[V, D]` that makes logits: the embedding itself where the head is tied."""
+    """The matrix `[V, D]` that makes logits: the embedding itself where the head is tied. ModelError for a model that scores instead."""
+    if "score" in params:
+        raise ModelError("the model has a scoring head in place of the vocabulary's, so it writes no text; score texts with jt.score")
     return params["head"] if "head" in params else params["embed"]
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtune.model.families import FAMILIES, ModelConfig
+from jaxtune.model.families import FAMILIES, ModelConfig, heads
 from jaxtune.model.families.parts import norm
 from jaxtune.model.row import Row
 from jaxtune.tree import unflatten
@@ -31,7 +31,9 @@ def spec(config: ModelConfig) -> dict[str, Row]:
                 layers=layers,
             )
     rows |= dict(norm(c, "norm", family.ends["norm"], "output_norm"))
-    if not c.tie_word_embeddings:
+    if c.num_labels:
+        rows |= dict(heads.rows(c))
+    elif not c.tie_word_embeddings:
         rows["head"] = Row(*table, f"{family.ends['head']}.weight", "output.weight")
     return rows
 

@@ -3,8 +3,12 @@
 from jaxtune.objectives.kto import kto
 from jaxtune.objectives.loss import Loss
 from jaxtune.objectives.preference import cpo, dpo, orpo
+from jaxtune.objectives.reward import classification, reward, stepwise_reward
 from jaxtune.objectives.sft import sft
 
-OBJECTIVES = {"sft": sft, "dpo": dpo, "orpo": orpo, "cpo": cpo, "simpo": cpo, "kto": kto}
+OBJECTIVES = {
+    "sft": sft, "dpo": dpo, "orpo": orpo, "cpo": cpo, "simpo": cpo, "kto": kto,
+    "reward": reward, "stepwise_reward": stepwise_reward, "classification": classification,
+}  # fmt: skip
 
 __all__ = ["OBJECTIVES", "Loss"]

@@ -30,7 +30,7 @@ def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Seq
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight")
-    _refuse_dora(adapters)
+    _refuse_others(adapters)
     table, params, sites = adaptable(model_config), {}, []
     ranks: dict[str, int] = {}
     for path in [path for path in table if any(site.path == path for adapter in adapters for site in adapter.sites)]:
@@ -69,7 +69,9 @@ def _stack(layers: Sequence[Any], shape: tuple[int, ...], rank: int, stacked: bo
     return {"a": jnp.asarray(a if stacked else a[0]), "b": jnp.asarray(b if stacked else b[0])}
 
 
-def _refuse_dora(adapters: Sequence[Adapter]) -> None:
+def _refuse_others(adapters: Sequence[Adapter]) -> None:
+    if any(adapter.saved for adapter in adapters):
+        raise ConfigError("an adapter with a scoring head is more than low-rank parts, so it cannot be added to another")
     if any("magnitude" in pair for adapter in adapters for pair in adapter.params.values()):
         raise ConfigError("a DoRA adapter scales the whole matrix, so it cannot be added to another; merge it into the base instead")
 
@@ -119,7 +121,7 @@ def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
     """
     if not adapters:
         raise ConfigError("there is no adapter to choose from; give at least one, by name")
-    _refuse_dora(tuple(adapters.values()))
+    _refuse_others(tuple(adapters.values()))
     names = list(adapters)
     weights = np.zeros((len(choices), len(names)), np.float32)
     for row, choice in enumerate(choices):

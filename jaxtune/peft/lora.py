@@ -15,7 +15,7 @@ from flax import struct
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
-from jaxtune.model.families import FAMILIES, ModelConfig
+from jaxtune.model.families import FAMILIES, ModelConfig, heads
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
 from jaxtune.tree import flatten, unflatten
@@ -110,11 +110,15 @@ class Site(NamedTuple):
 
 
 class Adapter(struct.PyTreeNode):
-    """A LoRA adapter: `params[path] = {"a", "b"[, "magnitude"]}` in float32, trained; the sites and the config beside them, static."""
+    """A LoRA adapter: `params[path] = {"a", "b"[, "magnitude"]}` in float32, trained; the sites and the config beside them, static.
+
+    `saved[path]` are whole parameters that are trained beside it, float32 (PEFT's `modules_to_save`): the scoring head.
+    """
 
     params: dict[str, dict[str, jax.Array]]
     sites: tuple[Site, ...] = struct.field(pytree_node=False)
     config: LoraConfig = struct.field(pytree_node=False)
+    saved: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
@@ -142,7 +146,8 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
         if config.use_dora:
             pair["magnitude"] = _row_norms(leaves[site.path])
         tree[site.path] = pair
-    return Adapter(params=tree, sites=sites, config=config)
+    saved = {path: leaves[path].astype(jnp.float32) for path in heads.PATHS if path in leaves}
+    return Adapter(params=tree, sites=sites, config=config, saved=saved)
 
 
 def _row_norms(w: Matrix) -> jax.Array:
@@ -159,13 +164,13 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
         if key is not None and rate > 0:
             keys = jax.random.fold_in(key, number)
             keys = jax.random.split(keys, len(site.scales)) if stacked else keys
-        if site.path == "embed" and "head" not in leaves:
+        if site.path == "embed" and "head" not in leaves and "score" not in leaves:
             leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head alone
         target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
         kind = DoRA if "magnitude" in pair else LoRA
         extra = {"magnitude": pair["magnitude"]} if "magnitude" in pair else {}
         leaves[site.path] = kind(base=target, a=pair["a"], b=pair["b"], scale=scale, key=keys, rate=rate, **extra)
-    return unflatten(leaves)
+    return unflatten(leaves | adapter.saved)
 
 
 # ---- targets ----
@@ -179,7 +184,7 @@ def module_names(row: Row) -> list[str]:
 def adaptable(model_config: ModelConfig) -> dict[str, Row]:
     """The rows an adapter can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone)."""
     rows = spec(model_config)
-    if "head" not in rows:
+    if "head" not in rows and not model_config.num_labels:
         rows["head"] = rows["embed"]._replace(hf=f"{FAMILIES[model_config.model_type].ends['head']}.weight")
     return {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
 

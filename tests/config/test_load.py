@@ -128,6 +128,7 @@ EXAMPLES = {
     "mask_history": True, "completion_only_loss": True, "assistant_only_loss": True, "group_by_length": True, "packing": True,
     "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True, "resume_from_checkpoint": True,
     "use_rslora": True, "peft_use_rslora": True, "use_dora": True, "peft_use_dora": True, "shuffle_dataset": False,
+    "label2id": {"bad": 0, "good": 1},
     "init_lora_weights": True, "peft_init_lora_weights": "gaussian", "num_epochs": 2, "dataset_text_field": "body",
 }  # fmt: skip
 
@@ -139,7 +140,7 @@ NOT_IMPLEMENTED = {f"lora.{name}" for name in LoraConfig.missing}
 def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     kind = str(PATHS[ALIASES[alias]])
     value = EXAMPLES.get(alias, 2 if ("int" in kind or "float" in kind) and "Source" not in kind else "x")
-    base = {} if ALIASES[alias] == "model" else {"model": "m"}
+    base = {} if ALIASES[alias] == "model" else {"model": "m"} | ({"objective": "classification"} if alias == "label2id" else {})
     with caplog.at_level(logging.WARNING, "jaxtune"):
         config = load_config(base | {alias: value})
     assert caplog.messages == [f"note: {alias} is read as {ALIASES[alias]}"]

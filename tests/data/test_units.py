@@ -129,9 +129,14 @@ def test_one_answer_alone_has_no_other(config, tokenizers):
 
 def test_steps_are_numbered_with_their_labels(config, tokenizers):
     rows = [{"prompt": "2+2*2", "completions": ["2*2=4", "2+4=6", "so 7"], "labels": [True, True, False]}] * 2
-    batch = load(config, tokenizers, rows, {"objective": "stepwise_reward"}, packing=False).batch_at(0)
+    batch = load(config, tokenizers, rows, {"objective": "stepwise_reward", "step_separator": "\n\n"}, packing=False).batch_at(0)
     assert batch.answers.values[0].tolist() == [[1, 1, 0]] * 2
-    assert all((batch.answers.numbers[0, 0] == step).sum() >= 1 for step in (1, 2, 3))
+    ids, numbers = batch.tokens[0, 0], batch.answers.numbers[0, 0]
+    ends = [int(np.flatnonzero(numbers == step)[0]) for step in (1, 2, 3)]
+    decode = lambda low, high: tokenizers["llama3"].decode(ids[low:high])  # noqa: E731
+    parts = [decode(low + 1, high + 1) for low, high in zip([-1, *ends], ends, strict=False)]
+    assert parts == ["<|begin_of_text|>2+2*22*2=4\n\n", "2+4=6\n\n", "so 7\n\n"]
+    assert (numbers > 0).sum() == 3 and ((batch.weights[0, 0] > 0) == (numbers > 0)).all()
     with pytest.raises(DataError, match="step 2 of 'completions' is empty"):
         load(config, tokenizers, [rows[0] | {"completions": ["a", " ", "b"]}], {"objective": "stepwise_reward"})
 
@@ -140,10 +145,55 @@ def test_classes_are_values(config, tokenizers):
     rows = [{"text": "good", "label": 2}, {"text": "bad thing", "label": 0}]
     batch = load(config, tokenizers, rows, {"objective": "classification", "num_labels": 3}, packing=False, shuffle=False).batch_at(0)
     assert batch.answers.values[0].tolist() == [[2], [0]]
-    with pytest.raises(DataError, match="'label' must be the number of a class"):
+    eos = tokenizers["llama3"].eos_token_id
+    assert eos not in batch.tokens[0][batch.segments[0] > 0] and (batch.answers.numbers == (batch.segments > 0)).all()
+    with pytest.raises(DataError, match="must be the number of a class, from 0 to 2; .*write id2label"):
         load(config, tokenizers, [{"text": "x", "label": "fine"}], {"objective": "classification", "num_labels": 3})
     with pytest.raises(ConfigError, match="num_labels is missing"):
         load(config, tokenizers, rows, {"objective": "classification"})
+
+
+@pytest.mark.parametrize(
+    ("top", "label", "value"),
+    [
+        ({"id2label": ["bad", "good"]}, "good", 1.0),
+        ({"label2id": {"good": 1, "bad": 0}}, "bad", 0.0),
+        ({"id2label": {0: "no", 1: "yes"}}, True, 1.0),
+        ({"num_labels": 3}, "2", 2.0),
+        ({"num_labels": 1}, 2.5, 2.5),
+        ({"num_labels": 1}, "-1e1", -10.0),
+        ({"num_labels": 2, "problem_type": "regression"}, [0.5, 2], [0.5, 2.0]),
+        ({"id2label": ["a", "b", "c"], "problem_type": "multi_label_classification"}, ["c", "a"], [1.0, 0.0, 1.0]),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, [2], [0.0, 0.0, 1.0]),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]),
+        ({"id2label": ["bad", "good"]}, "fine", "one of bad, good"),
+        ({"num_labels": 2}, 2, "from 0 to 1"),
+        ({"num_labels": 1}, "high", "the label must be a number"),
+        ({"num_labels": 2, "problem_type": "regression"}, [1], "has 1 numbers, but num_labels is 2"),
+        ({"num_labels": 2, "problem_type": "multi_label_classification"}, 1, "must be a list"),
+    ],
+)
+def test_labels_of_every_kind(config, tokenizers, top, label, value):
+    make = lambda: load(config, tokenizers, [{"text": "some text", "label": label}], {"objective": "classification"} | top)  # noqa: E731
+    if isinstance(value, str):
+        with pytest.raises(DataError, match=value):
+            make()
+    else:
+        assert make().batch_at(0).answers.values[0, 0, 0].tolist() == value
+
+
+def test_last_steps_and_long_answers(config, tokenizers):
+    rows = [{"prompt": "2+2*2", "completions": ["2*2=4", "2+4=6", "so 7"], "labels": [True, True, False]}]
+    top = {"objective": "stepwise_reward"}
+    last = load(config, tokenizers, rows, top | {"train_on_last_step_only": True})
+    assert last.batch_at(0).answers.values[0, 0].tolist() == [0.0] and last.trained_tokens == 1
+    whole = config(rows, TOP | top | {"train_on_last_step_only": True}, eval=str(config(rows, TOP | top).data.train[0].path))
+    assert data.load(whole, tokenizers["llama3"]).eval.answers == [3]  # of evaluation every step counts
+    cut = data.load(config(rows, TOP | top | {"max_completion_length": 8}), tokenizers["llama3"])
+    batch = cut.train.batch_at(0)
+    assert batch.answers.values[0, 0].tolist() == [1.0] and list(cut.ledger["train"][0]["cut"].values()) == [9]
+    with pytest.raises(DataError, match="no step ends within max_completion_length 2"):
+        load(config, tokenizers, rows, top | {"max_completion_length": 2})
 
 
 CHAT = {"prompt": [{"role": "user", "content": "hello"}]}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import ModelError
+from jaxtune.model.families import heads
 from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.gpt2 import GPT2
@@ -54,4 +55,4 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
-    return dataclasses.replace(family.config({**family.defaults, **hf}), hf_json=json.dumps(hf))
+    return dataclasses.replace(family.config({**family.defaults, **hf}), **heads.fields(hf), hf_json=json.dumps(hf))

@@ -58,6 +58,11 @@ class ModelConfig:
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
     moe: Moe | None = None
     initializer_range: float = 0.02
+    # a scoring head in place of the vocabulary's (families/heads.py)
+    num_labels: int = 0  # its outputs; 0: a language model
+    labels_of: str = "sequence"  # sequence: of a text, at its last token | token: of every token
+    score_bias: bool = False
+    pad_token_id: int | None = None  # never a text's last token, for a sequence's score
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer

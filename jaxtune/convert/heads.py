@@ -1,0 +1,131 @@
+"""Models that score: a language model given a scoring head, and reward models and classifiers as they are saved."""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtune import parallel
+from jaxtune.config import Config
+from jaxtune.convert import peft
+from jaxtune.convert.load import Model, load
+from jaxtune.convert.tensors import Safetensors, read_json
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.model.families import ModelConfig, heads
+from jaxtune.model.spec import spec
+from jaxtune.peft import compose
+
+log = logging.getLogger("jaxtune")
+
+TASKS = {"SEQ_CLS": heads.SEQUENCE, "TOKEN_CLS": heads.TOKEN}  # PEFT's task_type
+
+
+class Head(NamedTuple):
+    """What a head says: the names of its labels, of what, and transformers' name for what the labels are."""
+
+    labels: tuple[str, ...]
+    of: str = heads.SEQUENCE
+    problem_type: str | None = None
+
+
+def head_of(config: Config) -> Head | None:
+    """The head that a run's objective trains; None for those that train a language model."""
+    if config.objective == "reward":
+        return Head(_unnamed(1))
+    if config.objective == "stepwise_reward":
+        return Head(_unnamed(2), heads.TOKEN)
+    if config.objective == "classification":
+        return Head(tuple(config.id2label or _unnamed(config.num_labels or 0)), heads.SEQUENCE, config.problem_type)
+    return None
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def headed(config: ModelConfig, head: Head | None, tokenizer: Any = None) -> ModelConfig:
+    """The model's config with that head; as it is where there is none to add, or where it has it.
+
+    Raises ConfigError for a model with another head, or with one where a language model is needed.
+    """
+    own = (config.num_labels, config.labels_of) if config.num_labels else None
+    wanted = (len(head.labels), head.of) if head else None
+    if own and own != wanted:
+        asked = f"{wanted[0]} for a {wanted[1]} are asked for" if wanted else "a language model is asked for"
+        raise ConfigError(f"the model has a scoring head of {own[0]} labels for a {own[1]}, but {asked}; start from a model of that kind")
+    if head is None or own:
+        return config
+    return heads.with_head(config, head.labels, head.of, padding(tokenizer), head.problem_type)
+
+
+def padding(tokenizer: Any) -> int | None:
+    """The token that transformers does not count as the end of a text: the tokenizer's padding, or else its EOS token, as in TRL."""
+    if tokenizer is None:
+        return None
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def attach(model: Model, head: Head | None, key: jax.Array, mesh: Mesh | None = None) -> Model:
+    """The model with the head in place of the vocabulary's: normal with `initializer_range`, biases 0; or the one it has already.
+
+    On a mesh, where one is given.
+
+    Raises ConfigError for a model that has another one.
+    """
+    config = headed(model.config, head, model.tokenizer)
+    if config is model.config:
+        return model
+    if not heads.has_class(config, config.labels_of):
+        name = heads.class_name(config, config.labels_of)
+        log.warning("transformers has no %s; the result is laid out as one, but only jaxtune opens it", name)
+    if model.tokenizer is not None and model.tokenizer.pad_token is None:
+        model.tokenizer.pad_token = model.tokenizer.eos_token  # saved with the model: what its batches are padded with is not scored
+    params = {name: leaf for name, leaf in model.params.items() if name != "head"} | _fresh(config, _dtype(model), key, mesh)
+    return dataclasses.replace(model, config=config, params=params, hf_config=json.loads(config.hf_json))
+
+
+def _fresh(config: ModelConfig, dtype: Any, key: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        rows = {path: row for path, row in spec(config).items() if path in heads.PATHS}
+        noise = {path: jax.random.normal(key, row.shape) * config.initializer_range for path, row in rows.items()}
+        return {path: (noise[path] if row.init == "normal" else jnp.zeros(row.shape)).astype(dtype) for path, row in rows.items()}
+
+    shardings = None if mesh is None else parallel.param_shardings(mesh, config, jax.eval_shape(make, key))
+    return jax.jit(make, out_shardings=shardings)(key)
+
+
+def _dtype(model: Model) -> Any:
+    return model.params["norm"].dtype
+
+
+def load_scorer(source: str | os.PathLike, dtype: str = "float32", quantization: str | None = None) -> Model:
+    """A reward model or classifier: a run's folder, a folder of transformers' `...ForSequenceClassification`, or an adapter for one.
+
+    An adapter's base is found by its name. Raises ModelError for a model without a scoring head.
+    """
+    path = Path(source).expanduser()
+    path = next((path / name for name in ("adapter", "model") if (path / "config.yaml").is_file() and (path / name).is_dir()), path)
+    if (path / "adapter_config.json").is_file():
+        return _adapted(path, dtype, quantization)
+    model = load(path if path.exists() else source, dtype, quantization)
+    if not model.config.num_labels:
+        raise ModelError(f"{source} is a language model: it has no head to score with; give a reward model")
+    return model
+
+
+def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
+    saved = read_json(path / "adapter_config.json")
+    of = TASKS.get(saved.get("task_type") or "")
+    tensors = Safetensors(path, stem="adapter_model").entries
+    shapes = [entry.shape for name, entry in tensors.items() if name.endswith(("score.weight", "classifier.weight"))]
+    if of is None or len(shapes) != 1:
+        raise ModelError(f"{path} is an adapter of a language model: it has no head to score with; give that of a reward model")
+    base = load(saved["base_model_name_or_path"], dtype, quantization)
+    model = attach(base, Head(_unnamed(shapes[0][0]), of), jax.random.key(0))
+    return dataclasses.replace(model, params=compose(model.params, peft.load_adapter(path, model)), source=str(path))

@@ -1,0 +1,89 @@
+"""Scoring heads: a few numbers in place of the vocabulary's, for whole texts (at their last token) or token by token.
+
+A reward or value model is such a head with one number for whole texts. Rows and names are those of transformers' classes
+`...ForSequenceClassification` and `...ForTokenClassification`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.row import Row
+
+SEQUENCE, TOKEN = "sequence", "token"
+SUFFIX = {SEQUENCE: "ForSequenceClassification", TOKEN: "ForTokenClassification"}
+BOTH = (SEQUENCE, TOKEN)
+# model_type -> what transformers' classes begin with, and which of the two it has
+CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gemma": ("Gemma", BOTH),
+    "gemma2": ("Gemma2", BOTH),
+    "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
+    "gpt2": ("GPT2", BOTH),
+    "gpt_neox": ("GPTNeoX", BOTH),
+    "granite": ("Granite", ()),
+    "llama": ("Llama", BOTH),
+    "mistral": ("Mistral", BOTH),
+    "mixtral": ("Mixtral", BOTH),
+    "olmo2": ("Olmo2", (SEQUENCE,)),
+    "phi3": ("Phi3", BOTH),
+    "qwen2": ("Qwen2", BOTH),
+    "qwen3": ("Qwen3", BOTH),
+    "qwen3_moe": ("Qwen3Moe", BOTH),
+    "smollm3": ("SmolLM3", BOTH),
+}
+CLASSIFIERS = ("gpt2", "gpt_neox")  # whose token head is called classifier; everyone else's is score
+PATHS = ("score", "score_bias")
+
+
+def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
+    """The head's rows: `score [num_labels, D]`, and its bias where it has one."""
+    name = "classifier" if config.labels_of == TOKEN and config.model_type in CLASSIFIERS else "score"
+    yield "score", Row((config.num_labels, config.hidden_size), (None, "embed"), "normal", f"{name}.weight", "cls.output.weight")
+    if config.score_bias:
+        yield "score_bias", Row((config.num_labels,), (None,), "zeros", f"{name}.bias", "cls.output.bias")
+
+
+def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says about such a head, as fields of `ModelConfig`; nothing for a language model."""
+    name = (hf.get("architectures") or [""])[0]
+    of = next((of for of, suffix in SUFFIX.items() if name.endswith(suffix)), None)
+    if of is None:
+        return {}
+    return {
+        "num_labels": len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2), "labels_of": of,
+        "score_bias": of == TOKEN and (hf["model_type"] in CLASSIFIERS or hf.get("token_classification_bias", True)),
+        "pad_token_id": hf.get("pad_token_id"),
+    }  # fmt: skip
+
+
+def with_head(
+    config: ModelConfig, labels: Sequence[str], of: str = SEQUENCE, pad_token_id: int | None = None, problem_type: str | None = None
+) -> ModelConfig:
+    """The same model with a head of so many labels in place of the vocabulary's; its config.json names transformers' class for it.
+
+    pad_token_id  a text's score is read at its last token that is not this one (transformers' rule, with padding on either side)
+    problem_type  transformers' name for what the labels are
+    """
+    if not labels:
+        raise ModelError("a head without labels scores nothing; give at least one")
+    hf = json.loads(config.hf_json or "{}")
+    hf |= {
+        "architectures": [class_name(config, of)], "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }  # fmt: skip
+    hf |= {} if pad_token_id is None else {"pad_token_id": pad_token_id}
+    hf |= {} if problem_type is None else {"problem_type": problem_type}
+    return dataclasses.replace(config, **fields(hf), hf_json=json.dumps(hf))
+
+
+def class_name(config: ModelConfig, of: str) -> str:
+    """The class of transformers that opens it, or that would if the family had one (`has_class`)."""
+    return CLASSES[config.model_type][0] + SUFFIX[of]
+
+
+def has_class(config: ModelConfig, of: str) -> bool:
+    """Whether transformers has that class."""
+    return of in CLASSES[config.model_type][1]
