@@ -63,7 +63,8 @@ def test_classes_and_steps(folder, reward):
     two, one = jt.score(steps, [STEPS, STEPS | {"completions": ["three"], "labels": [True]}])
     assert two.shape == (2,) and one == pytest.approx(two[:1], abs=1e-6) and 0 < two[0] != two[1] < 1
     for wrong, texts, said in (
-        (steps, ["one"], "judges step by step"), (reward, [STEPS], "judges whole texts"), (reward, [{"prompt": "one"}], "which is not one text"),
+        (steps, ["one"], "judges step by step"), (reward, [STEPS], "judges whole texts"),
+        (reward, [{"prompt": "one"}], "which is not one text"),
         (reward, [3], "it is int; a text is"), (reward, ["one", "two " * 300], "text 2: it has 302 tokens"), (reward, [""], "it is empty"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
