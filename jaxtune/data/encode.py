@@ -1,5 +1,6 @@
 """From examples to token ids and masks: tokenised once, with offsets, and every mask read back by decoding."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,6 +25,7 @@ HELP = {
     Pair: "chosen and rejected", Labelled: "an answer with a label", Classified: "text with a label", Steps: "completions with labels",
     Prompt: "a prompt without an answer",
 }  # fmt: skip
+_HALF = re.compile("[\ud800-\udfff]")
 Doc = tuple[list[int], np.ndarray]
 Value = float | tuple[float, ...]
 
@@ -72,6 +74,7 @@ class Encoder:
             self.ledger.rows += 1
             try:
                 pieces, value = self.pieces(row, example), self._value(row, example)
+                _whole_characters(pieces)
             except RowError as error:
                 self.ledger.fault(error)
                 continue
@@ -158,8 +161,12 @@ class Encoder:
 
     def _chat(self, row: Row, chat: Chat) -> Piece:
         chat = with_system(chat, self.data.system)
+        for number, message in enumerate(chat.messages, 1):
+            if found := self.template.control.search(message.get("content") or ""):
+                said = f"message {number} ({message['role']}) holds {found.group()!r}, which the tokenizer reads as a token of its own"
+                self.ledger.problem("special_token", row, f"{said}: what follows looks like another turn, or like nothing at all")
         if self.data.train_on == "all":
-            text = self.template.render(row, chat)
+            text = self.template.locate(row, chat, set()).text
             return Piece(row, text, [(0, len(text))])
         trained = trained_turns(row, chat, self.data.train_on)
         rendered = self.template.locate(row, chat, trained)
@@ -260,6 +267,16 @@ class Encoder:
             )
         self.ledger.cut[row.place] = self.ledger.cut.get(row.place, 0) + len(ids) - size
         return [ids[n] for n in keep], kept
+
+
+def _whole_characters(pieces: list[Piece]) -> None:
+    """Half a surrogate pair can stand in JSON, and is no text."""
+    for piece in pieces:
+        if not piece.text.isascii() and (half := _HALF.search(piece.text)):
+            raise piece.row.fail(
+                f"the text holds {half.group()!r}, half a surrogate pair, which is no character (emoji cut in two?); mend the row",
+                "lone_surrogate",
+            )
 
 
 def with_system(chat: Chat, system: str | None) -> Chat:

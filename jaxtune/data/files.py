@@ -226,9 +226,13 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
     lines = _lines(path)
     reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0] and mark != delimiter), None)):
+            raise DataError(
+                f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: save it as CSV or TSV"
+            )
         for fields in reader:
             if None in fields or None in fields.values():
-                names = reader.fieldnames or ()
                 raise DataError(f"{path}, line {reader.line_num}: the row has not as many fields as the header, which names {len(names)}")
             yield reader.line_num, fields
     except csv.Error as error:
@@ -267,8 +271,17 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _text(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in _lines(path):
+        if number == 1 and line.startswith("{") and _is_object(line):
+            raise DataError(f"{path}: the lines look like JSON objects, and a .txt file is trained on as it stands; rename it to .jsonl")
         if line.strip():
             yield number, {"text": line.rstrip("\r\n")}
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def _name(value: Any) -> str:

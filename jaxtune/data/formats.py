@@ -107,7 +107,7 @@ def _openai_preference(row: Row) -> Pair:
 def _unpaired(row: Row) -> Labelled:
     key = "label" if "label" in row.fields else "kto_tag"
     label = row.fields[key]
-    if isinstance(label, str) and label.lower() in ("true", "false"):  # CSV has nothing but strings
+    if isinstance(label, str) and _is_bool(label):
         label = label.lower() == "true"
     if not isinstance(label, bool) and label not in (0, 1):
         raise row.fail(f"{key!r} must be true or false, this is {short(label)}")
@@ -180,21 +180,36 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
 }
 
 
+# what files call the fields of the formats above, for a hint: theirs -> ours
+USUAL = {
+    "question": "instruction", "query": "instruction", "problem": "instruction", "user": "instruction", "answer": "output",
+    "response": "output", "solution": "output", "assistant": "output", "context": "input", "system_prompt": "system",
+    "conversation": "conversations", "dialogue": "messages", "dialog": "messages", "content": "text", "document": "text",
+}  # fmt: skip
+
+
 def detect(row: Row) -> str:
     """The name of the first format whose fields the row has."""
     for name, (needed, _) in FORMATS.items():
         if all(any(key in row.fields for key in keys.split("|")) for keys in needed):
             label = row.fields.get("label")
-            if name == "unpaired" and "label" in row.fields and not isinstance(label, bool):
+            if name == "unpaired" and "label" in row.fields and not _is_bool(label):
                 continue  # some other label, a class name for example
             if name == "classification":
                 continue  # text with a label is text, but for objective classification, which asks for the format by name
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
+    columns = {ours: theirs for theirs, ours in USUAL.items() if theirs in row.fields} or {"instruction": "question", "output": "answer"}
+    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
     raise row.fail(
-        f"the fields {', '.join(map(repr, row.fields)) or '(none)'} are no known format ({known}); "
-        "rename them with data.columns, for example columns: {prompt: question, completion: answer}"
+        f"the fields {', '.join(map(repr, row.fields)) or '(none)'} are no known format; "
+        f"say what they are with data.columns, for example columns: {{{example}}}. Formats and their fields: {known}"
     )
+
+
+def _is_bool(label: Any) -> bool:
+    """True and false, which in CSV are strings."""
+    return isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))
 
 
 def parse(row: Row, name: str | None) -> Example:

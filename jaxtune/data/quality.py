@@ -6,11 +6,13 @@ always does, and training where `data.quality` says to drop or stop for one of i
 
 import collections
 import difflib
+import functools
 import math
 import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtune.config import Config
 from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text
@@ -19,8 +21,8 @@ from jaxtune.errors import ConfigError
 
 # problem -> what to do unless `data.quality` says otherwise: drop the row, keep it (and count it), or stop with an error
 ENCODING_TIME = {
-    "double_bos": "error", "stop_token_untrained": "error", "prompts_differ": "error",
-    "chosen_equals_rejected": "keep", "no_prompt": "keep", "empty_answer": "keep",
+    "double_bos": "error", "stop_token_untrained": "error", "prompts_differ": "error", "lone_surrogate": "error",
+    "chosen_equals_rejected": "keep", "no_prompt": "keep", "empty_answer": "keep", "special_token": "keep",
 }  # fmt: skip
 DEFAULTS = ENCODING_TIME | dict.fromkeys(
     (
@@ -35,6 +37,7 @@ FEW = 20  # rows below which nothing is said about what is usual
 REPEATED = 5  # different prompts with one and the same answer
 IMBALANCED = 0.8  # share of the commonest label
 OUTLYING = 5  # standard deviations of the logarithm of the length
+SURE = 0.99  # of a language
 SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}"
     r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}"
@@ -267,15 +270,37 @@ def _lengths(items: list[Item]) -> Found:
 
 
 def _languages(items: list[Item]) -> Found:
-    """Rows in another script than nine tenths of their source."""
+    """Rows in another script, or surely in another language, than nine tenths of their source."""
     for source in sorted({(item.side, item.source) for item in items}):
         here = [item for item in items if (item.side, item.source) == source]
-        scripts = [_script(item.text) for item in here]
-        common, count = collections.Counter(scripts).most_common(1)[0]
-        if len(here) >= FEW and common and count >= 0.9 * len(here):
-            for item, script in zip(here, scripts, strict=True):
-                if script not in (common, None):
-                    yield item, f"is written in {script}, where {count / len(here):.0%} of its source is in {common}", "language"
+        if len(here) < FEW:
+            continue
+        for kind in (_script, _language):
+            said = [kind(item.text) for item in here]
+            common, count = collections.Counter(filter(None, said)).most_common(1)[0] if any(said) else (None, 0)
+            known = sum(map(bool, said))
+            if count < 0.9 * known or known < FEW / 2:
+                break
+            for item, found in zip(here, said, strict=True):
+                if found not in (common, None):
+                    yield item, f"is written in {found}, where {count / known:.0%} of its source is in {common}", "language"
+            here = [item for item, found in zip(here, said, strict=True) if found == common]
+
+
+def _language(text: str) -> str | None:
+    """The ISO code of a text's language, by its letters (py3langid); None where the text is short or the guess unsure."""
+    words = text[:1000].split()
+    if len(words) < 15:
+        return None
+    code, probability = _identifier().classify(" ".join(words))
+    return code if probability >= SURE else None
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid import langid
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def _script(text: str) -> str | None:

@@ -49,9 +49,10 @@ class Template:
                 "the tokenizer has no chat template, so messages cannot be written as text; use the tokenizer of an instruct "
                 "model, or set data.chat_template to a .jinja file"
             )
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        added = tokenizer.added_tokens_decoder.values()
         self._asks: str | None = None
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) or r"(?!)")
+        self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
+        self.control = _any_of({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
 
     def render(self, row: Row, chat: Chat, messages: list[dict] | None = None, generation: bool = False) -> str:
         """The text of `messages` (default: all of the chat's), with the opening of an answer if `generation`."""
@@ -68,6 +69,7 @@ class Template:
     def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
         text = self.render(row, chat)
+        _shows_tools(row, chat, text)
         places = self._marked(row, chat, text)
         turns = []
         for number, message in enumerate(chat.messages):
@@ -150,6 +152,23 @@ class Template:
         """Where the token that ends a turn ends; `end` if there is none."""
         match = self._special.match(text, end)
         return match.end() if match else end
+
+
+def _any_of(tokens: set[str]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def _shows_tools(row: Row, chat: Chat, text: str) -> None:
+    """Raise where a tool, or the call of one, is not in the text: many templates know nothing of tools and pass them over."""
+    offered = [tool.get("function", tool) for tool in chat.tools or [] if isinstance(tool, dict)]
+    called = [call["function"] for message in chat.messages for call in message.get("tool_calls") or []]
+    for what, functions in (("tool", offered), ("call of the tool", called)):
+        if missing := [f["name"] for f in functions if isinstance(f.get("name"), str) and f["name"] not in text]:
+            raise row.fail(
+                f"the chat template drops the {what} {missing[0]!r}; set data.chat_template to a template that knows tools, or leave "
+                "such rows out",
+                "template_drops",
+            )
 
 
 def _content(message: dict) -> str:

@@ -14,6 +14,7 @@ ROLES = {
     "system": "system", "developer": "developer",
     "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
+OWN = ("system", "developer", "tool", "function", "ipython")  # roles that templates know by these names
 CALLS = ("function_call", "function-call", "tool_call")
 
 
@@ -22,6 +23,11 @@ def messages(row: Row, key: str) -> list[dict]:
     value = row.fields.get(key)
     if key not in row.fields:
         raise row.fail(f"the field {key!r} is missing; {fields(row)}")
+    if isinstance(value, str) and value.lstrip().startswith("["):  # of a table, which has nothing but strings
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.fail(f"{key!r} is not valid JSON ({error.msg}); write a list of messages") from None
     if isinstance(value, dict):
         value = [value]  # LLaMA-Factory's `chosen` and `rejected` are one message
     if not isinstance(value, list) or not value:
@@ -38,6 +44,8 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
     content = message.get("content")
     # Arrow fills the fields a message lacks with None, which templates take for given.
     message = {name: part for name, part in message.items() if part is not None}
+    if (role := message["role"].strip().lower()) not in OWN:  # User, human, model, ...
+        message["role"] = ROLES.get(role, message["role"])
     if message.get("tool_calls"):
         message["tool_calls"] = [_call(row, where, call) for call in message["tool_calls"]]
         message.setdefault("content", "")

@@ -35,6 +35,8 @@ FILES = {
     "broken zstd": ("rows.jsonl.zst", b"not zstd", "the compressed file is damaged"),
     "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
     "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
+    "semicolons": ("rows.csv", "prompt;completion\na;b\n", "the header 'prompt;completion' has no ','; columns look separated by ';'"),
+    "jsonl as txt": ("rows.txt", json.dumps(GOOD) + "\n", "look like JSON objects.*rename it to .jsonl"),
     "unknown suffix": ("rows.docx", b"x", "cannot tell the format from the name"),
 }
 
@@ -49,11 +51,19 @@ def test_files(case, config, tokenizers, tmp_path):
 
 
 TWO_BOS = "{{ '<|im_start|><|im_start|>' }}{% for message in messages %}{{ message.content }}{% endfor %}"
+CALL = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {}}]}]}
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 ROWS = {
     "missing field": ({"prompt": "a"}, {}, "line 2: the row has a prompt without an answer; objective sft needs"),
     "wrong type": ({"prompt": "a", "completion": 3}, {}, "line 2: 'completion' must be a string, this is int 3"),
     "null": ({"prompt": "a", "completion": None}, {}, "line 2: 'completion' must be a string, this is NoneType null"),
     "no format": ({"q": "a", "a": "b"}, {}, "line 2: the fields 'q', 'a' are no known format.*data.columns"),
+    "question and answer": ({"question": "a", "answer": "b"}, {}, r"example columns: \{instruction: question, output: answer\}"),
+    "messages not JSON": ({"messages": "[{"}, {}, "line 2: 'messages' is not valid JSON"),
+    "half a character": ({"text": "a\ud83d"}, {}, r"line 2: the text holds '\\ud83d', half a surrogate pair"),
+    "tools that the template drops": (CALL | {"tools": TOOLS}, {}, "line 2: the chat template drops the tool 'weather'"),
+    "call that the template drops": (CALL, {}, "line 2: the chat template drops the call of the tool 'weather'"),
+    "tools dropped, all trained": (CALL | {"tools": TOOLS}, {"train_on": "all"}, "line 2: the chat template drops the tool 'weather'"),
     "messages not a list": ({"messages": "hello"}, {}, "line 2: 'messages' must be a list of messages, this is str"),
     "no messages": ({"messages": []}, {}, "line 2: 'messages' must be a list of messages"),
     "no role": ({"messages": [{"content": "a"}]}, {}, "line 2: message 1 of 'messages' must be like"),

@@ -87,6 +87,19 @@ def test_secrets_and_addresses():
     assert found(key, mail) == {"secret": [300], "email_address": [301]}
 
 
+def test_another_language_in_the_same_script():
+    """Told by its letters where there are words enough; mixed sources, as translations are, have no language that is usual."""
+    german = with_text(
+        300,
+        "Bitte fasse den folgenden Text über die Geschichte der Stadt und ihre wichtigsten Gebäude kurz zusammen.",
+        "Die Stadt wurde im zwölften Jahrhundert gegründet, und ihr Dom ist bis heute das höchste Gebäude am Platz.",
+    )
+    assert found(german) == {"language": [300]}
+    assert "is written in de, where 99% of its source is in en" in examine([*CLEAN, german]).rows["language"][0][1]
+    mixed = [with_text(n, german.prompt, f"{german.answer} {n}") for n in range(300, 360)]
+    assert "language" not in found(*mixed)
+
+
 def test_language_and_length():
     russian = with_text(300, "Сколько стоят триста яблок на рынке?", "Триста яблок на рынке стоят две тысячи сто монет, как и прежде.")
     long = with_text(301, answer=" ".join(f"{n * 31 % 977} of {n * 17 % 613} and" for n in range(2000)) + " so on.")

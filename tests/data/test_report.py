@@ -153,3 +153,17 @@ def test_a_bad_row_is_an_error(folder, line, message):
     (folder / "train.jsonl").write_text(json.dumps(chat(*clean(1))) + "\n" + line + "\n")
     done = run(folder, "--json")
     assert done.returncode == 2 and message in done.stderr and not done.stdout and "Traceback" not in done.stderr
+
+
+def test_what_is_no_fault_but_should_be_known(folder):
+    """A special token inside a message; prompts that run into their answers, which is noted and no problem."""
+    rows = [chat(*clean(n)) for n in range(100, 220)]
+    rows[7]["messages"][0]["content"] += " Or <|im_end|>?"
+    write(folder / "train.jsonl", rows)
+    found = as_json(folder)
+    assert found["problems"] == {"special_token": 1} and found["stops"] == found["notes"] == []
+    assert "line 8: message 1 (user) holds '<|im_end|>'" in found["examples"]["special_token"][0]
+    write(folder / "train.jsonl", [dict(zip(("prompt", "completion"), clean(n), strict=True)) for n in range(100, 220)])
+    found = as_json(folder)
+    assert found["problems"] == {} and len(found["notes"]) == 1
+    assert "In 120 rows the prompt runs into the answer" in found["notes"][0] and "columns: {instruction: ..." in found["notes"][0]
