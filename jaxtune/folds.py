@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import data, runfolder
+from jaxtune import data, distributed, runfolder
 from jaxtune.config import Config, interval
 from jaxtune.errors import CheckpointError, ConfigError
 
@@ -31,7 +31,8 @@ class CrossValidation:
 
     Attributes:
         folder: holds `fold_0`, `fold_1`, ..., each the folder of a run, and `folds.json`.
-        folds: metrics of each finished fold, in order; `eval_*` of its evaluation rows and, with `evaluate.metric`, `tuned_*`.
+        folds: metrics of each finished fold, in order (of several processes, on the first one); `eval_*` of its evaluation rows and,
+            with `evaluate.metric`, `tuned_*`.
         metrics: their mean over the folds.
         spread: their sample standard deviation, sqrt(sum (x - mean)^2 / (k - 1)).
         interrupted: a signal stopped it before the last fold was done.
@@ -61,32 +62,50 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
         CheckpointError: `output_dir` holds something and `resume` is not set, or it holds another run or one on other rows.
         ConfigError: a fold would never be evaluated.
     """
-    if config.resume or Path(config.output_dir or "").exists():
-        folder = runfolder.open_run(config)  # refuse a folder in use before anything long is done
-        if different := runfolder.differences(config, folder) if config.resume else None:
-            raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    distributed.on_first(lambda: _check_free(config))  # refuse a folder in use before anything long is done
     rows = [data.load(_of(config, number), tokenizer, data_parallel).train for number in range(config.data.kfold or 0)]
     # num_train_epochs of the fold with the most steps an epoch: the others have a few rows less, and see some of them once more
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * max(fold.steps_per_epoch for fold in rows))
     if config.eval_strategy == "steps" and interval(config.eval_steps or 1, steps) > steps:
         raise ConfigError(f"eval_steps is {config.eval_steps}, but a fold has {steps} steps and would never be evaluated; lower it")
-    folder = runfolder.open_run(config)
-    runfolder.write_config(folder, config)
+    distributed.on_first(lambda: runfolder.write_config(runfolder.open_run(config), config))
+    folder = runfolder.folder_of(config)
+    done = _done(folder, rows)
+    for number in range(len(done), len(rows)):
+        log.info("fold %d of %d", number, len(rows))
+        own = folder / f"fold_{number}"
+        distributed.on_first(lambda own=own: _clear(own))
+        if train_one(_fold(config, own, number, steps)).interrupted:  # nothing else of it is kept: one model in memory at a time
+            return _summary(folder, done, interrupted=True)
+        done.append(_measured(config, own) if distributed.is_first() else {})
+        if distributed.is_first():
+            found = _summary(folder, done)
+            record = {"kfold": len(rows), "steps": steps, "folds": done, "mean": found.metrics, "spread": found.spread}
+            runfolder.write_text(folder / FILE, json.dumps(record, indent=2))
+    return _summary(folder, done)
+
+
+def _check_free(config: Config) -> None:
+    runfolder.check_free(config)
+    folder = runfolder.folder_of(config)
+    if config.resume and (different := runfolder.differences(config, folder)):
+        raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+
+
+def _done(folder: Path, rows: list[data.Source]) -> list[dict[str, float]]:
+    """What the finished folds measured, if they were trained on these rows."""
     file = folder / FILE
     done: list[dict[str, float]] = json.loads(file.read_text())["folds"] if file.exists() else []
     for number in range(len(done)):
         if json.loads((folder / f"fold_{number}" / "run.json").read_text())["data"]["fingerprint"] != rows[number].fingerprint:
             raise CheckpointError(f"the rows are not those fold {number} of {folder} was trained on; put them back, or use another folder")
-    for number in range(len(done), len(rows)):
-        log.info("fold %d of %d", number, len(rows))
-        own = folder / f"fold_{number}"
-        if train_one(_fold(config, own, number, steps)).interrupted:  # nothing else of it is kept: one model in memory at a time
-            return _summary(folder, done, interrupted=True)
-        done.append(_measured(config, own))
-        found = _summary(folder, done)
-        record = {"kfold": len(rows), "steps": steps, "folds": done, "mean": found.metrics, "spread": found.spread}
-        runfolder.write_text(file, json.dumps(record, indent=2))
-    return _summary(folder, done)
+    return done
+
+
+def _clear(folder: Path) -> None:
+    """Take away a fold that was stopped before it had written anything to go on with."""
+    if folder.exists() and not (folder / "config.yaml").is_file():
+        shutil.rmtree(folder)
 
 
 def _of(config: Config, number: int) -> Config:
@@ -94,10 +113,7 @@ def _of(config: Config, number: int) -> Config:
 
 
 def _fold(config: Config, folder: Path, number: int, steps: int) -> Config:
-    begun = (folder / "config.yaml").is_file()
-    if folder.exists() and not begun:  # stopped before it had written anything that could be gone on with
-        shutil.rmtree(folder)
-    return _of(config, number).replace(output_dir=str(folder), resume=begun, max_steps=steps)
+    return _of(config, number).replace(output_dir=str(folder), resume=(folder / "config.yaml").is_file(), max_steps=steps)
 
 
 def _measured(config: Config, folder: Path) -> dict[str, float]:

@@ -67,7 +67,8 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
         return _train(config, mesh)
     tokenizer = open_model(config.model).tokenizer
     found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh))
-    found.show()
+    if distributed.is_first():
+        found.show()
     return found
 
 

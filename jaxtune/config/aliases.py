@@ -56,6 +56,7 @@ ALIASES: dict[str, str] = {
         "data.shuffle": "shuffle_dataset",
         "data.chat_template": "chat_template chat_template_path",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
+        "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
     }.items()
     for alias in names.split()

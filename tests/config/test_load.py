@@ -129,6 +129,7 @@ EXAMPLES = {
     "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True, "resume_from_checkpoint": True,
     "use_rslora": True, "peft_use_rslora": True, "use_dora": True, "peft_use_dora": True, "shuffle_dataset": False,
     "label2id": {"bad": 0, "good": 1},
+    "streaming": True, "dataset_streaming": True,
     "init_lora_weights": True, "peft_init_lora_weights": "gaussian", "num_epochs": 2, "dataset_text_field": "body",
 }  # fmt: skip
 
