@@ -74,7 +74,7 @@ class Encoder:
             self.ledger.rows += 1
             try:
                 pieces, value = self.pieces(row, example), self._value(row, example)
-                _whole_characters(pieces)
+                _whole_characters(row, *(piece.text for piece in pieces))
             except RowError as error:
                 self.ledger.fault(error)
                 continue
@@ -108,6 +108,7 @@ class Encoder:
         if isinstance(example, Classified):
             return [self._whole(row, example.example)]
         if isinstance(example, Steps):
+            _whole_characters(row, example.prompt, *example.steps)  # before they are tokenised, which is here
             return [steps.piece(row, example, self.tokenizer, self.config, self.ledger)]
         return [self._piece(row, example)]
 
@@ -269,11 +270,11 @@ class Encoder:
         return [ids[n] for n in keep], kept
 
 
-def _whole_characters(pieces: list[Piece]) -> None:
+def _whole_characters(row: Row, *texts: str) -> None:
     """Half a surrogate pair can stand in JSON, and is no text."""
-    for piece in pieces:
-        if not piece.text.isascii() and (half := _HALF.search(piece.text)):
-            raise piece.row.fail(
+    for text in texts:
+        if not text.isascii() and (half := _HALF.search(text)):
+            raise row.fail(
                 f"the text holds {half.group()!r}, half a surrogate pair, which is no character (emoji cut in two?); mend the row",
                 "lone_surrogate",
             )
