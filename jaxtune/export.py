@@ -150,7 +150,7 @@ def _merge(found: Found, opened: Opened, out: Path, format: str, type: str, dtyp
     if found.quantization:
         log.info("the base was trained as %s; it is merged as what that stands for, in %s", found.quantization, dtype)
     with new_folder(out) as folder:
-        file = _write(opened, composed(opened.config, adapter), base, folder, out.name, format, type, dtype)
+        file = _write(opened, composed(opened.config, adapter, base), base, folder, out.name, format, type, dtype)
         merged = load(file, "auto")
         compared = check.compare(wanted, check.logits(merged.config, merged.params, prompts))
         log.info("merged beside base and adapter: %s", compared)

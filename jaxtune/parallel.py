@@ -18,7 +18,8 @@ from jaxtune.model.layout import ROWS
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import is_weight
-from jaxtune.peft.lora import Adapter, adaptable
+from jaxtune.peft.lora import Adapter
+from jaxtune.peft.sites import adaptable, whole_rows
 from jaxtune.tree import flatten, unflatten
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -139,18 +140,23 @@ def leaf_shardings(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
 
 
 def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
-    """Where what is trained lies: a full tree like parameters, a LoRA pair like the matrix it adapts."""
+    """Where what is trained lies: a full tree, and what an adapter trains whole, like parameters; a LoRA pair like the matrix it adapts."""
     if not isinstance(trainable, Adapter):
         return param_shardings(mesh, config, trainable)
     rows = adaptable(config)
 
     def pair(path: str, leaves: dict) -> dict:
         *lead, out, width = rows[path].axes
-        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out)}
+        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out), "bias": (*lead, out)}
         return {name: sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
 
-    saved = param_shardings(mesh, config, trainable.saved)
-    return trainable.replace(params={path: pair(path, leaves) for path, leaves in trainable.params.items()}, saved=saved)
+    def saved(path: str, leaf: Any) -> NamedSharding:
+        axes = whole_rows(config)[path].axes
+        some = next(whole.numbers for whole in trainable.wholes if whole.path == path)
+        return sharding(mesh, path, leaf.shape, axes if some is None else (None, *axes[1:]))
+
+    params = {path: pair(path, leaves) for path, leaves in trainable.params.items()}
+    return trainable.replace(params=params, saved={path: saved(path, leaf) for path, leaf in trainable.saved.items()})
 
 
 def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> Any:

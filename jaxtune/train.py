@@ -160,7 +160,8 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
-        log.info("adapter: %d matrices matched, %s trainable parameters", matched, f"{count(trainable):,}")
+        beside = f", {len(trainable.wholes)} parameters trained whole" if trainable.wholes else ""
+        log.info("adapter: %d matrices matched%s, %s trainable parameters", matched, beside, f"{count(trainable):,}")
     else:
         log.info("full: %s trainable parameters", f"{count(trainable):,}")
     return model, trainable

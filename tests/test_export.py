@@ -76,6 +76,38 @@ def test_an_adapter_on_one_use_of_a_tied_matrix_unties_it(tmp_path):
     np.testing.assert_array_equal(merged.params["head"], load(tmp_path / "model").params["embed"])
 
 
+WHOLE = LoraConfig(
+    r=2, target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 2], bias="lora_only", modules_to_save=["norm", "layers.1.mlp"],
+    trainable_token_indices=[6, 7],
+)  # fmt: skip
+MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    "lora, hf, format",
+    [(WHOLE, {"tie_word_embeddings": True}, "hf"), (WHOLE, {"tie_word_embeddings": True}, "gguf"),
+     (LoraConfig(r=2, lora_bias=True, target_modules=["k_proj"], layers_to_transform=1), {}, "hf"),
+     (LoraConfig(r=2), MOE, "hf"), (LoraConfig(r=2), MOE | {"attention_bias": False}, "gguf")],
+    ids=["whole", "whole gguf", "own biases", "experts", "experts gguf"],
+)  # fmt: skip
+def test_more_than_pairs_is_merged_from_disk_to_disk(tmp_path, lora, hf, format):
+    run = make_run(tmp_path, lora, tiny.LLAMA | hf)
+    export(run, tmp_path / "out", merge=True, format=format, type="f32", bound=1e-4)  # compares logits before it is done
+    merged = load(tmp_path / "out" / "out-f32.gguf" if format == "gguf" else tmp_path / "out")
+    base = load(tmp_path / "model")
+    wanted = peft.compose(base.params, load_adapter(run / "adapter", base))
+    compared = check.compare(logits(wanted, base.config), logits(merged.params, merged.config))
+    assert compared.difference < 1e-4 < check.compare(logits(base.params, base.config), logits(merged.params, merged.config)).difference
+    assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
+
+
+def test_a_bias_that_has_no_place_is_refused(tmp_path):
+    run = make_run(tmp_path, LoraConfig(r=2, lora_bias=True, target_modules=["up_proj"]))
+    with pytest.raises(ModelError, match="lora_bias, but the model has no layers/0/up_bias to merge it into"):
+        export(run, tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_packed_base_is_merged_as_what_it_stands_for(tmp_path, caplog):
     caplog.set_level("INFO", "jaxtune")
     run = make_run(tmp_path, hf=tiny.LLAMA | {"hidden_size": 64}, method="qlora", quantization="nf4")
@@ -87,7 +119,7 @@ def test_a_packed_base_is_merged_as_what_it_stands_for(tmp_path, caplog):
 
 
 def test_a_merge_that_went_wrong_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "composed", lambda config, adapter: export_module.abstract(config))  # forgets the adapter
+    monkeypatch.setattr(export_module, "composed", lambda config, adapter, base: export_module.abstract(config))  # forgets the adapter
     with pytest.raises(ModelError, match="the merged model is not the base with its adapter: largest logit difference"):
         export(run, tmp_path / "out", merge=True)
     assert list(tmp_path.iterdir()) == []

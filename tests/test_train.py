@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -95,6 +96,26 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, metho
     logs = [metrics(tmp_path / name) for name in ("whole", "run")]
     timeless = [[{key: value for key, value in row.items() if key != "tokens_per_second"} for row in log] for log in logs]
     assert timeless[0] == timeless[1]
+
+
+def test_what_is_trained_whole_is_trained_saved_and_resumed(config, folder, tmp_path):
+    """Biases, whole modules and tokens beside the pairs: over a mesh, in checkpoints, in PEFT's folder."""
+    model = jt.load(folder / "model")
+    tokens = sorted({*model.tokenizer("one two hello")["input_ids"]})
+    lora = {"r": 2, "target_modules": ["q_proj", "lm_head"], "bias": "lora_only", "modules_to_save": ["norm", "layers.1.mlp"],
+            "trainable_token_indices": tokens, "lora_dropout": 0.1}  # fmt: skip
+    settings = config(lora=lora, save_steps=3, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    first = train(settings)
+    fresh = jt.init_adapter(jax.random.key(0), model, first.trainable.config)
+    assert {"norm", "embed", "layers/0/q_bias", "layers/0/up"} <= first.trainable.saved.keys()
+    for path, leaf in first.trainable.saved.items():
+        assert leaf.shape == fresh.saved[path].shape and np.abs(leaf - fresh.saved[path]).max() > 1e-3, path
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    again = train(settings | {"resume": True})
+    disk = jt.load_adapter(tmp_path / "run" / "adapter", model)
+    for left, middle, right in zip(*map(jax.tree.leaves, (first.trainable, again.trainable, disk)), strict=True):
+        np.testing.assert_array_equal(left, middle)
+        np.testing.assert_array_equal(left, right)
 
 
 def test_resume_of_a_finished_run_changes_nothing(config):

@@ -39,17 +39,12 @@ class LoraConfig(Group):
     target_parameters: tuple[str, ...] | None = None
     trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...] | None = None
 
-    # PEFT's names that are known but not implemented: a value other than the default is refused, never passed over
-    missing: ClassVar[tuple[str, ...]] = (
-        "bias", "lora_bias", "layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices",
-    )  # fmt: skip
+    ensure_weight_tying: bool = False  # modules_to_save of a tied model: both uses of the matrix are trained as one
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.missing:
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if value != default:
-                raise ConfigError(f"lora.{name} is {value!r}, but only {default!r} is implemented; leave it out.")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora.lora_bias cannot be used with use_dora; leave one out.")
 
 
 @dataclass(frozen=True)

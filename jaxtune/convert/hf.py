@@ -64,6 +64,14 @@ def load_params(
     return unflatten(tree)
 
 
+def read_row(source: Checkpoint, config: ModelConfig, path: str) -> jax.Array:
+    """One row of the table, in the dtypes of the file; for small ones."""
+    row = spec(config)[path]
+    table = list(cells(spec(config)))
+    stored = match_names(source, table)
+    return jnp.stack([jnp.asarray(_matrix(source.read(stored[c.name]), c)) for c in table if c.path == path]).reshape(row.shape)
+
+
 def _leaf(source: Checkpoint, name: str, cell: Cell, dtype: str, quantize: Quantize | None) -> Matrix:
     value = source.read(name)
     if is_weight(value):
@@ -183,7 +191,8 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         stored |= {spec(config)["head"].hf: stored[tied]} if base else {}
     rows = spec(config)
     if rows.keys() != leaves.keys():
-        raise ValueError(f"the tree is not the config's: {sorted(rows.keys() ^ leaves.keys())}")
+        odd = ", ".join(sorted(rows.keys() ^ leaves.keys()))
+        raise ModelError(f"the tree is not the model that config.json describes; only one of them has {odd}")
     table = {cell.name: cell for cell in cells(rows)}
 
     def dtype_of(cell: Cell) -> np.dtype:

@@ -4,17 +4,31 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxtune.convert import hf
 from jaxtune.convert.hf import Quantize
 from jaxtune.convert.names import cells, match_names
 from jaxtune.convert.tensors import Checkpoint
+from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import abstract, spec
 from jaxtune.peft import compose
+from jaxtune.tree import flatten, unflatten
 
 
-def composed(config: ModelConfig, adapter: Any) -> dict:
-    """The tree of base and adapter, the base's arrays left to be read (see `hf.save`)."""
-    return compose(abstract(config), adapter)
+def composed(config: ModelConfig, adapter: Any, base: Checkpoint) -> dict:
+    """The tree of base and adapter, the base's arrays left to be read (see `hf.save`), but for the biases and the stacks of layers that
+    are added to or trained in part.
+
+    Raises ModelError for `lora_bias` where the base has no bias to merge it into.
+    """
+    leaves = flatten(abstract(config))
+    biases = [f"{path}_bias" for path, pair in adapter.params.items() if "bias" in pair]
+    if missing := [path for path in biases if path not in leaves]:
+        raise ModelError(f"the adapter has lora_bias, but the model has no {missing[0]} to merge it into; export the adapter as it is")
+    parts = [whole.path for whole in adapter.wholes if whole.numbers is not None and whole.path not in ("embed", "head")]
+    for path in dict.fromkeys(biases + parts):
+        leaves[path] = hf.read_row(base, config, path)
+    return compose(unflatten(leaves), adapter)
 
 
 class Packed:

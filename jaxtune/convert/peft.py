@@ -1,13 +1,15 @@
 """PEFT's LoRA folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor is named `base_model.model.` + the module's name + `.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_magnitude_vector
-[out]` (DoRA), or for an embedding `.lora_embedding_A [r, vocabulary]`, `.lora_embedding_B [D, r]`.
+A tensor is named `base_model.model.` + the module's name + `.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_B.bias [out]`,
+`.lora_magnitude_vector [out]` (DoRA), or for an embedding `.lora_embedding_A [r, vocabulary]`, `.lora_embedding_B [D, r]`. Experts lie
+side by side in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. What is trained whole has its own name.
 """
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,27 +20,62 @@ from jaxtune.convert.load import Model
 from jaxtune.convert.tensors import Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads
-from jaxtune.model.spec import spec
+from jaxtune.model.row import Row
 from jaxtune.model.weight import dense
-from jaxtune.peft.lora import Adapter, Site, adaptable, module_names, rank_and_scale
+from jaxtune.peft.lora import Adapter
+from jaxtune.peft.sites import HEADS, Site, Whole, adaptable, find_sites, find_wholes, is_parameter, names, rank_and_scale, whole_rows
 
 PREFIX = "base_model.model."
 # our leaf -> PEFT's suffix, and whether PEFT holds it transposed
-MATRIX = {"a": ("lora_A.weight", False), "b": ("lora_B.weight", False), "magnitude": ("lora_magnitude_vector", False)}
+MATRIX = {"a": ("lora_A.weight", False), "b": ("lora_B.weight", False), "bias": ("lora_B.bias", False),
+          "magnitude": ("lora_magnitude_vector", False)}  # fmt: skip
 EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True)}
 
 TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
-HEADS = {"score", "classifier"}  # what `modules_to_save` may name: PEFT adds both by itself under these tasks
 
 # fields of adapter_config.json that change the result, with the value that asks for nothing; any other value is refused by name
 NOT_HERE = {
-    "bias": "none", "lora_bias": False, "modules_to_save": None, "layer_replication": None,
-    "target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None,
+    "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "use_bdlora": None,
+    "velora_config": None, "kasa_config": None, "monteclora_config": None,
 }  # fmt: skip
+# ways to begin that change the base too: without that base the pair means something else
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Place(NamedTuple):
+    """One layer of an adapted row in the file: its number in the stack, PEFT's name of it, the start of its tensors' names."""
+
+    number: int
+    name: str
+    stem: str
+
+
+def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterator[Place]:
+    """The layers of a row. PEFT wraps the parameters of one module in one another: where down is adapted too, gate and up lie inside."""
+    stack, _, kind = path.rpartition("/")
+    for number, name in enumerate(names(path, row)):
+        stem = name.rpartition(".")[0] if is_parameter(path) else name
+        if kind == "experts_gate_up" and adapted.get(f"{stack}/experts_down", (0,) * (number + 1))[number]:
+            stem += ".base_layer"
+        yield Place(number, name, PREFIX + stem)
 
 
 def _suffixes(path: str) -> dict[str, tuple[str, bool]]:
     return EMBEDDING if path == "embed" else MATRIX
+
+
+def _flat(leaf: str, value: np.ndarray) -> np.ndarray:
+    """Experts' pairs as PEFT lays them out."""
+    if value.ndim == 2 or leaf not in ("a", "b"):
+        return value
+    return value.reshape(-1, value.shape[-1]) if leaf == "a" else value.transpose(1, 2, 0).reshape(value.shape[1], -1)
+
+
+def _unflat(leaf: str, value: np.ndarray, experts: int) -> np.ndarray:
+    """The inverse of `_flat`."""
+    if leaf == "a":
+        return value.reshape(experts, -1, value.shape[-1])
+    return value.reshape(value.shape[0], -1, experts).transpose(2, 0, 1)
 
 
 def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path:
@@ -47,19 +84,23 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
     The folder is written beside and renamed. Raises ModelError when `out` is there and not empty.
     """
     tensors: dict[str, np.ndarray] = {}
-    rows = adaptable(model.config)
+    rows, adapted = adaptable(model.config), {site.path: site.ranks for site in adapter.sites}
     for site in adapter.sites:
         stacked = bool(rows[site.path].layers)
-        for number, name in enumerate(module_names(rows[site.path])):
-            if not (rank := site.ranks[number]):
+        for place in _places(site.path, rows[site.path], adapted):
+            if not (rank := site.ranks[place.number]):
                 continue
             for leaf, (suffix, transposed) in _suffixes(site.path).items():
                 if leaf not in adapter.params[site.path]:
                     continue
-                value = np.asarray(adapter.params[site.path][leaf][number] if stacked else adapter.params[site.path][leaf])
-                value = value[:rank] if leaf == "a" else value[:, :rank] if leaf == "b" else value
-                tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
-    tensors |= {PREFIX + spec(model.config)[path].hf: np.asarray(value) for path, value in adapter.saved.items()}
+                value = np.asarray(adapter.params[site.path][leaf][place.number] if stacked else adapter.params[site.path][leaf])
+                value = _flat(leaf, value[..., :rank, :] if leaf == "a" else value[..., :rank] if leaf == "b" else value)
+                tensors[f"{place.stem}.{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
+    for whole in adapter.wholes:
+        row, value = whole_rows(model.config)[whole.path], np.asarray(adapter.saved[whole.path])
+        for number, name in _whole_names(whole, row, model, adapter.config, adapted):
+            one = value if number is None else value[number]
+            tensors[name] = np.ascontiguousarray(one.T if row.transposed else one)
     with new_folder(out) as folder:
         write_json(folder / "adapter_config.json", _config_json(adapter, model))
         plans = [Plan(name, value.dtype, value.shape) for name, value in tensors.items()]
@@ -67,14 +108,37 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
     return Path(out)
 
 
+def _whole_names(
+    whole: Whole, row: Row, model: Model, config: LoraConfig, adapted: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[int | None, str]]:
+    """The tensors of a parameter that is trained whole: its place in `saved` (None: all of it) and its name."""
+    if not row.layers:
+        name = row.hf.removesuffix(".weight")
+        kind = ".weight" if whole.numbers is None and name != row.hf else ""
+        yield None, PREFIX + name + (".token_adapter.trainable_tokens_delta" if whole.numbers is not None else kind)
+        if whole.path == "embed" and whole.numbers is None and config.ensure_weight_tying and model.config.tie_word_embeddings:
+            yield None, PREFIX + whole_rows(model.config)["head"].hf
+        return
+    ranks = adapted.get(whole.path.removesuffix("_bias"), (0,) * len(row.layers))
+    for place, number in enumerate(whole.numbers or range(len(row.layers))):
+        name = row.hf.format(layer=row.layers[number])
+        module, _, kind = name.rpartition(".")
+        yield place, f"{PREFIX}{module}{'.base_layer' if kind == 'bias' and ranks[number] else ''}.{kind}"
+
+
 def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
-    """What PEFT writes; `all-linear` is spelled out, as PEFT does."""
+    """What PEFT writes; `all-linear` is spelled out, as PEFT does, and so is a regular expression where PEFT would translate it."""
     fields, rows = adapter.config.to_dict(), adaptable(model.config)
     targets = fields["target_modules"]
+    modules = {site.path: rows[site.path] for site in adapter.sites if not is_parameter(site.path)}
     if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for site in adapter.sites for name in module_names(rows[site.path])})
-    if adapter.saved:
-        fields["modules_to_save"] = sorted({spec(model.config)[path].hf.rsplit(".", 1)[0] for path in adapter.saved})
+        targets = sorted({name.rsplit(".", 1)[-1] for path, row in modules.items() for name in names(path, row)})
+    elif isinstance(targets, str) and model.config.moe:
+        ranks = {site.path: site.ranks for site in adapter.sites}
+        targets = [name for path, row in modules.items() for name, rank in zip(names(path, row), ranks[path], strict=True) if rank]
+    scorers = {whole_rows(model.config)[whole.path].hf.rsplit(".", 1)[0] for whole in adapter.wholes if whole.path in heads.PATHS}
+    if scorers:
+        fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
     task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
     return fields | {
         "peft_type": "LORA", "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
@@ -93,76 +157,107 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
     config = _read_config(read_json(path / "adapter_config.json"), path)
     checkpoint = Safetensors(path, stem="adapter_model")
-    left = dict(checkpoint.entries)
-    saved = _saved(checkpoint, model, left)
-    params, sites = {}, []
-    for name, row in adaptable(model.config).items():
-        found = [{leaf: f"{PREFIX}{module}.{suffix}" for leaf, (suffix, _) in _suffixes(name).items()} for module in module_names(row)]
-        found = [{leaf: tensor for leaf, tensor in names.items() if tensor in left} for names in found]
-        if not any(found):
-            continue
-        ranks, scales, layers = [], [], []
-        for module, names in zip(module_names(row), found, strict=True):
-            tensors = {leaf: checkpoint.read(tensor).astype(np.float32) for leaf, tensor in names.items()}
-            tensors = {leaf: x.T if _suffixes(name)[leaf][1] else x for leaf, x in tensors.items()}
-            rank, scale = rank_and_scale(module, config) if names else (0, 0.0)
-            _check(path, module, tensors, row.shape[-2:], rank)
-            ranks, scales, layers = [*ranks, rank], [*scales, scale], [*layers, tensors]
-            for tensor in names.values():
-                left.pop(tensor)
-        params[name] = _stack(layers, row.shape[-2:], max(ranks), bool(row.layers))
-        sites.append(Site(name, tuple(ranks), tuple(scales)))
-    _ignore_copies(path, model, checkpoint, left)
+    left = set(checkpoint.entries)
+    params, sites = _read_pairs(path, checkpoint, left, model, config)
     if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
         raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
+    wholes, adapted = find_wholes(model.config, config, sites), {site.path: site.ranks for site in sites}
+    own = {path: PREFIX + row.hf for path, row in whole_rows(model.config).items() if path in heads.PATHS}
+    wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
+    parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
+    _ignore_copies(path, model, checkpoint, left)
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
-    return Adapter(params=params, sites=tuple(sites), config=config, saved=saved)
+    return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes)
 
 
-def _saved(checkpoint: Safetensors, model: Model, left: dict) -> dict[str, jnp.ndarray]:
-    """The scoring head beside the adapter, taken out of `left`."""
-    found = {}
-    for path, row in spec(model.config).items():
-        if path in heads.PATHS and left.pop(name := PREFIX + row.hf, None) is not None:
-            value = checkpoint.read(name).astype(np.float32)
-            if value.shape != row.shape:
-                raise ModelError(f"{name} is {value.shape}, but the model's head is {row.shape}; give the model as many labels")
-            found[path] = jnp.asarray(value)
-    return found
+def _read_pairs(path: Path, checkpoint: Safetensors, left: set, model: Model, config: LoraConfig) -> tuple[dict, tuple[Site, ...]]:
+    """The pairs that the file holds; the names of their tensors are taken out of `left`."""
+    params, sites = {}, []
+    rows = adaptable(model.config)
+    wanted = find_sites(model.config, config) if config.target_parameters else ()
+    experts = {site.path: site.ranks for site in wanted if is_parameter(site.path)}
+    for name, row in rows.items():
+        places = list(_places(name, row, experts))
+        suffixes = _suffixes(name)
+        found = [{leaf: f"{place.stem}.{suffix}" for leaf, (suffix, _) in suffixes.items()} for place in places]
+        found = [{leaf: tensor for leaf, tensor in tensors.items() if tensor in left} for tensors in found]
+        if not any(found) or is_parameter(name) and name not in experts:
+            continue
+        ranks, scales, layers = [], [], []
+        for place, tensors in zip(places, found, strict=True):
+            rank, scale = rank_and_scale(place.name, config) if tensors else (0, 0.0)
+            values = {leaf: checkpoint.read(tensor).astype(np.float32) for leaf, tensor in tensors.items()}
+            values = {leaf: x.T if suffixes[leaf][1] else x for leaf, x in values.items()}
+            count = row.shape[1] if row.is_experts else None
+            _check(path, place.name, values, row.shape[-2:], rank, count)
+            values = {leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values
+            ranks, scales, layers = [*ranks, rank], [*scales, scale], [*layers, values]
+            left -= set(tensors.values())
+        params[name] = _stack(layers, row.shape, max(ranks), bool(row.layers))
+        sites.append(Site(name, tuple(ranks), tuple(scales)))
+    return params, tuple(sites)
 
 
-def _ignore_copies(path: Path, model: Model, checkpoint: Safetensors, left: dict) -> None:
+def _read_whole(path: Path, checkpoint: Safetensors, left: set, whole: Whole, model: Model, config: LoraConfig, adapted: dict):
+    """A parameter that is trained whole; the names are taken out of `left`."""
+    row = whole_rows(model.config)[whole.path]
+    shape = row.shape[bool(row.layers) :] if row.layers or whole.numbers is None else (len(whole.numbers), *row.shape[1:])
+    values = []
+    for _, name in _whole_names(whole, row, model, config, adapted):
+        if name not in checkpoint.entries:
+            raise ModelError(f"{path}: tensor {name} is missing; adapter_config.json says that it is trained")
+        value = checkpoint.read(name).astype(np.float32)
+        value = value.T if row.transposed else value
+        if value.shape != shape:
+            raise ModelError(f"{path}: {name} is {value.shape}, but this model and its config ask for {shape}")
+        left.discard(name)
+        values.append(value)
+    if not row.layers and any(not np.array_equal(value, values[0]) for value in values):
+        raise ModelError(f"{path}: ensure_weight_tying is set, but the embedding and the head that were saved differ")
+    return jnp.asarray(np.stack(values) if row.layers else values[0])
+
+
+def _ignore_copies(path: Path, model: Model, checkpoint: Safetensors, left: set) -> None:
     """Take out the whole matrices that PEFT writes beside the adapter of an embedding or head; they must be the model's own."""
-    for name, row in adaptable(model.config).items():
-        for module in module_names(row) if name in ("embed", "head") else ():
-            if left.pop(tensor := f"{PREFIX}{module}.base_layer.weight", None) is None:
-                continue
-            own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
-            saved = checkpoint.read(tensor).astype(np.float32)
-            if saved.shape != own.shape or not np.allclose(saved, own, rtol=1e-2, atol=1e-4):
-                raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
+    rows = adaptable(model.config)
+    for name in {"embed", "head"} & rows.keys():
+        tensor = f"{PREFIX}{names(name, rows[name])[0]}.base_layer.weight"
+        if tensor not in left:
+            continue
+        left.remove(tensor)
+        if not model.params:
+            continue  # opened for a conversion: its tensors are read when they are merged
+        own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
+        saved = checkpoint.read(tensor).astype(np.float32)
+        if saved.shape != own.shape or not np.allclose(saved, own, rtol=1e-2, atol=1e-4):
+            raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
 
 
 def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
     if saved.get("peft_type") != "LORA":
         raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; LORA is what can be opened")
     for field, nothing in NOT_HERE.items():
-        if field == "modules_to_save" and set(saved.get(field) or ()) <= HEADS:
-            continue
         if saved.get(field) not in (None, nothing, [], {}):
             raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
+    if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
+        start = saved["init_lora_weights"]
+        raise ModelError(
+            f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
+        )
     ours = {field.name for field in dataclasses.fields(LoraConfig)} & saved.keys() - NOT_HERE.keys()
     kept = {name: saved[name] for name in ours if saved[name] is not None and name != "init_lora_weights"}
-    return LoraConfig(**({"r": 8, "lora_alpha": 8} | kept))  # PEFT's defaults, where the file leaves them out
+    return LoraConfig(**({"r": 8, "lora_alpha": 8, "target_modules": ()} | kept))  # PEFT's defaults, where the file leaves them out
 
 
-def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple[int, int], rank: int) -> None:
+def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple[int, ...], rank: int, experts: int | None) -> None:
     if not tensors:
         return
     out, width = shape
-    wanted = {"a": (rank, width), "b": (out, rank), "magnitude": (out,)}
+    joint = rank * (experts or 1)
+    wanted = {"a": (joint, width), "b": (out, joint), "magnitude": (out,), "bias": (out,)}
     for leaf in ("a", "b"):
         if leaf not in tensors:
             raise ModelError(f"{path}: the adapter of {module} lacks its {leaf.upper()} matrix")
@@ -171,15 +266,16 @@ def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple
             raise ModelError(f"{path}: {leaf.upper()} of {module} is {tensor.shape}, but this model and its config ask for {wanted[leaf]}")
 
 
-def _stack(layers: list[dict[str, np.ndarray]], shape: tuple[int, int], rank: int, stacked: bool) -> dict:
+def _stack(layers: list[dict[str, np.ndarray]], shape: tuple[int, ...], rank: int, stacked: bool) -> dict:
     """Per-layer pairs, padded with zeros to one rank, stacked in front."""
-    out, width = shape
-    full = {"a": (rank, width), "b": (out, rank), "magnitude": (out,)}
+    *lead, out, width = shape
+    lead = lead if stacked else [1]
+    full = {"a": (rank, width), "b": (out, rank), "magnitude": (out,), "bias": (out,)}
     leaves = {}
-    for leaf in ("a", "b", "magnitude"):
+    for leaf, own in full.items():
         if not any(leaf in tensors for tensors in layers):
             continue
-        stack = np.zeros((len(layers), *full[leaf]), np.float32)
+        stack = np.zeros((*lead, *own), np.float32)
         for number, tensors in enumerate(layers):
             if leaf in tensors:
                 stack[(number, *(slice(size) for size in tensors[leaf].shape))] = tensors[leaf]

@@ -95,7 +95,7 @@ def feed_forward(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -
         return mixture(config, w, x_BTD, place.queries.segments > 0)
     act = ACTIVATIONS[config.hidden_act]
     if "gate_up" in w:
-        gate, up = jnp.split(linear(w["gate_up"], x_BTD), 2, axis=-1)
+        gate, up = jnp.split(linear(w["gate_up"], x_BTD, w.get("gate_up_bias")), 2, axis=-1)
         inner = act(gate) * up
     elif "gate" in w:
         inner = act(linear(w["gate"], x_BTD, w.get("gate_bias"))) * linear(w["up"], x_BTD, w.get("up_bias"))

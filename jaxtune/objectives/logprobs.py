@@ -108,14 +108,23 @@ def _chunked_bwd(config, residuals, cotangents):
     dhead = None
     if recompute is not None:
         head, hidden, targets = recompute
+        leaves, tree = jax.tree.flatten(head)
+        moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]  # not the key of an adapter's dropout
+
+        def of(floats):
+            floats = iter(floats)
+            return tree.unflatten([next(floats) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)])
 
         def chunk(total, args):
             h, y, g = args
-            _, pull = jax.vjp(lambda head: _logits(config, head, h), head)
-            (dhead,) = pull(_statistics(config, head, h, y)[-1] * g[..., None])
-            return jax.tree.map(jnp.add, total, dhead), None
+            _, pull = jax.vjp(lambda floats: _logits(config, of(floats), h), floats)
+            (dfloats,) = pull(_statistics(config, head, h, y)[-1] * g[..., None])
+            return jax.tree.map(jnp.add, total, dfloats), None
 
-        dhead, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, head), (hidden, targets, g))
+        floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        dfloats, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, floats), (hidden, targets, g))
+        dfloats = iter(dfloats)
+        dhead = tree.unflatten([next(dfloats) if moves else None for moves in moving])
     return dhead, (dhidden * g[..., None]).astype(dhidden.dtype), None
 
 

@@ -11,6 +11,7 @@ import jax
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.peft import lora
 from jaxtune.peft.combine import Mixed, compose_rows
+from jaxtune.tree import flatten, unflatten
 
 
 class Method(NamedTuple):
@@ -57,6 +58,13 @@ def compose(base: dict, trainable, key: jax.Array | None = None) -> dict:
 
 def merge(base: dict, trainable=None, dtype=None) -> dict:
     """Plain arrays: adapters multiplied in, packed matrices dequantised, in `dtype` (by default the embedding's)."""
-    params = compose(base, trainable)
+    own = flatten(base)
     dtype = dtype or dense(base["embed"]).dtype
-    return jax.tree.map(lambda leaf: dense(leaf, dtype) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+    saved = trainable.saved if isinstance(trainable, lora.Adapter) else {}
+
+    def plain(path: str, leaf):
+        if is_weight(leaf):
+            return dense(leaf, dtype)
+        return leaf.astype(own.get(path, own["embed"]).dtype) if path in saved else leaf  # what is trained whole is so in float32
+
+    return unflatten({path: plain(path, leaf) for path, leaf in flatten(compose(base, trainable)).items()})

@@ -14,9 +14,10 @@ from flax import struct
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
-from jaxtune.model.families import ModelConfig
+from jaxtune.model.families import ModelConfig, heads
 from jaxtune.model.weight import Matrix, Weight, linear, rows
-from jaxtune.peft.lora import Adapter, Site, adaptable, module_names
+from jaxtune.peft.lora import Adapter
+from jaxtune.peft.sites import Site, adaptable, is_parameter, names
 from jaxtune.tree import flatten, unflatten
 
 
@@ -26,54 +27,65 @@ def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Seq
     PEFT's `add_weighted_adapter(combination_type="cat")`. Its other types are approximations: "svd" cuts the sum down to a rank, "linear"
     sums the factors, whose product then holds what one adapter's a makes of another's b.
 
-    Raises ConfigError for adapters that are not sums of low-rank products (DoRA).
+    Raises ConfigError for adapters that are not sums of low-rank products (DoRA, modules_to_save, biases).
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight")
-    _refuse_others(adapters)
+    _refuse(adapters)
     table, params, sites = adaptable(model_config), {}, []
     ranks: dict[str, int] = {}
     for path in [path for path in table if any(site.path == path for adapter in adapters for site in adapter.sites)]:
-        layers = []
-        names = module_names(table[path])
-        for number in range(len(names)):
+        called, layers = names(path, table[path]), []
+        for number in range(len(called)):
             pairs = [_layer(adapter, path, number, weight) for adapter, weight in zip(adapters, weights, strict=True)]
-            found = [pair for pair in pairs if pair is not None]
-            layers.append((np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found], axis=1)) if found else None)
-        counts = tuple(len(pair[0]) if pair else 0 for pair in layers)
-        params[path] = _stack(layers, table[path].shape[-2:], max(counts), bool(table[path].layers))
+            layers.append(_side_by_side([pair for pair in pairs if pair is not None]))
+        counts = tuple(pair[1].shape[-1] if pair else 0 for pair in layers)
+        params[path] = _stack(layers, table[path].shape, max(counts), bool(table[path].layers))
         sites.append(Site(path, counts, tuple(float(count > 0) for count in counts)))
-        ranks |= {name: count for name, count in zip(names, counts, strict=True) if count}
+        ranks |= {name: count for name, count in zip(called, counts, strict=True) if count}
     pattern = tuple(ranks.items())  # alpha = r everywhere: what scaled them is in their b
-    targets, most = tuple(ranks), max(ranks.values())
-    config = LoraConfig(r=most, lora_alpha=most, target_modules=targets, rank_pattern=pattern, alpha_pattern=pattern)
+    parameters = tuple(name for site in sites if is_parameter(site.path) for name in names(site.path, table[site.path]) if name in ranks)
+    config = LoraConfig(
+        r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=pattern, alpha_pattern=pattern,
+        target_modules=tuple(name for name in ranks if name not in parameters), target_parameters=parameters or None,
+    )  # fmt: skip
     return Adapter(params=params, sites=tuple(sites), config=config)
 
 
+def _side_by_side(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray] | None:
+    return (np.concatenate([a for a, _ in pairs], axis=-2), np.concatenate([b for _, b in pairs], axis=-1)) if pairs else None
+
+
 def _layer(adapter: Adapter, path: str, number: int, weight: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """`a [r, in]` and `weight * scale * b [out, r]` of one matrix, without padding."""
+    """`a [..., r, in]` and `weight * scale * b [..., out, r]` of one layer, without padding."""
     site = next((site for site in adapter.sites if site.path == path), None)
     if site is None or not site.ranks[number]:
         return None
     a, b = (np.asarray(adapter.params[path][name]) for name in ("a", "b"))
-    a, b = (a[number], b[number]) if a.ndim == 3 else (a, b)
+    a, b = (a[number], b[number]) if a.ndim > 2 else (a, b)
     rank = site.ranks[number]
-    return a[:rank], b[:, :rank] * np.float32(weight * site.scales[number])
+    return a[..., :rank, :], b[..., :rank] * np.float32(weight * site.scales[number])
 
 
 def _stack(layers: Sequence[Any], shape: tuple[int, ...], rank: int, stacked: bool) -> dict[str, jax.Array]:
-    a, b = np.zeros((len(layers), rank, shape[1]), np.float32), np.zeros((len(layers), shape[0], rank), np.float32)
+    *lead, out, width = shape
+    lead = lead if stacked else [1]
+    a, b = np.zeros((*lead, rank, width), np.float32), np.zeros((*lead, out, rank), np.float32)
     for number, pair in enumerate(layers):
         if pair is not None:
-            a[number, : len(pair[0])], b[number, :, : len(pair[0])] = pair
+            own = pair[1].shape[-1]
+            a[number, ..., :own, :], b[number, ..., :own] = pair
     return {"a": jnp.asarray(a if stacked else a[0]), "b": jnp.asarray(b if stacked else b[0])}
 
 
-def _refuse_others(adapters: Sequence[Adapter]) -> None:
-    if any(adapter.saved for adapter in adapters):
-        raise ConfigError("an adapter with a scoring head is more than low-rank parts, so it cannot be added to another")
+def _refuse(adapters: Sequence[Adapter]) -> None:
     if any("magnitude" in pair for adapter in adapters for pair in adapter.params.values()):
         raise ConfigError("a DoRA adapter scales the whole matrix, so it cannot be added to another; merge it into the base instead")
+    for adapter in adapters:
+        if adapter.wholes or any("bias" in pair for pair in adapter.params.values()):
+            what = [key for key in WHOLE_KEYS if getattr(adapter.config, key) not in (None, False, "none")]
+            what += ["a scoring head"] if any(whole.path in heads.PATHS for whole in adapter.wholes) else []
+            raise ConfigError(f"an adapter with {', '.join(what)} is more than low-rank parts, so it cannot be added to another")
 
 
 # ---- row by row ----
@@ -111,17 +123,21 @@ class Mixed(struct.PyTreeNode):
         return self.replace(weights=np.asarray(self.weights)[np.asarray(numbers)])
 
 
+WHOLE_KEYS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
 Choice = None | str | Mapping[str, float]
 
 
 def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
     """Named adapters and, for each row (for each prompt of `generate`), its choice: a name, weights by name, or None for the base alone.
 
-    Raises ConfigError for a choice of another kind, for a name that is not there and for DoRA adapters.
+    Raises ConfigError for a choice of another kind, for a name that is not there, for DoRA, for adapters of experts or
+    of whole parameters.
     """
     if not adapters:
         raise ConfigError("there is no adapter to choose from; give at least one, by name")
-    _refuse_others(tuple(adapters.values()))
+    _refuse(tuple(adapters.values()))
+    if any(is_parameter(site.path) for adapter in adapters.values() for site in adapter.sites):
+        raise ConfigError("an adapter of experts cannot be chosen row by row, as tokens of all rows meet in one expert; use it alone")
     names = list(adapters)
     weights = np.zeros((len(choices), len(names)), np.float32)
     for row, choice in enumerate(choices):

@@ -1,12 +1,11 @@
 """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732) and DoRA (2402.09353) as parameter pytrees merged at apply time.
 
-One adapter spans stacks of layers: `a [L, R, in]`, `b [L, out, R]` with R the largest rank of the stack. A layer with a smaller rank,
-or none, has zero rows in `a` and zero columns in `b`: both gradients are zero there, so they stay zero under any optimiser.
+One adapter spans stacks of layers: `a [L, R, in]`, `b [L, out, R]` with R the largest rank of the stack, `[L, E, ...]` for experts. A
+layer with a smaller rank, or none, has zero rows in `a` and zero columns in `b`: both gradients are zero there, so they stay zero under
+any optimiser.
 """
 
 import math
-import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ from flax import struct
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
-from jaxtune.model.families import FAMILIES, ModelConfig, heads
-from jaxtune.model.spec import Row, spec
-from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.weight import Matrix, Weight, dense, grouped, linear, rows
+from jaxtune.peft.sites import Site, Whole, adaptable, find_sites, find_wholes, settle
 from jaxtune.tree import flatten, unflatten
 
 
@@ -40,6 +39,10 @@ class LoRA(Weight):
             keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
             x = jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
         return _low_rank(x, self.a, self.b, self.scale)
+
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Experts: `a [E, R, in]`, `b [E, out, R]`, `scale [E]`, each row of x through its own expert's."""
+        return grouped(self.base, x, sizes) + grouped(self.b * self.scale[:, None, None], grouped(self.a, x, sizes), sizes)
 
     def _delta(self) -> jax.Array:
         return self.scale * (self.b.astype(jnp.float32) @ self.a.astype(jnp.float32))
@@ -101,64 +104,91 @@ class DoRA(LoRA):
         return (super().dense(jnp.float32) * self._ratio()[:, None]).astype(dtype)
 
 
-class Site(NamedTuple):
-    """One adapted row of the table: per layer of its stack the rank (0: not adapted) and the scale `alpha / r`."""
+class TokenRows(Weight):
+    """A matrix `[V, D]` whose rows `ids` are others, `values [k, D]`: tokens that are trained alone."""
 
-    path: str
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
+    base: Matrix
+    values: jax.Array
+    ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """Logits of a tied head: those of `ids` by the values."""
+        return linear(self.base, x).at[..., np.asarray(self.ids)].set(linear(self.values, x))
+
+    def dense(self, dtype) -> jax.Array:
+        """The whole matrix."""
+        return dense(self.base, dtype).at[np.asarray(self.ids)].set(self.values.astype(dtype))
+
+    def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of the embedding."""
+        same = ids[..., None] == np.asarray(self.ids)
+        own = self.values.astype(dtype)[same.argmax(-1)]
+        return jnp.where(same.any(-1)[..., None], own, rows(self.base, ids, dtype))
 
 
 class Adapter(struct.PyTreeNode):
-    """A LoRA adapter: `params[path] = {"a", "b"[, "magnitude"]}` in float32, trained; the sites and the config beside them, static.
+    """A LoRA adapter: all that is trained, in float32, and what it is, static.
 
-    `saved[path]` are whole parameters that are trained beside it, float32 (PEFT's `modules_to_save`): the scoring head.
+    params  by row path `{"a", "b"[, "magnitude"][, "bias"]}`: the pairs, where `sites` say
+    saved   by row path the parameters that are trained themselves, where `wholes` say
     """
 
     params: dict[str, dict[str, jax.Array]]
     sites: tuple[Site, ...] = struct.field(pytree_node=False)
     config: LoraConfig = struct.field(pytree_node=False)
     saved: dict[str, jax.Array] = struct.field(default_factory=dict)
+    wholes: tuple[Whole, ...] = struct.field(pytree_node=False, default=())
 
 
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
-    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), `b` zeros."""
+    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), `b` zeros;
+    parameters that are trained whole begin as the base's."""
+    config = settle(model_config, config)
     table = adaptable(model_config)
     sites = find_sites(model_config, config)
     leaves = flatten(params)
     tree = {}
     for number, site in enumerate(sites):
         row, rank = table[site.path], max(site.ranks)
-        stacked = bool(row.layers)
-        out, width = row.shape[-2:]
-        shape = (len(site.ranks), rank, width)
+        *lead, out, width = row.shape
+        ranks = np.asarray(site.ranks, np.float32).reshape(-1, *(1,) * len(row.shape[1:])) if lead else np.float32(rank)
         noise_key = jax.random.fold_in(key, number)
         if config.init_lora_weights == "gaussian":
-            a = jax.random.normal(noise_key, shape) / np.asarray(site.ranks, np.float32).clip(1)[:, None, None]
+            a = jax.random.normal(noise_key, (*lead, rank, width)) / np.maximum(ranks, 1)
         elif config.init_lora_weights is True:
-            a = jax.random.uniform(noise_key, shape, minval=-1.0, maxval=1.0) / math.sqrt(width)
+            a = jax.random.uniform(noise_key, (*lead, rank, width), minval=-1.0, maxval=1.0) / math.sqrt(width)
         else:
             raise ConfigError(f"lora.init_lora_weights={config.init_lora_weights!r} is not supported; write true or gaussian")
-        a = jnp.where(np.arange(rank)[None, :, None] < np.asarray(site.ranks)[:, None, None], a, 0.0)
-        pair = {"a": a, "b": jnp.zeros((len(site.ranks), out, rank))}
-        if not stacked:
-            pair = {name: leaf[0] for name, leaf in pair.items()}
+        a = jnp.where(np.arange(rank)[:, None] < ranks, a, 0.0)
+        pair = {"a": a, "b": jnp.zeros((*lead, out, rank))}
+        if config.lora_bias:
+            pair["bias"] = jnp.zeros((*lead, out))
         if config.use_dora:
             pair["magnitude"] = _row_norms(leaves[site.path])
         tree[site.path] = pair
-    saved = {path: leaves[path].astype(jnp.float32) for path in heads.PATHS if path in leaves}
-    return Adapter(params=tree, sites=sites, config=config, saved=saved)
+    wholes = find_wholes(model_config, config, sites)
+    saved = {whole.path: _own(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
+    return Adapter(params=tree, sites=sites, config=config, saved=saved, wholes=wholes)
 
 
 def _row_norms(w: Matrix) -> jax.Array:
     return jnp.linalg.norm(dense(w, jnp.float32), axis=-1)
 
 
+def _own(whole: Whole, leaf: Matrix, config: LoraConfig) -> jax.Array:
+    """A copy of what is to be trained of a leaf of the base."""
+    if isinstance(leaf, Weight):
+        raise ConfigError(f"lora.modules_to_save names {whole.path}, which is packed in 4 or 8 bits and cannot be trained; take it out")
+    return jnp.array(leaf if whole.numbers is None else leaf[np.asarray(whole.numbers)], jnp.float32)
+
+
 def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
-    """The tree with its adapted leaves replaced by `LoRA(base, a, b)`; computes nothing. `key` switches dropout on."""
+    """The tree with its adapted leaves replaced by `LoRA(base, a, b)`; computes next to nothing. `key` switches dropout on."""
     leaves = flatten(base)
+    _put_saved(leaves, adapter)
     for number, site in enumerate(adapter.sites):
-        pair, stacked = adapter.params[site.path], adapter.params[site.path]["a"].ndim == 3
+        pair = adapter.params[site.path]
+        stacked = pair["a"].ndim > 2
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
         rate, keys = adapter.config.lora_dropout, None
         if key is not None and rate > 0:
@@ -166,77 +196,37 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
             keys = jax.random.split(keys, len(site.scales)) if stacked else keys
         if site.path == "embed" and "head" not in leaves and "score" not in leaves:
             leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head alone
-        target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
-        kind = DoRA if "magnitude" in pair else LoRA
-        extra = {"magnitude": pair["magnitude"]} if "magnitude" in pair else {}
-        leaves[site.path] = kind(base=target, a=pair["a"], b=pair["b"], scale=scale, key=keys, rate=rate, **extra)
-    return unflatten(leaves | adapter.saved)
+        for path, part in _parts(site.path, pair, scale).items():
+            target = leaves["embed"] if path == "head" and "head" not in leaves else leaves[path]
+            kind = DoRA if "magnitude" in part else LoRA
+            leaves[path] = kind(base=target, key=keys, rate=rate, **part)
+        if "bias" in pair:
+            added, own = scale[..., None] * pair["bias"], leaves.get(f"{site.path}_bias")
+            leaves[f"{site.path}_bias"] = added if own is None else own.astype(jnp.float32) + added
+    return unflatten(leaves)
 
 
-# ---- targets ----
+def _put_saved(leaves: dict, adapter: Adapter) -> None:
+    """Put the parameters in that are trained themselves. What is trained of a tied matrix is one of its uses, tokens aside."""
+    for whole in adapter.wholes:
+        value, path = adapter.saved[whole.path], whole.path
+        if path in ("embed", "head") and whole.numbers is not None:
+            leaves[path] = TokenRows(leaves[path], value, whole.numbers)
+        elif whole.numbers is not None:
+            leaves[path] = leaves[path].astype(jnp.float32).at[np.asarray(whole.numbers)].set(value)
+        else:
+            if path == "embed" and not adapter.config.ensure_weight_tying and "score" not in leaves:
+                leaves.setdefault("head", leaves["embed"])
+            leaves[path] = value
 
 
-def module_names(row: Row) -> list[str]:
-    """PEFT's names of the modules a row stacks: `model.layers.0.self_attn.q_proj`, ..."""
-    return [name.removesuffix(".weight") for name in row.hf_names()]
-
-
-def adaptable(model_config: ModelConfig) -> dict[str, Row]:
-    """The rows an adapter can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone)."""
-    rows = spec(model_config)
-    if "head" not in rows and not model_config.num_labels:
-        rows["head"] = rows["embed"]._replace(hf=f"{FAMILIES[model_config.model_type].ends['head']}.weight")
-    return {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
-
-
-def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...]:
-    """Which rows and layers the config's `target_modules` names, with ranks and scales, by PEFT's rules.
-
-    A list matches a module's full name or its end (`q_proj`), a string is a regular expression for the full name, "all-linear" is
-    every linear layer but the output head. `ConfigError` for a target that matches nothing, naming what is there.
-    """
-    sites, matched = [], set()
-    rows = adaptable(model_config)
-    for path, row in rows.items():
-        hits = [_matches(name, row, config) for name in module_names(row)]
-        matched.update(hit for hit in hits if hit)
-        if any(hits):
-            pairs = [rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(module_names(row), hits, strict=True)]
-            sites.append(Site(path, tuple(r for r, _ in pairs), tuple(s for _, s in pairs)))
-    targets = config.target_modules
-    wanted = {targets} if isinstance(targets, str) else set(targets or ())
-    if missing := sorted(wanted - matched):
-        names = sorted({name.rsplit(".", 1)[-1] for row in rows.values() if row.is_matrix for name in module_names(row)})
-        raise ConfigError(f"lora.target_modules: {', '.join(missing)} matches no linear layer of this model; there are {', '.join(names)}")
-    return tuple(sites)
-
-
-def _matches(name: str, row: Row, config: LoraConfig) -> str | None:
-    """The target that names this module, or None."""
-    if config.exclude_modules and _named(name, config.exclude_modules):
-        return None
-    if config.target_modules == "all-linear":
-        return "all-linear" if row.is_matrix else None
-    hit = _named(name, config.target_modules)
-    if hit and hit != name and config.layers_to_transform is not None and not isinstance(config.target_modules, str):
-        layer = re.search(r"\.(\d+)\.", name)
-        chosen = config.layers_to_transform
-        if layer is None or int(layer.group(1)) not in ((chosen,) if isinstance(chosen, int) else chosen):
-            return None
-    return hit
-
-
-def _named(name: str, targets) -> str | None:
-    if isinstance(targets, str):
-        return targets if re.fullmatch(targets, name) else None
-    return next((t for t in targets if name == t or name.endswith("." + t)), None)
-
-
-def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
-    """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
-
-    def pattern(patterns, default):
-        return next((value for key, value in dict(patterns).items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
-
-    rank, alpha = pattern(config.rank_pattern, config.r), pattern(config.alpha_pattern, config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+def _parts(path: str, pair: dict[str, jax.Array], scale: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """The leaves that a pair stands at, with its part for each: two for the experts' gate and up, which it adapts as one matrix."""
+    part = {name: pair[name] for name in ("a", "b", "magnitude") if name in pair} | {"scale": scale}
+    if part["a"].ndim == 4:
+        part["scale"] = jnp.broadcast_to(scale[:, None], part["a"].shape[:2])
+    if not path.endswith("experts_gate_up"):
+        return {path: part}
+    gate, up = jnp.split(part["b"], 2, axis=-2)
+    stack = path.removesuffix("experts_gate_up")
+    return {f"{stack}experts_gate": part | {"b": gate}, f"{stack}experts_up": part | {"b": up}}

@@ -134,10 +134,7 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-NOT_IMPLEMENTED = {f"lora.{name}" for name in LoraConfig.missing}
-
-
-@pytest.mark.parametrize("alias", [alias for alias in ALIASES if ALIASES[alias] not in NOT_IMPLEMENTED])
+@pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     kind = str(PATHS[ALIASES[alias]])
     value = EXAMPLES.get(alias, 2 if ("int" in kind or "float" in kind) and "Source" not in kind else "x")
@@ -240,16 +237,9 @@ def test_the_description_says_what_was_resolved_and_can_be_pasted_back():
     assert load_config({}, words) == config
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("bias", "all"), ("lora_bias", True), ("layers_pattern", "h"), ("modules_to_save", ["head"]), ("target_parameters", ["x"]),
-     ("trainable_token_indices", [1])],
-)  # fmt: skip
-def test_what_lora_cannot_do_yet_is_refused_and_not_passed_over(name, value):
-    with pytest.raises(ConfigError, match=f"lora.{name} is .*, but only .* is implemented"):
-        load_config({"model": "m", "lora": {name: value}})
-    with pytest.raises(ConfigError, match=f"lora.{name}"):
-        LoraConfig(**{name: value})
+def test_what_lora_cannot_combine():
+    with pytest.raises(ConfigError, match="lora.lora_bias cannot be used with use_dora"):
+        LoraConfig(lora_bias=True, use_dora=True)
 
 
 def test_every_key_is_read_by_somebody():
@@ -257,7 +247,7 @@ def test_every_key_is_read_by_somebody():
     root = Path(__file__).parents[2] / "jaxtune"
     source = "\n".join(path.read_text() for path in root.rglob("*.py") if path.parent.name != "config")
     own = {field.name for field in dataclasses.fields(ObjectiveConfig)}
-    keys = {path for path in PATHS if path not in own and path not in NOT_IMPLEMENTED}
+    keys = {path for path in PATHS if path not in own}
     assert {path for path in keys if not re.search(rf"""[.'"]{path.rpartition(".")[2]}\b""", source)} == set()
 
 

@@ -21,6 +21,10 @@ VARIANTS = {
     "layers": LoraConfig(r=4, target_modules=["v_proj"], layers_to_transform=[1]),
     "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]),
     "DoRA": LoraConfig(r=4, use_dora=True),
+    "biases": LoraConfig(r=4, bias="lora_only", target_modules=["q_proj", "k_proj"], layers_to_transform=[0, 2]),
+    "own biases": LoraConfig(r=4, lora_bias=True, target_modules=["q_proj", "o_proj"]),
+    "modules": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "layers.1.mlp"], bias="all"),
+    "tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[7, 2]),
 }
 
 
@@ -68,7 +72,7 @@ def _edit(saved, **changes):
     (saved / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize("field, value", [("bias", "all"), ("modules_to_save", ["lm_head"]), ("peft_type", "IA3")])
+@pytest.mark.parametrize("field, value", [("layer_replication", [[0, 2]]), ("init_lora_weights", "pissa"), ("peft_type", "IA3")])
 def test_a_field_that_cannot_be_honoured_is_named(model, saved, field, value):
     _edit(saved, **{field: value})
     with pytest.raises(ModelError, match=str(value if field == "peft_type" else field)):

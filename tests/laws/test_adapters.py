@@ -25,19 +25,40 @@ VARIANTS = {
     "gaussian": LoraConfig(r=4, init_lora_weights="gaussian"),
     "head and embedding": LoraConfig(r=4, target_modules=("lm_head", "embed_tokens", "o_proj")),
     "DoRA": LoraConfig(r=4, use_dora=True),
+    "all biases": LoraConfig(r=4, bias="all", target_modules=("q_proj",)),
+    "biases of some layers": LoraConfig(r=4, bias="lora_only", target_modules=("k_proj", "o_proj"), layers_to_transform=(0, 2)),
+    "biases of its own": LoraConfig(r=4, lora_bias=True, target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
+    "modules": LoraConfig(r=4, target_modules=("q_proj",), modules_to_save=("lm_head", "embed_tokens", "norm", "layers.1.mlp")),
+    "tokens": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices=(3, 9, 60)),
+    "tokens of the head": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices={"lm_head": (3, 9, 60)}),
 }
+MOE = {  # with a dense layer among those of experts
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+}  # fmt: skip
+EXPERTS = {
+    "all-linear of experts": LoraConfig(r=4),
+    "parameters": LoraConfig(
+        r=4, target_modules=(), rank_pattern={"down_proj": 2},
+        target_parameters=("mlp.experts.down_proj", "layers.2.mlp.experts.gate_up_proj"),
+    ),
+}  # fmt: skip
 
 
 BASES = {"dense": None, "nf4-dq": "nf4-dq", "int8": "int8"}
 # every variant over a dense base; over packed ones those that use the base in another way
 EACH = [("dense", name) for name in VARIANTS] + [(base, name) for base in ("nf4-dq", "int8") for name in ("all-linear", "DoRA")]
+EACH += [("experts", name) for name in EXPERTS] + [("experts nf4", "all-linear of experts")]
+VARIANTS |= EXPERTS
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    tiny.write(folder)
-    return {name: load(folder, quantization=quantization) for name, quantization in BASES.items()}
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write(folder / "llama")
+    tiny.write(folder / "experts", tiny.LLAMA | MOE)
+    experts = {"experts": load(folder / "experts"), "experts nf4": load(folder / "experts", quantization="nf4")}
+    return {name: load(folder / "llama", quantization=quantization) for name, quantization in BASES.items()} | experts
 
 
 @pytest.fixture(params=BASES)
@@ -54,10 +75,13 @@ def trained(adapter, seed=1):
     for site in adapter.sites:
         live = np.arange(max(site.ranks)) < np.asarray(site.ranks)[:, None]
         noise = {name: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in adapter.params[site.path].items()}
-        noise["a"] *= live[:, :, None].reshape(*noise["a"].shape[:-1], 1)
-        noise["b"] *= live[:, None, :].reshape(*noise["b"].shape[:-2], 1, -1)
+        middle = (1,) * (noise["a"].ndim - 3)  # of experts
+        live = live.reshape(-1, *middle, max(site.ranks)) if noise["a"].ndim > 2 else live[0]
+        noise["a"] *= live[..., :, None]
+        noise["b"] *= live[..., None, :]
         params[site.path] = {name: leaf + noise[name] for name, leaf in adapter.params[site.path].items()}
-    return adapter.replace(params=params)
+    saved = {path: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in adapter.saved.items()}
+    return adapter.replace(params=params, saved=saved)
 
 
 @pytest.mark.parametrize("base_name, name", EACH)
@@ -68,6 +92,8 @@ def test_fresh_adapter_changes_nothing(models, base_name, name):
     composed = logits(model.config, peft.compose(model.params, adapter), TOKENS)
     if name == "DoRA":  # divides by a norm computed anew: equal to rounding
         np.testing.assert_allclose(composed, base, atol=1e-4)
+    elif name == "tokens of the head":  # their logits are a product of their own, summed in another order
+        np.testing.assert_allclose(composed, base, atol=2e-6)
     else:
         np.testing.assert_array_equal(composed, base)
 

@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft_library = pytest.importorskip("peft")
+import references  # noqa: E402
 import tiny  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -32,15 +33,44 @@ VARIANTS = {
     "DoRA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
     "head": {"r": 4, "target_modules": ["lm_head", "o_proj"]},
     "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
+    "all biases": {"r": 4, "bias": "all", "target_modules": ["q_proj", "o_proj"]},
+    "biases of some layers": {"r": 4, "bias": "lora_only", "target_modules": ["k_proj", "o_proj"], "layers_to_transform": [0, 2]},
+    "biases of its own": {"r": 4, "lora_bias": True, "target_modules": ["q_proj", "o_proj"], "layers_pattern": "layers",
+                          "layers_to_transform": 1},
+    "modules": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens", "norm", "layers.1.mlp"]},
+    "both uses of a tied matrix": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 60]},
+}  # fmt: skip
+EXPERTS = {
+    "all-linear of experts": {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"},
+    "parameters": {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "mlp.experts.gate_up_proj"],
+                   "rank_pattern": {"down_proj": 2}},
+    "one parameter": {"r": 4, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True},
+    "old names": {"r": 2, "target_modules": ["k_proj", "w1", "w2", "w3"]},
+    "regex of experts": {"r": 2, "target_modules": r".*layers\.1\..*[qv]_proj"},
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    shape = tiny.LLAMA | {"tie_word_embeddings": request.param == "tied"}
-    tiny.write(folder, shape, tiny.hf_tensors(shape))
-    return folder
+# every variant once, and over a tied matrix those that touch it
+EACH = [("untied", name) for name in VARIANTS if "tied" not in name]
+EACH += [("tied", name) for name in ("head", "embedding", "modules", "both uses of a tied matrix", "tokens")]
+EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
+EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("untied", "tied"):
+        shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
+        tiny.write(root / kind, shape, tiny.hf_tensors(shape))
+    for kind in ("mixtral", "qwen3_moe"):
+        golden = references.load(kind)
+        tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+_forward = jax.jit(forward, static_argnums=0)
 
 
 def theirs(folder):
@@ -50,15 +80,15 @@ def theirs(folder):
 def ours(folder, adapter_of):
     model = load(folder)
     params = peft.compose(model.params, adapter_of(model))
-    return np.asarray(forward(model.config, params, jnp.asarray(TOKENS, jnp.int32)))
+    return np.asarray(_forward(model.config, params, jnp.asarray(TOKENS, jnp.int32)))
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and of embeddings it saves whole
-@pytest.mark.parametrize("name", VARIANTS)
-def test_ours_opens_in_peft(folder, tmp_path, name):
+@pytest.mark.parametrize("kind, name", EACH)
+def test_ours_opens_in_peft(folders, tmp_path, kind, name):
+    folder, settings = folders[kind], (VARIANTS | EXPERTS)[name]
     model = load(folder)
-    adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(**VARIANTS[name]))
-    adapter = jax.tree.map(lambda x: jnp.where(x == 0, 0.05, x), adapter) if name != "patterns" else _stir(adapter)
+    adapter = _stir(peft.init_adapter(jax.random.key(0), model, LoraConfig(**settings)))
     save_adapter(adapter, model, tmp_path / "adapter")
     opened = peft_library.PeftModel.from_pretrained(theirs(folder), tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -67,20 +97,29 @@ def test_ours_opens_in_peft(folder, tmp_path, name):
 
 
 def _stir(adapter):
-    """Noise in the ranks a layer has."""
-    params = {}
+    """Noise in what is trained, in the ranks a layer has."""
+    rng, params = np.random.default_rng(0), {}
     for site in adapter.sites:
+        pair = dict(adapter.params[site.path])
         live = np.arange(max(site.ranks)) < np.asarray(site.ranks)[:, None]
-        params[site.path] = adapter.params[site.path] | {"b": adapter.params[site.path]["b"] + 0.05 * live[:, None, :]}
-    return adapter.replace(params=params)
+        live = live.reshape(-1, *(1,) * (pair["b"].ndim - 2), max(site.ranks)) if pair["b"].ndim > 2 else live[0]
+        pair["b"] = pair["b"] + 0.1 * rng.standard_normal(pair["b"].shape).astype(np.float32) * live
+        params[site.path] = pair | {name: pair[name] + 0.2 for name in ("bias", "magnitude") if name in pair}
+    saved = {path: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in adapter.saved.items()}
+    return adapter.replace(params=params, saved=saved)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_pefts_opens_here(folder, tmp_path, name):
+@pytest.mark.parametrize("kind, name", EACH)
+def test_pefts_opens_here(folders, tmp_path, kind, name):
     torch.manual_seed(0)
-    settings = peft_library.LoraConfig(**VARIANTS[name], init_lora_weights=False, task_type="CAUSAL_LM")
+    folder, settings = folders[kind], (VARIANTS | EXPERTS)[name]
+    settings = peft_library.LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM")
     made = peft_library.get_peft_model(theirs(folder), settings).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:  # what is trained whole
+                parameter += 0.1 * torch.randn_like(parameter)
     made.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         expected = made(torch.tensor(TOKENS)).logits.numpy()
@@ -90,7 +129,8 @@ def test_pefts_opens_here(folder, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_weighted_sum_is_pefts_cat(folder, tmp_path):
+def test_the_weighted_sum_is_pefts_cat(folders, tmp_path):
+    folder = folders["tied"]
     torch.manual_seed(0)
     made = None
     for name, settings in SUM.items():

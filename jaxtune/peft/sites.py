@@ -1,0 +1,252 @@
+"""Which parameters of a model a `LoraConfig` names, by PEFT's rules: where pairs stand, and what is trained whole beside them."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtune.config import LoraConfig
+from jaxtune.errors import ConfigError
+from jaxtune.model.families import FAMILIES, ModelConfig, heads
+from jaxtune.model.spec import Row, spec
+
+
+class Site(NamedTuple):
+    """One adapted row of the table: per layer of its stack the rank (0: not adapted) and the scale `alpha / r`."""
+
+    path: str
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+class Whole(NamedTuple):
+    """A parameter that is trained itself: all of it, or `numbers` along its first axis (layers of a stack, tokens of an embedding)."""
+
+    path: str
+    numbers: tuple[int, ...] | None = None
+
+
+# What transformers 5 calls the parameters of an expert layer, which PEFT adapts as parameters (`target_parameters`), not as modules
+EXPERTS = {"router": "mlp.gate.weight", "experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
+# and what the modules were called that they stand for; PEFT translates these
+HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
+TRANSLATED = {
+    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    "qwen3_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
+}
+
+
+def adaptable(model_config: ModelConfig) -> dict[str, Row]:
+    """The rows a pair can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone), routers, and
+    experts, whose gate and up are one matrix `[2 F, D]` here (`experts_gate_up`)."""
+    rows, family = spec(model_config), FAMILIES[model_config.model_type]
+    if "head" not in rows and not model_config.num_labels:
+        rows["head"] = rows["embed"]._replace(hf=f"{family.ends['head']}.weight")
+    table = {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
+    for path in [path for path in rows if path.endswith("/router")]:
+        stack = path.removesuffix("router")
+        gate, down = rows[f"{stack}experts_gate"], rows[f"{stack}experts_down"]
+        L, E, F, D = gate.shape
+        own = {"router": rows[path], "experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
+        table |= {stack + name: row._replace(hf=family.prefix + EXPERTS[name]) for name, row in own.items()}
+    return table
+
+
+def is_parameter(path: str) -> bool:
+    """Whether PEFT knows the row as a parameter of an expert layer, not as a module."""
+    return path.rpartition("/")[2] in EXPERTS
+
+
+def names(path: str, row: Row) -> list[str]:
+    """PEFT's names of what a row stacks, one a layer: modules (`model.layers.0.self_attn.q_proj`), or parameters of expert layers."""
+    found = [row.hf.format(layer=layer) for layer in row.layers or (None,)]
+    return found if is_parameter(path) else [name.removesuffix(".weight") for name in found]
+
+
+# ---- pairs ----
+
+
+def settle(model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
+    """The config with targets that a mixture of experts has no modules for as parameters, as PEFT translates them.
+
+    "all-linear" becomes attention, router and experts; `gate_proj` and `up_proj` (`w1`, `w3`) one matrix of twice the rank and alpha.
+    """
+    table = TRANSLATED.get(model_config.model_type)
+    targets = config.target_modules
+    if table is None or model_config.moe is None or isinstance(targets, str) and targets != "all-linear":
+        return config
+    if targets == "all-linear":
+        linear = {name.rpartition(".")[2] for path, row in spec(model_config).items() if row.is_matrix for name in names(path, row)}
+        targets = tuple(sorted(linear | table.keys()))
+    translated = {target: table.get(target.rpartition(".")[2]) for target in targets}
+    old = {target.rpartition(".")[2] for target, new in translated.items() if new == "gate_up_proj"}
+    if missing := {name for name, new in table.items() if new == "gate_up_proj"} - old if old else None:
+        raise ConfigError(f"lora.target_modules names {', '.join(old)} without {', '.join(missing)}; experts hold both in one matrix")
+    patterns = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+    if old:
+        patterns["rank_pattern"] += ((r".*\.gate_up_proj", 2 * config.r),)
+        patterns["alpha_pattern"] += ((r".*\.gate_up_proj", 2 * config.lora_alpha),)
+    parameters = {*(config.target_parameters or ()), *(new for new in translated.values() if new)}
+    modules = tuple(target for target, new in translated.items() if new is None)
+    return dataclasses.replace(config, target_modules=modules, target_parameters=tuple(sorted(parameters)) or None, **patterns)
+
+
+def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...]:
+    """Which rows and layers the (settled) config's `target_modules` and `target_parameters` name, with ranks and scales.
+
+    A list matches a module's full name or its end (`q_proj`), a string is a regular expression for the full name, "all-linear" is
+    every linear layer but the output head. `ConfigError` for a target that matches nothing, naming what is there, and for what cannot
+    be combined with expert layers.
+    """
+    sites, matched = [], set()
+    rows = adaptable(model_config)
+    for path, row in rows.items():
+        hits = [_matches(path, name, row, config) for name in names(path, row)]
+        matched.update(hit for hit in hits if hit)
+        if any(hits):
+            pairs = [rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(names(path, row), hits, strict=True)]
+            sites.append(Site(path, tuple(r for r, _ in pairs), tuple(s for _, s in pairs)))
+    _check_targets("target_modules", config.target_modules, matched, [p for p in rows if rows[p].is_matrix], rows)
+    _check_targets("target_parameters", config.target_parameters or (), matched, [p for p in rows if is_parameter(p)], rows)
+    _check_kinds(config, [site.path for site in sites])
+    return tuple(sites)
+
+
+def _check_targets(key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
+    wanted = {targets} if isinstance(targets, str) else set(targets)
+    if missing := sorted(wanted - matched):
+        there = sorted({name.rsplit(".", 1)[-1] if key == "target_modules" else EXPERTS[path.rpartition("/")[2]]
+                        for path in paths for name in names(path, rows[path])})  # fmt: skip
+        what = "linear layer" if key == "target_modules" else "parameter of experts"
+        there = f"there are {', '.join(there)}" if there else "there is none"
+        raise ConfigError(f"lora.{key}: {', '.join(missing)} matches no {what} of this model; {there}")
+
+
+def _check_kinds(config: LoraConfig, paths: list[str]) -> None:
+    """What PEFT cannot do either, so that no file would open there."""
+    for key, nothing in (("lora_dropout", 0.0), ("use_dora", False), ("lora_bias", False)):
+        if getattr(config, key) != nothing and any(is_parameter(path) for path in paths):
+            raise ConfigError(f"lora.{key} cannot be used where experts are adapted; leave it out, or name the attention's modules alone")
+    if config.lora_bias and {"embed", "head"} & set(paths):
+        raise ConfigError("lora.lora_bias cannot be used where the embedding or the output head is adapted; leave it out")
+
+
+def _matches(path: str, name: str, row: Row, config: LoraConfig) -> str | None:
+    """The target that names this module or parameter, or None."""
+    if is_parameter(path):
+        return _named(name, config.target_parameters or ())
+    if config.exclude_modules and _named(name, config.exclude_modules):
+        return None
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()):
+        return None
+    if config.target_modules == "all-linear":
+        return "all-linear" if row.is_matrix else None
+    hit = _named(name, config.target_modules)
+    if hit and hit != name and config.layers_to_transform is not None and not isinstance(config.target_modules, str):
+        return hit if _in_layers(name, config) else None
+    return hit
+
+
+def _in_layers(name: str, config: LoraConfig) -> bool:
+    patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
+    found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
+    chosen = config.layers_to_transform
+    return found is not None and int(found.group(1)) in ((chosen,) if isinstance(chosen, int) else chosen or ())
+
+
+def _named(name: str, targets) -> str | None:
+    if isinstance(targets, str):
+        return targets if re.fullmatch(targets, name) else None
+    return next((t for t in targets if name == t or name.endswith("." + t)), None)
+
+
+def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
+    """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
+
+    def pattern(patterns, default):
+        return next((value for key, value in dict(patterns).items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+    rank, alpha = pattern(config.rank_pattern, config.r), pattern(config.alpha_pattern, config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+# ---- parameters that are trained whole ----
+
+
+def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
+    """The rows that can be trained whole, under PEFT's names: all but experts; a tied head too, alone."""
+    rows, found = spec(model_config), adaptable(model_config)
+    rows |= {"head": found["head"]} if "head" in found else {}
+    return {path: found.get(path, row) for path, row in rows.items() if not row.is_experts}
+
+
+def find_wholes(model_config: ModelConfig, config: LoraConfig, sites: tuple[Site, ...]) -> tuple[Whole, ...]:
+    """What `bias`, `modules_to_save` and `trainable_token_indices` name, and a scoring head.
+
+    `ConfigError` for a name that is not there, or that clashes with another.
+    """
+    rows = whole_rows(model_config)
+    tied = "head" not in spec(model_config) and "head" in rows
+    ranks = {site.path: site.ranks for site in sites}
+    chosen = {path: {0} for path in heads.PATHS if path in rows}  # layers by path; 0 for what has none
+
+    def choose(where: Callable[[str, int, str], bool]) -> bool:
+        any_found = False
+        for path, row in rows.items():
+            if found := {i for i, layer in enumerate(row.layers or (None,)) if where(path, i, row.hf.format(layer=layer))}:
+                chosen[path], any_found = chosen.get(path, set()) | found, True
+        return any_found
+
+    if config.bias == "all":
+        choose(lambda path, i, name: name.endswith(".bias"))
+    elif config.bias == "lora_only":
+        choose(lambda path, i, name: name.endswith(".bias") and bool(ranks.get(path.removesuffix("_bias"), (0,) * (i + 1))[i]))
+    experts = [name for path, row in adaptable(model_config).items() if is_parameter(path) and row.is_experts for name in names(path, row)]
+    for module in config.modules_to_save or ():
+        if model_config.num_labels and module in HEADS:
+            continue  # trained anyway
+        if any(part.endswith(module) for name in experts for part in _ancestors(name)):
+            raise ConfigError(f"lora.modules_to_save: {module} holds experts, which are not trained whole; name them in target_parameters")
+        if not choose(lambda path, i, name, module=module: any(part.endswith(module) for part in _ancestors(name))):
+            there = sorted({row.hf.rsplit(".", 2)[-2] for row in rows.values()})
+            raise ConfigError(f"lora.modules_to_save: {module} is no module of this model; there are {', '.join(there)}")
+    if tied and config.ensure_weight_tying and {"embed", "head"} & chosen.keys():
+        chosen["embed"] = chosen.pop("head", {0})
+    wholes = [Whole(path, None if len(found) == max(1, len(rows[path].layers)) else tuple(sorted(found))) for path, found in chosen.items()]
+    tokens = _token_indices(model_config, config)
+    for path in {"embed", "head"} & {site.path for site in sites} if tied and config.ensure_weight_tying else tokens.keys() & ranks.keys():
+        raise ConfigError(f"lora: a pair at {names(path, rows[path])[0]} goes with neither ensure_weight_tying nor trainable_token_indices")
+    if both := tokens.keys() & chosen.keys():
+        module = names(min(both), rows[min(both)])[0]
+        raise ConfigError(f"lora: {module} is in modules_to_save and in trainable_token_indices; leave one out")
+    return tuple(wholes + [Whole(path, ids) for path, ids in tokens.items()])
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules that hold a parameter: `a.b` and `a` of `a.b.weight`."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _token_indices(model_config: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """`embed` and `head` -> token ids; a tied head follows the embedding, as in PEFT."""
+    given = config.trainable_token_indices
+    if not given:
+        return {}
+    ends, found = FAMILIES[model_config.model_type].ends, {}
+    table = dict(given) if isinstance(given[0], tuple) else {ends["embed"]: given}
+    for module, ids in table.items():
+        path = next((path for path in ("embed", "head") if ends[path].endswith(module)), None)
+        if path is None:
+            raise ConfigError(f"lora.trainable_token_indices: {module} is neither {ends['embed']} nor {ends['head']}; write one of them")
+        if wrong := [number for number in ids if not 0 <= number < model_config.vocab_size or ids.count(number) > 1]:
+            size = model_config.vocab_size
+            raise ConfigError(f"lora.trainable_token_indices: {wrong[0]} is there twice, or is no token of a vocabulary of {size}")
+        found[path] = tuple(ids)
+    if model_config.tie_word_embeddings and "head" in found:
+        if found.get("embed") != found["head"]:
+            raise ConfigError("lora.trainable_token_indices: the head is tied to the embedding; name the embedding's tokens alone")
+        del found["head"]
+    return found
