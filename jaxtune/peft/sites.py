@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
@@ -232,11 +232,11 @@ def _ancestors(name: str) -> list[str]:
 
 def _token_indices(model_config: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """`embed` and `head` -> token ids; a tied head follows the embedding, as in PEFT."""
-    given = config.trainable_token_indices
+    given: Any = config.trainable_token_indices
     if not given:
         return {}
     ends, found = FAMILIES[model_config.model_type].ends, {}
-    table = dict(given) if isinstance(given[0], tuple) else {ends["embed"]: given}
+    table: dict[str, tuple[int, ...]] = dict(given) if isinstance(given[0], tuple) else {ends["embed"]: given}
     for module, ids in table.items():
         path = next((path for path in ("embed", "head") if ends[path].endswith(module)), None)
         if path is None:
