@@ -262,7 +262,8 @@ def main() -> None:
     arguments = cli.parse(cli.config_parser("train", __doc__))
     cli.log_to_terminal()
     result = train(arguments.config, arguments.overrides)
-    log.info("done: %s", result.folder)
+    if not result.interrupted:
+        log.info("done: %s", result.folder)
 
 
 cli.callable_module(__name__, train)

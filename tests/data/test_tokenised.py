@@ -1,6 +1,8 @@
 """The cache holds what it would make, and misses when anything changes; the ledger accounts for every row and token."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +67,19 @@ def test_the_cache_misses_for_another_tokenizer(config, tokenizers, tokenizer_wi
         before = len(made)
         data.load(config(ROWS), other)
         assert len(made) == before + 20
+
+
+def test_every_module_that_makes_rows_is_part_of_the_key():
+    """Whatever data/tokenised.py imports from beside it, at any distance, has a say in the tokens."""
+    folder, seen, todo = Path(tokenised.__file__).parent, set(), ["tokenised"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        found = set(re.findall(r"from jaxtune\.data\.(\w+) import", (folder / f"{name}.py").read_text()))
+        for line in re.findall(r"from jaxtune\.data import (.+)", (folder / f"{name}.py").read_text()):
+            found |= {part.split(" as ")[0].strip() for part in line.split(",")}
+        todo += found - seen
+    assert seen - {"similar"} == set(tokenised.MAKERS), "similar only compares rows that have been made"
 
 
 def test_padding_that_a_call_left_behind_is_no_change(config, tokenizer_with, made):
