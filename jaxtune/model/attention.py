@@ -93,6 +93,8 @@ def _attend_bwd(how, residuals, dout):
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dqs = []
     for span, seen in _spans(q.shape[3], k.shape[2]):
+        # else the queries and keys of all spans are cut out at once, in the forward pass
+        q, k, v, dk, dv = jax.lax.optimization_barrier((q, k, v, dk, dv))
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
 
         def block(totals, part, keys_seen=keys_seen):
@@ -109,11 +111,17 @@ def _attend_bwd(how, residuals, dout):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _bias(queries, keys, window):
+    """0 where a query sees a key, else a number that any score vanishes in, `[B, T, S]`. Added, not selected: the constants of a select
+    have the scores' shape, and XLA keeps one for each span through all layers."""
+    return jnp.where(visible(queries, keys, window), 0.0, _UNSEEN)
+
+
 def _block(how, window, q, queries, k, v, keys):
     """Result and logz of one block of queries."""
     B, K, G, t, h = q.shape
     scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
-    scores = jnp.where(visible(queries, keys, window)[:, None, None], scores, _UNSEEN)
+    scores += _bias(queries, keys, window)[:, None, None]
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -127,8 +135,8 @@ def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
     B, K, G, t, h = q.shape
     flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
     capped = softcap(_product(k, flat_q, 3, 3).reshape(B, K, -1, G, t) * how.scale, how.cap)
-    seen = visible(queries, keys, window).swapaxes(1, 2)[:, None, :, None]
-    probs = jnp.where(seen, jnp.exp(capped - logz[:, :, None]), 0)
+    bias = _bias(queries, keys, window).swapaxes(1, 2)[:, None, :, None]
+    probs = jnp.exp(capped + bias - logz[:, :, None])
     dprobs = _product(v, flat_dout, 3, 3).reshape(probs.shape)
     dscores = probs * (dprobs - delta[:, :, None]) * how.scale
     if how.cap != 0.0:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import Keys, softcap
@@ -91,6 +92,7 @@ def hidden(
 
     def layer(carry, scanned):
         x_BTD, kv = carry
+        x_BTD = checkpoint_name(x_BTD, "residual")
         weights, number, rope, window = scanned
         place = Place(cos[rope], sin[rope], window, queries, keys, number)
         x_BTD, kv, sums = block(config, weights, x_BTD, place, kv)
@@ -139,7 +141,15 @@ def output_head(params: dict):
 
 
 def _remat(config: ModelConfig, layer):
-    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention")}
+    """The layer as the backward pass takes it: what it keeps of one is named in the layer and chosen here."""
+    policies = jax.checkpoint_policies
     if config.remat == "none":
         return layer
-    return jax.checkpoint(layer, policy=policies[config.remat], prevent_cse=False)  # a scan cannot be CSE'd across
+    policy = {
+        "full": None,
+        "dots": policies.save_only_these_names("linear", "attention"),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["residual"], offload_src="device", offload_dst="pinned_host"
+        ),
+    }[config.remat]
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # a scan cannot be CSE'd across

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxtune.model.weight import Weight
+from jaxtune.model.weight import Weight, matmul
 
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -32,7 +32,24 @@ def dynamic_map() -> np.ndarray:
     return np.concatenate([-positive[:-1][::-1], np.zeros(1, np.float32), positive])
 
 
-class NF4(Weight):
+class Packed(Weight):
+    """A frozen matrix that is made anew for each product, forward and backward.
+
+    XLA would rather keep it: it computes equal things once, ahead of time, and lays matrices that multiply the same x side by side. So
+    each product has its matrix and its x behind a barrier of its own (`dense_beside`). The codes stay outside: behind a barrier they
+    would be copied out of the stack of layers.
+    """
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """`x W^T`; the backward pass unpacks the matrix again."""
+        return _packed_matmul(self, x)
+
+    def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The matrix in x's dtype, and x, both behind one barrier."""
+        raise NotImplementedError
+
+
+class NF4(Packed):
     """A 4-bit matrix: `W = code[codes] * absmax`, one absmax for every `block_size` elements of the flattened matrix.
 
     codes          uint8 `[rows, cols / 2]`; the high nibble is the earlier element. `(rows, cols)` is `(out, in)` where blocks end with
@@ -54,27 +71,30 @@ class NF4(Weight):
         """absmax per block, float32 `[rows, blocks per row]`."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        block = jnp.arange(self.absmax.size).reshape(self.absmax.shape) // NESTED_BLOCK
-        return jnp.asarray(dynamic_map())[self.absmax] * self.nested_absmax[block] + self.nested_offset
+        absmax = jnp.pad(self.absmax.reshape(-1), (0, -self.absmax.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+        scales = jnp.asarray(dynamic_map())[absmax] * self.nested_absmax[:, None] + self.nested_offset
+        return scales.reshape(-1)[: self.absmax.size].reshape(self.absmax.shape)
 
-    def dense(self, dtype) -> jax.Array:
-        """`[out, in]`; products in float32, then cast, as bitsandbytes does."""
-        code = jnp.asarray(CODES[self.kind], jnp.float32)
+    def dense(self, dtype, code: jax.Array | None = None) -> jax.Array:
+        """`[out, in]`; products in float32, then cast, as bitsandbytes does. `code`: the 16 values, if they come from elsewhere."""
+        code = jnp.asarray(CODES[self.kind], jnp.float32) if code is None else code
         values = jnp.stack([code[self.codes >> 4], code[self.codes & 0xF]], axis=-1)
         blocks = values.reshape(*self.absmax.shape, self.block_size) * self.scales()[..., None]
         out, width = self.shape
         return blocks.reshape(-1)[: out * width].reshape(out, width).astype(dtype)
 
-    def apply(self, x: jax.Array) -> jax.Array:
-        """`x W^T`; the backward pass unpacks the matrix again."""
-        return _packed_matmul(self, x)
+    def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The matrix in x's dtype, and x, both behind one barrier (see `Packed`)."""
+        code = jnp.asarray(CODES[self.kind], jnp.float32)
+        code, offset, x = jax.lax.optimization_barrier((code, self.nested_offset, x))
+        return self.replace(nested_offset=offset).dense(x.dtype, code), x
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Each row times its expert's matrix; the backward pass unpacks them again."""
         return _packed_grouped(self, x, sizes)
 
 
-class Int8(Weight):
+class Int8(Packed):
     """`W = codes * absmax / 127`, one absmax per row (LLM.int8's weights; activations stay in their own dtype)."""
 
     codes: jax.Array  # int8 [out, in]
@@ -84,9 +104,10 @@ class Int8(Weight):
         """`[out, in]`; multiplied in bitsandbytes' order, which decides the last bit."""
         return (self.codes.astype(jnp.float32) * self.absmax[:, None] * jnp.float32(1 / 127)).astype(dtype)
 
-    def apply(self, x: jax.Array) -> jax.Array:
-        """`x W^T`; the backward pass unpacks the matrix again."""
-        return _packed_matmul(self, x)
+    def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The matrix in x's dtype, and x, both behind one barrier (see `Packed`)."""
+        absmax, x = jax.lax.optimization_barrier((self.absmax, x))
+        return self.replace(absmax=absmax).dense(x.dtype), x
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Each row times its expert's matrix; the backward pass unpacks them again."""
@@ -95,17 +116,16 @@ class Int8(Weight):
 
 @jax.custom_vjp
 def _packed_matmul(w, x):
-    return Weight.apply(w, x)
+    w, x = w.dense_beside(x)
+    return matmul(x, w)
 
 
 def _packed_matmul_fwd(w, x):
-    return Weight.apply(w, x), w
+    return _packed_matmul(w, x), w
 
 
 def _packed_matmul_bwd(w, dy):
-    # The barrier keeps XLA from finding the forward pass's dense matrix again and holding it until here.
-    w, dy = jax.lax.optimization_barrier((w, dy))
-    dense_w = w.dense(dy.dtype)
+    dense_w, dy = w.dense_beside(dy)
     return None, jax.lax.dot_general(dy, dense_w, (((dy.ndim - 1,), (0,)), ((), ())))
 
 

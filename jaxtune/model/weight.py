@@ -21,7 +21,7 @@ class Weight(struct.PyTreeNode):
 
     def apply(self, x: jax.Array) -> jax.Array:
         """`x [..., in] -> x W^T [..., out]`, in x's dtype."""
-        return _matmul(x, self.dense(x.dtype))
+        return matmul(x, self.dense(x.dtype))
 
     def dense(self, dtype) -> jax.Array:
         """The matrix itself, `[out, in]`."""
@@ -39,7 +39,8 @@ class Weight(struct.PyTreeNode):
 Matrix = jax.Array | Weight
 
 
-def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [..., in] -> x W^T [..., out]` of a plain matrix in x's dtype."""
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
 
 
@@ -49,7 +50,7 @@ def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`x [..., in] -> x W^T + bias [..., out]` in x's dtype, for any leaf."""
-    y = checkpoint_name(w.apply(x) if isinstance(w, Weight) else _matmul(x, w.astype(x.dtype)), "linear")
+    y = checkpoint_name(w.apply(x) if isinstance(w, Weight) else matmul(x, w.astype(x.dtype)), "linear")
     return y if bias is None else y + bias.astype(x.dtype)
 
 

@@ -32,13 +32,14 @@ class LoRA(Weight):
 
     def apply(self, x: jax.Array) -> jax.Array:
         """`W x + scale * b (a x)`, with dropout on the x of the second term."""
-        return linear(self.base, x) + self._low_rank(x)
+        return _adapted(self.base, x, self._dropped(x), self.a, self.b, self.scale)
 
-    def _low_rank(self, x: jax.Array) -> jax.Array:
-        if self.key is not None and self.rate > 0:
-            keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-            x = jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
-        return _low_rank(x, self.a, self.b, self.scale)
+    def _dropped(self, x: jax.Array) -> jax.Array | None:
+        """x with some elements dropped, where that is another than x."""
+        if self.key is None or self.rate == 0:
+            return None
+        keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Experts: `a [E, R, in]`, `b [E, out, R]`, `scale [E]`, each row of x through its own expert's."""
@@ -57,19 +58,27 @@ class LoRA(Weight):
 
 
 @jax.custom_vjp
-def _low_rank(x, a, b, scale):
-    """`scale * b (a x)`."""
-    return linear(b, linear(a, x) * scale.astype(x.dtype))
+def _adapted(base, x, dropped, a, b, scale):
+    """`W x + scale * b (a x)`, the second x being `dropped` where there is one.
+
+    The barriers, here and in the backward pass, are for memory: each sum is made as soon as its parts are there, the first part before
+    the second, and what a product is made from is not kept longer than for it. Left alone, XLA does all three the other way.
+    """
+    y, x = jax.lax.optimization_barrier((linear(base, x), x if dropped is None else dropped))
+    return jax.lax.optimization_barrier(y + linear(b, linear(a, x) * scale.astype(x.dtype)))
 
 
-def _low_rank_fwd(x, a, b, scale):
-    return _low_rank(x, a, b, scale), (x, a, b, scale)
+def _adapted_fwd(base, x, dropped, a, b, scale):
+    return _adapted(base, x, dropped, a, b, scale), (base, x, dropped, a, b, scale)
 
 
-def _low_rank_bwd(residuals, dy):
-    """What autodiff gives (the scale is not trained), with the small matrix on the left of every product over tokens: XLA would write
-    a transposed copy of x or dy for the other order, which on a CPU takes ten times as long as the product."""
-    x, a, b, scale = residuals
+def _adapted_bwd(residuals, dy):
+    """What autodiff gives (base and scale are not trained), with the small matrix on the left of every product over tokens: XLA would
+    write a transposed copy of x or dy for the other order, which on a CPU takes ten times as long as the product."""
+    base, x, dropped, a, b, scale = residuals
+    _, pull = jax.vjp(lambda x: linear(base, x), x)
+    (dx,) = pull(dy)
+    dx, dy, x = jax.lax.optimization_barrier((dx, dy, x if dropped is None else dropped))
     rank_N, wide_N = (x.ndim - 1,), tuple(range(x.ndim - 1))
     scale = scale.astype(x.dtype)
     inner = linear(a, x) * scale
@@ -78,11 +87,13 @@ def _low_rank_bwd(residuals, dy):
     da = jax.lax.dot_general(dinner, x, over_tokens, preferred_element_type=jnp.float32)
     # the barrier keeps XLA from turning the product round to save this small transpose
     db = jax.lax.optimization_barrier(jax.lax.dot_general(inner, dy, over_tokens, preferred_element_type=jnp.float32)).T
-    dx = jax.lax.dot_general(dinner, a.astype(x.dtype), ((rank_N, (0,)), ((), ())))
-    return dx, da.astype(a.dtype), db.astype(b.dtype), None
+    second = jax.lax.dot_general(dinner, a.astype(x.dtype), ((rank_N, (0,)), ((), ())))
+    dx, ddropped = (dx + second, None) if dropped is None else (dx, second)
+    dx, ddropped, da, db = jax.lax.optimization_barrier((dx, ddropped, da.astype(a.dtype), db.astype(b.dtype)))
+    return None, dx, ddropped, da, db, None
 
 
-_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+_adapted.defvjp(_adapted_fwd, _adapted_bwd)
 
 
 class DoRA(LoRA):
@@ -97,7 +108,7 @@ class DoRA(LoRA):
     def apply(self, x: jax.Array) -> jax.Array:
         """`m / |V| * V x`; V is made again in the backward pass, not kept."""
         ratio = jax.checkpoint(lambda leaf: leaf._ratio())(self)
-        return (linear(self.base, x) + self._low_rank(x)) * ratio.astype(x.dtype)
+        return super().apply(x) * ratio.astype(x.dtype)
 
     def dense(self, dtype) -> jax.Array:
         """`m * V / |V|`."""
