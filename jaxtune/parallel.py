@@ -133,9 +133,10 @@ def leaf_shardings(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
     if isinstance(leaf, Int8):
         absmax = sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
         return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
-    if isinstance(leaf, NF4) and leaf.codes.shape[-2] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
-        absmax = sharding(mesh, path, leaf.absmax.shape, row.axes, whole=row.axes)  # small: whole where its blocks do not divide
-        return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
+    if isinstance(leaf, NF4) and leaf.codes.shape[-1] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
+        axes = (*row.axes[:-2], row.axes[-1], row.axes[-2])  # packed the other way round
+        absmax = sharding(mesh, path, leaf.absmax.shape, axes, whole=axes)  # small: whole where its blocks do not divide
+        return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, axes), absmax=absmax)
     return whole
 
 

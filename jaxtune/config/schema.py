@@ -223,7 +223,7 @@ class Config(ObjectiveConfig):
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
     neftune_noise_alpha: float | None = None
-    gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload"] = "auto"  # true is full; auto is dots on a CPU, full elsewhere
+    gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload"] = "auto"  # true: full; auto: dots on a CPU, else full
     logits_chunk_size: int | None = None  # tokens whose logits exist at one time; None: 128 on a CPU, 512 elsewhere
     attention: str = "auto"
 

@@ -18,7 +18,7 @@ from jaxtune.convert.names import Cell, cells
 from jaxtune.convert.tensors import DTYPES, Checkpoint, Entry, Plan
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.quant import CODES, NESTED_BLOCK, NF4, Int8, dynamic_map
+from jaxtune.model.quant import CODES, NESTED_BLOCK, NF4, Int8, dynamic_map, pack, unpack
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix
 from jaxtune.tree import flatten
@@ -101,19 +101,22 @@ class Bitsandbytes:
         blocks = -(-out * width // size)
         codes = self.checkpoint.read(name).reshape(-1).view(np.uint8)
         codes = np.pad(codes, (0, blocks * size // 2 - codes.size)).reshape(rows, -1)
+        codes = pack(np.stack([codes >> 4, codes & 0xF], axis=-1).reshape(rows, -1), size)  # in a file the high nibble is the earlier one
         absmax = self.checkpoint.read(name + ".absmax").reshape(-1)
         if absmax.size != blocks:
             raise ModelError(f"{file}: tensor {name}.absmax has {absmax.size} scales; {blocks} blocks of {size} need one each")
+        absmax = absmax.reshape(rows, -1).T
         static: dict[str, Any] = dict(shape=(out, width), block_size=size, kind=kind)
         if "nested_offset" not in state:
-            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32).reshape(rows, -1)), **static)
+            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32)), **static)
         nested, own = (self.checkpoint.read(name + part).reshape(-1) for part in _PARTS[2:])
         offset = np.float32(state["nested_offset"])
         if state.get("nested_blocksize") != NESTED_BLOCK or not np.array_equal(own, dynamic_map()):
             # Another table or block: the scales are what they stand for, and nothing is lost but their packing.
-            absmax = own[absmax] * np.repeat(nested, state["nested_blocksize"])[:blocks] + offset
-            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32).reshape(rows, -1)), **static)
-        return NF4(jnp.asarray(codes), jnp.asarray(absmax.reshape(rows, -1)), jnp.asarray(nested), jnp.asarray(offset), **static)
+            nested = np.repeat(nested, state["nested_blocksize"])[:blocks].reshape(rows, -1).T
+            absmax = own[absmax] * nested + offset
+            return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32)), **static)
+        return NF4(jnp.asarray(codes), jnp.asarray(absmax), jnp.asarray(nested), jnp.asarray(offset), **static)
 
 
 # ---- out ----
@@ -156,12 +159,18 @@ def quantization_config(leaf: Matrix, dtype: str) -> dict[str, Any]:
 Part = tuple[Any, tuple[int, ...], Callable[[], np.ndarray]]
 
 
+def _pairs(codes: jax.Array) -> np.ndarray:
+    """Codes `[cols, rows]` as a file packs them: two a byte, the high nibble the earlier one."""
+    flat = np.asarray(codes).T.reshape(-1)
+    return flat[::2] << 4 | flat[1::2]
+
+
 def _parts(leaf: Matrix, cell: Cell, dtype: str) -> dict[str, Part]:
     """The tensors that one packed matrix becomes: dtype, shape, and how to make it."""
 
-    def part(array: jax.Array, shape: tuple[int, ...]) -> Part:
-        """One field of the leaf, without its padding."""
-        return array.dtype, shape, lambda: np.asarray(array[cell.index]).reshape(-1)[: math.prod(shape)].reshape(shape)
+    def part(array: jax.Array, shape: tuple[int, ...], order: Callable = lambda field: field) -> Part:
+        """One field of the leaf in the file's order, without its padding."""
+        return array.dtype, shape, lambda: np.asarray(order(array[cell.index])).reshape(-1)[: math.prod(shape)].reshape(shape)
 
     def constant(array: np.ndarray) -> Part:
         return array.dtype, array.shape, lambda: array
@@ -175,8 +184,8 @@ def _parts(leaf: Matrix, cell: Cell, dtype: str) -> dict[str, Part]:
     name, (out, width), blocks = cell.name, leaf.shape, -(-math.prod(leaf.shape) // leaf.block_size)
     state = {"quant_type": leaf.kind, "blocksize": leaf.block_size, "dtype": dtype, "shape": [out, width]}
     parts = {
-        name: part(leaf.codes, (-(-out * width // 2), 1)),
-        f"{name}.absmax": part(leaf.absmax, (blocks,)),
+        name: part(leaf.codes, (-(-out * width // 2), 1), lambda codes: _pairs(unpack(codes, leaf.block_size))),
+        f"{name}.absmax": part(leaf.absmax, (blocks,), lambda absmax: absmax.T),
         f"{name}.quant_map": constant(np.asarray(CODES[leaf.kind], np.float32)),
     }
     if leaf.nested_absmax is not None and leaf.nested_offset is not None:

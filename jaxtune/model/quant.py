@@ -52,11 +52,16 @@ class Packed(Weight):
 class NF4(Packed):
     """A 4-bit matrix: `W = code[codes] * absmax`, one absmax for every `block_size` elements of the flattened matrix.
 
-    codes          uint8 `[rows, cols / 2]`; the high nibble is the earlier element. `(rows, cols)` is `(out, in)` where blocks end with
-                   the rows and `(1, out * in, padded to whole blocks)` where they do not.
-    absmax         float32 `[rows, cols / block_size]`, or uint8 codes of `dynamic_map` when `nested_absmax` is there
+    codes          uint8 `[cols / 2, rows]`, two codes a byte: in each block the first half of its elements in the low nibbles, the second
+                   in the high ones. `(rows, cols)` is `(out, in)` where blocks end with the rows and `(1, out * in, padded to whole
+                   blocks)` where they do not.
+    absmax         float32 `[cols / block_size, rows]`, or uint8 codes of `dynamic_map` when `nested_absmax` is there
     nested_absmax  float32 `[ceil(blocks / 256)]` and
-    nested_offset  float32 `[]`: double quantisation, `absmax = dynamic_map[absmax] * nested_absmax + nested_offset`
+    nested_offset  float32 `[]`: double quantisation, `absmax = dynamic_map[absmax] * nested_absmax + nested_offset`, 256 blocks of the
+                   flattened matrix to one
+
+    What a block is and holds is bitsandbytes'; where it lies is not: in this order a TPU's tiles are unpacked where they are, and no
+    backend interleaves (docs/decisions.md; convert/bitsandbytes.py knows the order of the files).
     """
 
     codes: jax.Array
@@ -68,30 +73,62 @@ class NF4(Packed):
     kind: str = struct.field(pytree_node=False, default="nf4")
 
     def scales(self) -> jax.Array:
-        """absmax per block, float32 `[rows, blocks per row]`."""
+        """absmax per block, float32 `[blocks per row, rows]`."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        absmax = jnp.pad(self.absmax.reshape(-1), (0, -self.absmax.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-        scales = jnp.asarray(dynamic_map())[absmax] * self.nested_absmax[:, None] + self.nested_offset
-        return scales.reshape(-1)[: self.absmax.size].reshape(self.absmax.shape)
+        blocks, rows = self.absmax.shape
+        nested = jnp.repeat(self.nested_absmax, NESTED_BLOCK)[: blocks * rows].reshape(rows, blocks).T
+        return jnp.asarray(dynamic_map())[self.absmax] * nested + self.nested_offset
 
     def dense(self, dtype, code: jax.Array | None = None) -> jax.Array:
         """`[out, in]`; products in float32, then cast, as bitsandbytes does. `code`: the 16 values, if they come from elsewhere."""
         code = jnp.asarray(CODES[self.kind], jnp.float32) if code is None else code
-        values = jnp.stack([code[self.codes >> 4], code[self.codes & 0xF]], axis=-1)
-        blocks = values.reshape(*self.absmax.shape, self.block_size) * self.scales()[..., None]
+        values = _look_up(unpack(self.codes, self.block_size), code, self.kind)
+        blocks = values.reshape(-1, self.block_size, values.shape[-1]) * self.scales()[:, None]
+        turned = blocks.reshape(values.shape).astype(dtype)
         out, width = self.shape
-        return blocks.reshape(-1)[: out * width].reshape(out, width).astype(dtype)
+        return turned.T if turned.shape == (width, out) else turned.reshape(-1)[: out * width].reshape(out, width)
 
     def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The matrix in x's dtype, and x, both behind one barrier (see `Packed`)."""
         code = jnp.asarray(CODES[self.kind], jnp.float32)
-        code, offset, x = jax.lax.optimization_barrier((code, self.nested_offset, x))
-        return self.replace(nested_offset=offset).dense(x.dtype, code), x
+        code, absmax, offset, x = jax.lax.optimization_barrier((code, self.absmax, self.nested_offset, x))
+        return self.replace(absmax=absmax, nested_offset=offset).dense(x.dtype, code), x
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Each row times its expert's matrix; the backward pass unpacks them again."""
         return _packed_grouped(self, x, sizes)
+
+
+def pack(nibbles, block_size: int):
+    """Codes `[..., rows, cols]` of 0 to 15, two a byte in the order of `NF4.codes`, `[..., cols / 2, rows]`; numpy or jax arrays."""
+    *lead, rows, cols = nibbles.shape
+    halves = nibbles.reshape(*lead, rows, cols // block_size, 2, block_size // 2)
+    return (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*lead, rows, cols // 2).swapaxes(-1, -2)
+
+
+def unpack(codes: jax.Array, block_size: int) -> jax.Array:
+    """Codes 0 to 15, one a byte, `[..., cols, rows]`, of `NF4.codes`."""
+    *lead, half, rows = codes.shape
+    blocks = codes.reshape(*lead, -1, block_size // 2, rows)
+    return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, 2 * half, rows)
+
+
+def _look_up(codes: jax.Array, code: jax.Array, kind: str) -> jax.Array:
+    """`code[codes]`. A TPU has no gather to speak of and selects from the constants; the others would keep those at the matrix's size."""
+    def select(codes, code):
+        return _select(codes, CODES[kind])
+
+    return jax.lax.platform_dependent(codes, code, tpu=select, default=lambda codes, code: code[codes])
+
+
+def _select(codes: jax.Array, values) -> jax.Array:
+    """`values[codes]` by a tree of 15 selects."""
+    level = [jnp.float32(value) for value in values]
+    for bit in range(4):
+        odd = codes >> bit & 1 != 0
+        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
 
 
 class Int8(Packed):
@@ -173,7 +210,7 @@ def abstract(kind: str, shape: tuple[int, int], block_size: int = 64) -> Weight:
 
 @functools.partial(jax.jit, static_argnames=("block_size", "kind"))
 def _quantize_blocks(w, block_size: int, kind: str):
-    """Codes `[rows, cols / 2]` and absmax `[rows, blocks]`; the arithmetic of bitsandbytes' CPU kernel, ties included."""
+    """Codes and absmax as `NF4` holds them; the arithmetic of bitsandbytes' CPU kernel, ties included."""
     out, width = w.shape
     flat = w.astype(jnp.float32).reshape(-1)
     pad = -flat.size % block_size
@@ -191,8 +228,8 @@ def _quantize_blocks(w, block_size: int, kind: str):
     values = np.asarray(CODES[kind], np.float32)[order]
     thresholds = (values[1:] + values[:-1]) / np.float32(2)
     rank = sum((scaled > t).astype(jnp.uint8) for t in thresholds)
-    codes = (rank if kind == "nf4" else jnp.asarray(order, jnp.uint8)[rank]).reshape(rows, -1, 2)
-    return codes[..., 0] << 4 | codes[..., 1], absmax
+    codes = (rank if kind == "nf4" else jnp.asarray(order, jnp.uint8)[rank]).reshape(rows, -1)
+    return pack(codes, block_size), absmax.T
 
 
 def _quantize_4bit(w, block_size: int, kind: str, nested: bool) -> NF4:
@@ -205,7 +242,7 @@ def _quantize_4bit(w, block_size: int, kind: str, nested: bool) -> NF4:
 
 def _nest(leaf: NF4) -> NF4:
     """Double quantisation of the scales: nearest value of the dynamic map to `(absmax - mean) / nested_absmax`."""
-    absmax = np.asarray(leaf.absmax)
+    absmax = np.asarray(leaf.absmax).T  # in the matrix's order
     offset = np.float32(absmax.mean(dtype=np.float64))
     centred = (absmax - offset).reshape(-1)
     pad = -centred.size % NESTED_BLOCK
@@ -214,9 +251,8 @@ def _nest(leaf: NF4) -> NF4:
     scaled = np.divide(centred, scale, out=np.zeros_like(centred), where=scale > 0)
     table = dynamic_map()
     codes = np.searchsorted((table[1:] + table[:-1]) / 2, scaled).astype(np.uint8)
-    return leaf.replace(
-        absmax=jnp.asarray(codes.reshape(absmax.shape)), nested_absmax=jnp.asarray(nested), nested_offset=jnp.asarray(offset)
-    )
+    absmax = jnp.asarray(codes.reshape(absmax.shape).T)
+    return leaf.replace(absmax=absmax, nested_absmax=jnp.asarray(nested), nested_offset=jnp.asarray(offset))
 
 
 def _quantize_int8(w, block_size: int = 0) -> Int8:

@@ -61,6 +61,8 @@ def test_nf4_is_bitsandbytes_on_every_matrix(smollm2):
     """Codes and absmax bit for bit; the nested codes but for those that a lookup table of 65536 bins rounds otherwise (0.25 %)."""
     from bitsandbytes import functional
 
+    from jaxtune.convert.bitsandbytes import _pairs
+
     tensors = {name: w for name, w in load_file(smollm2 / "model.safetensors").items() if name.endswith("_proj.weight")}
     assert len(tensors) == 210
     wrong = total = 0
@@ -68,13 +70,13 @@ def test_nf4_is_bitsandbytes_on_every_matrix(smollm2):
         packed, state = functional.quantize_4bit(torch.tensor(w), quant_type="nf4", compress_statistics=True)
         ours = quant.quantize(w, "nf4-dq")
         plain = quant.quantize(w, "nf4")
-        np.testing.assert_array_equal(np.asarray(ours.codes).reshape(-1), packed.numpy().reshape(-1), err_msg=name)
+        np.testing.assert_array_equal(_pairs(quant.unpack(ours.codes, 64)), packed.numpy().reshape(-1), err_msg=name)
         _, flat = functional.quantize_4bit(torch.tensor(w), quant_type="nf4")
-        np.testing.assert_array_equal(np.asarray(plain.absmax).reshape(-1), flat.absmax.numpy(), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(plain.absmax).T.reshape(-1), flat.absmax.numpy(), err_msg=name)
         # torch sums in float32, in an order that depends on its threads, and is ulps off the mean; ours is summed in float64
         np.testing.assert_allclose(ours.nested_offset, state.offset.numpy(), rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(ours.nested_absmax, state.state2.absmax.numpy(), atol=1e-6 * float(state.offset), err_msg=name)
-        codes = np.asarray(ours.absmax).reshape(-1).astype(int)
+        codes = np.asarray(ours.absmax).T.reshape(-1).astype(int)
         theirs = state.absmax.numpy().astype(int)
         table = quant.dynamic_map()  # its values near 0 stand closer than the lookup table's bins
         assert np.abs(table[codes] - table[theirs])[codes != theirs].max(initial=0) <= np.diff(table).max() + 1e-6
