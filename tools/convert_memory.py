@@ -62,7 +62,8 @@ def measure(kind: str, folder: Path) -> dict[str, float]:
         opened = open_model(folder / "model")
         model = argparse.Namespace(config=opened.config, params={})
         adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(r=16))
-        hf.save(opened.config, composed(opened.config, adapter), folder / f"merged-{time.time_ns()}", base=opened.checkpoint)
+        params = composed(opened.config, adapter, opened.checkpoint)
+        hf.save(opened.config, params, folder / f"merged-{time.time_ns()}", base=opened.checkpoint)
     else:
         result = nbytes(load(folder / "model", "bfloat16", kind).params) / 1e6
     return {"baseline": before, "peak": peak() - before, "result": result, "seconds": time.monotonic() - start}

@@ -22,11 +22,11 @@ CHOICES = ["a", "b", None, {"a": 0.5, "b": -1.5}, {"b": 1}]
 logits = jax.jit(forward, static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=["nf4", "tied"])
+@pytest.fixture(scope="module", params=["int8", "tied"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("combine") / "model"
     tiny.write_chat_model(folder, tiny.LLAMA | {"tie_word_embeddings": request.param == "tied"})
-    return jt.load(folder, quantization="nf4" if request.param == "nf4" else None)
+    return jt.load(folder, quantization="int8" if request.param == "int8" else None)
 
 
 @pytest.fixture(scope="module")
