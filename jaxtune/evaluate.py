@@ -1,6 +1,7 @@
 """python -m jaxtune.evaluate MODEL --data FILE [--adapter DIR | --tuned MODEL] [--metric NAME ...]
 
-Perplexity, token accuracy and metrics of generated answers, base beside tuned, on the same rows.
+Perplexity, token accuracy and metrics of generated answers, base beside tuned, on the same rows. Of reward models the accuracy over pairs,
+of classifiers that over texts, of process reward models that over steps; a base without a scoring head is given an untrained one.
 
 A metric is one of exact_match, normalised_match, f1, rouge_l, numeric_match, multiple_choice, or a function of your own,
 module.function or path/file.py:function, that takes (predictions, references, rows) and returns one number for each.
@@ -24,7 +25,8 @@ from rich.text import Text
 
 from jaxtune import cli, errors, metrics
 from jaxtune.config import Config, load_config
-from jaxtune.convert import Model, load, load_adapter
+from jaxtune.convert import Model, heads, load, load_adapter
+from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.errors import ConfigError
@@ -76,7 +78,7 @@ class Report:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         last = "change" if self.tuned else "base"
         for name in self.base:
-            share = name in self.interval["base"] or name == "mean_token_accuracy"
+            share = name in self.interval["base"] or name.endswith("accuracy")
             cells = [_number(values[name], share, signed=side == "change") for side, values in columns.items()]
             bounds = [_number(bound, share, self.tuned is not None) for bound in self.interval[last].get(name, ())]
             table.add_row(name, *cells, " to ".join(bounds))
@@ -128,8 +130,9 @@ def evaluate(
     """
     if adapter is not None and tuned is not None:
         raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
-    judges = metrics.find_all([metric] if isinstance(metric, str) or callable(metric) else metric)
-    config = load_config({
+    scoring = _scoring(model, tuned, adapter)
+    judges = metrics.find_all([] if scoring else [metric] if isinstance(metric, str) or callable(metric) else metric)
+    config = load_config(scoring | {
         "model": (model.source if isinstance(model, Model) else os.fspath(model)) or "model",
         "data": {"test": os.fspath(data) if isinstance(data, os.PathLike) else data, **options},
         "evaluate": {"max_new_tokens": max_new_tokens, "limit": limit},
@@ -137,7 +140,8 @@ def evaluate(
     })  # fmt: skip
 
     def opened(what: Model | str | os.PathLike) -> Model:
-        return what if isinstance(what, Model) else load(what, dtype=dtype, quantization=quantization)
+        found = what if isinstance(what, Model) else load(what, dtype=dtype, quantization=quantization)
+        return heads.attach(found, heads.head_of(config), jax.random.key(config.seed))
 
     def sides() -> Iterator[Side]:
         base = opened(model)
@@ -168,8 +172,9 @@ def compare(
         for side, model, adapter in sides:
             if judges and not asked:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
-            # the rows of other objectives are pairs, of which one half is not to be learnt
-            values[side] = token_metrics(config, model, adapter, rows) if config.objective == "sft" else {}
+            # the rows of preference objectives are pairs, of which one half is not to be learnt
+            measured = config.objective == "sft" or heads.head_of(config) is not None
+            values[side] = loss_metrics(config, model, adapter, rows) if measured else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
             values[side] |= {name: sum(numbers) / len(numbers) for name, numbers in scores[side].items()}
     if "tuned" in scores:
@@ -187,36 +192,52 @@ def compare(
 def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report:
     """What a run trained beside its base, on its test rows, or its evaluation rows where there are none of those.
 
-    Leaves `evaluation.json` (the report) and `predictions.jsonl` (every answer) in the run's folder. After full tuning the base is
-    read from its files again, since training has overwritten it in memory.
+    Leaves `evaluation.json` (the report) and, with metrics of answers, `predictions.jsonl` (every answer) in the run's folder. After full
+    tuning the base is read from its files again, since training has overwritten it in memory.
     """
 
     def sides() -> Iterator[Side]:
         if config.method == "full":
-            yield "base", load(config.model, dtype=config.dtype), None
+            yield "base", heads.attach(load(config.model, dtype=config.dtype), heads.head_of(config), jax.random.key(config.seed)), None
             yield "tuned", dataclasses.replace(model, params=trainable), None
         else:
             yield from (("base", model, None), ("tuned", model, trainable))
 
     scratch = folder / ".predictions.jsonl.new"
     scratch.unlink(missing_ok=True)
-    report = compare(config, sides(), "eval" if config.data.test is None else "test", predictions=scratch)
-    os.replace(scratch, folder / "predictions.jsonl")
+    answering = bool(config.evaluate.metric)
+    report = compare(config, sides(), "eval" if config.data.test is None else "test", predictions=scratch if answering else None)
+    if answering:
+        os.replace(scratch, folder / "predictions.jsonl")
     write_text(folder / "evaluation.json", json.dumps(report.to_dict(), indent=2))
     return report
 
 
-def token_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:
-    """`loss` (nats per trained token), `perplexity` and `mean_token_accuracy` of the rows, each with the weights it has in training."""
-    step = jax.jit(make_eval_step(config, model.config, OBJECTIVES["sft"]))
+def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
+    """The objective's keys where a model with a scoring head is measured; none for language models."""
+    for what in (tuned, model):
+        config = what.config if isinstance(what, Model) else open_config(what) if what is not None else None
+        if config is not None and config.num_labels:
+            return heads.keys_of(config)
+    return heads.keys_of_adapter(adapter) if isinstance(adapter, (str, os.PathLike)) else {}
+
+
+def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:
+    """The loss and the metrics of the rows, each with the weights it has in training.
+
+    Of a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; of one with a scoring head its objective's.
+    """
+    step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
     total = None
     for batch in evaluation(config, model.tokenizer, rows).batches():
         out = step(adapter, model.params, jax.tree.map(lambda x: x[0], batch))
         total = out if total is None else jax.tree.map(jnp.add, total, out)
     loss = jax.device_get(total)
-    right, count = loss.metrics["mean_token_accuracy"]
-    nll, weight = float(loss.total), float(loss.weight)
-    return {"loss": nll / weight, "perplexity": metrics.perplexity(nll, weight), "mean_token_accuracy": float(right / count)}
+    total, weight = float(loss.total), float(loss.weight)
+    found = {name: float(value / count) for name, (value, count) in loss.metrics.items() if count}
+    if config.objective == "sft":
+        found = {"perplexity": metrics.perplexity(total, weight), "mean_token_accuracy": found["mean_token_accuracy"]}
+    return {"loss": total / weight} | found
 
 
 def _answer(config, model, adapter, asked, judges, side: str, out: IO | None) -> tuple[list[str], dict[str, list[float]]]:

@@ -114,9 +114,10 @@ def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
     # ---- 6. The result ----
     if not run.interrupted:
         save_result(config, model, state.trainable, folder)
-    if not run.interrupted and config.evaluate.metric:
+    scoring = heads.head_of(config) is not None and (config.data.eval is not None or config.data.test is not None)
+    if not run.interrupted and (config.evaluate.metric or scoring):
         of_run(config, model, state.trainable, folder).show()
-        log.info("every answer: %s; the loss: %s", folder / "predictions.jsonl", folder / "loss.png")
+        log.info("%s; the loss: %s", folder / ("predictions.jsonl" if config.evaluate.metric else "evaluation.json"), folder / "loss.png")
     return Result(folder, int(state.step), metrics, state.trainable, model, run.interrupted)
 
 

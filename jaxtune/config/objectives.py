@@ -21,6 +21,7 @@ LOSS_TYPES = {
     "kto": ("kto", "apo_zero_unpaired"),
 }  # fmt: skip
 BETA = dict.fromkeys(LOSS_TYPES, 0.1)
+SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary's
 ON_ANSWERS = (*LOSS_TYPES, "reward")  # objectives that compare whole answers
 # The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's two (TRL).
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
@@ -61,6 +62,11 @@ def check(config: "Config") -> None:
             f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
         )
     _reference(config)
+    if config.objective in SCORING and config.evaluate.metric:
+        raise ConfigError(
+            f"evaluate.metric is of answers that a model writes, which one of objective {config.objective} does not; leave it out: "
+            "what the objective measures is shown for base and tuned."
+        )
     if config.objective == "classification":
         _labels(config)
     if config.max_completion_length is not None and config.max_completion_length < 1:

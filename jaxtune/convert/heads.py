@@ -45,6 +45,27 @@ def head_of(config: Config) -> Head | None:
     return None
 
 
+def keys_of(config: ModelConfig) -> dict[str, Any]:
+    """The config keys of the objective that trains such a head."""
+    hf = json.loads(config.hf_json)
+    names = [name for _, name in sorted((hf.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
+    if config.labels_of == heads.TOKEN:
+        return {"objective": "stepwise_reward"}
+    if config.num_labels == 1 and hf.get("problem_type") != "regression":
+        return {"objective": "reward"}
+    return {"objective": "classification", "id2label": names or _unnamed(config.num_labels), "problem_type": hf.get("problem_type")}
+
+
+def keys_of_adapter(path: str | os.PathLike) -> dict[str, Any]:
+    """The same for an adapter's folder; none where it has no head."""
+    head = _head_of_adapter(Path(path).expanduser())
+    if head is None:
+        return {}
+    if head.of == heads.TOKEN:
+        return {"objective": "stepwise_reward"}
+    return {"objective": "reward"} if len(head.labels) == 1 else {"objective": "classification", "num_labels": len(head.labels)}
+
+
 def _unnamed(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{number}" for number in range(count))
 
@@ -120,12 +141,16 @@ def load_scorer(source: str | os.PathLike, dtype: str = "float32", quantization:
 
 
 def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
-    saved = read_json(path / "adapter_config.json")
-    of = TASKS.get(saved.get("task_type") or "")
+    head = _head_of_adapter(path)
+    if head is None:
+        raise ModelError(f"{path} is an adapter of a language model: it has no head to score with; give that of a reward model")
+    base = load(read_json(path / "adapter_config.json")["base_model_name_or_path"], dtype, quantization)
+    model = attach(base, head, jax.random.key(0))
+    return dataclasses.replace(model, params=compose(model.params, peft.load_adapter(path, model)), source=str(path))
+
+
+def _head_of_adapter(path: Path) -> Head | None:
+    of = TASKS.get(read_json(path / "adapter_config.json").get("task_type") or "")
     tensors = Safetensors(path, stem="adapter_model").entries
     shapes = [entry.shape for name, entry in tensors.items() if name.endswith(("score.weight", "classifier.weight"))]
-    if of is None or len(shapes) != 1:
-        raise ModelError(f"{path} is an adapter of a language model: it has no head to score with; give that of a reward model")
-    base = load(saved["base_model_name_or_path"], dtype, quantization)
-    model = attach(base, Head(_unnamed(shapes[0][0]), of), jax.random.key(0))
-    return dataclasses.replace(model, params=compose(model.params, peft.load_adapter(path, model)), source=str(path))
+    return Head(_unnamed(shapes[0][0]), of) if of is not None and len(shapes) == 1 else None

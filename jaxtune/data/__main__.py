@@ -7,22 +7,29 @@ jaxtune data convert IN OUT --to FORMAT           writes the rows of a file in a
 jaxtune data generate MODEL IN OUT --make WHAT    makes rows with a local model (--help says more)
 """
 
+import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 
 from jaxtune import cli, errors
 from jaxtune.config import load_config
-from jaxtune.data import convert, files, formats, generate, page, quality, terminal
+from jaxtune.data import convert, files, formats, generate, judge, page, quality, terminal
 from jaxtune.data.report import report
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError
 
 GENERATE = """jaxtune data generate MODEL IN OUT.jsonl --make tasks|instructions|answers [--count N] [--how "..."]
 
 Rows made by a local model: new tasks like those of IN, instructions that the texts of IN answer, or better answers to the prompts
 of IN. Empty rows and rows like others are left out, and counted.
+
+    --make revisions      answers to the prompts of IN, criticised by a principle and revised: preference rows, the revision chosen
+    --make preferences    the two answers of IN's rows, or two drawn for its prompts, judged by a principle in both orders
+
+These write the criticism or the judge's reasons too, what came to nothing to OUT.refused.jsonl, and go on where a stopped run was.
 """
 
 
@@ -72,9 +79,13 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("model", metavar="MODEL", help="a hub id, folder, .gguf file or pypi: source")
     parser.add_argument("source", metavar="IN", help="rows: prompts for tasks and answers, texts for instructions")
     parser.add_argument("target", metavar="OUT.jsonl", help="rows are appended, each as it comes")
-    parser.add_argument("--make", required=True, choices=("tasks", "instructions", "answers"), help="what the model writes")
+    kinds = ("tasks", "instructions", "answers", "revisions", "preferences")
+    parser.add_argument("--make", required=True, choices=kinds, help="what the model writes")
     parser.add_argument("--count", type=int, default=100, help="how many tasks")
     parser.add_argument("--how", default=generate.HOW, help="what is asked of a new answer")
+    parser.add_argument("--principles", metavar="FILE", help="what answers are criticised and judged by, a line each (else: four of ours)")
+    parser.add_argument("--rounds", type=int, default=1, help="of criticism and revision")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     parser.add_argument("--adapter", help="an adapter of the model")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of a task, instruction or answer")
@@ -89,7 +100,10 @@ def _generate(argv: list[str]) -> None:
     adapter = load_adapter(args.adapter, model) if args.adapter else None
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
     ask = functools.partial(write, model, adapter=adapter)
-    writer, made = generate.Writer(ask, settings, seed=args.seed), generate.Made()
+    writer, made = generate.Writer(ask, settings, args.batch_size, args.seed), generate.Made()
+    if args.make in ("revisions", "preferences"):
+        made = judge.save(_judged(args, writer, said, plain=not model.tokenizer.chat_template), args.target)
+        return _tell(made, args.target)
     if args.make == "tasks":
         rows = generate.self_instruct(writer, [prompt or answer for prompt, answer, _ in said], args.count, made=made)
     elif args.make == "instructions":
@@ -97,8 +111,27 @@ def _generate(argv: list[str]) -> None:
     else:
         rows = generate.rewrite(writer, [{"prompt": prompt, "completion": answer} for prompt, answer, _ in said], args.how, made=made)
     generate.save(rows, args.target)
+    return _tell(made, args.target)
+
+
+def _judged(args: argparse.Namespace, writer: generate.Writer, said: list, plain: bool) -> Callable:
+    """What makes the rows that are left to make, for `judge.save`."""
+    principles = judge.read_principles(args.principles) if args.principles else judge.PRINCIPLES
+    judged = said if args.make == "preferences" else []
+    pairs = list(dict.fromkeys((prompt, (answer, other)) for prompt, answer, other in judged if other))
+    if pairs and not all(other for *_, other in said):
+        raise DataError("some of the rows have two answers and some have not; give one kind alone: pairs to be judged, or prompts")
+    prompts = [prompt for prompt, _ in pairs] or judge.fresh(prompt or answer for prompt, answer, _ in said)
+    if len(prompts) < len(said):
+        print(f"{len(said) - len(prompts)} of {len(said)} rows are like rows before them, or empty, and are left out", file=sys.stderr)
+    if args.make == "revisions":
+        return lambda done: judge.revise(writer, prompts, principles, args.rounds, done, plain)
+    return lambda done: judge.prefer(writer, prompts, principles, [answers for _, answers in pairs] or None, done, plain)
+
+
+def _tell(made: generate.Made, target: str) -> None:
     refused = ", ".join(f"{count} {reason}" for reason, count in made.refused.items())
-    print(f"{made.rows:,} rows written to {args.target}" + (f"; left out: {refused}" if refused else ""))
+    print(f"{made.rows:,} rows written to {target}" + (f"; left out: {refused}" if refused else ""))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""Preference rows made by a local model: answers criticised and revised by principles (Constitutional AI, arXiv 2212.08073), and pairs of
+answers judged by principles (RLAIF, arXiv 2309.00267), each pair in both orders, since models favour a place.
+
+Each function is a generator of rows in the order of the prompts. A row that came to nothing has a `refused` with the reason, and what the
+model said; `save` puts those into a file of their own. Batches and their randomness depend on the list of prompts alone, and what is
+`done` is left out, so that a run that was stopped and taken up again writes what one run would have written.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtune.data.generate import Made, Writer
+from jaxtune.data.similar import Similar
+from jaxtune.errors import DataError
+
+PRINCIPLES = (
+    "The answer should be helpful: it should do what was asked for, completely and directly.",
+    "The answer should be honest: it should not state as a fact what is not known, and should say so where it is not sure.",
+    "The answer should be harmless: it should not help anyone to hurt people, and should not insult or demean.",
+    "The answer should be clear and no longer than it needs to be.",
+)
+CRITIQUE = """Here is a question and an answer to it.
+
+Question: {prompt}
+
+Answer: {answer}
+
+Principle: {principle}
+
+In what way does the answer fall short of the principle? Name what should be changed, in a few sentences."""
+REVISE = """Here is a question, an answer to it, and a criticism of the answer.
+
+Question: {prompt}
+
+Answer: {answer}
+
+Criticism: {critique}
+
+Write the answer anew, so that the criticism no longer holds. Write the new answer alone."""
+JUDGE = """Here is a question and two answers to it.
+
+Principle: {principle}
+
+Question: {prompt}
+
+Answer A: {a}
+
+Answer B: {b}
+
+Which answer follows the principle better? Give your reasons in a few sentences, then end with a line that says either "Verdict: A" or \
+"Verdict: B"."""
+VERDICT = re.compile(r"verdict\W*(?:is\W*)?(?:answer\W*)?([AB])\b", re.IGNORECASE)
+
+Row = dict[str, Any]
+
+
+def revise(
+    writer: Writer, prompts: Sequence[str], principles: Sequence[str] = PRINCIPLES, rounds: int = 1, done: Collection[str] = (),
+    plain: bool = False,
+) -> Iterator[Row]:  # fmt: skip
+    """For each prompt an answer (`rejected`) and what became of it after `rounds` of criticism by a principle and revision (`chosen`).
+
+    The rows have the last `critique` and its `principle`. plain: prompts and answers as texts, for models without a chat template;
+    else as messages.
+    """
+    for number, batch in _batches(writer, list(prompts), list(prompts), done):
+        answers = writer.write(batch, 10 * number)
+        drafts, critiques, chosen = list(answers), [""] * len(batch), [""] * len(batch)
+        for turn in range(rounds):
+            chosen = [_principle(writer, principles, prompt, turn) for prompt in batch]
+            given = [dict(prompt=p, answer=a, principle=c) for p, a, c in zip(batch, drafts, chosen, strict=True)]
+            critiques = writer.write([CRITIQUE.format(**one) for one in given], 10 * number + 1, temperature=0.0)
+            asked = [REVISE.format(**one, critique=critique) for one, critique in zip(given, critiques, strict=True)]
+            drafts = writer.write(asked, 10 * number + 2, temperature=0.0)
+        for prompt, answer, draft, critique, principle in zip(batch, answers, drafts, critiques, chosen, strict=True):
+            if prompt in done:
+                continue
+            beside = {"principle": principle, "critique": critique}
+            wrong = "empty" if not (answer and draft) else "unchanged" if answer == draft else None
+            yield _pair(prompt, draft, answer, beside, plain) if wrong is None else _refused(prompt, wrong, [answer, draft], beside)
+
+
+def prefer(
+    writer: Writer, prompts: Sequence[str], principles: Sequence[str] = PRINCIPLES, pairs: Sequence[tuple[str, str]] | None = None,
+    done: Collection[str] = (), plain: bool = False,
+) -> Iterator[Row]:  # fmt: skip
+    """For each prompt two answers, the better one by a principle `chosen`: where both orders of asking give one verdict.
+
+    pairs  the two answers to each prompt; drawn from the writer where they are not given. The rows have the judge's `reasons`, of each
+    order, and the `principle`.
+    """
+    keys = list(prompts) if pairs is None else [_key(prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True)]
+    for number, places in _batches(writer, keys, list(range(len(keys))), done):
+        batch = [prompts[place] for place in places]
+        if pairs is None:
+            first, second = (writer.write(batch, 10 * number + side) for side in range(2))
+        else:
+            first, second = ([pairs[place][side] for place in places] for side in range(2))
+        ruled = [_principle(writer, principles, prompt, 0) for prompt in batch]
+        said = []
+        for a, b in ((first, second), (second, first)):
+            asked = [JUDGE.format(prompt=p, principle=c, a=x, b=y) for p, c, x, y in zip(batch, ruled, a, b, strict=True)]
+            said.append(writer.write(asked, 10 * number + 2, temperature=0.0))
+        for place, a, b, principle, *reasons in zip(places, first, second, ruled, *said, strict=True):
+            if keys[place] in done:
+                continue
+            prompt = prompts[place]
+            beside = {"principle": principle, "reasons": reasons}
+            verdicts = [verdict(reasons[0]), {"A": "B", "B": "A"}.get(verdict(reasons[1]) or "")]
+            wrong = "empty" if not (a and b) else "same" if a == b else "no_verdict" if None in verdicts else None
+            wrong = wrong or ("undecided" if verdicts[0] != verdicts[1] else None)
+            better, worse = (a, b) if verdicts[0] == "A" else (b, a)
+            yield _pair(prompt, better, worse, beside, plain) if wrong is None else _refused(prompt, wrong, [a, b], beside)
+
+
+def verdict(text: str) -> str | None:
+    """ "A" or "B", the last one that a judge names; None where it names none."""
+    found = VERDICT.findall(text)
+    if found:
+        return found[-1].upper()
+    last = text.strip().rsplit("\n", 1)[-1].strip(" .*()[]\"'")
+    return last if last in ("A", "B") else None
+
+
+def read_principles(file: str | os.PathLike) -> list[str]:
+    """One principle a line; empty lines and those that begin with # are left out."""
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: principles cannot be read ({error}); write one a line into a text file") from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise DataError(f"{file} holds no principles; write one a line")
+    return found
+
+
+def fresh(prompts: Iterable[str]) -> list[str]:
+    """The prompts that are not empty and unlike those before them (MinHash, as in `quality`)."""
+    seen, kept = Similar(0.7), []
+    for prompt in prompts:
+        signed = seen.sign(prompt)
+        if prompt.strip() and seen.find(signed) is None:
+            seen.add(signed)
+            kept.append(prompt)
+    return kept
+
+
+# ---- files ----
+
+
+def save(make: Callable[[set[str]], Iterable[Row]], file: str | os.PathLike) -> Made:
+    """Append `make(done)` to a JSONL file, each row as it comes, those that were refused to `FILE.refused.jsonl` beside it.
+
+    `done` is what both files have already: a run that was stopped goes on where it was. Returns the counts of this run.
+    """
+    target, refused, made = Path(file), Path(f"{Path(file).with_suffix('')}.refused.jsonl"), Made()
+    done = {key for path in (target, refused) for row in _written(path) for key in _keys(row)}
+    with open(target, "a", encoding="utf-8") as rows, open(refused, "a", encoding="utf-8") as others:
+        for row in make(done):
+            stream = others if "refused" in row else rows
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            if "refused" in row:
+                made.refuse(row["refused"])
+            else:
+                made.rows += 1
+    return made
+
+
+def _written(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut off is taken away."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
+
+
+def _text(said: str | list[dict]) -> str:
+    return said if isinstance(said, str) else said[-1]["content"]
+
+
+def _key(prompt: str, pair: Sequence[str]) -> str:
+    return json.dumps([prompt, *sorted(pair)])
+
+
+def _keys(row: Row) -> tuple[str, str]:
+    """What a row has done: its prompt, and its prompt with these answers."""
+    pair = row["answers"] if "refused" in row else [_text(row["chosen"]), _text(row["rejected"])]
+    return _text(row["prompt"]), _key(_text(row["prompt"]), pair)
+
+
+# ---- rows ----
+
+
+def _batches(writer: Writer, keys: list[str], items: list[Any], done: Collection[str]) -> Iterator[tuple[int, list[Any]]]:
+    """Batches of items with their numbers; those of which nothing is left to do are passed over."""
+    for start in range(0, len(keys), writer.batch):
+        batch = slice(start, start + writer.batch)
+        if not all(key in done for key in keys[batch]):
+            yield start // writer.batch, items[batch]
+
+
+def _principle(writer: Writer, principles: Sequence[str], prompt: str, turn: int) -> str:
+    return random.Random(f"{writer.seed}/{turn}/{prompt}").choice(list(principles))
+
+
+def _pair(prompt: str, chosen: str, rejected: str, beside: Row, plain: bool) -> Row:
+    if plain:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | beside
+    turns = [[{"role": role, "content": text}] for role, text in (("user", prompt), ("assistant", chosen), ("assistant", rejected))]
+    return dict(zip(("prompt", "chosen", "rejected"), turns, strict=True)) | beside
+
+
+def _refused(prompt: str, reason: str, answers: list[str], beside: Row) -> Row:
+    return {"prompt": prompt, "refused": reason, "answers": answers} | beside
