@@ -13,18 +13,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxtune import cli, errors, optim, parallel
 from jaxtune.config import Config, load_config
+from jaxtune.convert import heads
 from jaxtune.convert.load import open_config
+from jaxtune.data import units
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import REFERENCE
 from jaxtune.peft import METHODS
+from jaxtune.reference import WITH_REFERENCE, beforehand
 from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.targets import Target, find_target
 from jaxtune.tree import flatten, unflatten
@@ -63,16 +68,14 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(
-    config: Config | Mapping | str, overrides: Sequence[str] = (), *, target: str = "here", alternatives: bool = True
-) -> Plan:
+def plan(config: Config | Mapping | str, overrides: Sequence[str] = (), *, target: str = "here", alternatives: bool = True) -> Plan:
     """Compile the step of `config` for `target` and say what it needs; where it does not fit, the nearest settings that do.
 
     Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
     """
     config = config if isinstance(config, Config) else load_config(config, list(overrides))
     where = find_target(target)
-    model_config = open_config(config.model)
+    model_config = heads.headed(open_config(config.model), heads.head_of(config))
     result = _compile(config, model_config, where)
     if result.fits is False and alternatives:
         result.instead = _alternatives(config, model_config, where)
@@ -105,10 +108,19 @@ def _per_device(tree: Any) -> int:
 
 
 def _abstract_batch(config: Config, mesh) -> Batch:
-    """The batch of a full step; without the data every token counts as trained."""
+    """The batch of a full step; without the data every token counts as trained, and a row has one pair (or other group) of answers."""
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.batch_sharding(mesh))
-    return Batch(ints, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=ints.sharding), ints, ints)
+    answers, shared = units.least(config)
+    several = config.objective == "classification" and config.problem_type != "single_label_classification" and (config.num_labels or 0) > 1
+    empty = Batch.empty((1, 1, 1), None, answers, shared, (config.num_labels or 0,) if several else ())
+    if empty.answers is not None and beforehand(config):
+        empty = empty.replace(answers=empty.answers.replace(ref_logps=empty.answers.values))
+
+    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        whole = (*shape[:2], shape[2] if x.dtype == np.int32 or x is empty.weights else x.shape[2], *x.shape[3:])
+        return jax.ShapeDtypeStruct(whole, x.dtype, sharding=parallel.batch_sharding(mesh))
+
+    return jax.tree.map(leaf, empty)
 
 
 def abstract_step(config: Config, model_config: ModelConfig, mesh):
@@ -122,11 +134,13 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh):
     trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
     own = parallel.trainable_shardings(mesh, model_config, trainable)
     optimizer = optim.optimizer(config, max(config.max_steps, 1000))
-    state = jax.eval_shape(lambda t: init_state(t, optimizer, 0), trainable)
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
     shardings = parallel.like(trainable, own, state, parallel.replicated(mesh))
     state = _with_shardings(state, shardings)
     step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer)
     base = {} if config.method == "full" else params
+    if config.objective in WITH_REFERENCE and config.ref_model is not None and not beforehand(config):
+        base = base | {REFERENCE: params}  # a checkpoint of its own
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, _abstract_batch(config, mesh)), model_config
 
 
@@ -188,7 +202,7 @@ def _causes(config: Config, model_config: ModelConfig, state, base, batch, peak:
     estimates = {
         "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else _per_device(state.trainable),
         "activations": residual,
-        "logits": min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
+        "logits": 0 if model_config.num_labels else min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
     }
     for name, size in estimates.items():
         causes[name] = max(0, min(size, left))
@@ -209,13 +223,13 @@ def step_flops(config: Config, model_config: ModelConfig) -> float:
             active += math.prod(row.shape)
         elif row.is_experts and model_config.moe:
             active += math.prod(row.shape) * model_config.moe.experts_per_token / model_config.moe.num_experts
-    head = model_config.vocab_size * model_config.hidden_size
+    head = (model_config.num_labels or model_config.vocab_size) * model_config.hidden_size
     full = config.method == "full"
     passes = 3 if full else 2
     again = 0 if config.gradient_checkpointing is False else 1
-    heads = model_config.num_layers * model_config.num_heads * model_config.head_dim
-    attention = heads * config.data.max_length  # scores and mixture, of which the causal half
-    return 2.0 * tokens * (active * (passes + again) + head * (passes + full) + attention * (3 + again))
+    attention = model_config.num_layers * model_config.num_heads * model_config.head_dim * config.data.max_length  # the causal half
+    reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
+    return 2.0 * tokens * (active * (passes + again + reference) + head * (passes + full + reference) + attention * (3 + again + reference))
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -270,7 +284,7 @@ def _candidates(config: Config, devices: int):
 
 def compare(config: Config, target: str) -> dict[str, Plan]:
     """The same run by full tuning, LoRA and QLoRA."""
-    where, model_config = find_target(target), open_config(config.model)
+    where, model_config = find_target(target), heads.headed(open_config(config.model), heads.head_of(config))
     keys = {"full": {"method": "full", "quantization": None}, "lora": {"method": "lora", "quantization": None}}
     keys["qlora"] = {"method": "qlora", "quantization": "nf4-dq"}
     return {name: _compile(_changed(config, change), model_config, where) for name, change in keys.items()}

@@ -40,8 +40,7 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
     base = {} if config.method == "full" else model.params
     if config.objective not in WITH_REFERENCE or config.sync_ref_model:
         return base
-    beforehand = config.precompute_ref_log_probs or (config.method == "full" and config.ref_model is None)
-    if not beforehand:
+    if not beforehand(config):
         reference = _reference(config, model, trainable, mesh)
         return base if reference is model.params else base | {REFERENCE: reference}
     digest = _identity(config, opened)
@@ -55,6 +54,12 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
     else:
         log.info("reference: log-probabilities found in %s", cache_dir(config) / "reference")
     return base
+
+
+def beforehand(config: Config) -> bool:
+    """Whether the reference's log-probabilities are computed before the first step."""
+    asked = config.precompute_ref_log_probs or (config.method == "full" and config.ref_model is None)
+    return asked and config.objective in WITH_REFERENCE and not config.sync_ref_model
 
 
 def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.Mesh) -> dict:

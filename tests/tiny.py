@@ -54,7 +54,8 @@ def write(folder, hf=LLAMA, tensors=None, dtype="float32"):
 def write_chat_model(folder, hf=LLAMA, seed=0):
     """A model folder with a small tokenizer and ChatML template, so that a whole run works on it; returns the tokenizer."""
     tokenizer = make_tokenizer("chatml")
-    hf = hf | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": max(256, hf["max_position_embeddings"])}
+    longest = max(256, hf["max_position_embeddings"])
+    hf = hf | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": longest}
     write(folder, hf, hf_tensors(hf, seed=seed))
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -238,6 +238,17 @@ def make(documents: Documents, config: Config, training: bool = True) -> Units:
     return Pairs(documents, share, train_prompt=objective == "orpo")
 
 
+def least(config: Config) -> tuple[int, bool]:
+    """Of a row, without the data: how many answers its units have at least (0: they are not numbered), and whether they share prompts.
+
+    For the planner; a step's answer or two more in a row are a few bytes.
+    """
+    objective, share = config.objective, config.data.shared_prompts
+    if objective in ("sft", "classification", "stepwise_reward") or config.loss_type == ("apo_zero_unpaired",):
+        return int(objective != "sft"), False
+    return (4 if objective == "kto" else 2), share
+
+
 def _occurrence(rows: np.ndarray) -> np.ndarray:
     """How many documents of the same row stand directly before each."""
     starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 1))
