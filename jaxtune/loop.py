@@ -17,6 +17,7 @@ from jaxtune import data, distributed, faults, optim, parallel
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
+from jaxtune.objectives.watch import symptoms
 from jaxtune.runlog import RunLog
 from jaxtune.step import TrainState, with_reference
 
@@ -39,6 +40,7 @@ class Loop:
         self.done = 0
         self.window: list[dict[str, float]] = []  # metrics since the last line of the log
         self.last: dict[str, float] = {}
+        self.said: set[str] = set()  # warnings that have been given
         checkpoints.best = notes["best_step"]
 
     def __call__(self, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> tuple[TrainState, dict[str, float]]:
@@ -164,6 +166,10 @@ class Loop:
             mean["skipped_steps"] = self.notes["skipped_steps"]
         mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
         self._log(number, mean)
+        for name, said in symptoms(self.config, self.log.history).items():
+            if name not in self.said:
+                self.said.add(name)
+                log.warning("step %d: %s", number, said)
 
     def _log(self, number: int, metrics: dict[str, float]) -> None:
         self.last |= metrics

@@ -25,11 +25,10 @@ from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.data.tokenised import cache_dir
 from jaxtune.errors import ConfigError
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
+from jaxtune.objectives.watch import WITH_REFERENCE
 from jaxtune.peft import compose
 
 log = logging.getLogger("jaxtune")
-
-WITH_REFERENCE = ("dpo", "kto")
 
 
 def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: data.Data, mesh: jax.sharding.Mesh) -> dict:

@@ -1,0 +1,73 @@
+"""Known failures of preference tuning, each planted into a log, and a healthy run that is let alone."""
+
+import math
+
+import pytest
+
+from jaxtune.config import load_config
+from jaxtune.objectives.watch import WINDOW, symptoms
+
+
+def config(**keys):
+    return load_config({"model": "none", "objective": "dpo"} | keys)
+
+
+def series(steps=30, **metrics):
+    """A healthy DPO run, with the named metrics instead: numbers, or functions of how far the run is, from 0 to 1."""
+    healthy = {
+        "loss": lambda t: math.log(2) * (1 - 0.7 * t), "rewards/chosen": lambda t: 0.5 * t, "rewards/rejected": lambda t: -1.5 * t,
+        "rewards/margins": lambda t: 2 * t, "rewards/accuracies": lambda t: 0.5 + 0.4 * t, "logps/chosen": lambda t: -60 + 5 * t,
+        "logps/rejected": lambda t: -60 - 15 * t, "lengths/chosen": 20.0, "lengths/rejected": 21.0,
+    } | metrics  # fmt: skip
+    values = [{name: made(n / (steps - 1)) if callable(made) else made for name, made in healthy.items()} for n in range(steps)]
+    rows = [{"step": n + 1} | row for n, row in enumerate(values)]
+    return [row for n, row in enumerate(rows) for row in ([row, {"step": n + 1, "eval_loss": 9.0}] if n % 7 == 0 else [row])]
+
+
+BOTH_FALL = {"rewards/chosen": lambda t: -1.5 * t, "logps/chosen": lambda t: -60 - 15 * t}
+PLANTED = {
+    "both_fall": BOTH_FALL,
+    "margin_without_accuracy": {"rewards/accuracies": 0.5},
+    "stuck": {"loss": math.log(2) + 1e-3},
+    "length": {"lengths/chosen": 40.0},
+}
+
+
+def test_a_healthy_run_is_let_alone():
+    assert symptoms(config(), series()) == {}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_failure_is_told_by_its_name_alone(name):
+    found = symptoms(config(), series(**PLANTED[name]))
+    assert list(found) == [name]
+    assert symptoms(config(), series(steps=2 * WINDOW - 1, **PLANTED[name])) == {}  # too early to tell
+
+
+def test_what_is_said_has_the_numbers_and_what_to_write():
+    said = symptoms(config(), series(**BOTH_FALL))["both_fall"]
+    assert "by 23% and 23%" in said and "loss_type: [sigmoid, sft]" in said  # 14 of 60 nats, the mean of the last window
+    assert "40 tokens against 21" in symptoms(config(), series(**PLANTED["length"]))["length"]
+
+
+def test_without_a_reference_the_start_of_the_run_is_what_is_fallen_from():
+    simpo = {"objective": "simpo"}
+    logps = {"logps/chosen": lambda t: -2 - t, "logps/rejected": lambda t: -2 - 2 * t, "rewards/chosen": -3.0, "rewards/rejected": -4.0}
+    assert list(symptoms(config(**simpo), series(**logps))) == ["both_fall"]
+    assert symptoms(config(**simpo), series(**logps | {"logps/chosen": lambda t: -2 + t})) == {}
+
+
+def test_no_loss_at_which_nothing_is_learnt_is_taken_for_one():
+    assert symptoms(config(loss_type="hinge"), series(loss=math.log(2))) == {}
+    assert symptoms(config(objective="simpo"), series(loss=math.log(2), **{"rewards/chosen": 0.0})) == {}
+    assert list(symptoms(config(objective="kto"), series(loss=0.5))) == ["stuck"]
+
+
+@pytest.mark.parametrize("keys", [{"objective": "simpo"}, {"loss_type": "sigmoid_norm"}, {"ld_alpha": 0.5}], ids=str)
+def test_losses_of_means_do_not_mind_length(keys):
+    assert symptoms(config(**keys), series(**PLANTED["length"])) == {}
+
+
+def test_metrics_that_are_missing_or_null_are_no_failure():
+    rows = [{"step": n, "loss": 0.3, "rewards/chosen": None, "logps/chosen": -5.0} for n in range(30)]
+    assert symptoms(config(objective="kto"), rows) == {} and symptoms(config(objective="sft"), series(**BOTH_FALL)) == {}
