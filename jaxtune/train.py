@@ -31,6 +31,7 @@ from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS
 from jaxtune.peft.lora import Adapter
 from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
@@ -84,6 +85,8 @@ def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
         len(rows.train.documents), f"{rows.train.tokens:,}", 100 * rows.train.trained_tokens / rows.train.tokens, len(rows.train.plan),
         100 * rows.train.efficiency, rows.train.steps_per_epoch, total_steps,
     )  # fmt: skip
+    for source in filter(lambda source: source is not None and source.units.shared, (rows.train, rows.eval)):
+        check_shared_prompts(opened.config, source.units.longest)
     if saved := rows.train.saved_tokens:
         share = 100 * saved / (saved + rows.train.tokens)
         log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)

@@ -7,6 +7,7 @@ restart after the prompt. The prompt's tokens are then computed once. Every kind
     lengths, trained, part, answers   int64 [n]: tokens in the row, trained tokens, the documents' source, numbers given to answers
     saved                             int64 [n]: tokens that are not computed a second time because prompts are shared
     shared                            whether batches carry parents
+    longest                           tokens of the longest document, prompt and answer
     settings                          what the layout depends on beside the documents, for fingerprints
     members(unit)                     the numbers of the documents it is made of
     fill(batch, at, unit)             write one unit into a row
@@ -91,6 +92,7 @@ class Single:
     def __init__(self, documents: Documents):
         self.documents = documents
         self.lengths, self.trained, self.part = documents.lengths, documents.trained, documents.part
+        self.longest = int(documents.lengths.max(initial=0))
         self.answers = self.saved = np.zeros(len(documents), np.int64)
 
     def members(self, unit: int) -> list[int]:
@@ -161,7 +163,7 @@ class Pairs:
         self.documents, self.shared, self.train_prompt = documents, share, train_prompt
         self.settings = ("pairs", share, train_prompt)
         count = len(documents) // 2
-        self.part, self.answers = documents.part[::2], np.full(count, 2, np.int64)
+        self.part, self.answers, self.longest = documents.part[::2], np.full(count, 2, np.int64), int(documents.lengths.max(initial=0))
         self.saved = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64) * share  # the prompt, where it is shared
         self.lengths = documents.lengths.reshape(-1, 2).sum(1) - self.saved
         self.trained = documents.trained.reshape(-1, 2).sum(1)
@@ -201,6 +203,7 @@ class Mismatched:
         self.part = np.array([documents.part[unit[0]] for unit in self._units])
         self.answers = np.array([2 * len(unit) for unit in self._units])
         groups = [self._groups(unit) for unit in range(len(self._units))]
+        self.longest = max(len(answer.tokens) for group in groups for pair in group for answer in pair)
         self.saved = np.array([sum(own.start * share for own, _ in group) for group in groups])
         self.lengths = np.array([sum(len(answer.tokens) for pair in group for answer in pair) for group in groups]) - self.saved
         self.trained = np.array([sum(np.count_nonzero(x.mask) for pair in group for x in pair) for group in groups])

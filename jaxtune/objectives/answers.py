@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.data.batch import Batch
+from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.rope import BY_LENGTH
 from jaxtune.objectives.logprobs import TokenLogprobs, token_logprobs
 
 REFERENCE = "reference"  # in `base`: the reference model's tree, where it is not the base itself
@@ -64,6 +66,20 @@ def reference_logps(config: Any, model_config: ModelConfig, base: dict, batch: B
         return batch.answers.ref_logps
     reference = base.get(REFERENCE, base)
     return jax.lax.stop_gradient(answer_logprobs(config, model_config, reference, batch).logp_BS)
+
+
+def check_shared_prompts(model_config: ModelConfig, longest: int) -> None:
+    """Raise ConfigError where a prompt cannot be computed once for several answers: its rotation goes by the length of the whole text.
+
+    longest: tokens of the longest prompt with one answer. Up to the length the model was first trained at, such a rotation is fixed.
+    """
+    for rope in model_config.ropes:
+        if rope.kind in BY_LENGTH and longest > rope.original_max:
+            raise ConfigError(
+                f"data.shared_prompts: the longest prompt and answer have {longest} tokens, and beyond {rope.original_max} this model's "
+                f"positions ({rope.kind}) turn by the length of the text, so that each answer has a prompt of its own; write "
+                "data.shared_prompts: false"
+            )
 
 
 def metric(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
