@@ -1,7 +1,8 @@
 """python -m jaxtune.evaluate MODEL --data FILE [--adapter DIR | --tuned MODEL] [--metric NAME ...]
 
 Perplexity, token accuracy and metrics of generated answers, base beside tuned, on the same rows. Of reward models the accuracy over pairs,
-of classifiers that over texts, of process reward models that over steps; a base without a scoring head is given an untrained one.
+of classifiers that over texts, of process reward models that over steps; a base without a scoring head is given an untrained one. With
+--objective dpo, of pairs, how often the better answer is told: by probability (chosen_likelier), by its change (rewards/accuracies).
 
 A metric is one of exact_match, normalised_match, f1, rouge_l, numeric_match, multiple_choice, or a function of your own,
 module.function or path/file.py:function, that takes (predictions, references, rows) and returns one number for each.
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,9 +31,12 @@ from jaxtune.convert import Model, heads, load, load_adapter
 from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import evaluation
 from jaxtune.data.prompts import Question, questions
+from jaxtune.data.source import Source
 from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import answer_logprobs
+from jaxtune.peft import compose
 from jaxtune.runfolder import write_text
 from jaxtune.step import make_eval_step
 
@@ -112,6 +117,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     predictions: str | os.PathLike | None = None,
+    objective: str = "sft",
     dtype: str = "float32",
     quantization: str | None = None,
     **options: Any,
@@ -124,6 +130,7 @@ def evaluate(
     metric          metrics of the answers, by name or as functions (see `jaxtune.metrics`); () for perplexity and token accuracy alone
     limit           answer the first so many rows only; perplexity is that of all
     predictions     a new file for the answers, one JSON line each, written as they come
+    objective       dpo: the rows are pairs of answers, measured by `pair_scores` instead of by perplexity
     options         keys of the config's `data` group: max_length, columns, system, chat_template, ...
 
     Raises ConfigError, DataError or ModelError for what cannot be used.
@@ -132,7 +139,7 @@ def evaluate(
         raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
     scoring = _scoring(model, tuned, adapter)
     judges = metrics.find_all([] if scoring else [metric] if isinstance(metric, str) or callable(metric) else metric)
-    config = load_config(scoring | {
+    config = load_config({"objective": objective} | scoring | {
         "model": (model.source if isinstance(model, Model) else os.fspath(model)) or "model",
         "data": {"test": os.fspath(data) if isinstance(data, os.PathLike) else data, **options},
         "evaluate": {"max_new_tokens": max_new_tokens, "limit": limit},
@@ -168,6 +175,7 @@ def compare(
     values: dict[str, dict[str, float]] = {}
     scores: dict[str, dict[str, list[float]]] = {}
     answers: dict[str, list[str]] = {}
+    pairs: Source | None = None
     with _new_file(predictions) as out:
         for side, model, adapter in sides:
             if judges and not asked:
@@ -176,6 +184,9 @@ def compare(
             measured = config.objective == "sft" or heads.head_of(config) is not None
             values[side] = loss_metrics(config, model, adapter, rows) if measured else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
+            if config.objective == "dpo":
+                pairs = evaluation(config, model.tokenizer, rows) if pairs is None else pairs
+                scores[side] |= pair_scores(config, model, adapter, pairs)
             values[side] |= {name: sum(numbers) / len(numbers) for name, numbers in scores[side].items()}
     if "tuned" in scores:
         scores["change"] = {
@@ -240,6 +251,18 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
     return {"loss": total / weight} | found
 
 
+def pair_scores(config: Config, model: Model, adapter: Any, pairs: Source) -> dict[str, list[float]]:
+    """Of each pair: whether the chosen answer is the likelier one, and whether its log-probability has risen by more than the rejected
+    one's has since the first side that was measured (the implicit reward of arXiv 2305.18290). 1.0, 0.0, or 0.5 where neither is.
+    """
+    logps = jax.jit(lambda base, tree, batch: answer_logprobs(config, model.config, compose(base, tree), batch).logp_BS)
+    found = pairs.each_answer(lambda batch: np.asarray(logps(model.params, adapter, jax.tree.map(lambda x: x[0], batch))))
+    pairs.ref_logps = found if pairs.ref_logps is None else pairs.ref_logps
+    differences = {"chosen_likelier": found, "rewards/accuracies": found - pairs.ref_logps}
+    # to a thousandth of a nat: two answers that are the same have sums that are rounded differently
+    return {name: ((1 + np.sign(np.subtract(*x.reshape(-1, 2).T).round(3))) / 2).tolist() for name, x in differences.items()}
+
+
 def _answer(config, model, adapter, asked, judges, side: str, out: IO | None) -> tuple[list[str], dict[str, list[float]]]:
     """Greedy answers to the questions and their scores, `{metric: [number of each]}`; each answer goes to `out` as it comes."""
     answers: list[str] = []
@@ -291,6 +314,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row, prompt and answer")
     parser.add_argument("--system", help="a system message for rows that have none")
     parser.add_argument("--predictions", metavar="FILE", help="a new .jsonl for the answers")
+    parser.add_argument("--objective", default="sft", choices=("sft", "dpo"), help="dpo: the rows are pairs of answers")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; auto is the file's own")
     parser.add_argument("--quantization", help="nf4, nf4-dq or int8")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -147,6 +147,32 @@ def test_metric_none_measures_text_alone(folder, tmp_path, monkeypatch, capsys):
         run(arguments, monkeypatch, capsys)
 
 
+def test_pairs_are_told_by_likelihood_and_by_its_change(folder, tmp_path, monkeypatch, capsys):
+    """Against one forward pass over each answer by itself. The first pair's answers are the same: neither is told."""
+    pairs = [{"prompt": "say", "chosen": f" {word}", "rejected": f" {WORDS[n // 2]}"} for n, word in enumerate(WORDS[:4])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    arguments = [folder / "model", "--data", tmp_path / "pairs.jsonl", *"--objective dpo --metric none --max-length 32 --json".split()]
+    found = json.loads(run([*arguments, "--tuned", folder / "tuned"], monkeypatch, capsys))
+
+    def logps(name):
+        model = jt.load(folder / name)
+        prompt, out = len(model.tokenizer("say")["input_ids"]), {}
+        for word in WORDS[:4]:
+            ids = [*model.tokenizer(f"say {word}")["input_ids"], model.tokenizer.eos_token_id]
+            logp = np.asarray(jax.nn.log_softmax(jt.forward(model.config, model.params, np.asarray([ids + [0] * (16 - len(ids))]))))
+            out[f" {word}"] = sum(float(logp[0, place - 1, ids[place]]) for place in range(prompt, len(ids)))
+        return out
+
+    def told(of):
+        return np.mean([(1 + np.sign(round(of[row["chosen"]] - of[row["rejected"]], 3))) / 2 for row in pairs])
+
+    before, after = logps("model"), logps("tuned")
+    assert (found["base"]["chosen_likelier"], found["tuned"]["chosen_likelier"]) == (told(before), told(after))
+    change = {word: after[word] - before[word] for word in before}
+    assert found["base"]["rewards/accuracies"] == 0.5 and found["tuned"]["rewards/accuracies"] == told(change) != 0.5
+    assert found["interval"]["tuned"].keys() == {"chosen_likelier", "rewards/accuracies"}
+
+
 def test_mistakes_say_what_to_do(folder, tmp_path):
     model, rows = folder / "model", folder / "rows.jsonl"
     with pytest.raises(ConfigError, match="adapter and tuned are both given"):

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat import make_tokenizer
+
+from jaxtune import data
+from jaxtune.config import load_config
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs" / "preference"
@@ -80,3 +84,22 @@ def test_a_linear_model_of_the_words_is_well_below_what_can_be_reached(rows):
     of_rule = {rule: np.mean([r for r, row in zip(right, rows["eval"], strict=True) if row["rule"] == rule]) for rule in RULES}
     assert of_rule["answer first"] == 0.5 and abs(of_rule["relevant"] - 0.5) < 0.1
     assert np.mean(right) < 0.75
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
+def test_the_configs_read_the_set_and_other_pairs(tmp_path, monkeypatch, objective):
+    """As they are; and LLaMA-Factory's demo pairs, where those are at hand."""
+    monkeypatch.chdir(ROOT)
+    here = {"data.cache_dir": str(tmp_path), "data.max_length": 4096}  # a small tokenizer makes many tokens
+    overrides = [f"{key}={value}" for key, value in here.items()]
+    config = load_config(f"configs/{objective}.yaml", overrides)
+    loaded = data.load(config, make_tokenizer("chatml"))
+    assert config.objective == objective and len(loaded.train.documents) == 960 and len(loaded.eval.documents) == 320
+    assert not loaded.ledger["train"][0]["problems"] and loaded.train.saved_tokens > 0.2 * loaded.train.tokens
+    demo = ROOT.parent / "shared" / "data" / "dpo_en_demo.json"
+    if demo.exists():
+        config = load_config(f"configs/{objective}.yaml", [*overrides, f"data.train={demo}", "data.eval=0.1", "data.length_policy=drop"])
+        loaded = data.load(config, make_tokenizer("chatml"))
+        rows = [np.unique(side.documents.rows) for side in (loaded.train, loaded.eval)]
+        dropped = sum(len(of) for entry in loaded.ledger["train"] for of in entry["dropped"].values())
+        assert len(rows[0]) + len(rows[1]) + dropped == 300 and dropped < 60
