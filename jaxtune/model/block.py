@@ -98,7 +98,10 @@ def feed_forward(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -
         gate, up = jnp.split(linear(w["gate_up"], x_BTD, w.get("gate_up_bias")), 2, axis=-1)
         inner = act(gate) * up
     elif "gate" in w:
-        inner = act(linear(w["gate"], x_BTD, w.get("gate_bias"))) * linear(w["up"], x_BTD, w.get("up_bias"))
+        gate = linear(w["gate"], x_BTD, w.get("gate_bias"))
+        # One after the other, backward too, where their unpacked matrices would else be there at once.
+        gate, x_BTD = jax.lax.optimization_barrier((gate, x_BTD))
+        inner = act(gate) * linear(w["up"], x_BTD, w.get("up_bias"))
     else:
         inner = act(linear(w["up"], x_BTD, w.get("up_bias")))
     return linear(w["down"], inner, w.get("down_bias")), None

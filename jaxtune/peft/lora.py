@@ -61,8 +61,8 @@ class LoRA(Weight):
 def _adapted(base, x, dropped, a, b, scale):
     """`W x + scale * b (a x)`, the second x being `dropped` where there is one.
 
-    The barriers, here and in the backward pass, are for memory: each sum is made as soon as its parts are there, the first part before
-    the second, and what a product is made from is not kept longer than for it. Left alone, XLA does all three the other way.
+    The barriers, here and in the backward pass, are for memory: each sum is made as soon as its parts are there, the small product after
+    the large one, and the gradients of a and b first, so that x is not kept for them. Left alone, XLA does all three the other way.
     """
     y, x = jax.lax.optimization_barrier((linear(base, x), x if dropped is None else dropped))
     return jax.lax.optimization_barrier(y + linear(b, linear(a, x) * scale.astype(x.dtype)))
@@ -77,8 +77,7 @@ def _adapted_bwd(residuals, dy):
     write a transposed copy of x or dy for the other order, which on a CPU takes ten times as long as the product."""
     base, x, dropped, a, b, scale = residuals
     _, pull = jax.vjp(lambda x: linear(base, x), x)
-    (dx,) = pull(dy)
-    dx, dy, x = jax.lax.optimization_barrier((dx, dy, x if dropped is None else dropped))
+    x = x if dropped is None else dropped
     rank_N, wide_N = (x.ndim - 1,), tuple(range(x.ndim - 1))
     scale = scale.astype(x.dtype)
     inner = linear(a, x) * scale
@@ -87,10 +86,11 @@ def _adapted_bwd(residuals, dy):
     da = jax.lax.dot_general(dinner, x, over_tokens, preferred_element_type=jnp.float32)
     # the barrier keeps XLA from turning the product round to save this small transpose
     db = jax.lax.optimization_barrier(jax.lax.dot_general(inner, dy, over_tokens, preferred_element_type=jnp.float32)).T
+    dy, dinner, da, db = jax.lax.optimization_barrier((dy, dinner, da.astype(a.dtype), db.astype(b.dtype)))
+    dx, dinner = jax.lax.optimization_barrier((*pull(dy), dinner))
     second = jax.lax.dot_general(dinner, a.astype(x.dtype), ((rank_N, (0,)), ((), ())))
     dx, ddropped = (dx + second, None) if dropped is None else (dx, second)
-    dx, ddropped, da, db = jax.lax.optimization_barrier((dx, ddropped, da.astype(a.dtype), db.astype(b.dtype)))
-    return None, dx, ddropped, da, db, None
+    return None, *jax.lax.optimization_barrier((dx, ddropped)), da, db, None
 
 
 _adapted.defvjp(_adapted_fwd, _adapted_bwd)
