@@ -73,7 +73,7 @@ def plan(config: Config | Mapping | str, overrides: Sequence[str] = (), *, targe
 
     Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
     """
-    config = config if isinstance(config, Config) else load_config(config, list(overrides))
+    config = load_config(config, overrides)
     where = find_target(target)
     model_config = heads.headed(open_config(config.model), heads.head_of(config))
     result = _compile(config, model_config, where)

@@ -57,7 +57,7 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
 
     Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
     """
-    config = config if isinstance(config, Config) else load_config(config, overrides)
+    config = load_config(config, overrides)
     _check_tables(config)
     distributed.start(config.distributed)
     enable_compilation_cache(config)

@@ -6,11 +6,12 @@ import jax
 import pytest
 import tiny
 
-from jaxtune import data, parallel
+from jaxtune import data, parallel, targets
 from jaxtune.config import MeshConfig, load_config
-from jaxtune.convert.load import open_tokenizer
+from jaxtune.convert.load import open_config, open_tokenizer
+from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.plan import _abstract_batch, plan
+from jaxtune.plan import _abstract_batch, abstract_step, compare, errors_bytes, plan
 
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
@@ -47,5 +48,69 @@ def test_a_reward_model_and_a_preference_run_are_planned(folder):
         return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | keys)
 
     reward, sft, dpo = planned(objective="reward"), planned(), planned(objective="dpo")
-    assert reward.peak_bytes < sft.peak_bytes and reward.bytes["logits"] == 0 < sft.bytes["logits"]
+    assert reward.bytes["trainable"] < sft.bytes["trainable"] and reward.bytes["logits"] == 0 < sft.bytes["logits"]
     assert reward.flops < sft.flops < dpo.flops
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model's config.json and nothing else."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(tiny.LLAMA))
+    return path
+
+
+def run(folder, **keys):
+    own = {"model": str(folder), "data": {"train": "x.jsonl", "max_length": 32}, "output_dir": "x", "per_device_train_batch_size": 4}
+    return load_config(own | keys)
+
+
+def test_argument_bytes_are_those_of_the_arrays(model_folder):
+    """Weights, adapter and moments, against what the shapes of the trees hold."""
+    config = run(model_folder, method="qlora")
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    _, (state, base, _), _ = abstract_step(config, open_config(config.model), mesh)
+    base, adapter = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (base, state.trainable))
+    found = plan(config).bytes
+    assert found["weights"] + found["scales"] == base and found["trainable"] == adapter
+    assert 2 * adapter <= found["optimizer"] <= 2 * adapter + 64
+
+
+def test_what_does_not_fit_is_answered_by_what_does(model_folder, monkeypatch):
+    config = run(model_folder, method="lora", gradient_checkpointing=False, data={"train": "x.jsonl", "max_length": 256})
+    alone = jax.devices()[:1]
+    needed = plan(config, target="here").peak_bytes
+    chip = targets.Chip(needed - 1, 1e9, 1e12)
+    monkeypatch.setattr("jaxtune.plan.find_target", lambda name: targets.Target("small", alone, chip))
+    result = plan(config, target="small")
+    assert result.fits is False and result.instead
+    for row in result.instead:
+        again = plan(config, [f"{key}={json.dumps(value)}" for key, value in row["keys"].items()], target="small", alternatives=False)
+        assert again.fits and again.peak_bytes == row["peak_bytes"] < needed
+
+
+def test_methods_side_by_side(model_folder):
+    plans = compare(run(model_folder, method="lora"), "here")
+    assert list(plans) == ["full", "lora", "qlora"]
+    assert plans["qlora"].bytes["weights"] < plans["lora"].bytes["weights"]
+    assert plans["full"].bytes["optimizer"] > plans["lora"].bytes["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.00GiB.", 2.0),
+    ],
+)
+def test_a_compiler_that_refuses_says_how_much(message, size):
+    assert errors_bytes(message) == int(size * 2**30)
+    assert errors_bytes("INTERNAL: something else") is None
+
+
+@pytest.mark.parametrize("name", ["h1000", "v5e", "v9-8", "0"])
+def test_an_unknown_target_names_those_there_are(name):
+    with pytest.raises(ConfigError, match="v5e-8.*h100"):
+        targets.find_target(name)
+    with pytest.raises(ConfigError, match="powers of two"):
+        targets.find_target("v5e-3")

@@ -166,12 +166,17 @@ def _entry(out: dict[str, Any], path: str, value: Any) -> None:
     out.setdefault(table, {})[name] = value
 
 
-def load_config(config: str | os.PathLike | Mapping, overrides: Iterable[str] = ()) -> Config:
-    """Read a config: a YAML file's path or a dict, then `key=value` overrides (values are YAML), which win.
+def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterable[str] = ()) -> Config:
+    """Read a config: a YAML file's path, a dict or a `Config`, then `key=value` overrides (values are YAML), which win.
 
     Raises:
         ConfigError: an unknown key (names the nearest one), a wrong type, or keys that do not go together.
     """
+    overrides = list(overrides)
+    if isinstance(config, Config):
+        if not overrides:
+            return config
+        config = config.to_dict()
     raw = dict(config) if isinstance(config, Mapping) else _read(config)
     flat = _canonical(_flatten(raw)) | _canonical(_flatten(dict(map(_override, overrides))))
     nested: dict[str, Any] = {}

@@ -253,3 +253,10 @@ def test_every_key_is_read_by_somebody():
 
 def test_every_key_of_the_schema_has_a_path():
     assert {field.name for field in dataclasses.fields(Config)} == {path.split(".")[0] for path in PATHS}
+
+
+def test_overrides_change_a_config_that_is_read_already():
+    config = load_config({"model": "m", "data": {"train": "x.jsonl"}, "output_dir": "o", "method": "lora"})
+    assert load_config(config) is config
+    changed = load_config(config, ["lora.r=3", "learning_rate=0.5"])
+    assert (changed.lora.r, changed.learning_rate) == (3, 0.5) and config.lora.r != 3
