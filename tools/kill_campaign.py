@@ -2,8 +2,9 @@
 
     python tools/kill_campaign.py CONFIG.yaml [key=value ...] --trials 25 --seed 0
 
-Each trial starts the run in a fresh folder, kills the process after a random time (during start-up, steps, and saves alike; the first
-kills come early), resumes, kills again, up to `--kills` times, then lets it end. Prints one line a trial and exits 1 if any differs.
+Each trial starts the run in a fresh folder, kills the process, resumes, kills again, up to `--kills` times, then lets it end. Half of the
+kills come after a random time (start-up and steps alike), half while a checkpoint is being written, the first one included. Prints one
+line a trial, with what each kill hit, and exits 1 if any result differs.
 """
 
 import argparse
@@ -41,16 +42,41 @@ def run_to_end(argv: list[str]) -> float:
     return time.monotonic() - started
 
 
-def kill_after(argv: list[str], seconds: float) -> bool:
-    """Whether the run was still going and has been killed."""
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def unfinished(folder: Path) -> set[str]:
+    """Checkpoints that are being written, or that a kill has left half-written: Orbax renames a folder when it is whole."""
     try:
-        process.wait(timeout=seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
+        return {path.name for path in (folder / "checkpoints").iterdir() if "tmp" in path.name}
+    except FileNotFoundError:
+        return set()
+
+
+def state_of(folder: Path, before: set[str]) -> str:
+    """What a process that has just been killed was doing, from what it left."""
+    if not (folder / "config.yaml").is_file():
+        return "start-up"
+    whole = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    if unfinished(folder) - before:
+        return f"saving after checkpoint {max(whole)}" if whole else "the first save"
+    return f"steps after checkpoint {max(whole)}" if whole else "steps before the first save"
+
+
+def kill(argv: list[str], folder: Path, seconds: float, in_save: bool, pause: float) -> str | None:
+    """Kill the run after `seconds`, or `pause` seconds into the first save; None: it had ended before."""
+    before = unfinished(folder)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = time.monotonic()
+    while process.poll() is None:
+        waited = time.monotonic() - started
+        if in_save and unfinished(folder) - before:
+            time.sleep(pause)
+            break
+        if not in_save and waited > seconds:
+            break
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() == 0:
+        return None
+    return state_of(folder, before)
 
 
 def main() -> None:
@@ -68,19 +94,19 @@ def main() -> None:
     expected, wrong = digest(work / "whole"), 0
     print(f"undisturbed: {length:.1f} s, {expected[:16]}", flush=True)
     for trial in range(1, given.trials + 1):
-        folder, moments = work / f"trial-{trial}", []
+        folder, hits = work / f"trial-{trial}", []
         for _ in range(given.kills):
             resume = (folder / "config.yaml").is_file()
             if not resume:
                 shutil.rmtree(folder, ignore_errors=True)  # killed before the run began
-            moments.append(rng.uniform(0.3, 1.0) * length)
-            if not kill_after(command(given.config, given.overrides, folder, resume), moments[-1]):
+            argv = command(given.config, given.overrides, folder, resume)
+            if (hit := kill(argv, folder, rng.uniform(0.3, 1.0) * length, rng.random() < 0.5, rng.uniform(0, 0.03))) is None:
                 break
+            hits.append(hit)
         run_to_end(command(given.config, given.overrides, folder, (folder / "config.yaml").is_file()))
         same = digest(folder) == expected
         wrong += not same
-        times = ", ".join(f"{moment:.2f}" for moment in moments)
-        print(f"trial {trial}: killed at {times} s: {'bit-equal' if same else 'DIFFERENT'}", flush=True)
+        print(f"trial {trial}: killed in {'; '.join(hits) or 'nothing'}: {'bit-equal' if same else 'DIFFERENT'}", flush=True)
         shutil.rmtree(folder)
     print(f"{given.trials - wrong} of {given.trials} trials bit-equal")
     shutil.rmtree(work)
