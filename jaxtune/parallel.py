@@ -94,8 +94,8 @@ def place(tree: Any, shardings: Any) -> Any:
 def fetch(tree: Any) -> Any:
     """The tree as numpy arrays, whole, on every process; all of them have to call it, in the same order."""
 
-    def one(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable or x.is_fully_replicated:
+    def one(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x))
 
@@ -171,3 +171,26 @@ def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> A
         return next((known[path[i:], leaf.shape] for i in range(len(path)) if (path[i:], leaf.shape) in known), default)
 
     return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def state_shardings(mesh: Mesh, state: Any, trainable: Any, own: Any, zero_stage: int = 0) -> Any:
+    """Where a `TrainState` (its shapes) lies: copies of `trainable` like it (`own`), the rest on every device.
+
+    `zero_stage` 1: the optimiser's copies are cut over `data` besides (ZeRO-1, arXiv 1910.02054): each device updates its part of the
+    parameters, and they are put together again.
+    """
+    shardings = like(trainable, own, state, replicated(mesh))
+    if zero_stage:
+        shardings = shardings.replace(opt_state=jax.tree.map(_over_data, shardings.opt_state, state.opt_state))
+    return shardings
+
+
+def _over_data(where: NamedSharding, leaf: Any) -> NamedSharding:
+    """The same with the first dimension that divides cut over `data` too; a leaf without one stays as it is."""
+    mesh, spec = where.mesh, list(where.spec) + [None] * (leaf.ndim - len(where.spec))
+    for number, size in enumerate(leaf.shape):
+        names = spec[number] if isinstance(spec[number], tuple) else (spec[number],) if spec[number] else ()
+        if size % math.prod(mesh.shape[name] for name in (*names, "data")) == 0:
+            spec[number] = (*names, "data")
+            return NamedSharding(mesh, PartitionSpec(*spec))
+    return where

@@ -135,9 +135,9 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh):
     own = parallel.trainable_shardings(mesh, model_config, trainable)
     optimizer = optim.optimizer(config, max(config.max_steps, 1000))
     state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
-    shardings = parallel.like(trainable, own, state, parallel.replicated(mesh))
+    shardings = parallel.state_shardings(mesh, state, trainable, own, config.zero_stage)
     state = _with_shardings(state, shardings)
-    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer)
+    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
     base = {} if config.method == "full" else params
     if config.objective in WITH_REFERENCE and config.ref_model is not None and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own

@@ -176,7 +176,7 @@ def _place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
     make = lambda trainable: init_state(trainable, optimizer, config.seed, config.sync_ref_model)  # noqa: E731
     shapes = jax.eval_shape(make, trainable)
     own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    shardings = parallel.like(trainable, own, shapes, parallel.replicated(mesh))
+    shardings = parallel.state_shardings(mesh, shapes, trainable, own, config.zero_stage)
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
 
 

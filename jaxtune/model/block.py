@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxtune.model.attention import Keys, attend
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layers import ACTIVATIONS, NORMS
+from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
@@ -56,9 +58,27 @@ def attention(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
         start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
         kv = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv, (k, v), strict=True))
         k, v = (jax.lax.dynamic_index_in_dim(cached, place.number, keepdims=False) for cached in kv)
-    cap, scale = config.attention_softcap, config.attention_scale
-    mixed = attend(q, k, v, place.queries, place.keys, scale=scale, window=place.window, cap=cap)
+    q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
+    k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
+    mixed = _attend(config, q, k, v, place)
     return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
+
+
+def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, place: Place) -> jax.Array:
+    """`attend`; where a row's tokens lie on several devices, each device's own queries over the keys and values of the whole row."""
+
+    def over(q, k, v, queries, keys, window):
+        return attend(q, k, v, queries, keys, scale=config.attention_scale, window=window, cap=config.attention_softcap)
+
+    mesh, T = config.mesh, q.shape[1]
+    if mesh is None or not split(mesh, "sequence") or T % mesh.shape["sequence"]:
+        return over(q, k, v, place.queries, place.keys, place.window)
+    (rows,) = partition(mesh, q.shape[:1], ("rows",))
+    heads = partition(mesh, (config.num_kv_heads,), ("heads",))[0]  # groups of queries stay with their keys
+    mine, whole = PartitionSpec(rows, "sequence", heads, None), PartitionSpec(rows, None, heads, None)
+    specs = (mine, whole, whole, PartitionSpec(rows, "sequence"), PartitionSpec(rows, None), PartitionSpec())
+    parts = each_part(over, mesh, specs, mine, frozenset(mesh.axis_names))
+    return parts(q, k, v, place.queries, place.keys, place.window)
 
 
 def projections(config: ModelConfig, w: dict, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
@@ -104,4 +124,4 @@ def feed_forward(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -
         inner = act(gate) * linear(w["up"], x_BTD, w.get("up_bias"))
     else:
         inner = act(linear(w["up"], x_BTD, w.get("up_bias")))
-    return linear(w["down"], inner, w.get("down_bias")), None
+    return linear(w["down"], constrain(config.mesh, inner, "rows", "tokens", "mlp"), w.get("down_bias")), None

@@ -14,8 +14,11 @@ from jaxtune.errors import ModelError
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import Place, block, norm
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.layout import constrain
 from jaxtune.model.moe import RouterSums
+from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.rope import cos_sin
+from jaxtune.model.spec import spec
 from jaxtune.model.weight import linear, rows
 
 
@@ -48,6 +51,7 @@ class Output(NamedTuple):
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
     """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them."""
     x_BTD = rows(params["embed"], tokens_BT, config.dtype)
+    x_BTD = constrain(config.mesh, x_BTD, "groups", "tokens", "width")  # rows then come together by an exchange
     return x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, config.dtype)  # rounded first, as Gemma does
 
 
@@ -88,18 +92,21 @@ def hidden(
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
         x_BTD = x_BTD + rows(params["positions"], positions_BT, config.dtype)
+    x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
     cos, sin = cos_sin(config.ropes, positions_BT, segments_BT)
 
     def layer(carry, scanned):
         x_BTD, kv = carry
         x_BTD = checkpoint_name(x_BTD, "residual")
         weights, number, rope, window = scanned
+        weights = _brought(config, weights, axes) if config.mesh else weights
         place = Place(cos[rope], sin[rope], window, queries, keys, number)
         x_BTD, kv, sums = block(config, weights, x_BTD, place, kv)
-        return (x_BTD, kv), sums
+        return (constrain(config.mesh, x_BTD, "rows", "tokens", None), kv), sums
 
-    kv, routed = None if cache is None else (cache.k, cache.v), []
+    kv, routed, table = None if cache is None else (cache.k, cache.v), [], spec(config) if config.mesh else {}
     for stack, layers in enumerate(config.stacks):
+        axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in table.items()}
         ropes = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])
         windows = jnp.asarray([config.layer_windows[i] for i in layers])
         scanned = params["layers"][str(stack)], jnp.asarray(layers), ropes, windows
@@ -109,6 +116,23 @@ def hidden(
         cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
     return Output(norm(config, params, "norm", x_BTD), cache, aux)
+
+
+def _brought(config: ModelConfig, weights: dict, axes: dict[str, tuple]) -> dict:
+    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
+    moves eight times the bytes."""
+
+    def bring(name: str, leaf):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-2] != leaf.shape[0]):
+            return leaf
+        names = [axis if axis != "embed" else None for axis in axes[name][1:]]
+        fields = {field: constrain(config.mesh, x, *names[: x.ndim]) for field, x in (("codes", leaf.codes), ("absmax", leaf.absmax))}
+        return leaf.replace(**fields)
+
+    return {
+        name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))
+        for name, leaf in weights.items()
+    }
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:

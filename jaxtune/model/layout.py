@@ -8,7 +8,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 ROWS = ("data", "fsdp")  # the axes of the mesh that hold different rows of a batch
-RULES = {"rows": ROWS, "tokens": "sequence", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+# "groups" and "width": rows and columns as a lookup in a table that is cut along its width finds them, before each row is put together
+RULES = {
+    "rows": ROWS, "groups": "data", "width": "fsdp", "tokens": "sequence",
+    "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor",
+}  # fmt: skip
 
 
 def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -22,9 +26,19 @@ def partition(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) 
     """The mesh axes of each dimension."""
     names = []
     for size, axis in zip(shape, axes, strict=True):
-        name = RULES[axis] if axis else None
+        name = RULES.get(axis) if axis else None
         parts = 1
         for one in (name,) if isinstance(name, str) else name or ():
             parts *= mesh.shape[one]
         names.append(name if parts > 1 and size % parts == 0 else None)
     return PartitionSpec(*names)
+
+
+def split(mesh: Mesh | None, *axes: str) -> bool:
+    """Whether any of these axes of the mesh has more than one device."""
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
+
+
+def each_part(function, mesh: Mesh, in_specs, out_specs, axes: frozenset[str]):
+    """`function` on each device's part along `axes` of the mesh (the compiler keeps the others): `jax.shard_map`."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layers import ACTIVATIONS
+from jaxtune.model.layout import ROWS, each_part, partition, split
 from jaxtune.model.weight import grouped, linear
 
 
@@ -29,7 +31,27 @@ def load_balancing_loss(sums: RouterSums) -> jax.Array:
 
 
 def mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
-    """The feed-forward of an expert layer, `[B, T, D]`, and the router's sums over tokens that are `live` (not padding)."""
+    """The feed-forward of an expert layer, `[B, T, D]`, and the router's sums over tokens that are `live` (not padding).
+
+    On a mesh each device sorts its own tokens, and the layer's experts come to it: sorting all tokens would bring all of them to each.
+    """
+    mesh, axes = config.mesh, (*ROWS, "sequence")
+    if mesh is None or not split(mesh, *axes):
+        return _mixture(config, w, x_BTD, live_BT)
+    names = ("router", "experts_gate", "experts_up", "experts_down")
+    spec = partition(mesh, x_BTD.shape[:2], ("rows", "tokens"))
+    own = tuple(name for part in spec if part for name in ((part,) if isinstance(part, str) else part))
+
+    def part(w, x, live):
+        mixed, sums = _mixture(config, w, x, live)
+        return mixed, jax.lax.psum(sums, own) if own else sums
+
+    weights = {name: w[name] for name in names}
+    parts = each_part(part, mesh, (PartitionSpec(), spec, spec), (spec, PartitionSpec()), frozenset(axes))
+    return parts(weights, x_BTD, live_BT)
+
+
+def _mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
     assert config.moe is not None
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.layout import constrain
 from jaxtune.model.moe import RouterSums
 
 
@@ -61,6 +62,7 @@ def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: 
 
 
 def _logits(config, head, hidden):
+    hidden = constrain(config.mesh, hidden, "rows", None, None)
     return decoder.logits(config, {"head": head}, hidden)
 
 
