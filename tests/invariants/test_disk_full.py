@@ -34,3 +34,15 @@ def test_disk_full(tmp_path, small_disk):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and "error: the disk is full" in done.stderr.splitlines()[-1], done.stderr
     assert not (small_disk / "run" / "adapter").exists()
+
+
+def test_read_only_folder(tmp_path, small_disk):
+    tiny.write_chat_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Say.", "completion": " 1"}) + "\n")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    words = [f"model={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}", f"output_dir={small_disk / 'run'}"]
+    (tmp_path / "run.yaml").write_text("max_steps: 2\n")
+    done = subprocess.run([sys.executable, "-m", "jaxtune.train", str(tmp_path / "run.yaml"), *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and str(small_disk / "run") in last and "read-only file system; write to another folder" in last

@@ -1,4 +1,4 @@
-"""Several processes, one run, through the real command: the losses of one process; one lost, the others stop; started again, the same end."""
+"""Several processes, one run, by the real command: the losses of one process; one lost, the others stop; started again, the same end."""
 
 import json
 import os
@@ -13,7 +13,9 @@ import tiny
 import yaml
 
 WORDS = "one two three hello there fox dog quick".split()
-SHAPE = tiny.LLAMA | {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 64}
+# Parts of 64 columns: each process packs blocks of its own, and both exchange the scales.
+SHAPE = tiny.LLAMA | {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+SHAPE |= {"intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,10 @@ def config(tmp_path_factory):
     rows = [{"prompt": f"Say {a} {b}.", "completion": f" {a} {b}"} for a in WORDS for b in WORDS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model": str(folder / "model"), "method": "qlora",  # parts of 64 columns: each process packs its own blocks, and both exchange the scales
+        "model": str(folder / "model"), "method": "qlora",
         "data": {"train": str(folder / "rows.jsonl"), "eval": 0.1, "max_length": 32, "cache_dir": str(folder / "cache")},
-        "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj"]}, "per_device_train_batch_size": 1, "max_steps": 6, "save_steps": 2, "logging_steps": 1,
+        "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj"]},
+        "per_device_train_batch_size": 1, "max_steps": 6, "save_steps": 2, "logging_steps": 1,
         "eval_strategy": "steps", "eval_steps": 6, "learning_rate": 0.01, "mesh": {"data": 1, "fsdp": 4}, "report_to": [],
         "compilation_cache": str(folder / "xla"),
     }  # fmt: skip

@@ -1,0 +1,124 @@
+"""Checkpoints: proven, the newest whole one, never the last good one deleted, onto another mesh."""
+
+import hashlib
+import logging
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxtune import parallel, peft
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import LoraConfig, MeshConfig, load_config
+from jaxtune.convert import peft as peft_files
+from jaxtune.convert.load import open_model, read_model
+from jaxtune.errors import CheckpointError
+from jaxtune.optim import optimizer
+from jaxtune.step import init_state
+
+SHAPE = tiny.LLAMA | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}
+NOTES = {"best_step": None}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    tiny.write(folder, SHAPE)
+    return folder
+
+
+def make_state(folder, fsdp):
+    """(model, a state of random numbers, the same for any mesh) over that many ways of fsdp."""
+    mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
+    model = read_model(open_model(folder), mesh=mesh)
+    adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(r=4))
+    config = load_config({"model": str(folder), "data": {"train": "none"}})
+    state = init_state(adapter, optimizer(config, 10), 0)
+    rng = np.random.default_rng(0)
+    noisy = lambda tree: jax.tree.map(lambda x: np.asarray(rng.standard_normal(x.shape), x.dtype), tree)  # noqa: E731
+    state = state.replace(trainable=noisy(state.trainable), opt_state=noisy(state.opt_state))
+    own = parallel.trainable_shardings(mesh, model.config, state.trainable)
+    return model, jax.device_put(state, parallel.state_shardings(mesh, state, state.trainable, own))
+
+
+def same(left, right):
+    left, right = (jax.tree.leaves(x.replace(key=jax.random.key_data(x.key))) for x in (left, right))
+    return all(np.array_equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def test_onto_another_mesh_and_the_same_bytes(model_folder, tmp_path):
+    """One device -> eight -> one: the state is the same, and so are the adapter's bytes and the arrays that the checkpoints hold."""
+    digests, arrays = set(), []
+    model, state = make_state(model_folder, 1)
+    for number, following in enumerate((8, 1, 1)):
+        saved = Checkpoints(tmp_path / str(number))
+        saved.save(3, state, NOTES)
+        saved.close()
+        peft_files.save_adapter(parallel.fetch(state.trainable), model, tmp_path / f"adapter-{number}")
+        digests.add(hashlib.sha256((tmp_path / f"adapter-{number}" / "adapter_model.safetensors").read_bytes()).hexdigest())
+        plain = Checkpoints(tmp_path / str(number))
+        whole = plain.manager.restore(3)  # as numpy, whatever the mesh was
+        arrays.append({name: np.asarray(x).tobytes() for name, x in whole["state"].items()})
+        plain.manager.close()
+        model, like = make_state(model_folder, following)
+        like = like.replace(trainable=jax.tree.map(jax.numpy.zeros_like, like.trainable))
+        again = Checkpoints(tmp_path / str(number))
+        restored, notes = again.restore(like)
+        again.close()
+        assert same(restored, state) and notes["best_step"] is None
+        assert jax.tree.leaves(restored.trainable)[0].sharding == jax.tree.leaves(like.trainable)[0].sharding
+        state = restored
+    assert len(digests) == 1 and arrays[0] == arrays[1] == arrays[2]
+
+
+def damage(folder):
+    """Flip bytes in the middle of the largest file of a checkpoint."""
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(byte ^ 0xFF for byte in data[middle : middle + 64])
+    file.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(model_folder, tmp_path, caplog):
+    _, state = make_state(model_folder, 1)
+    saved = Checkpoints(tmp_path / "run")
+    for step in (1, 2):
+        saved.save(step, state.replace(step=state.step + step), NOTES)
+    saved.close()
+    damage(tmp_path / "run" / "2")
+    saved = Checkpoints(tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "jaxtune"):
+        restored, _ = saved.restore(state)
+    assert int(restored.step) == 1 and "checkpoint 2 is damaged" in caplog.text and "taking the one before it" in caplog.text
+    damage(tmp_path / "run" / "1")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        saved.restore(state)
+    saved.close()
+
+
+def test_the_limit_never_deletes_the_only_good_one(model_folder, tmp_path, monkeypatch):
+    _, state = make_state(model_folder, 1)
+    saved = Checkpoints(tmp_path / "run", keep=1)
+    saved.save(1, state, NOTES)
+    saved.wait()
+    seen = []
+    save = saved.manager.save
+    monkeypatch.setattr(saved.manager, "save", lambda step, **kwargs: (save(step, **kwargs), seen.append(saved.steps())))
+    saved.save(2, state, NOTES)
+    assert (tmp_path / "run" / "1").is_dir()  # 2 is still being written: 1 is the only good one
+    saved.close()
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()] == ["2"]
+
+
+def test_a_state_that_does_not_read_back_stops_the_run_before_it_is_long(model_folder, tmp_path, monkeypatch):
+    _, state = make_state(model_folder, 1)
+    saved = Checkpoints(tmp_path / "run")
+    proven = saved.prove(1, jax.tree.map(lambda x: x.copy(), state), NOTES, keep=True)
+    assert same(proven, state)
+    monkeypatch.setattr(saved, "wait", lambda: (Checkpoints.wait(saved), damage(tmp_path / "run" / "2")))
+    with pytest.raises(CheckpointError, match="checkpoint of step 2 does not read back.*another"):
+        saved.prove(2, state, NOTES, keep=True)
+    monkeypatch.undo()
+    saved.close()

@@ -1,0 +1,139 @@
+"""Numbers that go wrong: steps passed over with the state as it was, stops that name the rows, spikes; and what a resume lets pass."""
+
+import json
+import logging
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jaxtune.train
+from jaxtune import faults
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.errors import CheckpointError, JaxtuneError
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.runlog import RunLog
+from jaxtune.train import train
+
+WORDS = "one two three hello there fox dog quick brown lazy".split()
+BAD = 6  # the row that says fox
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    tokenizer = tiny.write_chat_model(folder / "model")
+    rows = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in WORDS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, tokenizer(" fox")["input_ids"][-1]
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    def make(**changes):
+        data = {"train": str(folder[0] / "rows.jsonl"), "max_length": 32, "packing": False}
+        return {
+            "model": str(folder[0] / "model"), "output_dir": str(tmp_path / "run"), "data": data, "lora": {"r": 2}, "max_steps": 4,
+            "per_device_train_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 1, "compilation_cache": False,
+            "report_to": [],
+        } | changes  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def poisoned(folder, monkeypatch):
+    """The SFT loss, no number wherever the batch says fox: once in each epoch of two steps."""
+    sft = OBJECTIVES["sft"]
+
+    def loss(config, model_config, params, base, batch, key):
+        out = sft(config, model_config, params, base, batch, key)
+        return out._replace(total=jnp.where((batch.tokens == folder[1]).any(), jnp.nan, 1.0) * out.total)
+
+    monkeypatch.setitem(jaxtune.train.OBJECTIVES, "sft", loss)
+
+
+def arrays(run, step):
+    checkpoints = Checkpoints(run / "checkpoints")
+    state = checkpoints.manager.restore(step)["state"]
+    checkpoints.manager.close()
+    return {name: np.asarray(x) for name, x in state.items() if name != "step"}
+
+
+def test_a_bad_step_is_passed_over_and_the_limit_holds(config, poisoned, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "jaxtune"):
+        result = train(config(max_skipped_steps=2))
+    said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(said) == 2 and "1 of at most 2" in said[0] and "2 of at most 2" in said[1]
+    assert all(f"{BAD}" in line.partition("rows.jsonl row")[2] and "fox" not in line for line in said)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.trainable))
+    bad = int(said[1].split()[1])
+    before, after = arrays(tmp_path / "run", bad - 1), arrays(tmp_path / "run", bad)
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == 2 and bad not in logged
+    with pytest.raises(JaxtuneError, match=rf"loss is nan .* at step \d \(1 steps were skipped before\).*rows.jsonl rows .*\b{BAD}\b"):
+        train(config(max_skipped_steps=1, output_dir=str(tmp_path / "again")))
+
+
+def test_spikes():
+    flat = [2.0 + 0.1 * (n % 2) for n in range(50)]
+    assert faults.spike(flat, 2.2, 6.0) is None and faults.spike(flat[:5], 9.0, 6.0) is None and faults.spike(flat, 9.0, 0.0) is None
+    assert faults.spike(flat, 9.0, 6.0)["mean"] == pytest.approx(2.05)
+    assert len(faults.remember([1.0] * 100, 2.0)) == 100
+    assert faults.rows_in_words({"a.jsonl": list(range(1, 31)), "b": [4]}).endswith("20 and 10 more; b row 4")
+
+
+def test_a_spike_is_told_with_its_rows(config, tmp_path, monkeypatch, caplog):
+    found = {"loss": 9.0, "mean": 2.0, "deviation": 0.5}
+    monkeypatch.setattr(faults, "spike", lambda losses, loss, sigma: found if len(losses) == 2 else None)
+    with caplog.at_level(logging.WARNING, "jaxtune"):
+        train(config())
+    line = json.loads((tmp_path / "run" / "loss_spikes.jsonl").read_text())
+    rows = [number for numbers in line["rows"].values() for number in numbers]
+    assert line["step"] == 3 and rows == sorted(rows) and set(rows) <= set(range(1, 11)) and len(rows) in (2, 8)
+    assert "loss spike at step 3: 9 is 14.0 standard deviations above the 2" in caplog.text and "Say" not in caplog.text
+
+
+def test_rows_of_an_epoch_are_all_rows(config, folder):
+    from jaxtune import data
+    from jaxtune.config import load_config
+    from jaxtune.convert.load import open_tokenizer
+
+    source = data.load(load_config(config()), open_tokenizer(folder[0] / "model"), 8).train
+    assert sorted(row for step in (0, 1) for rows in source.rows_at(step).values() for row in rows) == list(range(1, 11))
+
+
+def test_what_a_resume_lets_pass(config, tmp_path, caplog):
+    """Drift of keys and rows with resume_allow_drift, said; a metrics.jsonl whose last line was cut short."""
+    train(config(max_steps=2))
+    with pytest.raises(CheckpointError, match="learning_rate: 0.01 -> 0.02.*resume_allow_drift=true"):
+        train(config(max_steps=3, learning_rate=0.02, resume=True))
+    rows = tmp_path / "other.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {word}.", "completion": f" {word}"}) + "\n" for word in WORDS[::-1]))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    changed = config(max_steps=3, learning_rate=0.02, resume=True, resume_allow_drift=True)
+    with caplog.at_level(logging.WARNING, "jaxtune"):
+        result = train(changed | {"data": changed["data"] | {"train": str(rows)}})
+    assert "learning_rate: 0.01 -> 0.02" in caplog.text and "the training rows are not those" in caplog.text and result.step == 3
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3]  # the line that was cut is gone
+
+
+def test_a_second_signal_quits(config, tmp_path, monkeypatch):
+    advance = RunLog.advance
+
+    def twice(self, step, *rest):
+        advance(self, step, *rest)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "advance", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(config())
+    assert not (tmp_path / "run" / "adapter").exists() and (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
