@@ -99,8 +99,16 @@ def _cluster() -> str | None:
     return "TPU" if len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ else None
 
 
-def check_joined(config: DistributedConfig) -> None:
-    """Raise ConfigError for a process of several that was started without the others: a TPU slice whose hosts were not named."""
+def check_joined(config: DistributedConfig, answers: bool = False) -> None:
+    """Raise ConfigError for a process of several that was started without the others: a TPU slice whose hosts were not named.
+
+    `answers`: whether the run is to end by generating some, which takes a single process.
+    """
+    if jax.process_count() > 1 and answers:
+        raise ConfigError(
+            f"evaluate.metric generates answers, which this run of {jax.process_count()} processes cannot; leave it out, and run "
+            "python -m jaxtune.evaluate on the result"
+        )
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ConfigError(
             f"this is process {jax.process_index()} of {jax.process_count()}, but distributed.initialize is {config.initialize} and the "

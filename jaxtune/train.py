@@ -61,7 +61,7 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     _check_tables(config)
     distributed.start(config.distributed)
     enable_compilation_cache(config)
-    distributed.check_joined(config.distributed)
+    distributed.check_joined(config.distributed, answers=bool(config.evaluate.metric))
     mesh = parallel.make_mesh(config.mesh)
     config = _settle(config)
     if config.data.kfold is None or config.data.fold is not None:
