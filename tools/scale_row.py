@@ -80,8 +80,8 @@ def main() -> None:
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     said = []
     for kind, (n, size, inner, inner_size) in sorted(collectives(text).items()):
-        parts = [f"{inner} of {inner_size / 2**20:.0f} MiB a layer"] if inner else []
-        parts += [f"{n} of {size / 2**20:.0f} MiB a step"] if n else []
+        parts = [f"{inner} of {inner_size / 2**20:.0f} MiB in loops"] if inner else []
+        parts += [f"{n} of {size / 2**20:.0f} MiB outside"] if n else []
         said.append(f"{kind}: {', '.join(parts)}")
     fits = "" if where.chip and peak <= where.chip.memory else ": does not fit"
     print(f"{head} | {held / 2**30:.2f} | {peak / 2**30:.2f} of {chip}{fits} | {'; '.join(said)} |", flush=True)
