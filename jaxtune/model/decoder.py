@@ -123,9 +123,11 @@ def _brought(config: ModelConfig, weights: dict, axes: dict[str, tuple]) -> dict
     moves eight times the bytes."""
 
     def bring(name: str, leaf):
-        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-2] != leaf.shape[0]):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-1] != leaf.shape[0]):
             return leaf
         names = [axis if axis != "embed" else None for axis in axes[name][1:]]
+        if isinstance(leaf, NF4):  # packed the other way round
+            names[-2:] = names[:-3:-1]
         fields = {field: constrain(config.mesh, x, *names[: x.ndim]) for field, x in (("codes", leaf.codes), ("absmax", leaf.absmax))}
         return leaf.replace(**fields)
 
