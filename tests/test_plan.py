@@ -48,7 +48,7 @@ def test_a_reward_model_and_a_preference_run_are_planned(folder):
         return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | keys)
 
     reward, sft, dpo = planned(objective="reward"), planned(), planned(objective="dpo")
-    assert reward.bytes["trainable"] < sft.bytes["trainable"] and reward.bytes["logits"] == 0
+    assert reward.bytes["logits"] == 0
     assert reward.flops < sft.flops < dpo.flops
 
 
