@@ -1,6 +1,7 @@
 """Which documents share a row.
 
-A plan is a list of rows, each a list of document numbers. Packed rows are filled by best-fit-decreasing; the shapes a plan
+A plan is a list of rows, each a list of document numbers. Packed rows are filled by best-fit-decreasing, or by documents
+that fit each other where that takes fewer rows; the shapes a plan
 asks for are few, because each one is a compilation.
 """
 
@@ -84,6 +85,55 @@ def best_fit_decreasing(lengths: np.ndarray, size: int, seed: int) -> tuple[np.n
     return order[np.argsort(by_row, kind="stable")], np.bincount(by_row, minlength=rows)
 
 
+def exact_fits(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack documents into rows of `size` tokens, looking for what fills them: arguments and result as of `best_fit_decreasing`.
+
+    The longest document opens a row. One that fills the room, or the two nearest in length that fill it together, close it; where
+    there are none, the longest that fits is put in. The lengths there are, and their distances from `size`, are the bits of two integers:
+    those of `there & mirrored >> (size - room)` are the lengths that have a partner.
+    """
+    shuffled = permutation(len(lengths), seed)
+    order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    left = np.bincount(lengths, minlength=size + 1).tolist()
+    ends = np.cumsum(left).tolist()  # documents of length n that are left: order[ends[n] - left[n] : ends[n]]
+    there = sum(1 << n for n, count in enumerate(left) if count)
+    mirrored = sum(1 << (size - n) for n, count in enumerate(left) if count)
+    taken, counts = array("q"), array("q")
+    while there:
+        counts.append(0)
+        room, chosen = size, [there.bit_length() - 1]
+        while chosen:
+            for length in chosen:
+                taken.append(ends[length] - left[length])
+                left[length] -= 1
+                if not left[length]:
+                    there &= ~(1 << length)
+                    mirrored &= ~(1 << (size - length))
+                counts[-1] += 1
+                room -= length
+            chosen = _fill(there, mirrored >> (size - room), room, left)
+    return order[np.frombuffer(taken, np.int64)] if taken else order, np.array(counts, np.int64)
+
+
+def _fill(there: int, partners: int, room: int, left: list[int]) -> list[int]:
+    """Lengths to put into the room next: one or two that fill it, or else the longest that fits; none if none does."""
+    if there >> room & 1:
+        return [room]
+    pairs = there & partners
+    if room % 2 == 0 and left[room // 2] == 1:
+        pairs &= ~(1 << room // 2)
+    if upper := pairs >> (room + 1) // 2:
+        longer = (upper & -upper).bit_length() - 1 + (room + 1) // 2
+        return [longer, room - longer]
+    fitting = there & ((1 << room) - 1)
+    return [fitting.bit_length() - 1] if fitting else []
+
+
+def pack(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The better of the two packings above: the one with fewer rows."""
+    return min((packer(lengths, size, seed) for packer in (best_fit_decreasing, exact_fits)), key=lambda packed: len(packed[1]))
+
+
 def round_up(n: int, step: int = CAPACITY_STEP) -> int:
     """The next multiple of `step`."""
     return -(-n // step) * step
@@ -108,7 +158,7 @@ def make_plan(lengths: np.ndarray, trained: np.ndarray, source: np.ndarray, pack
         packed = []
         for number in np.unique(source):
             docs = np.flatnonzero(source == number)
-            order, counts = best_fit_decreasing(lengths[docs], max_length, seed)
+            order, counts = pack(lengths[docs], max_length, seed)
             packed.append((docs[order], counts))
         docs = np.concatenate([np.zeros(0, np.int64), *(docs for docs, _ in packed)])
         starts = np.cumsum(np.concatenate([[0], *(counts for _, counts in packed)]))
