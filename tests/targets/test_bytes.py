@@ -1,0 +1,52 @@
+"""Law 8 on chips that are not here: what a QLoRA step needs of a TPU v5e and of an H100, by their own compilers.
+
+Needs libtpu, jax-cuda13-plugin and jax-cuda13-pjrt (the last two with `pip install --no-deps`); no chip.
+"""
+
+import json
+
+import pytest
+import tiny
+
+pytest.importorskip("libtpu")
+pytest.importorskip("jax_cuda13_plugin")
+
+from jaxtune import plan
+
+SHAPE = tiny.LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+DENSE = 2 * (4 * 512 * 512 + 3 * 512 * 2048)  # bytes of a layer's matrices in bfloat16
+ROW = 256
+
+
+@pytest.fixture(scope="module")
+def peak(tmp_path_factory):
+    """`peak(target, layers, **keys)`: bytes of the step, without what has to be there: weights, adapter, moments."""
+    known = {}
+
+    def measure(target, layers, **keys):
+        name = (target, layers, *keys.items())
+        if name not in known:
+            folder = tmp_path_factory.mktemp("model")
+            (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
+            data = {"train": "x.jsonl", "max_length": ROW}
+            config = {"model": str(folder), "method": "qlora", "data": data, "output_dir": "x", "dtype": "bfloat16"}
+            result = plan(config | {"lora": {"r": 4}, "per_device_train_batch_size": 1} | keys, target=target, alternatives=False)
+            held = sum(result.bytes[cause] for cause in ("weights", "scales", "trainable", "optimizer", "batch"))
+            known[name] = result.peak_bytes - held
+        return known[name]
+
+    return measure
+
+
+@pytest.mark.parametrize("target", ["v5e-1", "h100"])
+def test_a_layer_leaves_its_input_and_its_gradients(peak, target):
+    """Not its unpacked matrices, nor a copy of its codes in another order (a quarter of them)."""
+    growth = (peak(target, 12) - peak(target, 4)) / 8
+    residual, gradients = ROW * 512 * 2, 4 * 4 * (4 * 1024 + 3 * 2560)
+    assert growth < 1.25 * (residual + gradients) < 0.1 * DENSE
+
+
+@pytest.mark.parametrize("target", ["v5e-1", "h100"])
+def test_offload_leaves_the_gradients(peak, target):
+    growth = (peak(target, 12, gradient_checkpointing="offload") - peak(target, 4, gradient_checkpointing="offload")) / 8
+    assert growth < 1.25 * 4 * 4 * (4 * 1024 + 3 * 2560)
