@@ -137,8 +137,10 @@ def evaluate(
     """
     if adapter is not None and tuned is not None:
         raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
+    judges = metrics.find_all([metric] if isinstance(metric, str) or callable(metric) else metric)
+    _refuse_old(predictions)
     scoring = _scoring(model, tuned, adapter)
-    judges = metrics.find_all([] if scoring else [metric] if isinstance(metric, str) or callable(metric) else metric)
+    judges = [] if scoring else judges
     config = load_config({"objective": objective} | scoring | {
         "model": (model.source if isinstance(model, Model) else os.fspath(model)) or "model",
         "data": {"test": os.fspath(data) if isinstance(data, os.PathLike) else data, **options},
@@ -294,10 +296,14 @@ def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
     if path is None:
         yield None
         return
-    if Path(path).exists():
-        raise ConfigError(f"predictions {path}: the file exists and is not overwritten; name another, or remove it")
+    _refuse_old(path)
     with open(path, "x", encoding="utf-8", buffering=1) as out:
         yield out
+
+
+def _refuse_old(path: str | os.PathLike | None) -> None:
+    if path is not None and Path(path).exists():
+        raise ConfigError(f"predictions {path}: the file exists and is not overwritten; name another, or remove it")
 
 
 def main() -> None:

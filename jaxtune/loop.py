@@ -166,6 +166,8 @@ class Loop:
             mean["skipped_steps"] = self.notes["skipped_steps"]
         mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
         self._log(number, mean)
+        if not self.log:  # the first process speaks for all
+            return
         for name, said in symptoms(self.config, self.log.history).items():
             if name not in self.said:
                 self.said.add(name)

@@ -102,12 +102,14 @@ class Case:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_mesh_computes_what_one_device_does(folders, case):
     expected = Case(folders, *case)
+    # DPO's gradient has the factor sigmoid(-margin): a margin of sums of log-probabilities, 1e-4 apart, makes it as much larger or smaller
+    rounding = 5e-4 if case[2] == "dpo" else 1e-4
     for sizes in CASES[case]:
         metrics, change = expected.step(mesh_of(sizes))
         for name, value in expected.one[0].items():
             np.testing.assert_allclose(metrics[name], value, rtol=5e-5, err_msg=f"{sizes} {name}")
         for one, other in zip(jax.tree.leaves(expected.one[1]), jax.tree.leaves(change), strict=True):
-            np.testing.assert_allclose(other, one, atol=1e-4 * np.abs(one).max() + 1e-7, err_msg=str(sizes))
+            assert np.linalg.norm(other - one) <= rounding * np.linalg.norm(one) + 1e-7, (sizes, one.shape)
         if sizes == (1, 8, 1, 1):
             check_program(expected.text, case[1])
 

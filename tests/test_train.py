@@ -150,7 +150,7 @@ def test_the_best_model_is_kept_and_loaded(config, tmp_path):
 
 
 def test_early_stopping(config, tmp_path):
-    settings = config(learning_rate=3.0, max_steps=30, eval_strategy="steps", eval_steps=1, early_stopping_patience=3, data={"eval": 0.3})
+    settings = config(learning_rate=1.0, max_steps=30, eval_strategy="steps", eval_steps=1, early_stopping_patience=3, data={"eval": 0.3})
     result = train(settings)
     evals = [row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row]
     assert result.step == len(evals) < 30 and min(evals[-3:]) >= min(evals[:-3])
