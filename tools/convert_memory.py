@@ -78,6 +78,7 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, given.folder)))
         return
+    Path(given.folder or ".").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         size = make_model(Path(scratch) / "model", HF | {"num_hidden_layers": given.layers})
         print(f"model: {size / 1e9:.2f} GB")
