@@ -13,6 +13,7 @@ import tiny
 from jaxtune.config import LoraConfig
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
+from jaxtune.model.decoder import forward
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Weight, linear
@@ -81,3 +82,20 @@ def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
     run = SimpleNamespace(gradient_checkpointing="auto", logits_chunk_size=None, dtype="float32")
     chosen = {platform: how_to_compute(run, from_hf(SHAPE), platform).remat for platform in ("cpu", "gpu", "tpu")}
     assert chosen == {"cpu": "dots", "gpu": "full", "tpu": "full"}
+
+
+def test_what_is_kept_changes_no_number():
+    """Gradients are the same bits or nearly, whatever the backward pass computes again, keeps, or has the host keep."""
+    config = from_hf(SHAPE | {"num_hidden_layers": 2})
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    params = unflatten({path: 0.05 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()})
+    tokens = jax.random.randint(next(keys), (2, 16), 0, SHAPE["vocab_size"])
+
+    def gradient(remat):
+        how = dataclasses.replace(config, remat=remat)
+        return jax.jit(jax.grad(lambda params: jnp.square(forward(how, params, tokens)).mean()))(params)
+
+    plain = gradient("none")
+    for remat in ("dots", "full", "offload"):
+        for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=remat)
