@@ -56,6 +56,7 @@ class Shards:
                 return whole
             if partial:
                 return partial(name, index[::-1]).T if cell.transposed else partial(name, index)
+            assert whole is not None
             return (whole.T if cell.transposed else whole)[index]
 
         return part

@@ -6,7 +6,7 @@ from what the forward pass kept: queries, keys, values, the result, and the log 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,8 @@ def _attend_bwd(how, residuals, dout):
     dqs = []
     for span, seen in _spans(q.shape[3], k.shape[2]):
         # else the queries and keys of all spans are cut out at once, in the forward pass
-        q, k, v, dk, dv = jax.lax.optimization_barrier((q, k, v, dk, dv))
+        held: Any = jax.lax.optimization_barrier((q, k, v, dk, dv))
+        q, k, v, dk, dv = held
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
 
         def block(totals, part, keys_seen=keys_seen):
