@@ -20,9 +20,18 @@ os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=fal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JAX_PLATFORMS=cuda pytest ...
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules in which most of what is compiled runs once, if at all."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

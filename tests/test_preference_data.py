@@ -101,5 +101,6 @@ def test_the_configs_read_the_set_and_other_pairs(tmp_path, monkeypatch, objecti
         config = load_config(f"configs/{objective}.yaml", [*overrides, f"data.train={demo}", "data.eval=0.1", "data.length_policy=drop"])
         loaded = data.load(config, make_tokenizer("chatml"))
         rows = [np.unique(side.documents.rows) for side in (loaded.train, loaded.eval)]
-        dropped = sum(len(of) for entry in loaded.ledger["train"] for of in entry["dropped"].values())
-        assert len(rows[0]) + len(rows[1]) + dropped == 300 and dropped < 60
+        dropped = loaded.ledger["train"][0]["dropped"]
+        assert set(dropped) == {"too_long"} and len(rows[0]) + len(rows[1]) + len(dropped["too_long"]) == 300
+        assert not set(np.concatenate(rows).tolist()) & set(dropped["too_long"])

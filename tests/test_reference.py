@@ -20,12 +20,7 @@ from jaxtune.step import init_state, make_eval_step, make_step
 ROWS = [{"prompt": "the quick brown " * (1 + n % 3), "chosen": " fox" * (1 + n % 4), "rejected": " dog" * (1 + n % 3)} for n in range(8)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs once, if at all."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

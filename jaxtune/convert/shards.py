@@ -76,7 +76,7 @@ class Shards:
         if not nested:
             return leaf
         assert isinstance(leaf, NF4)
-        scales = quant._nest(leaf.replace(absmax=parallel.fetch(leaf.absmax)))
+        scales = quant.nest(leaf.replace(absmax=parallel.fetch(leaf.absmax)))
         return parallel.place(scales, self._one(scales, path, row))
 
     def _one(self, leaf: Matrix, path: str, row: Row) -> Any:

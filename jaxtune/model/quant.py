@@ -44,6 +44,10 @@ class Packed(Weight):
         """`x W^T`; the backward pass unpacks the matrix again."""
         return _packed_matmul(self, x)
 
+    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Each row times its expert's matrix; the backward pass unpacks them again."""
+        return _packed_grouped(self, x, sizes)
+
     def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The matrix in x's dtype, and x, both behind one barrier."""
         raise NotImplementedError
@@ -95,10 +99,6 @@ class NF4(Packed):
         code, absmax, offset, x = jax.lax.optimization_barrier((code, self.absmax, self.nested_offset, x))
         return self.replace(absmax=absmax, nested_offset=offset).dense(x.dtype, code), x
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Each row times its expert's matrix; the backward pass unpacks them again."""
-        return _packed_grouped(self, x, sizes)
-
 
 def pack(nibbles, block_size: int):
     """Codes `[..., rows, cols]` of 0 to 15, two a byte in the order of `NF4.codes`, `[..., cols / 2, rows]`; numpy or jax arrays."""
@@ -116,6 +116,7 @@ def unpack(codes: jax.Array, block_size: int) -> jax.Array:
 
 def _look_up(codes: jax.Array, code: jax.Array, kind: str) -> jax.Array:
     """`code[codes]`. A TPU has no gather to speak of and selects from the constants; the others would keep those at the matrix's size."""
+
     def select(codes, code):
         return _select(codes, CODES[kind])
 
@@ -146,10 +147,6 @@ class Int8(Packed):
         absmax, x = jax.lax.optimization_barrier((self.absmax, x))
         return self.replace(absmax=absmax).dense(x.dtype), x
 
-    def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Each row times its expert's matrix; the backward pass unpacks them again."""
-        return _packed_grouped(self, x, sizes)
-
 
 @jax.custom_vjp
 def _packed_matmul(w, x):
@@ -179,7 +176,7 @@ def _packed_grouped_fwd(w, x, sizes):
 
 
 def _packed_grouped_bwd(residuals, dy):
-    (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # as above
+    (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # else the forward pass's dense experts are kept for this
     return None, jax.lax.ragged_dot(dy, jax.vmap(lambda w: w.dense(dy.dtype))(w), sizes), None
 
 
@@ -237,10 +234,10 @@ def _quantize_4bit(w, block_size: int, kind: str, nested: bool) -> NF4:
         raise ValueError(f"block size {block_size} is not one of {BLOCK_SIZES}")
     codes, absmax = _quantize_blocks(jnp.asarray(w), block_size, kind)
     leaf = NF4(codes, absmax, shape=tuple(w.shape), block_size=block_size, kind=kind)
-    return _nest(leaf) if nested else leaf
+    return nest(leaf) if nested else leaf
 
 
-def _nest(leaf: NF4) -> NF4:
+def nest(leaf: NF4) -> NF4:
     """Double quantisation of the scales: nearest value of the dynamic map to `(absmax - mean) / nested_absmax`."""
     absmax = np.asarray(leaf.absmax).T  # in the matrix's order
     offset = np.float32(absmax.mean(dtype=np.float64))

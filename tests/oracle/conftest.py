@@ -22,5 +22,5 @@ def smollm2(tmp_path_factory):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"the model cannot be fetched here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.fail(f"the model cannot be fetched here: {done.stderr.strip().splitlines()[-1]}")
     return folder
