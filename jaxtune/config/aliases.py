@@ -29,7 +29,7 @@ ALIASES: dict[str, str] = {
         "warmup_steps": "warmup_ratio num_warmup_steps",
         "optim": "optimizer",
         "max_grad_norm": "gradient_clipping grad_clip",
-        "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
+        "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing activation_offloading",
         "attention": "attn_implementation",
         "eval_strategy": "evaluation_strategy",
         "logging_steps": "log_every_n_steps",
@@ -166,48 +166,74 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
     "lr_scheduler_type": {"wsd": "warmup_stable_decay"},
     "dtype": {"bf16": "bfloat16", "fp32": "float32", "torch.bfloat16": "bfloat16", "torch.float32": "float32"},
     "attention": dict.fromkeys("sdpa eager flash_attention_2 flash_attention_3 flex_attention".split(), "auto"),
-    "gradient_checkpointing": {"unsloth": True},
+    "gradient_checkpointing": {"unsloth": "offload"},
+    "activation_offloading": {True: "offload", False: DEFAULT},
+    "chat_template": {"tokenizer_default": DEFAULT},
+    "val_set_size": {0: DEFAULT},
+    "val_size": {0: DEFAULT},
     "report_to": {"none": [], None: [], "all": ["tensorboard"]},
 }
 
 _MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tensor: 1}, with fsdp above 1 to share the weights out"
-_JIT = "every step is compiled by XLA; leave it out"
 _FP16 = "float16 overflows without loss scaling; write dtype: bfloat16"
 _HUB = "nothing is uploaded; push the result folder yourself with `hf upload`"
-_LOADER = "batches are a pure function of the step number and no loader runs; leave it out"
-_ATTENTION = "packed rows are kept apart by every kind of attention; leave it out"
-_LIGER = "the loss is always computed in chunks; leave it out"
-_LENGTH = "write data.max_length, the prompt and the answer together"
 
 # What a torch tool's key is here. A key that asks for nothing (`fp16: false`, `deepspeed: null`) is let through with a note.
 DIFFERENT: dict[str, str] = {
     key: here
     for here, keys in {
         _MESH: "fsdp fsdp_config fsdp_version deepspeed parallelism_config tensor_parallel_size context_parallel_size num_processes "
-        "accelerator_config device_map ddp ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers",
-        _JIT: "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval",
+        "accelerator_config device_map",
         _FP16: "fp16 fp16_full_eval half_precision_backend",
         _HUB: "push_to_hub hub_model_id hub_strategy hub_private_repo hub_token hub_always_push",
-        _LOADER: "dataloader_num_workers dataloader_pin_memory dataloader_drop_last dataloader_prefetch_factor "
-        "dataloader_persistent_workers remove_unused_columns ignore_data_skip",
-        _ATTENTION: "flash_attention padding_free neat_packing xformers_attention sdp_attention flash_attn",
-        _LIGER: "use_liger_kernel use_liger liger_kernel_config",
-        "rows are tokenised on all cores, once; leave it out": "dataset_num_proc preprocessing_num_workers dataset_processes",
-        _LENGTH: "max_prompt_length",
-        "rows are padded to data.max_length only; leave it out": "pad_to_sequence_len pad_to_multiple_of",
-        "write dtype: bfloat16 or float32": "tf32",
-        "write gradient_checkpointing: true, false, or the name of a remat policy": "gradient_checkpointing_kwargs",
+        "write data.max_length, the prompt and the answer together": "max_prompt_length",
+        "every row is seen in every epoch, and none is left out at its end": "dataloader_drop_last",
         "packing never cuts a row; write data.packing: true, and data.length_policy for rows that are too long": "packing_strategy",
-        "no code from a model's folder is ever run; leave it out": "trust_remote_code",
         "`jaxtune plan` finds the largest batch that fits, before the run": "auto_find_batch_size",
-        "a loss that is not finite stops the run and names the step; leave it out": "logging_nan_inf_filter",
         "a folder that holds a run is never overwritten; write another output_dir, or resume: true": "overwrite_output_dir",
         "the tokenizer's own chat template is used; write data.chat_template: FILE.jinja for another": "template",
         "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]": "rpo_alpha",
-        "the loss is always divided by the tokens of the whole batch; leave it out": "average_tokens_across_devices",
         "it is offered for preference losses only, as label_smoothing": "label_smoothing_factor",
-        "it changes no number; leave it out": "bnb_4bit_quant_storage use_unsloth",
-        "write report_to: tensorboard; metrics.jsonl is always written": "wandb_project use_wandb use_swanlab",
+        "write report_to: tensorboard; metrics.jsonl is always written": "use_wandb use_swanlab",
+        "write eval_steps: SHARE, a part of all steps such as 0.25": "evals_per_epoch",
+        "write save_steps: SHARE, a part of all steps such as 0.25": "saves_per_epoch",
+        "write data.train: {path: FILE, limit: ROWS}": "max_samples",
+        "the model's own tokenizer is used; put another into the model's folder": "tokenizer tokenizer_name tokenizer_name_or_path",
+        "the tokenizer's own special tokens are used, and padding needs none; change them in its tokenizer_config.json": "eos_token "
+        "special_tokens",
+        "write the keys themselves (dtype, quantization, attention)": "model_init_kwargs",
+        "write model: NAME@REVISION": "model_revision hub_revision",
+        "rows are judged from the first evaluation on; write eval_steps": "eval_delay",
+    }.items()
+    for key in keys.split()
+}
+
+# Keys that cannot change a result here: how torch is driven, what is always so, what is only shown. Whatever they ask for, a note says why not.
+LEFT_OUT: dict[str, str] = {
+    key: why
+    for why, keys in {
+        "every step is compiled by XLA": "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval tf32 use_unsloth no_cuda use_cpu",
+        "batches are a pure function of the step number, and no loader runs": "dataloader_num_workers dataloader_pin_memory "
+        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns ignore_data_skip length_column_name",
+        "packed rows are kept apart by every kind of attention": "flash_attention padding_free neat_packing xformers_attention "
+        "sdp_attention flash_attn eval_packing eval_sample_packing",
+        "the loss is always computed in chunks": "use_liger_kernel use_liger liger_kernel_config eval_accumulation_steps prediction_loss_only",
+        "the loss is always divided by the tokens of the whole batch": "average_tokens_across_devices",
+        "rows are tokenised on all cores, once": "dataset_num_proc preprocessing_num_workers dataset_processes overwrite_cache",
+        "rows are padded to data.max_length only": "pad_to_sequence_len pad_to_multiple_of",
+        "one program runs over all devices": "ddp ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers local_rank",
+        "gradient_checkpointing says all of it": "gradient_checkpointing_kwargs",
+        "it is for torch's storage of packed weights": "bnb_4bit_quant_storage",
+        "no code from a model's folder is ever run": "trust_remote_code",
+        "a loss that is not finite stops the run and names the step": "logging_nan_inf_filter",
+        "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model is_mistral_derived_model",
+        "data.train and data.eval say what is done": "do_train do_eval do_predict",
+        "loss.png, metrics.jsonl and the terminal always have it": "plot_loss logging_first_step include_num_input_tokens_seen disable_tqdm "
+        "log_level wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id",
+        "checkpoints hold all that a resume needs, and results are safetensors": "save_only_model save_safetensors enable_jit_checkpoint "
+        "full_determinism",
+        "it changes no number": "skip_memory_metrics torch_empty_cache_steps strict debug",
     }.items()
     for key in keys.split()
 }

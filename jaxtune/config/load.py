@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, TRANSLATE, bitsandbytes
+from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
 from jaxtune.config.coerce import Group, kinds
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
@@ -73,7 +73,7 @@ def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         path = prefix + str(key)
-        known = path in PATHS or path in ALIASES or path in DIFFERENT
+        known = path in PATHS or path in ALIASES or path in DIFFERENT or path in LEFT_OUT
         if isinstance(value, Mapping) and not known:
             flat |= _flatten(value, path + ".")
         elif f"{path}." in GROUPS:
@@ -142,8 +142,11 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
         if name in PATHS:
             put(name, value, name)
         elif name in ALIASES:
-            put(ALIASES[name], _translate(name, value), name)
+            meant = _translate(name, value)
+            put(ALIASES[name], DEFAULT if value is None and meant is None else meant, name)
             log.warning("note: %s is read as %s", name, ALIASES[name])
+        elif name in LEFT_OUT:
+            log.warning("note: %s is left out: %s", name, LEFT_OUT[name])
         elif name in DIFFERENT:
             if value not in (None, False, "", "no", "none", [], {}):
                 raise ConfigError(f"{name} is a key of torch tools that works differently here: {DIFFERENT[name]}.")

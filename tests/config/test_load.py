@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxtune.config import Config, LoraConfig, ObjectiveConfig, Source, describe, load_config
-from jaxtune.config.aliases import ALIASES, DIFFERENT, TRANSLATE
+from jaxtune.config.aliases import ALIASES, DIFFERENT, LEFT_OUT, TRANSLATE
 from jaxtune.config.load import PATHS
 from jaxtune.errors import ConfigError
 
@@ -126,7 +126,7 @@ EXAMPLES = {
     "use_peft": True,
     "lora_target_linear": True, "full_finetuning": False, "bf16": True, "train_on_inputs": True, "train_on_prompt": True,
     "mask_history": True, "completion_only_loss": True, "assistant_only_loss": True, "group_by_length": True, "packing": True,
-    "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True, "resume_from_checkpoint": True,
+    "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True, "activation_offloading": True, "resume_from_checkpoint": True,
     "use_rslora": True, "peft_use_rslora": True, "use_dora": True, "peft_use_dora": True, "shuffle_dataset": False,
     "label2id": {"bad": 0, "good": 1},
     "streaming": True, "dataset_streaming": True,
@@ -154,9 +154,9 @@ def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
 
 
 def test_aliases_stand_for_real_keys_and_hide_none():
-    names = set(ALIASES) | set(DIFFERENT)
     assert set(ALIASES.values()) <= set(PATHS)
-    assert not names & set(PATHS) and not set(ALIASES) & set(DIFFERENT)
+    names = [*ALIASES, *DIFFERENT, *LEFT_OUT, *PATHS]
+    assert len(names) == len(set(names))
     assert set(TRANSLATE) <= set(ALIASES) | set(PATHS)
 
 
@@ -167,6 +167,12 @@ def test_a_torch_key_is_refused_with_what_to_write_but_may_ask_for_nothing(key, 
     assert DIFFERENT[key] in str(caught.value)
     assert load_config({"model": "m", key: False}) == load_config({"model": "m"})
     assert f"note: {key}=false asks for nothing here" in caplog.text
+
+
+@pytest.mark.parametrize("value", [True, 8, "any", None])
+def test_keys_that_cannot_change_a_result_are_left_out_with_the_reason(value, caplog):
+    assert load_config({"model": "m"} | dict.fromkeys(LEFT_OUT, value)) == load_config({"model": "m"})
+    assert [f"note: {key} is left out: {why}" for key, why in LEFT_OUT.items()] == caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -213,14 +219,17 @@ def test_other_tools_configs_load():
         "base_model": "m", "adapter": "qlora", "load_in_4bit": True, "datasets": [{"path": "a.jsonl", "type": "alpaca"}],
         "val_set_size": 0.05, "sequence_len": 2048, "sample_packing": True, "micro_batch_size": 2, "num_epochs": 1,
         "optimizer": "adamw_torch_fused", "lr_scheduler": "cosine", "learning_rate": 2e-4, "warmup_ratio": 0.1, "bf16": "auto",
-        "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True, "flash_attention": False, "deepspeed": None,
+        "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True, "flash_attention": True, "deepspeed": None, "lora_target_modules": None,
+        "model_type": "LlamaForCausalLM", "pad_to_sequence_len": True, "wandb_project": None, "tf32": False, "early_stopping_patience": None,
+        "resume_from_checkpoint": None, "fsdp": None, "strict": False, "group_by_length": False, "gradient_checkpointing": True,
     }  # fmt: skip
     config = load_config(axolotl)
     assert (config.method, config.quantization, config.lora.r, config.data.max_length) == ("qlora", "nf4", 32, 2048)
     assert config.data.train == (Source(path="a.jsonl", format="alpaca"),) and config.eval_strategy == "epoch"
     llama_factory = {
         "model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "lora_target": "q_proj,v_proj", "dataset": "a.jsonl",
-        "cutoff_len": 2048, "per_device_train_batch_size": 1, "bf16": True, "val_size": 0.1, "eval_strategy": "steps", "eval_steps": 50,
+        "cutoff_len": 2048, "per_device_train_batch_size": 1, "bf16": True, "do_train": True, "overwrite_cache": True, "plot_loss": True,
+        "preprocessing_num_workers": 16, "ddp_timeout": 180000000, "val_size": 0.1, "eval_strategy": "steps", "eval_steps": 50,
         "optim_args": "b1=0.9", "resume_from_checkpoint": None,
     }  # fmt: skip
     config = load_config(llama_factory)
