@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxtune import moments
 from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
 
@@ -185,6 +186,20 @@ def _adamw(config: Config) -> optax.GradientTransformation:
     return _adam(config)
 
 
+def _stacked(path: tuple) -> int:
+    return int(bool(STACKED.search(_name(path))))
+
+
+def _adamw_8bit(config: Config) -> optax.GradientTransformation:
+    """bitsandbytes' AdamW8bit: AdamW with both moments in one byte a number (`moments.py`)."""
+    return moments.in_8_bits(_adam(config), _stacked)
+
+
+def _lion_8bit(config: Config) -> optax.GradientTransformation:
+    """bitsandbytes' Lion8bit."""
+    return moments.in_8_bits(_lion(config), _stacked)
+
+
 def _lion(config: Config) -> optax.GradientTransformation:
     """Lion (arXiv 2302.06675): `sign(b1 m + (1 - b1) g)`, with the betas of Adam's keys, as transformers passes them."""
     return optax.scale_by_lion(config.adam_beta1, config.adam_beta2, mu_dtype=jnp.float32)
@@ -278,8 +293,10 @@ def orthogonalize(m: jax.Array, steps: int = 5) -> jax.Array:
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "lion": _lion,
+    "lion_8bit": _lion_8bit,
     "sgd": _sgd,
     "muon": _muon,
 }
@@ -288,7 +305,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     """The chain that `config.optim` names: its direction, weight decay, and the learning rate, which decay is multiplied by as well.
 
-    Moments and updates are float32 whatever the parameters are. Gradients are to be clipped before (`clip_by_global_norm`).
+    Updates and moments (but 8-bit ones) are float32 whatever the parameters are. Gradients are to be clipped before (`clip_by_global_norm`).
 
     Raises:
         ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule has not.

@@ -161,14 +161,23 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
 
 
 def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> Any:
-    """Shardings for a tree that holds copies of `trainable` inside (an optimiser's state): those of the parameter with the same
-    shape whose path the leaf's path ends with; `default` for the rest."""
-    known = {}
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(shardings), strict=True):
-        known[path, leaf.shape] = sharding
+    """Shardings for a tree that holds copies of `trainable` inside (an optimiser's state): those of the parameter whose path
+    the leaf's path ends with, where it has its shape or a part of it; `default` for the rest."""
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    known = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)}
+
+    def alike(shape: tuple[int, ...], leaf: Any, sharding: NamedSharding) -> bool:
+        """A copy, or one number for each of equal parts of an axis, like the scales of 8-bit moments, that is cut at the same places."""
+        if leaf.shape == shape:
+            return True
+        if len(shape) != leaf.ndim or not all(part and whole % part == 0 for whole, part in zip(shape, leaf.shape, strict=True)):
+            return False
+        cuts = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in sharding.spec]
+        return all(part % cut == 0 for part, cut in zip(leaf.shape, cuts, strict=False))
 
     def find(path, leaf):
-        return next((known[path[i:], leaf.shape] for i in range(len(path)) if (path[i:], leaf.shape) in known), default)
+        found = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), None)
+        return found[1] if found and alike(found[0], leaf, found[1]) else default
 
     return jax.tree_util.tree_map_with_path(find, tree)
 
@@ -185,11 +194,16 @@ def state_shardings(mesh: Mesh, state: Any, trainable: Any, own: Any, zero_stage
     return shardings
 
 
+def _names(axis: Any) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return axis if isinstance(axis, tuple) else (axis,) if axis else ()
+
+
 def _over_data(where: NamedSharding, leaf: Any) -> NamedSharding:
     """The same with the first dimension that divides cut over `data` too; a leaf without one stays as it is."""
     mesh, spec = where.mesh, list(where.spec) + [None] * (leaf.ndim - len(where.spec))
     for number, size in enumerate(leaf.shape):
-        names = spec[number] if isinstance(spec[number], tuple) else (spec[number],) if spec[number] else ()
+        names = _names(spec[number])
         if size % math.prod(mesh.shape[name] for name in (*names, "data")) == 0:
             spec[number] = (*names, "data")
             return NamedSharding(mesh, PartitionSpec(*spec))

@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree"},
     {"model", "data"},
-    {"parallel", "distributed", "faults", "peft", "objectives", "optim", "metrics", "targets"},
+    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
     {"loop", "generate", "reference", "folds", "score", "best_of"},
     {"train", "evaluate", "export", "plan"},

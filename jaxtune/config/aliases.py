@@ -159,7 +159,8 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
         "paged_adamw_32bit".split(),
         "adamw",
     )
-    | {"lion_32bit": "lion", "paged_lion_32bit": "lion"},
+    | {"lion_32bit": "lion", "paged_lion_32bit": "lion", "paged_lion_8bit": "lion_8bit"}
+    | dict.fromkeys("adamw_bnb_8bit paged_adamw_8bit adamw8bit".split(), "adamw_8bit"),
     "optim_args": _optim_args,
     "id2label": _label_names,
     "label2id": _label_numbers,

@@ -211,7 +211,7 @@ class Config(ObjectiveConfig):
     ] = "linear"  # fmt: skip
     lr_scheduler_kwargs: Table = ()
     warmup_steps: int | float = 0  # below 1: a share of all steps
-    optim: Literal["adamw", "adafactor", "lion", "sgd", "muon"] = "adamw"
+    optim: Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"] = "adamw"
     optim_args: Table = ()
     weight_decay: float = 0.0
     adam_beta1: float = 0.9

@@ -173,3 +173,39 @@ def test_loraplus_groups_are_pefts():
         ("layers/0/q/b", "layers.0.self_attn.q_proj.lora_B.default.weight"),
     ]:
         assert rates[ours] == pytest.approx(theirs[theirs_name], rel=1e-6), ours
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("name", "make"), [("adamw_8bit", "AdamW8bit"), ("lion_8bit", "Lion8bit")])
+def test_8_bit_optimizers_are_bitsandbytes(name, make, decay, monkeypatch):
+    """All of bitsandbytes' step but the choice of a level: its CPU kernel (0.50.2) gives 2e-5 for a zero; on a GPU it is the nearest."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def nearest(full, code, absmax, out, blocksize):
+        blocks = full.reshape(-1, blocksize)
+        absmax.copy_(blocks.abs().max(1).values)
+        codes = torch.bucketize((blocks / absmax[:, None].clamp(min=1e-38)).double(), (code[1:].double() + code[:-1].double()) / 2)
+        out.copy_(codes.reshape(out.shape).to(torch.uint8))
+
+    monkeypatch.setattr("bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct", nearest)
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((64, 96)).astype(np.float32)
+    grads = rng.standard_normal((STEPS, 64, 96)).astype(np.float32) * np.float32(10.0) ** rng.integers(-5, 1, (64, 96)).astype(np.float32)
+    betas = {"adam_beta1": 0.9, "adam_beta2": 0.99}
+    ours = run_ours(start, grads, optim=name, weight_decay=decay, **betas)
+    theirs = run_theirs(start, grads, lambda p: getattr(bitsandbytes.optim, make)(p, lr=1e-2, betas=(0.9, 0.99), weight_decay=decay))
+    # a number midway between two levels may go either way: a few of 6144 numbers, and then by less than a level
+    apart = np.abs(ours - theirs)
+    moved = np.abs(theirs - start).max()
+    assert np.quantile(apart, 0.995) < 5e-6 * max(1, np.abs(theirs).max())
+    assert apart.max() < 0.15 * moved
+    plain = run_ours(start, grads, optim=name.removesuffix("_8bit"), weight_decay=decay, **betas)
+    assert np.quantile(np.abs(plain - theirs), 0.9) > 1e-4  # that it is the 8 bits that are compared
+
+
+def test_the_levels_are_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from jaxtune.moments import levels
+
+    for signed in (True, False):
+        np.testing.assert_allclose(levels(signed), functional.create_dynamic_map(signed), rtol=2e-7)

@@ -1,0 +1,141 @@
+"""Optimiser moments in 8 bits: block-wise dynamic quantisation, as bitsandbytes' 8-bit optimisers keep them (arXiv 2110.02861).
+
+    core = in_8_bits(optax.scale_by_adam(...), layers)      # the same updates, from moments of one byte a number
+
+A block of 256 numbers of one parameter has one float32 `absmax`; each number is the nearest of 256 levels times it. The levels are
+bitsandbytes' dynamic map, seven decades with twice as many levels in each as in the one below:
+
+    level(i, k) = 10^(i - 6) (0.1 + 0.9 (k + 1/2) / n),   0 <= k < n = 2^i (signed) or 2^(i + 1) (unsigned),   i = 0..6;   0;   1
+
+Codes number them in rising order, so that 0 is code 127 of the signed map and code 0 of the unsigned one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+BLOCK = 256
+SMALLEST = 4096  # numbers of one parameter; below, moments stay float32, as in bitsandbytes (min_8bit_size)
+DECADES = 7
+
+
+class Packed(NamedTuple):
+    """An optimiser's state with its moments packed.
+
+    codes: the state, moments as uint8 of the parameter's own shape (so that they are cut over a mesh as it is); small ones float32.
+    absmax: one float32 a block where `codes` is packed, else empty.
+    """
+
+    codes: Any
+    absmax: Any
+
+
+def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int]) -> optax.GradientTransformation:
+    """`core`, its moments kept in 8 bits between steps; the update is computed from them in float32.
+
+    `layers(path)` is the number of leading axes of a leaf that count parameters (1 for a stack of layers), which blocks do not cross.
+    """
+
+    def init(params):
+        return pack(core.init(params), layers)
+
+    def update(updates, state, params=None):
+        updates, full = core.update(updates, unpack(state, layers), params)
+        return updates, pack(full, layers)
+
+    return optax.GradientTransformation(init, update)
+
+
+def pack(state: Any, layers: Callable[[tuple], int]) -> Packed:
+    """Quantise the moments of an optax state: `nu` unsigned, the others signed."""
+
+    def one(path, leaf):
+        lead = layers(path)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or math.prod(leaf.shape[lead:]) < SMALLEST:
+            return leaf, jnp.zeros((0,))
+        return quantize(leaf, _signed(path), lead)
+
+    pairs = jax.tree_util.tree_map_with_path(one, state)
+    return Packed(*(jax.tree.map(lambda _, pair, i=i: pair[i], state, pairs) for i in range(2)))
+
+
+def unpack(state: Packed, layers: Callable[[tuple], int]) -> Any:
+    """The float32 state again."""
+
+    def one(path, codes, absmax):
+        return dequantize(codes, absmax, _signed(path), layers(path)) if absmax.size else codes
+
+    return jax.tree_util.tree_map_with_path(one, state.codes, state.absmax)
+
+
+def _signed(path: tuple) -> bool:
+    return not any(getattr(key, "name", None) == "nu" for key in path)
+
+
+def quantize(x: jax.Array, signed: bool, lead: int = 0) -> tuple[jax.Array, jax.Array]:
+    """`(codes uint8 of x's shape, absmax float32 of its blocks)`; a block of zeros has absmax 0."""
+    blocks = _blocks(x, lead)
+    absmax = jnp.max(jnp.abs(blocks), -1)
+    share = blocks / jnp.where(absmax > 0, absmax, 1.0)[..., None]
+    rank = _rank(jnp.abs(share), signed)
+    code = jnp.where(share < 0, 127 - jnp.minimum(rank, 127), 127 + rank) if signed else rank
+    return _unblocked(code.astype(jnp.uint8), x.shape, lead), absmax
+
+
+def dequantize(codes: jax.Array, absmax: jax.Array, signed: bool, lead: int = 0) -> jax.Array:
+    """float32 of `codes`' shape."""
+    blocks = _blocks(codes, lead)
+    values = jnp.asarray(levels(signed))[blocks.astype(jnp.int32)]
+    return _unblocked(values * absmax[..., None], codes.shape, lead)
+
+
+def levels(signed: bool) -> np.ndarray:
+    """The 256 levels, rising, float32 `[256]`."""
+    above = _magnitudes(signed)
+    return np.float32(np.concatenate([-above[-2::-1], [0.0], above] if signed else [[0.0], above]))
+
+
+def _magnitudes(signed: bool) -> np.ndarray:
+    """The positive levels, rising, float64."""
+    counts = [2 ** (i + (not signed)) for i in range(DECADES)]
+    decades = [10.0 ** (i - DECADES + 1) * (0.1 + 0.9 * (np.arange(n) + 0.5) / n) for i, n in enumerate(counts)]
+    return np.concatenate([*decades, [1.0]])
+
+
+def _rank(share: jax.Array, signed: bool) -> jax.Array:
+    """Number of the level nearest to `share` in 0..1, 0 being zero: int32.
+
+    Levels of a decade are evenly spaced, so a place inside it is arithmetic; only where decades meet is there a threshold to compare
+    with. (A search through the 256 levels is 8 gathers a number, which TPUs do badly.)
+    """
+    above, last = _magnitudes(signed), 0
+    middle = (np.concatenate([[0.0], above[:-1]]) + above) / 2  # below middle[r] a number is nearer to level r - 1
+    rank = jnp.zeros(share.shape, jnp.int32)
+    for i in range(DECADES):
+        n = 2 ** (i + (not signed))
+        place = jnp.floor((share * (10.0 ** (DECADES - 1 - i)) - 0.1) * (n / 0.9)).astype(jnp.int32)
+        rank = jnp.where(share > middle[last], 1 + last + jnp.clip(place, 0, n - 1), rank)
+        last += n
+    return jnp.where(share > middle[last], last + 1, rank)
+
+
+def _blocks(x: jax.Array, lead: int) -> jax.Array:
+    """`[..., number of blocks, 256]`, each parameter's numbers in their order, filled up with zeros.
+
+    Rows that are whole blocks keep their axes, so that a leaf cut over a mesh is not brought together for it.
+    """
+    if x.ndim > lead and x.shape[-1] % BLOCK == 0:
+        return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    flat = x.reshape(*x.shape[:lead], -1)
+    flat = jnp.pad(flat, [(0, 0)] * lead + [(0, -flat.shape[-1] % BLOCK)])
+    return flat.reshape(*x.shape[:lead], -1, BLOCK)
+
+
+def _unblocked(blocks: jax.Array, shape: tuple[int, ...], lead: int) -> jax.Array:
+    flat = blocks.reshape(*shape[:lead], -1)
+    return flat[..., : math.prod(shape[lead:])].reshape(shape)

@@ -1,0 +1,65 @@
+"""Moments in 8 bits: bitsandbytes' levels, the nearest of them, one byte a number, cut over a mesh like the parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.config import MeshConfig, load_config
+from jaxtune.moments import dequantize, levels, quantize
+from jaxtune.optim import optimizer
+from jaxtune.parallel import like, make_mesh, replicated
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_number_takes_the_nearest_level(signed):
+    own = levels(signed).astype(np.float64)
+    assert len(own) == 256 and np.all(np.diff(own) > 0) and own[-1] == 1 and own[127 if signed else 0] == 0
+    rng = np.random.default_rng(0)
+    x = 10.0 ** rng.uniform(-8, 0, 256 * 40) * (rng.choice([-1, 1], 256 * 40) if signed else 1)
+    x[::256] = 1.0  # absmax of every block
+    x = np.float32(x)
+    codes, absmax = quantize(jnp.asarray(x), signed)
+    assert codes.dtype == jnp.uint8 and np.all(absmax == 1)
+    best = np.abs(x[:, None] - own).min(1)
+    error = np.abs(x - own[np.asarray(codes)])
+    np.testing.assert_allclose(error, best, atol=1e-7)  # but for float32 at a tie
+    np.testing.assert_array_equal(quantize(jnp.asarray(levels(signed)), signed)[0], np.arange(256))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 512), (3, 7, 100)])
+def test_blocks_stay_inside_a_layer(shape):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    codes, absmax = quantize(x, True, lead=1)
+    alone = [quantize(layer, True) for layer in x]
+    np.testing.assert_array_equal(codes, jnp.stack([one[0] for one in alone]))
+    np.testing.assert_array_equal(absmax, jnp.stack([one[1] for one in alone]))
+    assert jnp.abs(dequantize(codes, absmax, True, 1) - x).max() < 0.05 * jnp.abs(x).max()
+    zeros = jnp.zeros(shape)
+    assert bool(jnp.all(dequantize(*quantize(zeros, True, 1), True, 1) == 0))
+
+
+@pytest.mark.parametrize(("optim", "copies"), [("adamw_8bit", 2), ("lion_8bit", 1), ("paged_adamw_8bit", 2), ("adamw_bnb_8bit", 2)])
+def test_bytes_of_the_moments(optim, copies):
+    params = {"layers": {"0": {"q": jnp.zeros((2, 64, 256)), "norm": jnp.zeros((2, 4000))}}}
+    state = jax.eval_shape(optimizer(load_config({"model": "m", "method": "full", "optim": optim}), 10).init, params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    matrix, small = 2 * 64 * 256, 2 * 4000  # a norm of a layer is below 4096, though the stack is not
+    assert held - copies * (matrix + 4 * matrix // 256 + 4 * small) in (4, 8)  # counts
+
+
+def test_packed_moments_lie_where_the_parameters_lie():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    params = {"layers": {"0": {"q": jnp.zeros((2, 64, 512))}}}
+    own = {"layers": {"0": {"q": jax.NamedSharding(mesh, jax.P(None, None, "fsdp"))}}}
+    tx = optimizer(load_config({"model": "m", "method": "full", "optim": "adamw_8bit"}), 10)
+    state = jax.eval_shape(tx.init, params)
+    where = like(params, own, state, replicated(mesh))
+    codes = [one for leaf, one in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True) if leaf.dtype == jnp.uint8]
+    assert len(codes) == 2 and all(one.spec == jax.P(None, None, "fsdp") for one in codes)
+    grads = {"layers": {"0": {"q": jax.random.normal(jax.random.key(0), (2, 64, 512))}}}
+    alone, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    cut = jax.jit(tx.update, out_shardings=(own, where))
+    updates, new = cut(jax.device_put(grads, own), jax.device_put(tx.init(params), where), jax.device_put(params, own))
+    np.testing.assert_allclose(updates["layers"]["0"]["q"], alone["layers"]["0"]["q"], rtol=1e-6)
+    assert "all-gather" not in cut.lower(grads, new, params).compile().as_text()
