@@ -305,7 +305,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     """The chain that `config.optim` names: its direction, weight decay, and the learning rate, which decay is multiplied by as well.
 
-    Updates and moments (but 8-bit ones) are float32 whatever the parameters are. Gradients are to be clipped before (`clip_by_global_norm`).
+    Updates and moments (but 8-bit ones) are float32 whatever the parameters are. Clip gradients before (`clip_by_global_norm`).
 
     Raises:
         ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule has not.

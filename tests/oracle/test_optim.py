@@ -200,7 +200,7 @@ def test_8_bit_optimizers_are_bitsandbytes(name, make, decay, monkeypatch):
     assert np.quantile(apart, 0.995) < 5e-6 * max(1, np.abs(theirs).max())
     assert apart.max() < 0.15 * moved
     plain = run_ours(start, grads, optim=name.removesuffix("_8bit"), weight_decay=decay, **betas)
-    assert np.quantile(np.abs(plain - theirs), 0.9) > 1e-4  # that it is the 8 bits that are compared
+    assert np.mean(np.abs(plain - theirs) > 1e-4) > 4 * max(np.mean(apart > 1e-4), 0.002)  # that it is the 8 bits that are compared
 
 
 def test_the_levels_are_bitsandbytes():
