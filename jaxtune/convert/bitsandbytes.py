@@ -33,6 +33,8 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
     settings = hf.get("quantization_config")
     if not settings:
         return False
+    if not isinstance(settings, Mapping):
+        raise ModelError(f"config.json says quantization_config={settings!r}; it has to be an object")
     method = settings.get("quant_method", "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None)
     if method != "bitsandbytes":
         raise ModelError(f"config.json says quant_method {method!r}; bitsandbytes' nf4, fp4 and int8 can be read. Give the original model")

@@ -78,6 +78,9 @@ def _interleaved_heads(config: ModelConfig, path: str) -> int:
 # ---- config.json ----
 
 
+_COUNTS = ("attention.head_count", "attention.key_length", "embedding_length", "feed_forward_length", "block_count", "context_length")
+
+
 class _Metadata:
     """The keys of a file's architecture: `m("block_count")` is `llama.block_count`; ModelError when a needed one is missing."""
 
@@ -92,7 +95,9 @@ class _Metadata:
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise ModelError(f"{self.file.path}: {self.architecture}.{key} differs from layer to layer; that is not supported")
-            return value[0]
+            value = value[0]
+        if key in _COUNTS and not (isinstance(value, int) and value > 0):
+            raise ModelError(f"{self.file.path}: {self.architecture}.{key} is {value!r}; it has to be a whole number above 0")
         return value
 
     def get(self, key: str, default=None):
@@ -125,7 +130,7 @@ def generation_config(file: GGUFFile) -> dict:
 
 def _common(m: _Metadata) -> dict[str, Any]:
     heads, width = m("attention.head_count"), m("embedding_length")
-    head_dim = m.get("attention.key_length", width // heads)
+    head_dim = m("attention.key_length") if m.get("attention.key_length") is not None else width // heads
     return {
         "vocab_size": m.file.tensors["token_embd.weight"].shape[0],
         "hidden_size": width,

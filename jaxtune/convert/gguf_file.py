@@ -71,8 +71,9 @@ class GGUFFile:
             return data.view(tensor.dtype).reshape(tensor.shape)
         try:
             return dequantize(data.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.type)), tensor.type)
-        except NotImplementedError as error:
-            raise ModelError(f"{self.path}: tensor {name} is {tensor.type.name}, which the gguf package cannot decode") from error
+        except (NotImplementedError, ValueError) as error:
+            what = f"{tensor.type.name} {list(tensor.shape)}"
+            raise ModelError(f"{self.path}: tensor {name} is {what}, which the gguf package cannot decode") from error
 
     def _parse(self, cursor: "_Cursor", size: int) -> None:
         if (magic := cursor.take(4)) != b"GGUF":

@@ -6,6 +6,7 @@ side by side in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,28 @@ import numpy as np
 from jaxtune.config import LoraConfig
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
+from jaxtune.convert.names import is_float
 from jaxtune.convert.tensors import Plan, Safetensors, read_json, write_file, write_json
-from jaxtune.errors import ModelError
+from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.row import Row
 from jaxtune.model.weight import dense
 from jaxtune.peft.lora import Adapter
-from jaxtune.peft.sites import HEADS, Site, Whole, adaptable, find_sites, find_wholes, is_parameter, names, rank_and_scale, whole_rows
+from jaxtune.peft.sites import (
+    HEADS,
+    Site,
+    Whole,
+    adaptable,
+    find_sites,
+    find_wholes,
+    is_parameter,
+    names,
+    rank_and_scale,
+    targeted,
+    whole_rows,
+)
+
+log = logging.getLogger("jaxtune")
 
 PREFIX = "base_model.model."
 # our leaf -> PEFT's suffix, and whether PEFT holds it transposed
@@ -37,6 +53,12 @@ TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
 NOT_HERE = {
     "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "use_bdlora": None,
     "velora_config": None, "kasa_config": None, "monteclora_config": None,
+}  # fmt: skip
+# the fields that are honoured, refused, or change nothing once an adapter is trained
+KNOWN = {field.name for field in dataclasses.fields(LoraConfig)} | NOT_HERE.keys() | {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "peft_version",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "qalora_group_size", "init_lora_weights",
 }  # fmt: skip
 # ways to begin that change the base too: without that base the pair means something else
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -158,6 +180,9 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     config = _read_config(read_json(path / "adapter_config.json"), path)
     checkpoint = Safetensors(path, stem="adapter_model")
     left = set(checkpoint.entries)
+    if wrong := [name for name, entry in checkpoint.entries.items() if not is_float(entry.dtype)]:
+        dtype = checkpoint.entries[wrong[0]].dtype
+        raise ModelError(f"{path}: tensor {wrong[0]} is {dtype}; an adapter's must be float32, float16 or bfloat16")
     params, sites = _read_pairs(path, checkpoint, left, model, config)
     if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
         raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
@@ -166,10 +191,27 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
     _ignore_copies(path, model, checkpoint, left)
+    if not left:
+        _check_complete(path, model, config, sites)
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
     return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes)
+
+
+def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[Site, ...]) -> None:
+    """The file has the pairs that its config names and no others: PEFT leaves out what only one of the two knows, with a warning."""
+    rows = adaptable(model.config)
+    found = {name for site in sites for name, rank in zip(names(site.path, rows[site.path]), site.ranks, strict=True) if rank}
+    wanted = targeted(model.config, config)
+    if not wanted and not config.target_modules:
+        wanted = found  # no targets are written down: the file says them
+    if missing := sorted(wanted - found):
+        raise ModelError(f"{path}: {len(missing)} modules that adapter_config.json names have no tensors, the first {missing[0]}")
+    if extra := sorted(found - wanted):
+        raise ModelError(f"{path}: the adapter of {extra[0]} is one of {len(extra)} that adapter_config.json does not name")
+    if not found and not config.modules_to_save and not config.trainable_token_indices and not model.config.num_labels:
+        raise ModelError(f"{path}: adapter_model.safetensors holds no tensors, so there is nothing to add to the model")
 
 
 def _read_pairs(path: Path, checkpoint: Safetensors, left: set, model: Model, config: LoraConfig) -> tuple[dict, tuple[Site, ...]]:
@@ -192,6 +234,10 @@ def _read_pairs(path: Path, checkpoint: Safetensors, left: set, model: Model, co
             values = {leaf: x.T if suffixes[leaf][1] else x for leaf, x in values.items()}
             count = row.shape[1] if row.is_experts else None
             _check(path, place.name, values, row.shape[-2:], rank, count)
+            for leaf, asked in (("magnitude", config.use_dora), ("bias", config.lora_bias)):
+                if tensors and asked and leaf in suffixes and leaf not in tensors:
+                    tensor = f"{place.stem}.{suffixes[leaf][0]}"
+                    raise ModelError(f"{path}: tensor {tensor} is missing; adapter_config.json says that there is one")
             values = {leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values
             ranks, scales, layers = [*ranks, rank], [*scales, scale], [*layers, values]
             left -= set(tensors.values())
@@ -247,9 +293,15 @@ def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
             f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
         )
+    if unknown := sorted(key for key in saved.keys() - KNOWN if saved[key] not in (None, False, [], {})):
+        what = ", ".join(f"{key}={saved[key]!r}" for key in unknown)
+        log.warning("%s/adapter_config.json has %s, which is not known here and changes nothing", path, what)
     ours = {field.name for field in dataclasses.fields(LoraConfig)} & saved.keys() - NOT_HERE.keys()
     kept = {name: saved[name] for name in ours if saved[name] is not None and name != "init_lora_weights"}
-    return LoraConfig(**({"r": 8, "lora_alpha": 8, "target_modules": ()} | kept))  # PEFT's defaults, where the file leaves them out
+    try:
+        return LoraConfig(**({"r": 8, "lora_alpha": 8, "target_modules": ()} | kept))  # PEFT's defaults, where the file leaves them out
+    except ConfigError as error:
+        raise ModelError(f"{path}/adapter_config.json: {error}") from error
 
 
 def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple[int, ...], rank: int, experts: int | None) -> None:

@@ -57,6 +57,13 @@ def cache_folder() -> Path:
 def refuse_pickle(path: Path) -> ModelError:
     """The error for a checkpoint that exists only as a pickle, with the command that converts it."""
     folder = path.parent
+    if path.name.startswith("adapter_model"):
+        target = path.with_suffix(".safetensors")
+        command = f"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), '{target}')"
+        return ModelError(
+            f"{path} is a pickle, which runs code when it is opened; jaxtune reads safetensors only. Where torch is installed, convert it "
+            f'once: python -c "{command}"'
+        )
     return ModelError(
         f"{path} is a pickle, which runs code when it is opened; jaxtune reads safetensors only. Where torch is installed and the file is "
         f"trusted, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"

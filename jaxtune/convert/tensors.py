@@ -87,8 +87,11 @@ def _shards(folder: Path, stem: str) -> list[Path]:
             raise refuse_pickle(pickles[0])
         raise ModelError(f"{folder} holds no {single.name} and no {index.name}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and "/" not in file for file in weight_map.values()):
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(file, str) and "/" not in file and file not in (".", "..") for file in files):
         raise ModelError(f"{index}: weight_map is not a map from tensor names to files of this folder")
+    if pickles := sorted(file for file in files if file.endswith(PICKLES)):
+        raise refuse_pickle(folder / pickles[0])
     for name, file in weight_map.items():
         if not (folder / file).is_file():
             raise ModelError(f"{folder / file} is missing; {index.name} says that it holds {name}. Fetch it again")
@@ -110,7 +113,11 @@ def _read_header(file: Path) -> dict[str, Entry]:
         entries = {name: _entry(file, 8 + length, size, name, info) for name, info in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{file} has a corrupt header ({error}). Fetch it again") from error
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            raise ModelError(f"{file}: tensor {name} begins at byte {entry.start}, but the one before it ends at {end}. Fetch it again")
+        end += entry.nbytes
     if end != size:
         raise ModelError(f"{file} is {size} bytes long, but its header describes {end}. Fetch it again")
     return entries
@@ -119,6 +126,8 @@ def _read_header(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, base: int, size: int, name: str, info: dict) -> Entry:
     begin, end = info["data_offsets"]
     shape = tuple(info["shape"])
+    if not all(type(number) is int for number in (begin, end, *shape)):
+        raise TypeError(f"tensor {name} has a shape or place that is no whole number")
     if info["dtype"] not in DTYPES:
         raise ModelError(f"{file}: tensor {name} has dtype {info['dtype']}, which is not supported; there are {', '.join(DTYPES)}")
     dtype = DTYPES[info["dtype"]]
@@ -136,6 +145,8 @@ def read_json(file: Path) -> dict:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{file} is missing") from error
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

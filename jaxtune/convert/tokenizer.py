@@ -32,7 +32,7 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
     try:
         return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
 

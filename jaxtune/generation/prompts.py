@@ -27,16 +27,21 @@ def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> l
             raise DataError(f"{name} is empty; write what the model should go on from")
         if chat or (chat is None and model.tokenizer.chat_template):
             return _chat_ids(model, [{"role": "user", "content": prompt}], name)
-        return model.tokenizer(prompt)["input_ids"]
+        return _known(model, model.tokenizer(prompt)["input_ids"], name)
     if not isinstance(prompt, Sequence) or len(prompt) == 0:
         given = "empty" if isinstance(prompt, Sequence) else f"of type {type(prompt).__name__}"
         raise DataError(f'{name} is {given}; a prompt is a text, a list of messages like {{"role": "user", "content": ...}}, or token ids')
     if isinstance(prompt[0], Mapping):
         return _chat_ids(model, list(prompt), name)
-    for token in prompt:
+    return _known(model, prompt, name)
+
+
+def _known(model: Any, ids: Sequence[Any], name: str) -> list[int]:
+    """Token ids, each of them in the model's vocabulary: a tokenizer may have more tokens than the model has rows."""
+    for token in ids:
         if not _is_token(token) or not 0 <= token < model.config.vocab_size:
             raise DataError(f"{name} holds {token!r}, which is no token id of this model; ids go from 0 to {model.config.vocab_size - 1}")
-    return [int(token) for token in prompt]
+    return [int(token) for token in ids]
 
 
 def _is_token(value: Any) -> bool:
@@ -54,7 +59,7 @@ def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
     except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{name}: the chat template refuses the messages: {reason}") from None
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _known(model, model.tokenizer(text, add_special_tokens=False)["input_ids"], name)
 
 
 def stop_tokens(model: Any) -> set[int]:
@@ -65,7 +70,10 @@ def stop_tokens(model: Any) -> set[int]:
     found = {end_of_turn(model.tokenizer), model.tokenizer.eos_token_id}
     for settings in (model.generation_config, model.hf_config):
         named = settings.get("eos_token_id")
-        found.update(named if isinstance(named, (list, tuple)) else [named])
+        named = named if isinstance(named, (list, tuple)) else [named]
+        if wrong := [token for token in named if token is not None and not _is_token(token)]:
+            raise ModelError(f"eos_token_id of {model.source or 'this model'} is {wrong[0]!r}; it has to be a token id or a list of them")
+        found.update(named)
     return {token for token in found if token is not None}
 
 

@@ -127,8 +127,8 @@ def _block(how, window, q, queries, k, v, keys):
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     out = _product(weights.astype(v.dtype).reshape(B, K, G * t, -1), v, 3, 2).reshape(B, K, G, t, h) / total
-    sees = top > _UNSEEN
-    return jnp.where(sees, out, 0).astype(q.dtype), jnp.where(sees, top + jnp.log(total), 0)[..., 0]
+    unseen = (top <= _UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
+    return jnp.where(unseen, 0, out).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
 
 
 def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):

@@ -41,10 +41,14 @@ class Rope:
 
         `ModelError` for an unknown kind or one whose settings are missing.
         """
-        given = {key: value for key, value in (hf.get("rope_scaling") or hf.get("rope_parameters") or {}).items() if value is not None}
+        said = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if not isinstance(said, Mapping):
+            raise ModelError(f"rope_scaling (or rope_parameters) of config.json is {said!r}; it has to be an object or null")
+        given = {key: value for key, value in said.items() if value is not None}
         if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
             raise ModelError(f"rope_parameters.{nested[0]}: one rotary scheme per kind of layer is not implemented for {hf['model_type']}")
         kind = given.get("rope_type") or given.get("type") or "default"
+        _check_settings(given)
         if kind not in KINDS:
             raise ModelError(f"rope_type {kind!r} is not supported; supported are {', '.join(KINDS)}")
         if missing := [key for key in _NEEDED.get(kind, ()) if key not in given]:
@@ -69,6 +73,23 @@ class Rope:
         Without lengths, those of a text no longer than `original_max`.
         """
         return KINDS[self.kind](self, length_BT)
+
+
+def _check_settings(given: Mapping[str, Any]) -> None:
+    """ModelError for a setting that is no number above 0 (or list of them) where one is needed."""
+
+    def positive(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+    for key, value in given.items():
+        if key in ("short_factor", "long_factor", "divisors"):
+            fits = isinstance(value, list | tuple) and all(map(positive, value))
+        elif key in ("type", "rope_type"):
+            fits = isinstance(value, str)
+        else:
+            fits = not key.endswith(("factor", "theta", "embeddings", "beta_fast", "beta_slow")) or positive(value)
+        if not fits:
+            raise ModelError(f"rope_parameters (or rope_scaling) of config.json has {key}={value!r}; it needs a number above 0 there")
 
 
 _NEEDED = {

@@ -113,6 +113,12 @@ def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...
     return tuple(sites)
 
 
+def targeted(model_config: ModelConfig, config: LoraConfig) -> set[str]:
+    """PEFT's names of the modules and parameters that a config names, whether or not each of its targets names one."""
+    config = settle(model_config, config)
+    return {name for path, row in adaptable(model_config).items() for name in names(path, row) if _matches(path, name, row, config)}
+
+
 def _check_targets(key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
     wanted = {targets} if isinstance(targets, str) else set(targets)
     if missing := sorted(wanted - matched):
@@ -156,9 +162,16 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     return found is not None and int(found.group(1)) in ((chosen,) if isinstance(chosen, int) else chosen or ())
 
 
+def _fullmatch(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise ConfigError(f"lora: {expression!r} is not a regular expression: {error}") from error
+
+
 def _named(name: str, targets) -> str | None:
     if isinstance(targets, str):
-        return targets if re.fullmatch(targets, name) else None
+        return targets if _fullmatch(targets, name) else None
     return next((t for t in targets if name == t or name.endswith("." + t)), None)
 
 
@@ -166,9 +179,11 @@ def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
     """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
 
     def pattern(patterns, default):
-        return next((value for key, value in dict(patterns).items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+        return next((value for key, value in dict(patterns).items() if _fullmatch(rf"(.*\.)?({key})", name)), default)
 
     rank, alpha = pattern(config.rank_pattern, config.r), pattern(config.alpha_pattern, config.lora_alpha)
+    if rank < 1:
+        raise ConfigError(f"lora: the rank of {name} is {rank}; it has to be 1 or more")
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 

@@ -9,6 +9,7 @@ there in training only and are not applied here; a key that it reads and we do n
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,14 +46,44 @@ FAMILIES: dict[str, Family] = {
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """`ModelConfig` of a config.json dict; `ModelError` for a family or a switch we do not implement."""
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     for key in family.required:
         if not isinstance(hf.get(key), int) or hf[key] < 1:
             given = f"has {key}={hf[key]!r}" if key in hf else f"lacks {key}"
             raise ModelError(f"config.json of this {model_type} model {given}; it needs a positive whole number there")
+    _check_numbers(hf, family)
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
     return dataclasses.replace(family.config({**family.defaults, **hf}), **heads.fields(hf), hf_json=json.dumps(hf))
+
+
+_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
+           "moe_intermediate_size")  # fmt: skip
+_POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
+             "query_pre_attn_scalar")  # fmt: skip
+
+
+def _check_numbers(hf: Mapping[str, Any], family: Family) -> None:
+    """Values of the kind that transformers' own default for the key has; null is the default where that is null."""
+    for key, default in {**dict.fromkeys(_COUNTS), **dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}.items():
+        value = hf.get(key)
+        if key not in hf or (value is None and (default is None or key in _COUNTS)):
+            continue
+        wants = "a whole number above 0" if key in _COUNTS else "a number above 0" if key in _POSITIVE else ""
+        wants = wants or next((f"a {word}" for kind, word in _KINDS if isinstance(default, kind)), "")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = {
+            "a whole number above 0": number and isinstance(value, int) and (value > 0 or key == "sliding_window"),
+            "a number above 0": number and value > 0,
+            "a truth value": isinstance(value, bool),
+            "a number": number or value is None,
+            "a text": isinstance(value, str),
+        }
+        if wants and not fits[wants]:
+            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={value!r}; it needs {wants} there")
+
+
+_KINDS = ((bool, "truth value"), (int | float, "number"), (str, "text"))

@@ -48,7 +48,7 @@ def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
 
 def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says about such a head, as fields of `ModelConfig`; nothing for a language model."""
-    name = (hf.get("architectures") or [""])[0]
+    name = str((hf.get("architectures") or [""])[0])
     of = next((of for of, suffix in SUFFIX.items() if name.endswith(suffix)), None)
     if of is None:
         return {}
