@@ -19,7 +19,8 @@ from jaxtune.config import LoraConfig
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
-from jaxtune.convert.tensors import Plan, Safetensors, read_json, write_file, write_json
+from jaxtune.convert.peft_experts import PerExpert, is_per_expert
+from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.row import Row
@@ -35,6 +36,7 @@ from jaxtune.peft.sites import (
     is_parameter,
     names,
     rank_and_scale,
+    settle,
     targeted,
     whole_rows,
 )
@@ -178,7 +180,11 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
     config = _read_config(read_json(path / "adapter_config.json"), path)
-    checkpoint = Safetensors(path, stem="adapter_model")
+    checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
+    apart = model.config.moe is not None and is_per_expert(checkpoint)
+    if apart:
+        assert model.config.moe is not None
+        checkpoint, config = PerExpert(checkpoint, model.config.moe.num_experts), settle(model.config, config)
     left = set(checkpoint.entries)
     if wrong := [name for name, entry in checkpoint.entries.items() if not is_float(entry.dtype)]:
         dtype = checkpoint.entries[wrong[0]].dtype
@@ -191,7 +197,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
     _ignore_copies(path, model, checkpoint, left)
-    if not left:
+    if not left and not apart:
         _check_complete(path, model, config, sites)
     if left:
         first = sorted(left)[0]
@@ -214,7 +220,7 @@ def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[S
         raise ModelError(f"{path}: adapter_model.safetensors holds no tensors, so there is nothing to add to the model")
 
 
-def _read_pairs(path: Path, checkpoint: Safetensors, left: set, model: Model, config: LoraConfig) -> tuple[dict, tuple[Site, ...]]:
+def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, config: LoraConfig) -> tuple[dict, tuple[Site, ...]]:
     """The pairs that the file holds; the names of their tensors are taken out of `left`."""
     params, sites = {}, []
     rows = adaptable(model.config)
@@ -246,7 +252,7 @@ def _read_pairs(path: Path, checkpoint: Safetensors, left: set, model: Model, co
     return params, tuple(sites)
 
 
-def _read_whole(path: Path, checkpoint: Safetensors, left: set, whole: Whole, model: Model, config: LoraConfig, adapted: dict):
+def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, model: Model, config: LoraConfig, adapted: dict):
     """A parameter that is trained whole; the names are taken out of `left`."""
     row = whole_rows(model.config)[whole.path]
     shape = row.shape[bool(row.layers) :] if row.layers or whole.numbers is None else (len(whole.numbers), *row.shape[1:])
@@ -265,7 +271,7 @@ def _read_whole(path: Path, checkpoint: Safetensors, left: set, whole: Whole, mo
     return jnp.asarray(np.stack(values) if row.layers else values[0])
 
 
-def _ignore_copies(path: Path, model: Model, checkpoint: Safetensors, left: set) -> None:
+def _ignore_copies(path: Path, model: Model, checkpoint: Checkpoint, left: set) -> None:
     """Take out the whole matrices that PEFT writes beside the adapter of an embedding or head; they must be the model's own."""
     rows = adaptable(model.config)
     for name in {"embed", "head"} & rows.keys():

@@ -90,3 +90,20 @@ def test_row_table_gives_back_the_files_tensors(case):
             back[name] = part.T if row.transposed else part
     assert back.keys() == golden.tensors.keys()
     assert all(np.array_equal(back[name], tensor) for name, tensor in golden.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["dynamic", "phi4_mini"])
+def test_prompts_of_different_length_each_have_their_own_frequencies(name):
+    """Read together and decoded on, over the length where the frequencies change, as each one alone; transformers takes the longest's."""
+    golden = references.load(name)
+    config = from_hf(golden.config)
+    params = references.tree(config, golden.tensors)
+    documents = [document[:n] for document, n in zip(golden.documents, (13, 7, 4), strict=True)]
+
+    def last_four(documents):
+        batch = references.layout(documents, "left")
+        width = batch.tokens.shape[1]
+        found = decode(config, params, batch, [(0, width - 3), *((t, t + 1) for t in range(width - 3, width))])
+        return [logits[-4:] for logits in found]
+
+    assert max(difference(last_four([document]), [one]) for document, one in zip(documents, last_four(documents), strict=True)) < TOLERANCE

@@ -50,9 +50,32 @@ EXPERTS = {
     "regex of experts": {"r": 2, "target_modules": r".*layers\.1\..*[qv]_proj"},
 }  # fmt: skip
 
+# fused projections, Conv1D matrices and their own names
+GPT2 = {
+    "biases of c_attn": {"r": 4, "bias": "lora_only", "target_modules": ["c_attn", "mlp.c_proj"]},
+    "its modules": {"r": 4, "target_modules": ["c_attn"], "modules_to_save": ["ln_f", "wpe", "h.1.mlp.c_fc"]},
+    "its tokens": {"r": 4, "target_modules": ["c_fc"], "trainable_token_indices": [3, 9, 60]},
+    "its own biases": {"r": 4, "lora_bias": True, "use_rslora": True, "alpha_pattern": {"c_fc": 5}, "target_modules": ["c_fc", "c_attn"]},
+    "its DoRA": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
+    "its layers": {"r": 4, "target_modules": ["c_attn", "c_fc"], "layers_to_transform": [0, 2], "layers_pattern": "h"},
+}
+NEOX = {
+    "all its biases": {"r": 4, "bias": "all", "target_modules": ["query_key_value", "dense"]},
+    "modules of NeoX": {"r": 4, "target_modules": ["dense_h_to_4h"], "modules_to_save": ["final_layer_norm", "embed_out"]},
+    "tokens of NeoX": {"r": 4, "target_modules": ["dense"], "trainable_token_indices": {"embed_in": [3, 9]}},
+    "biases of its own in NeoX": {"r": 4, "lora_bias": True, "target_modules": ["query_key_value", "dense_4h_to_h"]},
+    "DoRA of NeoX": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
+}
+FUSED = {"phi3": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
+         "gemma2": {"r": 4, "use_dora": True, "target_modules": r".*\.(?:q|o|gate)_proj",
+                    "rank_pattern": {r"\d\.self_attn\.(q|o)_proj": 6}},
+         "olmo2": {"r": 4, "use_dora": True, "bias": "all", "target_modules": "all-linear"}}  # fmt: skip
+VARIANTS |= GPT2 | NEOX | FUSED
+
 
 # every variant once, and over a tied matrix those that touch it
-EACH = [("untied", name) for name in VARIANTS if "tied" not in name]
+OTHERS = {name: kind for kind, names in {"gpt2": GPT2, "gpt_neox": NEOX}.items() for name in names} | {name: name for name in FUSED}
+EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in name]
 EACH += [("tied", name) for name in ("head", "embedding", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
 EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
@@ -64,7 +87,7 @@ def folders(tmp_path_factory):
     for kind in ("untied", "tied"):
         shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
         tiny.write(root / kind, shape, tiny.hf_tensors(shape))
-    for kind in ("mixtral", "qwen3_moe"):
+    for kind in ("mixtral", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     return {folder.name: folder for folder in root.iterdir()}

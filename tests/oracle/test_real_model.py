@@ -10,6 +10,8 @@ import jax.numpy as jnp  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
+from jaxtune import generate  # noqa: E402
+from jaxtune.convert.gguf_out import save_gguf  # noqa: E402
 from jaxtune.convert.load import load  # noqa: E402
 from jaxtune.model import quant  # noqa: E402
 from jaxtune.model.decoder import forward  # noqa: E402
@@ -94,3 +96,14 @@ def test_qlora_logits_are_those_of_transformers_with_bitsandbytes(smollm2, docum
     for doc, expected in zip(documents, alone(quantized, documents), strict=True):
         ours = np.asarray(forward(model.config, model.params, jnp.asarray(doc[None])))[0]
         assert np.abs(ours - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
+
+
+def test_gguf_and_back_gives_the_same_greedy_text(model, tmp_path):
+    """SmolLM2's GGUF -> here -> a GGUF of float16 -> here, tokenizer and chat template included."""
+    words = dict(tokenizer=model.tokenizer, generation_config=model.generation_config)
+    save_gguf(model.config, model.params, tmp_path / "m.gguf", type="f16", **words)
+    again = load(tmp_path / "m.gguf")
+    assert again.tokenizer.chat_template == model.tokenizer.chat_template
+    questions = ["What is the capital of France?", "List three prime numbers above 10."]
+    wanted = generate.generate(model, questions, max_new_tokens=24)
+    assert generate.generate(again, questions, max_new_tokens=24) == wanted and all(len(text) > 20 for text in wanted)
