@@ -181,6 +181,9 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
     config = _read_config(read_json(path / "adapter_config.json"), path)
     checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
+    if model.config.model_type == "gpt_neox":  # whose head transformers 4 called embed_out
+        config = settle(model.config, config)
+        checkpoint.entries = {name.replace(".embed_out.", ".lm_head."): entry for name, entry in checkpoint.entries.items()}
     apart = model.config.moe is not None and is_per_expert(checkpoint)
     if apart:
         assert model.config.moe is not None

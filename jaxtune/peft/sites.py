@@ -31,6 +31,7 @@ class Whole(NamedTuple):
 EXPERTS = {"router": "mlp.gate.weight", "experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
 # and what the modules were called that they stand for; PEFT translates these
 HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
+RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
 TRANSLATED = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
     "qwen3_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
@@ -43,6 +44,8 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
     rows, family = spec(model_config), FAMILIES[model_config.model_type]
     if "head" not in rows and not model_config.num_labels:
         rows["head"] = rows["embed"]._replace(hf=f"{family.ends['head']}.weight")
+    if "head" in rows:
+        rows["head"] = rows["head"]._replace(hf=RENAMED_HEAD.get(rows["head"].hf, rows["head"].hf))
     table = {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
     for path in [path for path in rows if path.endswith("/router")]:
         stack = path.removesuffix("router")
@@ -68,11 +71,17 @@ def names(path: str, row: Row) -> list[str]:
 
 
 def settle(model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
-    """The config with targets that a mixture of experts has no modules for as parameters, as PEFT translates them.
+    """The config in the names of today's modules: targets that a mixture of experts has no modules for as parameters, as PEFT translates
+    them, and GPT-NeoX's head under its present name.
 
     "all-linear" becomes attention, router and experts; `gate_proj` and `up_proj` (`w1`, `w3`) one matrix of twice the rank and alpha.
     """
     table = TRANSLATED.get(model_config.model_type)
+    if model_config.model_type == "gpt_neox":
+        given = {key: getattr(config, key) for key in ("target_modules", "modules_to_save", "exclude_modules")}
+        new = {key: tuple("lm_head" if name == "embed_out" else name for name in value) for key, value in given.items()
+               if isinstance(value, tuple) and "embed_out" in value}  # fmt: skip
+        config = dataclasses.replace(config, **new)
     targets = config.target_modules
     if table is None or model_config.moe is None or isinstance(targets, str) and targets != "all-linear":
         return config

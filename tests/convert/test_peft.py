@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import references
 import tiny
 from safetensors.numpy import load_file, save_file
 
@@ -97,3 +98,22 @@ def test_tensors_that_do_not_fit(model, saved):
 def test_no_adapter_there(model, tmp_path):
     with pytest.raises(ModelError, match="no adapter_config.json"):
         load_adapter(tmp_path, model)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_out"]}, {"target_modules": ["dense"], "modules_to_save": ["embed_out"]}])
+def test_the_head_of_gpt_neox_by_both_its_names(tmp_path, settings):
+    """transformers 4 (and the files) call it embed_out, transformers 5 lm_head."""
+    golden = references.load("gpt_neox")
+    tiny.write(tmp_path / "model", golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
+    model = load(tmp_path / "model")
+    adapter = jax.tree.map(lambda x: x + 0.1, peft.init_adapter(jax.random.key(0), model, LoraConfig(r=2, **settings)))
+    save_adapter(adapter, model, tmp_path / "new")
+    tensors = load_file(tmp_path / "new/adapter_model.safetensors")
+    assert any(".lm_head." in name for name in tensors) and not any("embed_out" in name for name in tensors)
+    (tmp_path / "old").mkdir()
+    config = (tmp_path / "new/adapter_config.json").read_text()
+    (tmp_path / "old/adapter_config.json").write_text(config.replace("lm_head", "embed_out"))
+    save_file({name.replace("lm_head", "embed_out"): x for name, x in tensors.items()}, tmp_path / "old/adapter_model.safetensors")
+    for folder in ("new", "old"):
+        for left, right in zip(jax.tree.leaves(load_adapter(tmp_path / folder, model)), jax.tree.leaves(adapter), strict=True):
+            np.testing.assert_array_equal(left, right)

@@ -61,7 +61,8 @@ GPT2 = {
 }
 NEOX = {
     "all its biases": {"r": 4, "bias": "all", "target_modules": ["query_key_value", "dense"]},
-    "modules of NeoX": {"r": 4, "target_modules": ["dense_h_to_4h"], "modules_to_save": ["final_layer_norm", "embed_out"]},
+    "modules of NeoX": {"r": 4, "target_modules": ["dense_h_to_4h"], "modules_to_save": ["final_layer_norm", "lm_head"]},
+    "head of NeoX": {"r": 4, "target_modules": ["dense", "lm_head"]},
     "tokens of NeoX": {"r": 4, "target_modules": ["dense"], "trainable_token_indices": {"embed_in": [3, 9]}},
     "biases of its own in NeoX": {"r": 4, "lora_bias": True, "target_modules": ["query_key_value", "dense_4h_to_h"]},
     "DoRA of NeoX": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
