@@ -209,16 +209,18 @@ DIFFERENT: dict[str, str] = {
     for key in keys.split()
 }
 
-# Keys that cannot change a result here: how torch is driven, what is always so, what is only shown. Whatever they ask for, a note says why not.
+# Keys that cannot change a result here: how torch is driven, what is always so, what is only shown. A note says why they are left out.
 LEFT_OUT: dict[str, str] = {
     key: why
     for why, keys in {
-        "every step is compiled by XLA": "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval tf32 use_unsloth no_cuda use_cpu",
+        "every step is compiled by XLA": "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval tf32 use_unsloth "
+        "no_cuda use_cpu",
         "batches are a pure function of the step number, and no loader runs": "dataloader_num_workers dataloader_pin_memory "
         "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns ignore_data_skip length_column_name",
         "packed rows are kept apart by every kind of attention": "flash_attention padding_free neat_packing xformers_attention "
         "sdp_attention flash_attn eval_packing eval_sample_packing",
-        "the loss is always computed in chunks": "use_liger_kernel use_liger liger_kernel_config eval_accumulation_steps prediction_loss_only",
+        "the loss is always computed in chunks": "use_liger_kernel use_liger liger_kernel_config eval_accumulation_steps "
+        "prediction_loss_only",
         "the loss is always divided by the tokens of the whole batch": "average_tokens_across_devices",
         "rows are tokenised on all cores, once": "dataset_num_proc preprocessing_num_workers dataset_processes overwrite_cache",
         "rows are padded to data.max_length only": "pad_to_sequence_len pad_to_multiple_of",
@@ -228,10 +230,11 @@ LEFT_OUT: dict[str, str] = {
         "it is for torch's storage of packed weights": "bnb_4bit_quant_storage",
         "no code from a model's folder is ever run": "trust_remote_code",
         "a loss that is not finite stops the run and names the step": "logging_nan_inf_filter",
-        "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model is_mistral_derived_model",
+        "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model "
+        "is_mistral_derived_model",
         "data.train and data.eval say what is done": "do_train do_eval do_predict",
-        "loss.png, metrics.jsonl and the terminal always have it": "plot_loss logging_first_step include_num_input_tokens_seen disable_tqdm "
-        "log_level wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id",
+        "loss.png, metrics.jsonl and the terminal always have it": "plot_loss logging_first_step include_num_input_tokens_seen "
+        "disable_tqdm log_level wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id",
         "checkpoints hold all that a resume needs, and results are safetensors": "save_only_model save_safetensors enable_jit_checkpoint "
         "full_determinism",
         "it changes no number": "skip_memory_metrics torch_empty_cache_steps strict debug",
