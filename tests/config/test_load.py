@@ -222,7 +222,8 @@ def test_other_tools_configs_load():
         "optimizer": "adamw_torch_fused", "lr_scheduler": "cosine", "learning_rate": 2e-4, "warmup_ratio": 0.1, "bf16": "auto",
         "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True, "flash_attention": True, "deepspeed": None,
         "lora_target_modules": None,
-        "model_type": "LlamaForCausalLM", "pad_to_sequence_len": True, "wandb_project": None, "tf32": False, "early_stopping_patience": None,
+        "model_type": "LlamaForCausalLM", "pad_to_sequence_len": True, "wandb_project": None, "tf32": False,
+        "early_stopping_patience": None,
         "resume_from_checkpoint": None, "fsdp": None, "strict": False, "group_by_length": False, "gradient_checkpointing": True,
     }  # fmt: skip
     config = load_config(axolotl)
