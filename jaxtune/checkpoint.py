@@ -35,6 +35,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, notes: dict) -> None:
         """Begin to save; returns when the arrays are copied from the devices, writes in the background."""
+        if step in self.steps():
+            self.manager.delete(step)  # a damaged one, that this run has gone on from before
         flat = _flat(state)
         notes = notes | {"checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), notes=ocp.args.JsonSave(notes)), force=True)

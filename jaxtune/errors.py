@@ -31,6 +31,7 @@ _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, or write to another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",
     errno.EROFS: "the folder is on a read-only file system; write to another folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; name another",
     errno.EACCES: "permission denied; choose a file or folder that this user may use",
 }
 

@@ -82,14 +82,15 @@ class Loop:
             self._hear(number)
             if evaluate or save or prove or self.interrupted or number == self.total:
                 waiting = self._read(*waiting)
-            if prove:
-                state = self.checkpoints.prove(number, state, self.notes, keep=save)
             if evaluate:
                 stop, better = self._evaluate(number, state, base, eval_step)
                 save = save or (better and config.save_strategy == "best")
             stop = stop or self.interrupted
-            if (save and not prove) or self.interrupted or ((stop or number == self.total) and config.save_strategy != "no"):
-                self._save(number, state)
+            save = save or self.interrupted or ((stop or number == self.total) and config.save_strategy != "no")
+            if prove:
+                state = self.checkpoints.prove(number, state, self.notes, keep=save)
+            elif save:
+                self.checkpoints.save(number, state, self.notes)
             if stop:
                 break
         if self.interrupted:
@@ -218,9 +219,6 @@ class Loop:
             log.info("%s has not improved for %d evaluations: stopping at step %d", config.metric_for_best_model, patience, number)
             return True, gain > 0
         return False, gain > 0
-
-    def _save(self, number: int, state: TrainState) -> None:
-        self.checkpoints.save(number, state, self.notes)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -177,7 +177,8 @@ def errors_bytes(message: str) -> int | None:
 
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    match = re.search(r"(?:Used|needs?|requires?|allocating|allocate)\s+([\d.]+)\s*([KMGT]?)i?(?:B|b)?", message)
+    words = r"(?:Used|needs?|requires?|allocating|allocate)\s+|memory required for [\w ]+\("
+    match = re.search(rf"(?:{words})([\d.]+)\s*([KMGT]?)i?(?:B|b)?", message)
     if match is None:
         return None
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -15,11 +16,20 @@ import yaml
 from jaxtune.config import Config
 from jaxtune.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger("jaxtune")
+LOCK = ".lock"
+_held: dict[Path, int] = {}  # folders of this process's runs -> their open lock files
+
 # Keys that may differ between a run and its resumption: they change what is kept and said, not what is computed.
 FREE = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
     "compilation_cache", "evaluate", "eval_steps", "eval_strategy", "eval_on_start", "per_device_eval_batch_size", "mesh",
-    "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma",
+    "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma", "data.cache_dir",
 }  # fmt: skip
 PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
@@ -43,31 +53,59 @@ def check_free(config: Config) -> None:
 
 
 def open_run(config: Config) -> Path:
-    """The run's folder, made if need be.
+    """The run's folder, made if need be, and this process's alone until `let_go`.
 
-    Raises CheckpointError when the folder holds something and `resume` is not set, or when `resume` is set and there is nothing
-    to resume, or the run that is there was another one (naming the keys that differ).
+    Raises CheckpointError when the folder holds something and `resume` is not set, when `resume` is set and there is nothing
+    to resume, and when another process is writing into it.
     """
     folder = folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is a file; name a folder")
     if not config.resume:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    if not (folder / "config.yaml").is_file():
+    elif not (folder / "config.yaml").is_file():
         raise CheckpointError(f"resume=true, but {folder} holds no run (no config.yaml); leave resume out to start one there")
+    _claim(folder)
     return folder
+
+
+def _claim(folder: Path) -> None:
+    """Lock the folder; the system unlocks it when this process ends, however it ends."""
+    if fcntl is None or folder in _held:
+        return
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise CheckpointError(f"another run is writing into {folder}; wait for its end, stop it, or name another folder") from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s), so nothing keeps a second run out of it", folder, error.strerror)
+    _held[folder] = file
+
+
+def let_go(config: Config) -> None:
+    """Unlock the run's folder."""
+    if (file := _held.pop(folder_of(config), None)) is not None:
+        os.close(file)
 
 
 def differences(config: Config, folder: Path) -> list[str]:
     """`key: then -> now` for each key that changes what is computed."""
-    then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(config.to_dict()))
-    then = json.loads(json.dumps(then))
-    keys = [key for key in sorted(now.keys() | then.keys()) if key not in FREE]
+    then = _leaves(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    now = _leaves(json.loads(json.dumps(config.to_dict())))
+    keys = [key for key in sorted(now.keys() | then.keys()) if key not in FREE and key.partition(".")[0] not in FREE]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def write_config(folder: Path, config: Config) -> None:

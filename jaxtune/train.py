@@ -67,13 +67,23 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     if config.data.kfold is None or config.data.fold is not None:
         return _train(config, mesh)
     tokenizer = open_model(config.model).tokenizer
-    found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh))
+    try:
+        found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh))
+    finally:
+        runfolder.let_go(config)
     if distributed.is_first():
         found.show()
     return found
 
 
 def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
+    try:
+        return _run(config, mesh)
+    finally:
+        runfolder.let_go(config)
+
+
+def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     # ---- 1. What there is: the model's files, the rows ----
     distributed.on_first(lambda: runfolder.check_free(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))

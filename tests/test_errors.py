@@ -38,7 +38,13 @@ def test_interrupt_exits_130(capsys):
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied"), (errno.EDQUOT, "quota")],
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENOTDIR, "is a file"),
+    ],  # fmt: skip
 )
 def test_the_machines_errors_become_a_sentence(number, says, capsys):
     code, err = exit_of(raising(OSError(number, os.strerror(number), "runs/first")), capsys)

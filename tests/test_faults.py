@@ -3,6 +3,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,8 @@ def test_what_a_resume_lets_pass(config, tmp_path, caplog):
     changed = config(max_steps=3, learning_rate=0.02, resume=True, resume_allow_drift=True)
     with caplog.at_level(logging.WARNING, "jaxtune"):
         result = train(changed | {"data": changed["data"] | {"train": str(rows)}})
+    with pytest.raises(CheckpointError, match=r"another run: data\.max_length: 32 -> 64; data\.train: \[[^;]*\]; lora\.r: 2 -> 4\. Put"):
+        train(changed | {"lora": {"r": 4}, "data": changed["data"] | {"max_length": 64}, "resume_allow_drift": False})  # keys, no more
     assert "learning_rate: 0.01 -> 0.02" in caplog.text and "the training rows are not those" in caplog.text and result.step == 3
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3]  # the line that was cut is gone
 
@@ -137,3 +141,31 @@ def test_a_second_signal_quits(config, tmp_path, monkeypatch):
         train(config())
     assert not (tmp_path / "run" / "adapter").exists() and (tmp_path / "run" / "checkpoints" / "1").is_dir()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
+    """The lock goes with the process that holds it, so a killed run leaves none. (A run of one step, saved at each, ends with one save.)"""
+    train(config(max_steps=1))
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match="another run is writing into .*run"):
+            train(config(max_steps=1, resume=True))
+        other.kill()
+    assert train(config(max_steps=1, resume=True)).step == 1
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(config, tmp_path, caplog):
+    """The newest cut short: the one before is taken, that is said, the step is saved again, and the end is the same."""
+    whole = train(config()).trainable
+    for file in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:-50])
+    with caplog.at_level(logging.WARNING, "jaxtune"):
+        again = train(config(resume=True))
+    assert "checkpoint 4 is damaged" in caplog.text and "taking the one before it" in caplog.text and again.step == 4
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(whole), jax.tree.leaves(again.trainable), strict=True))
+    saved = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.manager.restore(4) is not None
+    saved.close()

@@ -102,6 +102,11 @@ def test_methods_side_by_side(model_folder):
     [
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.00GiB.", 2.0),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(17.25G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            17.25,
+        ),
     ],
 )
 def test_a_compiler_that_refuses_says_how_much(message, size):

@@ -2,13 +2,14 @@
 
     python tools/kill_campaign.py CONFIG.yaml [key=value ...] --trials 25 --seed 0
 
-Each trial starts the run in a fresh folder, kills the process, resumes, kills again, up to `--kills` times, then lets it end. Half of the
-kills come after a random time (start-up and steps alike), half while a checkpoint is being written, the first one included. Prints one
-line a trial, with what each kill hit, and exits 1 if any result differs.
+Each trial starts the run in a fresh folder, kills the process at a moment drawn at random, resumes, kills again, up to `--kills` times,
+then lets it end. A moment is told by what the run has written so far (`MOMENTS`), and the kill comes a random few milliseconds after
+it, so none comes after the end. Prints one line a trial, with what each kill hit, and exits 1 if any result differs or a trial had no kill.
 """
 
 import argparse
 import hashlib
+import json
 import random
 import shutil
 import signal
@@ -42,46 +43,72 @@ def run_to_end(argv: list[str]) -> float:
     return time.monotonic() - started
 
 
-def unfinished(folder: Path) -> set[str]:
+def partial(folder: Path) -> set[str]:
     """Checkpoints that are being written, or that a kill has left half-written: Orbax renames a folder when it is whole."""
+    return {path.name for path in (folder / "checkpoints").glob("*tmp*")}
+
+
+def lines(folder: Path) -> int:
+    """Steps in the log."""
     try:
-        return {path.name for path in (folder / "checkpoints").iterdir() if "tmp" in path.name}
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
-        return set()
+        return 0
 
 
-def state_of(folder: Path, before: set[str]) -> str:
-    """What a process that has just been killed was doing, from what it left."""
-    if not (folder / "config.yaml").is_file():
-        return "start-up"
-    whole = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    if unfinished(folder) - before:
-        return f"saving after checkpoint {max(whole)}" if whole else "the first save"
-    return f"steps after checkpoint {max(whole)}" if whole else "steps before the first save"
+def whole(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are whole."""
+    return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
 
 
-def kill(argv: list[str], folder: Path, seconds: float, in_save: bool, pause: float) -> str | None:
-    """Kill the run after `seconds`, or `pause` seconds into the first save; None: it had ended before."""
-    before = unfinished(folder)
+# name -> is it now? (folder, half-written checkpoints before the start, lines of the log before it, a random number of 1 to 25)
+MOMENTS = {
+    "start-up": lambda folder, before, logged, some: True,
+    "the folder's first files": lambda folder, before, logged, some: (folder / "config.yaml").exists(),
+    "the first save": lambda folder, before, logged, some: not whole(folder) and bool(partial(folder) - before),
+    "a save": lambda folder, before, logged, some: lines(folder) > logged + some and bool(partial(folder) - before),
+    "steps": lambda folder, before, logged, some: lines(folder) > logged + some,
+    "the result": lambda folder, before, logged, some: any(folder.glob(".adapter.new*")) or any(folder.glob(".model.new*")),
+}
+
+
+def kill(argv: list[str], folder: Path, rng: random.Random) -> str | None:
+    """Kill the run at a random moment; what it hit, or None where the run had ended before that moment came."""
+    moment, before, logged, some = rng.choice(list(MOMENTS)), partial(folder), lines(folder), rng.randint(1, 25)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    started = time.monotonic()
-    while process.poll() is None:
-        waited = time.monotonic() - started
-        if in_save and unfinished(folder) - before:
-            time.sleep(pause)
-            break
-        if not in_save and waited > seconds:
-            break
-        time.sleep(0.0005)
+    while process.poll() is None and not MOMENTS[moment](folder, before, logged, some):
+        time.sleep(0.0003)
+    time.sleep(rng.uniform(0.05, 4) if moment == "start-up" else rng.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     if process.wait() == 0:
         return None
-    return state_of(folder, before)
+    if process.returncode != -signal.SIGKILL:
+        raise SystemExit(f"exit code {process.returncode} before the kill, in {folder}")
+    saved = f"checkpoint {max(whole(folder))}" if whole(folder) else "no checkpoint"
+    return f"{moment} ({saved}, {lines(folder)} lines of the log{', one half-written' if partial(folder) - before else ''})"
+
+
+def tiny_run(folder: Path) -> str:
+    """The config of a run of seconds: a random Llama of two layers (tests/tiny.py), LoRA with dropout, a checkpoint every third step."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny
+    import yaml
+
+    tiny.write_chat_model(folder / "model", tiny.LLAMA | {"num_hidden_layers": 2})
+    rows = [{"prompt": f"Say {n}.", "completion": f" {n} {n}"} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": str(folder / "model"), "data": {"train": str(folder / "rows.jsonl"), "max_length": 64, "cache_dir": str(folder / "cache")},
+        "lora": {"r": 4, "lora_dropout": 0.1}, "per_device_train_batch_size": 1, "max_steps": 40, "save_steps": 3, "save_total_limit": 2,
+        "compilation_cache": str(folder / "xla"), "logging_steps": 1, "report_to": [],
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return str(folder / "run.yaml")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
+    parser.add_argument("config", nargs="?", help="left out: a tiny model of its own")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--kills", type=int, default=3)
@@ -89,22 +116,25 @@ def main() -> None:
     given = parser.parse_args()
     rng = random.Random(given.seed)
     work = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
+    given.config = given.config or tiny_run(work)
     run_to_end(command(given.config, given.overrides, work / "warm", resume=False))  # compiles once, into the cache
     length = run_to_end(command(given.config, given.overrides, work / "whole", resume=False))
     expected, wrong = digest(work / "whole"), 0
     print(f"undisturbed: {length:.1f} s, {expected[:16]}", flush=True)
     for trial in range(1, given.trials + 1):
         folder, hits = work / f"trial-{trial}", []
-        for _ in range(given.kills):
+        while len(hits) < given.kills:
             resume = (folder / "config.yaml").is_file()
             if not resume:
                 shutil.rmtree(folder, ignore_errors=True)  # killed before the run began
-            argv = command(given.config, given.overrides, folder, resume)
-            if (hit := kill(argv, folder, rng.uniform(0.3, 1.0) * length, rng.random() < 0.5, rng.uniform(0, 0.03))) is None:
-                break
-            hits.append(hit)
+            if hit := kill(command(given.config, given.overrides, folder, resume), folder, rng):
+                hits.append(hit)
+            elif hits:
+                break  # it has ended
+            else:
+                shutil.rmtree(folder)  # the moment was missed: once more
         run_to_end(command(given.config, given.overrides, folder, (folder / "config.yaml").is_file()))
-        same = digest(folder) == expected
+        same = bool(hits) and digest(folder) == expected
         wrong += not same
         print(f"trial {trial}: killed in {'; '.join(hits) or 'nothing'}: {'bit-equal' if same else 'DIFFERENT'}", flush=True)
         shutil.rmtree(folder)
