@@ -62,7 +62,7 @@ def open_run(config: Config) -> Path:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is a file; name a folder")
     if not config.resume:
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):  # what a kill at the start leaves
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
         folder.mkdir(parents=True, exist_ok=True)
     elif not (folder / "config.yaml").is_file():

@@ -110,7 +110,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     step, eval_step = _programs(config, model.config, total_steps, state, mesh)
 
     # ---- 4. The folder; resume ----
-    distributed.on_first(lambda: runfolder.open_run(config))
+    distributed.on_first(lambda: _open_folder(config))
     folder = runfolder.folder_of(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
     notes = first_notes(rows)
@@ -204,6 +204,12 @@ def _jitted(
     step = make_step(config, model_config, objective, optim.optimizer(config, total_steps), mesh=mesh)
     out_shardings = (jax.tree.unflatten(structure, shardings), None)
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective, mesh))
+
+
+def _open_folder(config: Config) -> None:
+    folder = runfolder.open_run(config)
+    if not config.resume:  # before anything else is in it, so that a run killed from here on can be resumed
+        runfolder.write_config(folder, config)
 
 
 def first_notes(rows: data.Data) -> dict[str, Any]:

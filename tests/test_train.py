@@ -57,7 +57,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_folder(config, tmp_path, method):
     assert any("eval_loss" in row for row in metrics(run))
     kept = {path.name for path in run.iterdir()}
     result = "model" if method == "full" else "adapter"
-    assert kept == {"config.yaml", "run.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", result}
+    assert kept == {".lock", "config.yaml", "run.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints", result}
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == method
     record = json.loads((run / "run.json").read_text())
     assert record["versions"]["jax"] == jax.__version__ and record["model"]["sha256"]["model.safetensors"]

@@ -125,8 +125,6 @@ def main() -> None:
         folder, hits = work / f"trial-{trial}", []
         while len(hits) < given.kills:
             resume = (folder / "config.yaml").is_file()
-            if not resume:
-                shutil.rmtree(folder, ignore_errors=True)  # killed before the run began
             if hit := kill(command(given.config, given.overrides, folder, resume), folder, rng):
                 hits.append(hit)
             elif hits:
