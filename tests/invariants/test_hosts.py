@@ -1,6 +1,6 @@
 """Several processes, one run, by the real command: the losses of one process; one lost or told to stop, all stop; resumed, the same end.
 
-JAXTUNE_PROCESSES=4 for four of them, two devices each; docs/hosts.log is what that says.
+JAXTUNE_PROCESSES=4 pytest -s ... for four of them, two devices each.
 """
 
 import json
