@@ -1,8 +1,9 @@
 """Attention by segments: a token sees earlier tokens of its own segment, and of the segment it goes on from, within the layer's window.
 Softmax in float32.
 
-Plain XLA, by blocks of queries: the scores of a row are never all there at once, and the backward pass makes a block's scores again
-from what the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum (arXiv 2205.14135).
+Plain XLA, by blocks of queries and, in long rows, of keys: memory grows with the length, not with its square. The backward pass makes a
+block's scores again from what the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum
+(arXiv 2205.14135).
 """
 
 import functools
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128  # queries of one block
-SPANS = 8  # a row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
+KEYS = 1024  # keys of one block, in rows that have more
+SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
+_MANY = 2**30
 _UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
 
 
@@ -53,6 +56,9 @@ def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, w
     K = k_BSKh.shape[2]
     q = checkpoint_name(q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4), "attention")
     k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
+    if T > BLOCK and k.shape[2] > KEYS and (pad := -k.shape[2] % KEYS):  # whole blocks; segment 0 is seen by nobody
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+        keys = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad))), keys)
     out = _attend(_Scores(scale, cap), q, k, v, queries, keys, jnp.asarray(window))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
@@ -99,8 +105,8 @@ def _attend_bwd(how, residuals, dout):
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
 
         def block(totals, part, keys_seen=keys_seen):
-            dq, dk, dv = _block_gradient(how, window, *part, *keys_seen)
-            return (totals[0] + dk, totals[1] + dv), dq
+            dq, *totals = _block_gradient(how, window, *part, *keys_seen, totals)
+            return tuple(totals), dq
 
         part = (q[:, :, :, span], _slots(queries, span), dout[:, :, :, span], logz[:, :, :, span], delta[:, :, :, span])
         totals, dq = _by_blocks(block, (dk[:, :, :seen], dv[:, :, :seen]), part)
@@ -119,20 +125,61 @@ def _bias(queries, keys, window):
 
 
 def _block(how, window, q, queries, k, v, keys):
-    """Result and logz of one block of queries."""
+    """Result and logz of one block of queries: over all keys at once, or block by block of them (online softmax, arXiv 1805.02867)."""
+    if _at_once(k):
+        out, top, total = _part(how, window, q, queries, k, v, keys)
+    else:
+
+        def fold(i, sums):
+            return _joined(sums, _part(how, window, q, queries, *_key_block(i, k, v, keys)))
+
+        nothing = jnp.full((*q.shape[:-1], 1), _UNSEEN)
+        sums = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
+        out, top, total = jax.lax.fori_loop(*_needed(queries, keys, window), fold, sums)
+    unseen = (top <= _UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
+    total = jnp.where(unseen, 1, total)
+    return jnp.where(unseen, 0, out / total).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
+
+
+def _part(how, window, q, queries, k, v, keys):
+    """What some keys give: the largest score, and under it the sum of weights and of weighted values, float32."""
     B, K, G, t, h = q.shape
     scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
     scores += _bias(queries, keys, window)[:, None, None]
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    out = _product(weights.astype(v.dtype).reshape(B, K, G * t, -1), v, 3, 2).reshape(B, K, G, t, h) / total
-    unseen = (top <= _UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
-    return jnp.where(unseen, 0, out).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
+    return _product(weights.astype(v.dtype).reshape(B, K, G * t, -1), v, 3, 2).reshape(B, K, G, t, h), top, total
 
 
-def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
-    """dq, dk, dv of one block of queries. Scores stand keys first, `[B, K, S, G, t]`, so that two of three products need no transpose."""
+def _joined(one, other):
+    """The sums of two parts under the larger of their tops."""
+    (out, top, total), (out_2, top_2, total_2) = one, other
+    both = jnp.maximum(top, top_2)
+    shrink, shrink_2 = jnp.exp(top - both), jnp.exp(top_2 - both)
+    return out * shrink + out_2 * shrink_2, both, total * shrink + total_2 * shrink_2
+
+
+def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, totals):
+    """dq of one block of queries, and `totals`, dk and dv so far, with its part added."""
+    if _at_once(k):
+        dq, dk, dv = _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys)
+        return dq.astype(q.dtype), totals[0] + dk, totals[1] + dv
+
+    def fold(i, sums):
+        dq, *totals = sums
+        dq_i, *parts = _part_gradient(how, window, q, queries, dout, logz, delta, *_key_block(i, k, v, keys))
+        at = 0, 0, i * KEYS, 0
+        here = (jax.lax.dynamic_slice(total, at, part.shape) + part for total, part in zip(totals, parts, strict=True))
+        return dq + dq_i, *(jax.lax.dynamic_update_slice(total, part, at) for total, part in zip(totals, here, strict=True))
+
+    dq, *totals = jax.lax.fori_loop(*_needed(queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
+    return dq.astype(q.dtype), *totals
+
+
+def _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
+    """dq, dk, dv of some queries and keys, float32. Scores stand keys first, `[B, K, S, G, t]`, so that two of three products need no
+    transpose."""
     B, K, G, t, h = q.shape
     flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
     capped = softcap(_product(k, flat_q, 3, 3).reshape(B, K, -1, G, t) * how.scale, how.cap)
@@ -143,7 +190,7 @@ def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
     if how.cap != 0.0:
         dscores *= 1 - jnp.square(capped / how.cap)
     probs, dscores = (x.astype(q.dtype).reshape(B, K, -1, G * t) for x in (probs, dscores))
-    dq = _product(dscores, k, 2, 2).astype(q.dtype).reshape(q.shape)
+    dq = _product(dscores, k, 2, 2).reshape(q.shape)
     return dq, _product(dscores, flat_q, 3, 2), _product(probs, flat_dout, 3, 2)
 
 
@@ -156,11 +203,45 @@ def _product(a, b, a_axis, b_axis):
 
 
 def _spans(T: int, S: int) -> list[tuple[slice, int]]:
-    """Where a row of T queries is cut, and how many keys each part may see: all, unless queries and keys are the same tokens."""
-    if T != S:
+    """Where a row of T queries is cut, and how many keys each part may see: all, unless queries and keys are the same tokens. Rows of more
+    keys than a block are not cut: each block of queries leaves out the blocks of keys that it does not need (`_needed`)."""
+    if T != S or S > KEYS:
         return [(slice(0, T), S)]
     length = BLOCK * -(-T // (BLOCK * SPANS))
     return [(slice(start, min(start + length, T)), min(start + length, T)) for start in range(0, T, length)]
+
+
+def _at_once(k) -> bool:
+    """Whether the keys are one block: few, or a cache of some other size, which to fill up would be to copy."""
+    return k.shape[2] <= KEYS or k.shape[2] % KEYS != 0
+
+
+def _key_block(i, k, v, keys: Keys):
+    """Block i of the keys and values."""
+    k, v = (jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis=2) for x in (k, v))
+    return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis=1), keys)
+
+
+def _needed(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
+    """The first block of keys that any of these queries may see, and the one after the last, by the least and largest slot, segment and
+    position of each block: documents that lie elsewhere in the row, and later tokens, take no time."""
+    live = keys.segments > 0
+
+    def extreme(f, x, dead):
+        return f(jnp.where(live, x, dead).reshape(x.shape[0], -1, KEYS), -1)
+
+    def least(x):
+        return jnp.where(queries.segments > 0, x, _MANY).min(1, keepdims=True)
+
+    own = queries.segments
+    parents = own if queries.parents is None else jnp.where(queries.parents > 0, queries.parents, own)
+    seen = extreme(jnp.min, keys.slots, _MANY) <= queries.slots.max(1, keepdims=True)
+    seen &= extreme(jnp.max, keys.segments, -1) >= least(jnp.minimum(own, parents))
+    seen &= extreme(jnp.min, keys.segments, _MANY) <= jnp.maximum(own, parents).max(1, keepdims=True)
+    seen &= (window == 0) | (least(queries.positions) - extreme(jnp.max, keys.positions, -1) < window)
+    any_S = seen.any(0)
+    numbers = jnp.arange(any_S.shape[0])
+    return jnp.where(any_S, numbers, _MANY).min(), jnp.where(any_S, numbers + 1, 0).max()
 
 
 def _slots(keys: Keys, part: slice) -> Keys:
@@ -168,18 +249,20 @@ def _slots(keys: Keys, part: slice) -> Keys:
 
 
 def _by_blocks(function, carry, parts):
-    """`carry, out = function(carry, part)` over blocks of queries, in order; outs side by side again."""
+    """`carry, out = function(carry, part)` over blocks of queries, in order; outs side by side again. Blocks grow with a long row: fewer
+    steps, and still less memory than the row itself takes."""
     length = parts[0].shape[3]
     if length <= BLOCK:
         return function(carry, parts)
-    pad = -length % BLOCK
+    size = BLOCK * max(1, min(KEYS // BLOCK, length // (8 * KEYS)))
+    pad = -length % size
 
     def axis(x):
         return 1 if x.ndim == 2 else 3  # of the queries, in [B, T] and in [B, K, G, T, ...]
 
     def split(x):
         x = jnp.pad(x, [(0, pad if i == axis(x) else 0) for i in range(x.ndim)])  # segment 0: sees nothing
-        return jnp.moveaxis(x.reshape(*x.shape[: axis(x)], -1, BLOCK, *x.shape[axis(x) + 1 :]), axis(x), 0)
+        return jnp.moveaxis(x.reshape(*x.shape[: axis(x)], -1, size, *x.shape[axis(x) + 1 :]), axis(x), 0)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 3)

@@ -48,11 +48,11 @@ def ours(q, k, v, window=0, cap=0.0, parents=None):
     return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap)
 
 
-@pytest.fixture(params=[(128, 8), (8, 8), (8, 2), (4, 1)], ids=str)
+@pytest.fixture(params=[(128, 8, 1024), (8, 8, 64), (8, 2, 64), (4, 1, 64), (8, 8, 16)], ids=str)
 def blocks(request, monkeypatch):
-    """One block; a span for each block; spans of several blocks, the last one not full; one span of all."""
-    monkeypatch.setattr(attention, "BLOCK", request.param[0])
-    monkeypatch.setattr(attention, "SPANS", request.param[1])
+    """One block; a span for each block; spans of several blocks, the last one not full; one span of all; blocks of keys, too."""
+    for name, value in zip(("BLOCK", "SPANS", "KEYS"), request.param, strict=True):
+        monkeypatch.setattr(attention, name, value)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,6 +88,7 @@ def test_more_slots_than_queries(blocks):
 def test_scores_are_never_all_there(monkeypatch):
     """Temporaries of the backward pass grow with the length, not with its square."""
     monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(attention, "KEYS", 32)
 
     def temporaries(length):
         x, kv = (jax.ShapeDtypeStruct((1, length, heads, h), jnp.float32) for heads in (H, K))
@@ -97,5 +98,20 @@ def test_scores_are_never_all_there(monkeypatch):
         return jax.jit(grad).lower(x, kv, kv).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(256), temporaries(512)
-    assert long < 2.5 * short
+    assert long < 2.1 * short
     assert long < 512 * 512 * H * 4
+
+
+def test_blocks_of_keys_that_nobody_sees_are_left_out(monkeypatch):
+    """Of four blocks of keys, those of the third document's queries alone; with its parent, from that one's first on."""
+    monkeypatch.setattr(attention, "KEYS", 15)
+    keys = Keys(*(x[:1] for x in (SLOTS, POSITIONS, SEGMENTS)))
+    last = jax.tree.map(lambda x: x[:, 35:40], keys)
+    assert [int(x) for x in attention._needed(last, keys, 0)] == [2, 3]
+    assert [int(x) for x in attention._needed(last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
+    padding = last._replace(segments=jnp.zeros((1, 5), jnp.int32))
+    first, end = attention._needed(padding, keys, 0)
+    assert int(first) >= int(end)
+    alone = keys._replace(segments=jnp.ones_like(keys.segments), positions=keys.slots)
+    assert [int(x) for x in attention._needed(jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
+    assert [int(x) for x in attention._needed(jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
