@@ -15,8 +15,8 @@ LEARNING_RATES = {"reward": 1e-5, "stepwise_reward": 1e-5, "dpo": 1e-6, "kto": 1
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "warmup_steps": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "neftune_noise_alpha": 0, "eval_steps": 0,
-    "save_total_limit": 1, "logits_chunk_size": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0, "seed": 0,
-    "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.kfold": 2,
+    "save_total_limit": 1, "logits_chunk_size": 1, "mlp_chunk_size": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0,
+    "seed": 0, "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.kfold": 2,
     "max_skipped_steps": 0, "loss_spike_sigma": 0, "distributed.initialization_timeout": 1,
     "distributed.num_processes": 1, "distributed.process_id": 0, "data.fold": 0, "data.split_seed": 0, "evaluate.max_new_tokens": 1,
     "evaluate.limit": 1,

@@ -30,9 +30,9 @@ EXPERTS = SHAPE | {
 TOKENS = 8  # few, so that weights are what takes memory
 
 
-def temporaries(layers: int, remat: str, quantization: str | None, shape: dict) -> int:
+def temporaries(layers: int, remat: str, quantization: str | None, shape: dict, tokens: int = TOKENS, **how) -> int:
     """Bytes of temporaries of one LoRA step on a model of so many layers."""
-    config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat)
+    config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat, **how)
     loop = dict(max_grad_norm=1.0, max_skipped_steps=0)
     run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, lora=LoraConfig(r=2))
     flat = {}
@@ -46,7 +46,7 @@ def temporaries(layers: int, remat: str, quantization: str | None, shape: dict) 
     base = unflatten(flat)
     optimizer = optax.sgd(1.0)
     state = jax.eval_shape(lambda p: init_state(lora.init(jax.random.key(0), config, p, run.lora), optimizer, 0), base)
-    numbers = jnp.arange(TOKENS, dtype=jnp.int32)[None, None]
+    numbers = jnp.arange(tokens, dtype=jnp.int32)[None, None]
     batch = Batch(numbers, (numbers > 0).astype(jnp.float32), numbers, jnp.ones_like(numbers))
     step = jax.jit(make_step(run, config, OBJECTIVES["sft"], optimizer))
     return step.lower(state, base, batch).compile().memory_analysis().temp_size_in_bytes
@@ -67,6 +67,15 @@ def test_a_layer_leaves_no_dense_copy(kind, remat):
     assert growth(remat, kind) < 0.2
 
 
+def test_a_long_row_takes_memory_by_its_length():
+    """Twice the tokens, twice the bytes, and of the feed-forward part (here 16 times the width) one chunk only."""
+    shape = SHAPE | {"intermediate_size": 2048}
+    chunked, longer = (temporaries(1, "full", None, shape, tokens, mlp_chunk=256, logits_chunk=128) for tokens in (2048, 4096))
+    assert longer < 2.1 * chunked
+    whole = temporaries(1, "full", None, shape, 4096, mlp_chunk=4096, logits_chunk=128)
+    assert whole - longer > 1.5 * 4096 * 2048 * 4
+
+
 def test_experts_leave_no_dense_copy():
     assert growth("none", shape=EXPERTS) < 0.2  # 0.99 where autodiff keeps what it multiplied by
 
@@ -79,7 +88,7 @@ def test_the_measure_sees_a_dense_copy(monkeypatch):
 
 
 def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
-    run = SimpleNamespace(gradient_checkpointing="auto", logits_chunk_size=None, dtype="float32")
+    run = SimpleNamespace(gradient_checkpointing="auto", logits_chunk_size=None, mlp_chunk_size=None, dtype="float32")
     chosen = {platform: how_to_compute(run, from_hf(SHAPE), platform).remat for platform in ("cpu", "gpu", "tpu")}
     assert chosen == {"cpu": "dots", "gpu": "full", "tpu": "full"}
 
@@ -91,11 +100,11 @@ def test_what_is_kept_changes_no_number():
     params = unflatten({path: 0.05 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()})
     tokens = jax.random.randint(next(keys), (2, 16), 0, SHAPE["vocab_size"])
 
-    def gradient(remat):
-        how = dataclasses.replace(config, remat=remat)
+    def gradient(remat, **chunks):
+        how = dataclasses.replace(config, remat=remat, **chunks)
         return jax.jit(jax.grad(lambda params: jnp.square(forward(how, params, tokens)).mean()))(params)
 
     plain = gradient("none")
-    for remat in ("dots", "full", "offload"):
-        for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=remat)
+    for remat, chunks in (("dots", {}), ("full", {}), ("offload", {}), ("full", {"mlp_chunk": 10})):  # three chunks, the last not full
+        for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat, **chunks)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=f"{remat} {chunks}")

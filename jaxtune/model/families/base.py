@@ -67,6 +67,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
+    mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
     mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
