@@ -105,7 +105,7 @@ def _attend_bwd(how, residuals, dout):
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
 
         def block(totals, part, keys_seen=keys_seen):
-            dq, *totals = _block_gradient(how, window, *part, *keys_seen, totals)
+            dq, *totals = _block_gradient(how, window, *part, *keys_seen, totals=totals)
             return tuple(totals), dq
 
         part = (q[:, :, :, span], _slots(queries, span), dout[:, :, :, span], logz[:, :, :, span], delta[:, :, :, span])

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.extend.core import jaxprs_in_params
 
 from jaxtune.config import LoraConfig
 from jaxtune.data.batch import Batch
@@ -108,3 +109,24 @@ def test_what_is_kept_changes_no_number():
     for remat, chunks in (("dots", {}), ("full", {}), ("offload", {}), ("full", {"mlp_chunk": 10})):  # three chunks, the last not full
         for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat, **chunks)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=f"{remat} {chunks}")
+
+
+def test_chunks_take_no_product_twice_more():
+    """Gate and up are computed again in the backward pass, as they are without chunks, and nothing else."""
+    width = 112  # of no other matrix
+    config = from_hf(SHAPE | {"intermediate_size": width})
+    params = unflatten({path: jax.ShapeDtypeStruct(row.shape, jnp.float32) for path, row in spec(config).items()})
+
+    def products(jaxpr) -> int:
+        found = 0
+        for eqn in jaxpr.eqns:
+            found += eqn.primitive.name == "dot_general" and any(width in v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+            found += sum(products(inner) for inner in jaxprs_in_params(eqn.params))
+        return found
+
+    def of(**how):
+        chosen = dataclasses.replace(config, **how)
+        tokens = jnp.zeros((1, 32), jnp.int32)
+        return products(jax.make_jaxpr(jax.grad(lambda params: forward(chosen, params, tokens).sum()))(params).jaxpr)
+
+    assert of(remat="full", mlp_chunk=8) == of(remat="full") == of(remat="none") + 2
