@@ -16,12 +16,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxtune import cli, errors
 from jaxtune.config import Config, load_config
-from jaxtune.convert import check, hf
+from jaxtune.convert import check, heads, hf
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.gguf_out import TYPES, save_gguf
-from jaxtune.convert.load import DTYPES, Model, Opened, load, open_model, quantizer, read_model, stored_dtype
+from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
 from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
@@ -87,12 +89,14 @@ def export(
     _check_arguments(found, merge, format, type, dtype)
     if format == "peft":
         return _copy_adapter(found, Path(out))
-    opened = open_model(found.base)
+    opened, head = open_model(found.base), _head(found)
+    if format == "gguf" and (head or opened.config.num_labels):
+        raise ModelError(f"{run} scores texts, and GGUF files are written of language models only; export it with --format hf")
     if found.adapter is None:
         with new_folder(out) as folder:
             _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
         return Path(out)
-    return _merge(found, opened, Path(out), format, type, dtype, bound)
+    return _merge(found, opened, head, Path(out), format, type, dtype, bound)
 
 
 def find(run: str | os.PathLike) -> Found:
@@ -134,23 +138,38 @@ def _copy_adapter(found: Found, out: Path) -> Path:
     return out
 
 
-def _merge(found: Found, opened: Opened, out: Path, format: str, type: str, dtype: str | None, bound: float | None) -> Path:
+def _head(found: Found) -> heads.Head | None:
+    """The scoring head that the adapter has and its base may not."""
+    if found.adapter is None:
+        return None
+    return (heads.head_of(found.config) if found.config else None) or heads.head_of_adapter(found.adapter)
+
+
+def _merge(
+    found: Found, opened: Opened, head: heads.Head | None, out: Path, format: str, type: str, dtype: str | None, bound: float | None
+) -> Path:
     """Write base and adapter as one, then read it back and compare, before `out` gets its name."""
     assert found.adapter is not None
-    adapter = load_adapter(found.adapter, Model(opened.config, {}, source=found.base))
     prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
-    model = read_model(opened, found.dtype, found.quantization)
-    wanted = check.logits(model.config, compose(model.params, adapter), prompts)
-    del model
     base, stored = opened.checkpoint, stored_dtype(opened)
+    model = read_model(opened, stored if head and not found.quantization else found.dtype, found.quantization)
+    model = heads.attach(model, head, jax.random.key(0)) if head else model
+    adapter = load_adapter(found.adapter, model)
+    params = compose(model.params, adapter)
+    wanted = check.logits(model.config, params, prompts)
     if pack := quantizer(opened.config, found.quantization):
         base = Packed(base, opened.config, found.dtype, pack)
         stored = "bfloat16" if stored == "float32" else stored
     dtype = dtype or stored
     if found.quantization:
         log.info("the base was trained as %s; it is merged as what that stands for, in %s", found.quantization, dtype)
+    if head:  # another head than the checkpoint's, so the tree is written as it is here, not read once more
+        opened, base = dataclasses.replace(opened, config=model.config), None
+    else:
+        params = composed(opened.config, adapter, base)
+    del model
     with new_folder(out) as folder:
-        file = _write(opened, composed(opened.config, adapter, base), base, folder, out.name, format, type, dtype)
+        file = _write(opened, params, base, folder, out.name, format, type, dtype)
         merged = load(file, "auto")
         compared = check.compare(wanted, check.logits(merged.config, merged.params, prompts))
         log.info("merged beside base and adapter: %s", compared)

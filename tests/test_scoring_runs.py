@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 import jaxtune as jt
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, ModelError
 from jaxtune.train import train
 
 WORDS = "one two three hello there fox dog quick brown lazy".split()
@@ -42,6 +42,11 @@ def test_a_reward_adapter_over_a_packed_base(folder, tmp_path):
     texts = [(row["prompt"], row["chosen"]) for row in PAIRS]
     scorer = jt.load_scorer(tmp_path / "run", quantization="nf4-dq")
     np.testing.assert_allclose(jt.score(scorer, texts), jt.score(result.model, texts, result.trainable), atol=1e-5)
+    jt.export(tmp_path / "run", tmp_path / "merged", merge=True, dtype="float32")
+    np.testing.assert_allclose(jt.score(tmp_path / "merged", texts), jt.score(scorer, texts), atol=1e-5)
+    with pytest.raises(ModelError, match="scores texts, and GGUF files are written of language models only; export it with --format hf"):
+        jt.export(tmp_path / "run", tmp_path / "gguf", format="gguf")
+    assert not (tmp_path / "gguf").exists()
     asked = jt.evaluate(folder / "model", folder / "pairs.jsonl", tmp_path / "run" / "adapter", max_length=32)
     scores = {side: jt.score(tmp_path / "run", [(row["prompt"], row[side]) for row in PAIRS]) for side in ("chosen", "rejected")}
     assert asked.tuned["accuracy"] == pytest.approx((scores["chosen"] > scores["rejected"]).mean())

@@ -1,6 +1,9 @@
 """The same LoRA DPO steps by TRL and by jaxtune: same pairs in the same order, same initial adapter, float32; loss, margins, accuracies.
 
     python tools/compare_dpo.py MODEL_FOLDER PAIRS.json --out docs/dpo_curve      (needs the [oracle] extra; writes .png and .json)
+    python tools/compare_dpo.py MODEL_FOLDER PAIRS.json --speed --max-length 512  (real tokens per second alone)
+
+With `--speed` each takes one epoch over the same 32 pairs as its users would: TRL four padded pairs a step, jaxtune two packed rows.
 
 TRL is given jaxtune's token ids: by itself it would also train on the line break that ChatML writes after an answer's end token. Pairs that
 are longer than `--max-length` are left out of both. Seconds are taken in the same process tree, and tokens counted as TRL sees them, each
@@ -15,38 +18,63 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-STEPS, ROWS, RATE, BETA = 20, 1, 1e-4, 0.1
+RATE, BETA = 1e-4, 0.1
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 NAMES = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 
-def config(model_folder: str, pairs_file: str, work: str, max_length: int, cached: bool = False) -> dict:
-    """jaxtune's config of the run; cached: with log-probabilities of the reference from the cache, computed where they are not there."""
-    return {
-        "model": model_folder, "init_adapter": f"{work}/init", "output_dir": f"{work}/jaxtune{cached}", "objective": "dpo",
-        "dtype": "float32",
-        "data": {
-            "train": pairs_file, "packing": False, "shuffle": False, "max_length": max_length, "length_policy": "drop",
-            "cache_dir": f"{work}/cache",
-        },
-        "max_steps": STEPS, "per_device_train_batch_size": ROWS, "learning_rate": RATE, "lr_scheduler_type": "linear", "beta": BETA,
-        "logging_steps": 1, "report_to": [], "save_strategy": "no", "gradient_checkpointing": False, "mesh": {"data": 1},
-        "precompute_ref_log_probs": cached,
-    }  # fmt: skip
+class Case(NamedTuple):
+    """What is compared: the same steps of one pair each, or (`speed`) an epoch over the same pairs."""
+
+    model: str
+    file: str
+    work: str
+    max_length: int
+    speed: bool
+
+    @property
+    def rows(self) -> int:
+        """TRL's pairs of a step."""
+        return 4 if self.speed else 1
+
+    @property
+    def steps(self) -> int:
+        """TRL's steps."""
+        return 8 if self.speed else 20
+
+    def config(self, cached: bool = False) -> dict:
+        """jaxtune's config; cached: with log-probabilities of the reference from the cache, computed where they are not there."""
+        data = {"max_length": self.max_length, "length_policy": "drop", "cache_dir": f"{self.work}/cache"}
+        train = {"path": self.file, "limit": self.rows * self.steps} if self.speed else self.file
+        return {
+            "model": self.model, "init_adapter": f"{self.work}/init", "output_dir": f"{self.work}/jaxtune{cached}", "objective": "dpo",
+            "dtype": "float32", "data": data | {"train": [train], "packing": self.speed, "shuffle": False},
+            "max_steps": -1 if self.speed else self.steps, "num_train_epochs": 1,
+            "per_device_train_batch_size": 2 if self.speed else 1, "learning_rate": RATE, "lr_scheduler_type": "linear", "beta": BETA,
+            "logging_steps": 1, "report_to": [], "save_strategy": "no", "gradient_checkpointing": False, "mesh": {"data": 1},
+            "precompute_ref_log_probs": cached,
+        }  # fmt: skip
+
+    def source(self):
+        """jaxtune's rows."""
+        from jaxtune import data
+        from jaxtune.config import load_config
+        from jaxtune.convert.load import open_model
+
+        source = data.load(load_config(self.config()), open_model(self.model).tokenizer).train
+        if len(source.documents) < 2 * self.steps * self.rows:
+            raise SystemExit(f"{self.file} has {len(source.documents) // 2} pairs of up to {self.max_length} tokens, too few")
+        return source
 
 
-def pairs(model_folder: str, pairs_file: str, work: str, max_length: int) -> list[dict]:
+def pairs(case: Case) -> list[dict]:
     """jaxtune's token ids of the pairs that are trained on, up to each answer's end token, under TRL's names."""
-    from jaxtune import data
-    from jaxtune.config import load_config
-    from jaxtune.convert.load import open_model
-
-    source = data.load(load_config(config(model_folder, pairs_file, work, max_length)), open_model(model_folder).tokenizer).train
-    rows = []
-    for unit in range(min(STEPS * ROWS, len(source.documents) // 2)):
+    source, rows = case.source(), []
+    for unit in range(case.steps * case.rows):
         (chosen, chosen_mask), (rejected, rejected_mask) = source.documents[2 * unit], source.documents[2 * unit + 1]
         start = int(chosen_mask.argmax())
         assert (chosen[:start] == rejected[:start]).all() and start == rejected_mask.argmax()
@@ -54,12 +82,21 @@ def pairs(model_folder: str, pairs_file: str, work: str, max_length: int) -> lis
         assert chosen_mask[start : ends[0]].all() and rejected_mask[start : ends[1]].all()
         ids = chosen[:start], chosen[start : ends[0]], rejected[start : ends[1]]
         rows.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (part.tolist() for part in ids), strict=True)))
-    if len(rows) < STEPS * ROWS:
-        raise SystemExit(f"{pairs_file} has {len(rows)} pairs of up to {max_length} tokens, {STEPS * ROWS} are needed")
     return rows
 
 
-def trl(model_folder: str, pairs_file: str, work: str, max_length: int) -> None:
+def tokens_of_steps(case: Case) -> tuple[list[int], list[int]]:
+    """Tokens of each of TRL's and of jaxtune's steps, each answer counted with its prompt."""
+    counts = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs(case)]
+    theirs = np.reshape(counts, (case.steps, case.rows)).sum(1).tolist()
+    source = case.source()
+    units = {int(row): unit for unit, row in enumerate(source.documents.rows[::2])}
+    steps = case.steps if not case.speed else source.steps_per_epoch
+    ours = [sum(counts[units[row]] for rows in source.rows_at(step).values() for row in rows) for step in range(steps)]
+    return theirs, ours
+
+
+def trl(case: Case) -> None:
     """TRL's run: saves the initial adapter to `work/init`, then trains; what it logged to `work/trl.json`."""
     import torch
     from datasets import Dataset
@@ -86,23 +123,23 @@ def trl(model_folder: str, pairs_file: str, work: str, max_length: int) -> None:
             times.append(now())
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.0, task_type="CAUSAL_LM"))
-    model.save_pretrained(f"{work}/init")
-    rows = pairs(model_folder, pairs_file, work, max_length)
+    model.save_pretrained(f"{case.work}/init")
+    rows = pairs(case)
     arguments = DPOConfig(
-        output_dir=f"{work}/trl", max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="linear",
-        logging_steps=1, save_strategy="no", report_to="none", bf16=False, gradient_checkpointing=False, max_length=max_length, beta=BETA,
-        use_cpu=True, max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
+        output_dir=f"{case.work}/trl", max_steps=case.steps, per_device_train_batch_size=case.rows, learning_rate=RATE,
+        lr_scheduler_type="linear", logging_steps=1, save_strategy="no", report_to="none", bf16=False, gradient_checkpointing=False,
+        max_length=case.max_length, beta=BETA, use_cpu=True, max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
     trainer = Tokenised(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    write(Path(work, "trl.json"), logs, times)
+    write(Path(case.work, "trl.json"), logs, times)
 
 
-def jaxtune(model_folder: str, pairs_file: str, work: str, max_length: int) -> None:
+def jaxtune(case: Case) -> None:
     """jaxtune's runs from the same initial adapter; what they logged to `work/jaxtune.json` and `work/cached.json`."""
     import jaxtune as jt
     from jaxtune import loop
@@ -118,8 +155,8 @@ def jaxtune(model_folder: str, pairs_file: str, work: str, max_length: int) -> N
     loop.RunLog = Timed
     for name, cached in (("jaxtune", False), ("cached", True)):
         times = [now()]
-        folder = jt.train(config(model_folder, pairs_file, work, max_length, cached)).folder
-        write(Path(work, f"{name}.json"), read_metrics(folder / "metrics.jsonl"), times)
+        folder = jt.train(case.config(cached)).folder
+        write(Path(case.work, f"{name}.json"), read_metrics(folder / "metrics.jsonl"), times)
 
 
 def now() -> tuple[float, float]:
@@ -142,7 +179,7 @@ def draw(ours: dict, theirs: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(NAMES), sharex=True, height_ratios=[3, 1])
-    steps = range(1, STEPS + 1)
+    steps = range(1, len(ours["loss"]) + 1)
     for name, top, bottom in zip(NAMES.values(), axes[0], axes[1], strict=True):
         top.plot(steps, theirs[name], color="#cc6633", linewidth=4, alpha=0.5, label="TRL + PEFT")
         top.plot(steps, ours[name], color="#4477aa", linewidth=1.5, marker="o", markersize=3, label="jaxtune")
@@ -165,36 +202,43 @@ def main() -> None:
     parser.add_argument("pairs")
     parser.add_argument("--out", default="docs/dpo_curve")
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--only", choices=("trl", "jaxtune"))
     parser.add_argument("--work")
     given = parser.parse_args()
-    if given.only:
-        {"trl": trl, "jaxtune": jaxtune}[given.only](given.model, given.pairs, given.work, given.max_length)
-        return
     with contextlib.ExitStack() as stack:
         work = given.work or stack.enter_context(tempfile.TemporaryDirectory())
-        options = ["--work", work, "--max-length", str(given.max_length)]
+        case = Case(given.model, given.pairs, work, given.max_length, given.speed)
+        if given.only:
+            return {"trl": trl, "jaxtune": jaxtune}[given.only](case)
         for side in ("trl", "jaxtune"):  # a process each: neither library's threads are in the other's way
             if not Path(work, f"{side}.json").exists():
-                subprocess.run([sys.executable, __file__, given.model, given.pairs, "--only", side, *options], check=True)
-        theirs, ours, cached = (json.loads(Path(work, f"{name}.json").read_text()) for name in ("trl", "jaxtune", "cached"))
-        rows = pairs(given.model, given.pairs, work, given.max_length)
-    lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    tokens = sum(lengths[ROWS:])  # of all steps but the first, which compiles
-    runs = {"trl": theirs, "jaxtune": ours, "cached": cached}
-    speeds = {kind: {name: tokens / sum(run[kind][1:]) for name, run in runs.items()} for kind in ("seconds", "processor_seconds")}
-    largest = {
-        name: max(abs(a - b) for run in (ours, cached) for a, b in zip(run[name], theirs[name], strict=True)) for name in NAMES.values()
+                subprocess.run([sys.executable, *sys.argv, "--only", side, "--work", work], check=True)
+        runs = {name: json.loads(Path(work, f"{name}.json").read_text()) for name in ("trl", "jaxtune", "cached")}
+        tokens = dict(zip(("trl", "jaxtune"), tokens_of_steps(case), strict=True))
+    # of all steps but the first, which compiles
+    speeds = {
+        kind: {name: sum(tokens.get(name, tokens["jaxtune"])[1:]) / sum(run[kind][1:]) for name, run in runs.items()}
+        for kind in ("seconds", "processor_seconds")
     }
-    draw(ours, theirs, Path(given.out).with_suffix(".png"))
-    record = {"largest_difference": largest, "tokens_per": speeds} | runs
-    Path(given.out).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print("largest difference of a step: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
+    if not case.speed:
+        curves(runs, speeds, Path(given.out))
     for name in runs:
         told = ", ".join(
             f"{speed[name]:.0f} a {kind[:-1].replace('_', ' ')} ({speed[name] / speed['trl']:.2f}x)" for kind, speed in speeds.items()
         )
         print(f"{name:>8}: real tokens {told}")
+
+
+def curves(runs: dict[str, dict], speeds: dict, out: Path) -> None:
+    """The picture, the numbers, and how far they are apart."""
+    theirs, ours, cached = (runs[name] for name in ("trl", "jaxtune", "cached"))
+    largest = {
+        name: max(abs(a - b) for run in (ours, cached) for a, b in zip(run[name], theirs[name], strict=True)) for name in NAMES.values()
+    }
+    draw(ours, theirs, out.with_suffix(".png"))
+    out.with_suffix(".json").write_text(json.dumps({"largest_difference": largest, "tokens_per": speeds} | runs, indent=1) + "\n")
+    print("largest difference of a step: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
 
 
 if __name__ == "__main__":

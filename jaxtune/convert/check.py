@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.model.decoder import forward
+from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
 
 LENGTH = 64  # tokens of a prompt that are looked at
@@ -44,7 +44,8 @@ def prompt_ids(tokenizer, vocab_size: int, texts: Sequence[str] = PROMPTS) -> li
 
 
 def logits(config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """float32 logits `[T, V]` of each prompt, computed in float32 whatever the parameters are stored in."""
+    """float32 logits `[T, V]` of each prompt, or its scores `[T, num_labels]` by a model that scores; computed in float32 whatever the
+    parameters are stored in."""
     config = dataclasses.replace(config, dtype="float32", remat="none")
     return [np.asarray(_logits(config, params, *_padded(prompt)))[: len(prompt)] for prompt in prompts]
 
@@ -59,7 +60,8 @@ def compare(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> Comparis
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens, segments):
-    return forward(config, params, tokens, None, segments)[0]
+    hidden = decoder.hidden(config, params, tokens, None, segments).hidden_BTD
+    return (decoder.scores if config.num_labels else decoder.logits)(config, params, hidden)[0]
 
 
 def _padded(prompt: Sequence[int]) -> tuple[jax.Array, jax.Array]:

@@ -58,7 +58,7 @@ def keys_of(config: ModelConfig) -> dict[str, Any]:
 
 def keys_of_adapter(path: str | os.PathLike) -> dict[str, Any]:
     """The same for an adapter's folder; none where it has no head."""
-    head = _head_of_adapter(Path(path).expanduser())
+    head = head_of_adapter(Path(path).expanduser())
     if head is None:
         return {}
     if head.of == heads.TOKEN:
@@ -141,7 +141,7 @@ def load_scorer(source: str | os.PathLike, dtype: str = "float32", quantization:
 
 
 def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
-    head = _head_of_adapter(path)
+    head = head_of_adapter(path)
     if head is None:
         raise ModelError(f"{path} is an adapter of a language model: it has no head to score with; give that of a reward model")
     base = load(read_json(path / "adapter_config.json")["base_model_name_or_path"], dtype, quantization)
@@ -149,7 +149,8 @@ def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
     return dataclasses.replace(model, params=compose(model.params, peft.load_adapter(path, model)), source=str(path))
 
 
-def _head_of_adapter(path: Path) -> Head | None:
+def head_of_adapter(path: Path) -> Head | None:
+    """The head that an adapter's folder holds; None where it is one of a language model."""
     of = TASKS.get(read_json(path / "adapter_config.json").get("task_type") or "")
     tensors = Safetensors(path, stem="adapter_model").entries
     shapes = [entry.shape for name, entry in tensors.items() if name.endswith(("score.weight", "classifier.weight"))]

@@ -175,8 +175,7 @@ def test_adapters_with_heads_open_in_peft_and_pefts_here(language_model, tmp_pat
     made = peft_library.get_peft_model(base(), settings).eval()
     made.save_pretrained(tmp_path / "theirs")
     np.testing.assert_allclose(jt.score(tmp_path / "theirs", texts), scores(made), atol=1e-5)
-    merged = jt.merge(model.params, adapter)
-    jt.save(model.config, merged, tmp_path / "merged", tokenizer=model.tokenizer)
+    jt.export(tmp_path / "ours", tmp_path / "merged", merge=True)
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     np.testing.assert_allclose(scores(whole), scores(opened), atol=1e-5)
     assert jnp.abs(jnp.asarray(scores(opened)) - jt.score(model, texts)).max() > 0.05
