@@ -96,6 +96,7 @@ def _generate(argv: list[str]) -> None:
     from jaxtune.convert import load, load_adapter
     from jaxtune.generate import generate as write
 
+    cli.log_to_terminal()
     model = load(args.model)
     adapter = load_adapter(args.adapter, model) if args.adapter else None
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}

@@ -207,6 +207,12 @@ def detect(row: Row) -> str:
     )
 
 
+def is_labelled(row: Row) -> bool:
+    """Whether the row is a single answer with a label, whatever that label is: 0 and 1 serve too, and others are refused by `parse`."""
+    needed, _ = FORMATS["unpaired"]
+    return "chosen" not in row.fields and all(any(key in row.fields for key in keys.split("|")) for keys in needed)
+
+
 def _is_bool(label: Any) -> bool:
     """True and false, which in CSV are strings."""
     return isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))

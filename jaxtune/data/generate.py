@@ -9,15 +9,19 @@ and `keep(row)` says yes. What did not pass is counted in `Made`, which each cal
 """
 
 import json
+import logging
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtune.data.similar import Similar
 from jaxtune.errors import DataError
+
+log = logging.getLogger("jaxtune")
 
 NEW_TASK = """Here are some tasks that people ask of an assistant:
 
@@ -73,7 +77,10 @@ class Writer:
     def write(self, prompts: Sequence[str], number: int, **settings: Any) -> list[str]:
         """An answer to each prompt, white space around it taken off. `number` tells one call's randomness from another's."""
         given = {**self.settings, **settings, "seed": self.seed * 1_000_003 + number}
-        return [text.strip() for text in self.generate(list(prompts), **given)]
+        started = time.monotonic()
+        texts = [text.strip() for text in self.generate(list(prompts), **given)]
+        log.info("%d texts written in %.0f s", len(texts), time.monotonic() - started)
+        return texts
 
 
 def self_instruct(

@@ -7,6 +7,7 @@ model said; `save` puts those into a file of their own. Batches and their random
 """
 
 import json
+import logging
 import os
 import random
 import re
@@ -17,6 +18,8 @@ from typing import Any
 from jaxtune.data.generate import Made, Writer
 from jaxtune.data.similar import Similar
 from jaxtune.errors import DataError
+
+log = logging.getLogger("jaxtune")
 
 PRINCIPLES = (
     "The answer should be helpful: it should do what was asked for, completely and directly.",
@@ -205,6 +208,7 @@ def _batches(writer: Writer, keys: list[str], items: list[Any], done: Collection
     for start in range(0, len(keys), writer.batch):
         batch = slice(start, start + writer.batch)
         if not all(key in done for key in keys[batch]):
+            log.info("prompts %d to %d of %d", start + 1, start + len(keys[batch]), len(keys))
             yield start // writer.batch, items[batch]
 
 

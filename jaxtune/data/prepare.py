@@ -116,6 +116,8 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     units = unit_kinds.make(documents, config, training)
     longest = int(units.lengths.max())  # several answers may be longer than max_length together
     plan = make_plan(units.lengths, units.trained, units.part, data.packing, max(data.max_length, longest), seed)
+    if training and config.objective == "kto":
+        unit_kinds.warn_of_one_label(units)
     if not training:
         return Source(units, plan, rows, seed=seed, shuffle=False)
     mix = mixture(units.part[plan.docs[plan.starts[:-1]]], config)

@@ -71,7 +71,8 @@ def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, 
     rows = files.rows(source.path, source.name, source.split, config.data.streaming)
     for row in islice(rows, source.limit) if config.data.streaming else rows:  # a stream is not read beyond its limit
         row = formats.rename(row, columns)
-        yield row, formats.parse(row, form)
+        labelled = form is None and config.objective == "kto" and formats.is_labelled(row)
+        yield row, formats.parse(row, "unpaired" if labelled else form)
 
 
 def form_of(source: SourceConfig, config: Config) -> str | None:

@@ -13,6 +13,7 @@ restart after the prompt. The prompt's tokens are then computed once. Every kind
     fill(batch, at, unit)             write one unit into a row
 """
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from jaxtune.config import Config
 from jaxtune.data.batch import Batch
 from jaxtune.data.documents import Documents
 from jaxtune.errors import DataError
+
+log = logging.getLogger("jaxtune")
 
 
 @dataclass
@@ -239,6 +242,14 @@ def make(documents: Documents, config: Config, training: bool = True) -> Units:
     if objective == "kto":
         return Mismatched(documents, config.data.max_length, share)
     return Pairs(documents, share, train_prompt=objective == "orpo")
+
+
+def warn_of_one_label(units: Units) -> None:
+    """Tell of labelled answers that are all good or all bad, which train without error and teach nothing of the other kind."""
+    labels = {_labelled(units.documents, number).value for number in range(len(units.documents))}
+    if len(labels) == 1:
+        kind, other = ("good", "bad") if labels.pop() else ("bad", "good")
+        log.warning("all %d answers are labelled %s: without %s ones the loss does not tell them apart", len(units.documents), kind, other)
 
 
 def least(config: Config) -> tuple[int, bool]:

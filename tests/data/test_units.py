@@ -127,6 +127,20 @@ def test_one_answer_alone_has_no_other(config, tokenizers):
     assert load(config, tokenizers, LABELLED[:1], {"objective": "kto", "loss_type": "apo_zero_unpaired"}).answers == [1]
 
 
+def test_labels_may_be_numbers_and_others_are_refused_by_row(config, tokenizers, caplog):
+    numbers = [row | {"label": int(row["label"])} for row in LABELLED]
+    same = [load(config, tokenizers, rows, {"objective": "kto"}).fingerprint for rows in (numbers, LABELLED)]
+    assert same[0] == same[1] and not caplog.text
+    for label in ("yes", None, 0.3):
+        with pytest.raises(DataError, match="line 3: 'label' must be true or false"):
+            load(config, tokenizers, [*LABELLED[:2], LABELLED[2] | {"label": label}], {"objective": "kto"})
+
+
+def test_answers_of_one_kind_alone_are_told(config, tokenizers, caplog):
+    load(config, tokenizers, [row | {"label": False} for row in LABELLED], {"objective": "kto"})
+    assert "all 9 answers are labelled bad: without good ones the loss does not tell them apart" in caplog.text
+
+
 def test_steps_are_numbered_with_their_labels(config, tokenizers):
     rows = [{"prompt": "2+2*2", "completions": ["2*2=4", "2+4=6", "so 7"], "labels": [True, True, False]}] * 2
     batch = load(config, tokenizers, rows, {"objective": "stepwise_reward", "step_separator": "\n\n"}, packing=False).batch_at(0)

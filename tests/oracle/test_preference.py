@@ -1,10 +1,14 @@
 """Every preference loss, its gradient and its metrics against TRL's own code."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import preference_cases as cases
 import pytest
 
-pytest.importorskip("torch")
+from jaxtune import step
+
+torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from oracle import trl_losses  # noqa: E402
@@ -33,3 +37,22 @@ def test_another_loss_is_seen():
     """The comparison above sees a wrong formula: another loss's values differ by far more than its tolerance."""
     arrays = cases.given("sigmoid")
     assert abs(cases.ours("sigmoid", arrays)[0] - trl_losses.theirs("apo_zero", arrays)[0]) > 1e-3
+
+
+def test_the_reference_follows_as_trls_callback_moves_it():
+    """TR-DPO over seven steps, every third; the policy is somewhere else at each."""
+    from accelerate import Accelerator
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    Accelerator(cpu=True)  # the callback asks for its state
+    policies = np.random.default_rng(0).standard_normal((8, 3, 4)).astype(np.float32)
+    settings = SimpleNamespace(ref_model_mixup_alpha=0.6, ref_model_sync_steps=3)
+    policy, reference, ours = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False), {"w": policies[0]}
+    reference.weight.data = torch.tensor(policies[0])
+    callback = SyncRefModelCallback(reference, None)
+    for number in range(1, 8):
+        policy.weight.data = torch.tensor(policies[number])
+        callback.on_step_end(settings, SimpleNamespace(global_step=number), None, model=policy)
+        ours = step._synchronised(settings, ours, {"w": policies[number]}, np.int32(number))
+        np.testing.assert_allclose(ours["w"], reference.weight.data.numpy(), rtol=1e-6, atol=1e-7)
+    assert np.abs(ours["w"] - policies[0]).max() > 0.1
