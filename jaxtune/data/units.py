@@ -246,7 +246,7 @@ def make(documents: Documents, config: Config, training: bool = True) -> Units:
 
 def warn_of_one_label(units: Units) -> None:
     """Tell of labelled answers that are all good or all bad, which train without error and teach nothing of the other kind."""
-    labels = {_labelled(units.documents, number).value for number in range(len(units.documents))}
+    labels = {bool(_labelled(units.documents, number).value) for number in range(len(units.documents))}
     if len(labels) == 1:
         kind, other = ("good", "bad") if labels.pop() else ("bad", "good")
         log.warning("all %d answers are labelled %s: without %s ones the loss does not tell them apart", len(units.documents), kind, other)
