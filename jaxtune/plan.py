@@ -7,7 +7,6 @@ shapes alone, for a TPU slice, a GPU or the machine at hand, and says what takes
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import cli, errors, optim, parallel
+from jaxtune import cli, costs, errors, optim, parallel
 from jaxtune.config import Config, load_config
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config
 from jaxtune.data import units
 from jaxtune.data.batch import Batch
+from jaxtune.largest import largest
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
@@ -31,8 +31,8 @@ from jaxtune.objectives.answers import REFERENCE
 from jaxtune.peft import METHODS
 from jaxtune.reference import WITH_REFERENCE, beforehand
 from jaxtune.step import how_to_compute, init_state, make_step
-from jaxtune.targets import Target, find_target
-from jaxtune.tree import flatten, unflatten
+from jaxtune.targets import Target, errors_bytes, find_target
+from jaxtune.tree import unflatten
 
 log = logging.getLogger("jaxtune")
 
@@ -68,14 +68,21 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(config: Config | Mapping | str, overrides: Sequence[str] = (), *, target: str = "here", alternatives: bool = True) -> Plan:
+def plan(
+    config: Config | Mapping | str, overrides: Sequence[str] = (), *,
+    target: str = "here", alternatives: bool = True, auto: str | None = None,
+) -> Plan:
     """Compile the step of `config` for `target` and say what it needs; where it does not fit, the nearest settings that do.
+
+    `auto`: a key of `AUTO`, which takes the largest value that fits.
 
     Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
     """
     config = load_config(config, overrides)
     where = find_target(target)
     model_config = heads.headed(open_config(config.model), heads.head_of(config))
+    if auto is not None:
+        config = _largest(config, model_config, where, auto)
     result = _compile(config, model_config, where)
     if result.fits is False and alternatives:
         result.instead = _alternatives(config, model_config, where)
@@ -100,11 +107,6 @@ def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of sharded shapes."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _abstract_batch(config: Config, mesh) -> Batch:
@@ -150,7 +152,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh):
 def _compile(config: Config, model_config: ModelConfig, where: Target) -> Plan:
     mesh = parallel.make_mesh(config.mesh, where.devices)
     step, (state, base, batch), model_config = abstract_step(config, model_config, mesh)
-    flops = step_flops(config, model_config) / (mesh.size / parallel.data_parallel(mesh))
+    flops = costs.flops(config, model_config) / (mesh.size / parallel.data_parallel(mesh))
     needed = None
     try:
         memory = step.lower(state, base, batch).compile().memory_analysis()
@@ -159,7 +161,7 @@ def _compile(config: Config, model_config: ModelConfig, where: Target) -> Plan:
         needed = errors_bytes(str(error))
         if needed is None:
             raise
-    causes = _causes(config, model_config, state, base, batch, needed)
+    causes = costs.by_cause(config, model_config, state, base, batch, needed)
     moved = sum(causes[name] for name in ("weights", "scales", "trainable", "optimizer")) + 2 * causes["activations"]
     chip = where.chip
     seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip else None
@@ -169,68 +171,6 @@ def _compile(config: Config, model_config: ModelConfig, where: Target) -> Plan:
         hours_at_least=seconds * config.max_steps / 3600 if seconds and config.max_steps > 0 else None,
         settings=_settings(config), instead=[],
     )  # fmt: skip
-
-
-def errors_bytes(message: str) -> int | None:
-    """The bytes a RESOURCE_EXHAUSTED message says a program needs, or None."""
-    import re
-
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    words = r"(?:Used|needs?|requires?|allocating|allocate)\s+|memory required for [\w ]+\("
-    match = re.search(rf"(?:{words})([\d.]+)\s*([KMGT]?)i?(?:B|b)?", message)
-    if match is None:
-        return None
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
-
-
-def _causes(config: Config, model_config: ModelConfig, state, base, batch, peak: int) -> dict[str, int]:
-    """Bytes of one device by cause; see `Plan.bytes`."""
-    leaves = flatten(base)
-    scales = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
-    packed = sum(_per_device(leaf.codes) for leaf in scales.values())
-    _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
-    itemsize = jnp.dtype(model_config.dtype).itemsize
-    residual = model_config.num_layers * rows * length * model_config.hidden_size * itemsize
-    causes = {
-        "weights": _per_device(base) - sum(_per_device(leaf) for leaf in scales.values()) + packed,
-        "scales": sum(_per_device(leaf) for leaf in scales.values()) - packed,
-        "trainable": _per_device(state.trainable),
-        "optimizer": _per_device(state.opt_state),
-        "batch": _per_device(batch),
-    }
-    left = peak - sum(causes.values())
-    estimates = {
-        "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else _per_device(state.trainable),
-        "activations": residual,
-        "logits": 0 if model_config.num_labels else min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
-    }
-    for name, size in estimates.items():
-        causes[name] = max(0, min(size, left))
-        left -= causes[name]
-    return causes | {"other": max(0, left)}
-
-
-def step_flops(config: Config, model_config: ModelConfig) -> float:
-    """FLOPs of the matrix products of one data-parallel device's step: forward, backward, and what remat computes again.
-
-    A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat one more.
-    """
-    rows = spec(model_config)
-    tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * config.data.max_length
-    active = 0
-    for row in rows.values():
-        if row.is_matrix:
-            active += math.prod(row.shape)
-        elif row.is_experts and model_config.moe:
-            active += math.prod(row.shape) * model_config.moe.experts_per_token / model_config.moe.num_experts
-    head = (model_config.num_labels or model_config.vocab_size) * model_config.hidden_size
-    full = config.method == "full"
-    passes = 3 if full else 2
-    again = 0 if config.gradient_checkpointing is False else 1
-    attention = model_config.num_layers * model_config.num_heads * model_config.head_dim * config.data.max_length  # the causal half
-    reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
-    return 2.0 * tokens * (active * (passes + again + reference) + head * (passes + full + reference) + attention * (3 + again + reference))
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -262,6 +202,25 @@ def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
         group, _, name = key.partition(".")
         changes[group] = dataclasses.replace(changes.get(group, getattr(config, group)), **{name: value}) if name else value
     return config.replace(**changes)
+
+
+AUTO = {"per_device_train_batch_size": (1, 2**16, 0.0), "data.max_length": (128, 2**24, 0.02)}  # unit, most, how near is enough
+
+
+def _largest(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
+    """`config` with the largest value of `key` that fits, its own being the first tried; as it is where nothing does."""
+    if where.chip is None:
+        raise errors.ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
+    unit, most, close = AUTO[key]
+    own = config.data.max_length if key == "data.max_length" else config.per_device_train_batch_size
+
+    def peak(n: int) -> int:
+        found = _compile(_changed(config, {key: n}), model_config, where).peak_bytes
+        log.info("%s=%d: %.2f GiB", key, n, found / 2**30)
+        return found
+
+    best = largest(peak, where.chip.memory, own, unit, most, close)
+    return config if best is None else _changed(config, {key: best})
 
 
 def _candidates(config: Config, devices: int):
@@ -319,6 +278,8 @@ def main() -> None:
     parser = cli.config_parser("plan", __doc__)
     parser.add_argument("--target", default="here", help="here, v5e-8, v5p-128, h100, 8xh100, a100-80, ...")
     parser.add_argument("--compare", action="store_true", help="full, LoRA and QLoRA side by side")
+    parser.add_argument("--batch", choices=["auto"], help="the largest micro-batch that fits")
+    parser.add_argument("--max-length", choices=["auto"], help="the longest rows that fit")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     given = cli.parse(parser)
     cli.log_to_terminal()
@@ -333,11 +294,17 @@ def main() -> None:
             console.print(f"\n[bold]{name}[/]")
             show(one, console)
         return
-    result = plan(config, target=given.target)
+    result = plan(config, target=given.target, auto=_auto(given))
     if given.json:
         print(json.dumps(result.to_dict()))
     else:
         show(result, console)
+
+
+def _auto(given) -> str | None:
+    if given.batch and given.max_length:
+        raise errors.ConfigError("--batch auto and --max-length auto trade against each other; set one of the two")
+    return "per_device_train_batch_size" if given.batch else "data.max_length" if given.max_length else None
 
 
 cli.callable_module(__name__, plan)

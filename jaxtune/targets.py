@@ -37,6 +37,7 @@ TPUS = {
     "v5e": (Chip(int(15.75 * 2**30), 819 * GB, 197e12), 1, 2),
     "v5p": (Chip(int(95.0 * 2**30), 2765 * GB, 459e12), 2, 3),
     "v6e": (Chip(int(31.25 * 2**30), 1640 * GB, 918e12), 1, 2),
+    "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3),  # a device is one of a chip's two cores, with half of it
 }
 
 # GPU: chip; compute capability; multiprocessors; L2 MiB; shared memory per multiprocessor and per block at most, KiB; clock GHz
@@ -58,14 +59,14 @@ GPUS = {
 def find_target(name: str) -> Target:
     """The devices of a target: `here`, a TPU slice (`v5e-8`, `v5p-128`), or GPUs (`h100`, `8xh100`, `a100-80`).
 
-    A slice is named as Google names it: v5e and v6e by chips, v4 and v5p by cores (two a chip).
+    A slice is named as Google names it: v5e and v6e by chips, v4, v5p and 7x by cores (two a chip).
 
     Raises ConfigError for an unknown name, and when the package that compiles for it is not installed.
     """
     text = name.lower().replace(" ", "").replace("nvidia-", "")
     if text == "here":
         return Target("here", jax.devices(), None)
-    if match := re.fullmatch(r"(?P<kind>v\d\w)-(?P<count>\d+)", text):
+    if match := re.fullmatch(r"(?:tpu-?)?(?P<kind>v\d\w?|7x)-(?P<count>\d+)", text.replace("v7x", "7x")):
         if match["kind"] in TPUS:
             return _tpu(text, match["kind"], int(match["count"]))
     match = re.fullmatch(r"((?P<count>\d+)x)?(?P<kind>[a-z0-9-]+?)", text)
@@ -85,6 +86,7 @@ def _tpu(name: str, kind: str, count: int) -> Target:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     sides = _sides(name, count // cores, dimensions)
     extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count // cores == 1 else {}
+    kind = f"tpu{kind}" if kind == "7x" else kind
     topology = _topology("tpu", f"{kind}:{'x'.join(map(str, sides))}", "libtpu", "jaxtune[tpu]", extra)
     return Target(name, list(topology.devices), chip)
 
@@ -132,3 +134,14 @@ def _topology(platform: str, name: str, module: str, package: str, extra: dict):
     except Exception as error:  # each backend has errors of its own for "not installed" and "no such topology"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"target {name} cannot be compiled for here: {reason}. It needs {module} (pip install {package})") from error
+
+
+def errors_bytes(message: str) -> int | None:
+    """The bytes a RESOURCE_EXHAUSTED message says a program needs, or None."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    words = r"(?:Used|needs?|requires?|allocating|allocate)\s+|memory required for [\w ]+\("
+    match = re.search(rf"(?:{words})([\d.]+)\s*([KMGT]?)i?(?:B|b)?", message)
+    if match is None:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

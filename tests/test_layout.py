@@ -14,10 +14,10 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree"},
     {"model", "data"},
-    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets"},
+    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
     {"loop", "generate", "reference", "folds", "score", "best_of"},
-    {"train", "evaluate", "export", "plan"},
+    {"train", "evaluate", "export", "plan", "costs"},
     {"__main__", "__init__"},
 )
 # Folders of one level that may not know of each other, and what the numerical core is made of.

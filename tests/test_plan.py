@@ -11,7 +11,7 @@ from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.plan import _abstract_batch, abstract_step, compare, errors_bytes, plan
+from jaxtune.plan import Plan, _abstract_batch, _settings, abstract_step, compare, errors_bytes, plan
 
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
@@ -88,6 +88,24 @@ def test_what_does_not_fit_is_answered_by_what_does(model_folder, monkeypatch):
     for row in result.instead[:1]:
         again = plan(config, [f"{key}={json.dumps(value)}" for key, value in row["keys"].items()], target="small", alternatives=False)
         assert again.fits and again.peak_bytes == row["peak_bytes"] < needed
+
+
+@pytest.mark.parametrize(("key", "value"), [("per_device_train_batch_size", 37), ("data.max_length", 256)])
+def test_the_largest_setting_that_fits(model_folder, monkeypatch, key, value):
+    config = run(model_folder, method="lora")
+    with pytest.raises(ConfigError, match="memory of target here is not known"):
+        plan(config, auto=key)
+
+    def compiled(config, model_config, where):
+        needed = 1000 + 10 * config.per_device_train_batch_size * config.data.max_length
+        fits = needed <= where.chip.memory
+        return Plan("small", 1, fits, needed, where.chip.memory, {}, 1.0, 1.0, 1.0, 1.0, _settings(config), [])
+
+    monkeypatch.setattr("jaxtune.plan._compile", compiled)
+    room = 1000 + 10 * (37 * 32 if key != "data.max_length" else 4 * 300)
+    monkeypatch.setattr("jaxtune.plan.find_target", lambda name: targets.Target("small", [], targets.Chip(room, 1e9, 1e12)))
+    result = plan(config, target="small", auto=key)
+    assert result.fits and result.settings[key.rpartition(".")[2]] == value
 
 
 def test_methods_side_by_side(model_folder):
