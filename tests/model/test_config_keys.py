@@ -1,0 +1,52 @@
+"""Every key of transformers' config class of a family changes what is built here, or is refused: none is passed over in silence."""
+
+import pytest
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families import FAMILIES, from_hf
+
+# Keys that change no logits: of training, of the tokenizer, of caches and of heads for other tasks.
+NO_LOGITS = {
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "bos_token_id", "eos_token_id",
+    "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp",
+}  # fmt: skip
+# Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
+BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern"}
+GEMMA3 = {"attn_logit_softcapping"}  # transformers' Gemma 3 reads it nowhere
+
+
+def others(value):
+    """Values of the same kind that mean something else."""
+    if value is None:
+        return [1]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value * 2]
+    if isinstance(value, float):
+        return [value * 2 + 0.5]
+    if isinstance(value, list):
+        return [value[::-1] + value[:1], [0]]
+    if isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values()):
+        return [{name: inner | {"rope_theta": 7.0} for name, inner in value.items()}]
+    return [value | {"rope_theta": 7.0}] if isinstance(value, dict) else [f"{value}x"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_key_is_passed_over(family):
+    config = CONFIG_MAPPING[family]().to_dict()
+    plain, common = from_hf(config), set(PretrainedConfig().to_dict())
+
+    def heard(key):
+        for value in others(config[key]):
+            try:
+                if from_hf(config | {key: value}) != plain:
+                    return True
+            except ModelError:
+                return True
+        return False
+
+    silent = {key for key in set(config) - common if not heard(key)}
+    assert silent <= NO_LOGITS | BESIDE_ANOTHER | (GEMMA3 if family == "gemma3_text" else set())
