@@ -83,23 +83,25 @@ class Checkpoints:
                 return _unflat(state, flat), notes
             except CheckpointError as error:
                 log.warning("checkpoint %d is damaged (%s)%s", number, error, "; taking the one before it" if number != steps[0] else "")
-            _collect()
         raise CheckpointError(f"no checkpoint in {self.manager.directory} can be read; start again in another folder")
 
     def _read(self, shapes: dict[str, Any], step: int) -> tuple[dict[str, Any], dict]:
         """The leaves by path, and the notes, of one checkpoint; CheckpointError where it is not whole."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), notes=ocp.args.JsonRestore())
         try:
-            restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), notes=ocp.args.JsonRestore())
-            )
+            restored = self.manager.restore(step, args=args)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # Orbax's own for an array whose bytes do not decode is no narrower
-            raise CheckpointError(str(error).splitlines()[0][:200]) from error
-        sums = jax.device_get(_checksums(restored.state))
-        if wrong := [name for name, sum_ in restored.notes["checksums"].items() if int(sums[name]) != sum_]:
-            raise CheckpointError(f"the checksum of {wrong[0]} does not agree")
-        return restored.state, restored.notes
+            problem = str(error).splitlines()[0][:200]
+        else:
+            sums = jax.device_get(_checksums(restored.state))
+            wrong = [name for name, sum_ in restored.notes["checksums"].items() if int(sums[name]) != sum_]
+            if not wrong:
+                return restored.state, restored.notes
+            problem = f"the checksum of {wrong[0]} does not agree"
+        _collect()
+        raise CheckpointError(problem)
 
     def wait(self) -> None:
         """Until everything begun has been written."""

@@ -25,7 +25,8 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     packed = sum(_per_device(leaf.codes) for leaf in scales.values())
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    residual = model_config.num_layers * rows * length * model_config.hidden_size * itemsize
+    layers = 1 if model_config.remat == "offload" else model_config.num_layers  # the other inputs are in the host's memory
+    residual = layers * rows * length * model_config.hidden_size * itemsize
     causes = {
         "weights": _per_device(base) - sum(_per_device(leaf) for leaf in scales.values()) + packed,
         "scales": sum(_per_device(leaf) for leaf in scales.values()) - packed,

@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     """An optimiser's state with its moments packed.
 
     codes: the state, moments as uint8 of the parameter's own shape (so that they are cut over a mesh as it is); small ones float32.
-    absmax: one float32 a block where `codes` is packed, else empty.
+    absmax: one float32 a block where `codes` is packed, else None.
     """
 
     codes: Any
@@ -57,7 +57,7 @@ def pack(state: Any, layers: Callable[[tuple], int]) -> Packed:
     def one(path, leaf):
         lead = layers(path)
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or math.prod(leaf.shape[lead:]) < SMALLEST:
-            return leaf, jnp.zeros((0,))
+            return leaf, None
         return quantize(leaf, _signed(path), lead)
 
     pairs = jax.tree_util.tree_map_with_path(one, state)
@@ -68,7 +68,7 @@ def unpack(state: Packed, layers: Callable[[tuple], int]) -> Any:
     """The float32 state again."""
 
     def one(path, codes, absmax):
-        return dequantize(codes, absmax, _signed(path), layers(path)) if absmax.size else codes
+        return codes if absmax is None else dequantize(codes, absmax, _signed(path), layers(path))
 
     return jax.tree_util.tree_map_with_path(one, state.codes, state.absmax)
 

@@ -227,6 +227,8 @@ def _candidates(config: Config, devices: int):
     """`(what it is, [settings to try, the mildest first])`."""
     if config.gradient_checkpointing in (False, "dots"):
         yield "recompute activations", [{"gradient_checkpointing": True}]
+    if config.gradient_checkpointing != "offload":
+        yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
     batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -283,6 +285,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     given = cli.parse(parser)
     cli.log_to_terminal()
+    if given.target != "here":  # nothing runs: a device that is here may be busy, and a plugin without one would only complain
+        jax.config.update("jax_platforms", "cpu")
     config = load_config(given.config, given.overrides)
     console = Console()
     if given.compare:

@@ -77,7 +77,8 @@ def test_the_adapter_on_disk_is_the_one_that_was_trained(config, folder, tmp_pat
 @pytest.mark.parametrize("after", [3, 4])
 def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, method, after):
     """Law 5: a run stopped after k steps and resumed ends with the same bits, in its weights and its log."""
-    settings = config(method=method, save_steps=100, lora={"r": 4, "lora_dropout": 0.2} if method == "lora" else {})
+    of = {"lora": {"lora": {"r": 4, "lora_dropout": 0.2}}, "full": {"optim": "adamw_8bit"}}  # whose moments are codes and scales
+    settings = config(method=method, save_steps=100, **of[method])
     whole = train(settings | {"output_dir": str(tmp_path / "whole")})
     advance = RunLog.advance
 

@@ -78,7 +78,10 @@ def test_a_key_like_no_other_gets_no_suggestion():
         ({"data": {"packing": "grup"}}, "data.packing is 'grup', but has to be true, false or group. Did you mean group?"),
         ({"lora": 4}, "lora is 4, but is a group of keys (r, lora_alpha"),
         ({"lora": {"rank_pattern": [4]}}, "lora.rank_pattern is [4], but has to be a table {name: a whole number}"),
-        ({"optim": "adamv"}, "optim is 'adamv', but has to be adamw, adafactor, lion, sgd or muon. Did you mean adamw?"),
+        (
+            {"optim": "adamv"},
+            "optim is 'adamv', but has to be adamw, adamw_8bit, adafactor, lion, lion_8bit, sgd or muon. Did you mean adamw?",
+        ),
         ({"report_to": "wandb"}, "report_to is 'wandb'"),
     ],
 )
@@ -201,7 +204,7 @@ def test_bitsandbytes_keys(given, quantization):
         ({"resume_from_checkpoint": "out/checkpoint-5"}, "resumes from its own newest checkpoint"),
         ({"datasets": [{"path": "x", "type": "chatml.intel"}]}, "the type of a data set is 'chatml.intel'"),
         ({"optim_args": "nonsense"}, "optim_args is 'nonsense'"),
-        ({"optim": "paged_adamw_8bit"}, "optim is 'paged_adamw_8bit'"),
+        ({"optim": "galore_adamw"}, "optim is 'galore_adamw'"),
     ],
 )
 def test_what_other_tools_say_that_cannot_be_done(given, says):
