@@ -97,7 +97,7 @@ def dequantize(codes: jax.Array, absmax: jax.Array, signed: bool, lead: int = 0)
 def levels(signed: bool) -> np.ndarray:
     """The 256 levels, rising, float32 `[256]`."""
     above = _magnitudes(signed)
-    return np.float32(np.concatenate([-above[-2::-1], [0.0], above] if signed else [[0.0], above]))
+    return np.concatenate([-above[-2::-1], [0.0], above] if signed else [[0.0], above]).astype(np.float32)
 
 
 def _magnitudes(signed: bool) -> np.ndarray:
