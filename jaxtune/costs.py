@@ -13,7 +13,7 @@ from jaxtune.reference import WITH_REFERENCE, beforehand
 from jaxtune.tree import flatten
 
 
-def _per_device(tree: Any) -> int:
+def per_device(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded shapes."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -22,21 +22,21 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     """Bytes of one device by cause; see `Plan.bytes`."""
     leaves = flatten(base)
     scales = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
-    packed = sum(_per_device(leaf.codes) for leaf in scales.values())
+    packed = sum(per_device(leaf.codes) for leaf in scales.values())
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
     layers = 1 if model_config.remat == "offload" else model_config.num_layers  # the other inputs are in the host's memory
     residual = layers * rows * length * model_config.hidden_size * itemsize
     causes = {
-        "weights": _per_device(base) - sum(_per_device(leaf) for leaf in scales.values()) + packed,
-        "scales": sum(_per_device(leaf) for leaf in scales.values()) - packed,
-        "trainable": _per_device(state.trainable),
-        "optimizer": _per_device(state.opt_state),
-        "batch": _per_device(batch),
+        "weights": per_device(base) - sum(per_device(leaf) for leaf in scales.values()) + packed,
+        "scales": sum(per_device(leaf) for leaf in scales.values()) - packed,
+        "trainable": per_device(state.trainable),
+        "optimizer": per_device(state.opt_state),
+        "batch": per_device(batch),
     }
     left = peak - sum(causes.values())
     estimates = {
-        "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else _per_device(state.trainable),
+        "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else per_device(state.trainable),
         "activations": residual,
         "logits": 0 if model_config.num_labels else min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
     }

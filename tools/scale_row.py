@@ -17,10 +17,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
-from jaxtune import parallel, plan  # noqa: E402
+from jaxtune import costs, parallel, plan  # noqa: E402
 from jaxtune.config import load_config  # noqa: E402
 from jaxtune.convert.load import open_config  # noqa: E402
-from jaxtune.targets import find_target  # noqa: E402
+from jaxtune.targets import errors_bytes, find_target  # noqa: E402
 
 KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
@@ -60,7 +60,7 @@ def main() -> None:
     where = find_target(given.target)
     mesh = parallel.make_mesh(config.mesh, where.devices)
     step, (state, base, batch), _ = plan.abstract_step(config, open_config(config.model), mesh)
-    held = plan._per_device((state, base))
+    held = costs.per_device((state, base))
     started, sizes = time.process_time(), " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     name = given.model.rstrip("/").rpartition("/")[2]
     head = f"| {name} {given.method} | {given.target}: {sizes} | {config.data.max_length} x {config.per_device_train_batch_size}"
@@ -68,7 +68,7 @@ def main() -> None:
     try:
         compiled = step.lower(state, base, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = plan.errors_bytes(str(error))
+        needed = errors_bytes(str(error))
         if needed is None:
             raise
         print(f"{head} | {held / 2**30:.2f} | **{needed / 2**30:.2f}** of {chip}: does not fit | |", flush=True)

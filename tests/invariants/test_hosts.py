@@ -5,6 +5,7 @@ JAXTUNE_PROCESSES=4 pytest -s ... for four of them, two devices each.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ def config(tmp_path_factory):
         "data": {"train": str(folder / "rows.jsonl"), "eval": 0.1, "max_length": 32, "cache_dir": str(folder / "cache")},
         "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj"]},
         "per_device_train_batch_size": 1, "max_steps": STEPS, "save_steps": 4, "logging_steps": 1,
-        "eval_strategy": "steps", "eval_steps": STEPS, "learning_rate": 0.01, "mesh": {"data": 1, "fsdp": -1}, "report_to": [],
+        "eval_strategy": "steps", "eval_steps": STEPS, "learning_rate": 0.001, "mesh": {"data": 1, "fsdp": -1}, "report_to": [],
         "compilation_cache": str(folder / "xla"),
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -82,7 +83,7 @@ def test_processes_are_one_run(config, tmp_path):
     one, several = (losses(folder) for folder in folders.values())
     assert [row[:2] for row in one] == [row[:2] for row in several] and len(one) == 3 * STEPS + 1
     apart = [abs(left[2] / right[2] - 1) for left, right in zip(one, several, strict=True)]
-    assert max(apart) < 1e-4, (one, several)
+    assert max(apart) < 1e-4, apart  # a higher learning_rate makes more of the rounding, step by step
     print(f"losses and gradient norms of one process and of {PROCESSES}: at most {max(apart):.1e} apart")
     result = Path("adapter") / "adapter_model.safetensors"
     whole, folder = (folders[PROCESSES] / result).read_bytes(), tmp_path / "lost"
@@ -98,16 +99,19 @@ def test_processes_are_one_run(config, tmp_path):
         assert all("another process" in text or "distributed service" in text for text in said[:-1]), said
         assert not (folder / result).exists()
 
-    saved = {path.name for path in (folder / "checkpoints").iterdir()}
-    begun = (folder / "run.json").stat().st_mtime_ns
-    asked = start(config, PROCESSES, f"output_dir={folder}", "resume=true")
-    wait_until(lambda: (folder / "run.json").stat().st_mtime_ns != begun, asked)
-    asked[-1].send_signal(signal.SIGTERM)
-    said = end(asked)
-    assert "interrupted after step" in said[0][1] + said[0][0] and not (folder / result).exists(), said
-    print([line for line in (said[0][1] + said[0][0]).splitlines() if "interrupted" in line][-1][:100])
-    assert {path.name for path in (folder / "checkpoints").iterdir()} - saved
-
     end(start(config, PROCESSES, f"output_dir={folder}", "resume=true"))
     assert (folder / result).read_bytes() == whole
     print("resumed: the adapter's bytes are those of the run nobody disturbed")
+
+
+def test_one_told_to_stop_stops_all(config, tmp_path):
+    """After the same step, with a checkpoint and exit code 0."""
+    folder = tmp_path / "asked"
+    asked = start(config, PROCESSES, f"output_dir={folder}", "max_steps=5000", "eval_steps=5000", "save_total_limit=1")
+    wait_until((folder / "checkpoints" / "4").exists, asked)
+    asked[-1].send_signal(signal.SIGTERM)
+    said = "".join(end(asked)[0])
+    step = re.search(r"interrupted after step (\d+)", said)
+    assert step and 4 <= int(step[1]) < 5000, said[-3000:]
+    assert (folder / "checkpoints" / step[1]).exists() and not (folder / "adapter").exists()
+    print(step[0])
