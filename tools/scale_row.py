@@ -82,7 +82,7 @@ def main() -> None:
         Path(given.text).write_text(text)
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    said = [] if text else ["not to be had"]
+    said = [] if text else ["not printable"]
     for kind, (n, size, inner, inner_size) in sorted(collectives(text or "").items()):
         parts = [f"{inner} of {inner_size / 2**20:.0f} MiB in loops"] if inner else []
         parts += [f"{n} of {size / 2**20:.0f} MiB outside"] if n else []
