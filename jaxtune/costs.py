@@ -46,13 +46,13 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     return causes | {"other": max(0, left)}
 
 
-def flops(config: Config, model_config: ModelConfig) -> float:
-    """FLOPs of the matrix products of one data-parallel device's step: forward, backward, and what remat computes again.
+def flops(config: Config, model_config: ModelConfig, length: int) -> float:
+    """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat one more.
     """
     rows = spec(model_config)
-    tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * config.data.max_length
+    tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * length
     active = 0
     for row in rows.values():
         if row.is_matrix:
@@ -63,6 +63,6 @@ def flops(config: Config, model_config: ModelConfig) -> float:
     full = config.method == "full"
     passes = 3 if full else 2
     again = 0 if config.gradient_checkpointing is False else 1
-    attention = model_config.num_layers * model_config.num_heads * model_config.head_dim * config.data.max_length  # the causal half
+    attention = model_config.num_layers * model_config.num_heads * model_config.head_dim * length  # the causal half
     reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
     return 2.0 * tokens * (active * (passes + again + reference) + head * (passes + full + reference) + attention * (3 + again + reference))

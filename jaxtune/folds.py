@@ -7,7 +7,6 @@ steps and, where their rows allow, have the same shapes (data/prepare.py), so th
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -65,7 +64,7 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
     distributed.on_first(lambda: _check_free(config))  # refuse a folder in use before anything long is done
     rows = [data.load(_of(config, number), tokenizer, data_parallel).train for number in range(config.data.kfold or 0)]
     # num_train_epochs of the fold with the most steps an epoch: the others have a few rows less, and see some of them once more
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * max(fold.steps_per_epoch for fold in rows))
+    steps = max(data.total_steps(config, fold) for fold in rows)
     if config.eval_strategy == "steps" and interval(config.eval_steps or 1, steps) > steps:
         raise ConfigError(f"eval_steps is {config.eval_steps}, but a fold has {steps} steps and would never be evaluated; lower it")
     distributed.on_first(lambda: runfolder.write_config(runfolder.open_run(config), config))

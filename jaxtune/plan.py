@@ -4,6 +4,12 @@ Will it fit, exactly, before anything is downloaded: compiles the very step that
 shapes alone, for a TPU slice, a GPU or the machine at hand, and says what takes the memory.
 """
 
+import os
+
+if __name__ == "__main__":  # before jax is loaded: warnings of XLA's compiler and of libtpu are of no use here, and errors are raised
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
 import dataclasses
 import json
 import logging
@@ -11,61 +17,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from jaxtune import cli, costs, errors, optim, parallel
+from jaxtune import cli, costs, data, errors, parallel
 from jaxtune.config import Config, load_config
 from jaxtune.convert import heads
-from jaxtune.convert.load import open_config
-from jaxtune.data import units
-from jaxtune.data.batch import Batch
+from jaxtune.convert.load import open_config, open_tokenizer
+from jaxtune.data import files
+from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.largest import largest
-from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.spec import spec
-from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.answers import REFERENCE
-from jaxtune.peft import METHODS
-from jaxtune.reference import WITH_REFERENCE, beforehand
-from jaxtune.step import how_to_compute, init_state, make_step
+from jaxtune.planned import Plan, show, side_by_side
+from jaxtune.shapes import abstract_step
 from jaxtune.targets import Target, errors_bytes, find_target
-from jaxtune.tree import unflatten
 
 log = logging.getLogger("jaxtune")
-
-
-@dataclasses.dataclass
-class Plan:
-    """What one device needs for a step.
-
-    Attributes:
-        fits: whether `peak_bytes` is within the device's memory; None where that is not known.
-        peak_bytes: arguments + temporaries + outputs - what they share, from the compiled program: exact.
-        bytes: peak_bytes by cause. Weights, scales, trainable, optimizer and batch are exact; gradients, activations and
-            logits are computed from shapes, and `other` is what is left of the temporaries.
-        flops: of a step on one device, computed from shapes (products only).
-        seconds_at_least: flops or bytes over the chip's published rates, whichever takes longer; None where not known.
-    """
-
-    target: str
-    devices: int
-    fits: bool | None
-    peak_bytes: int
-    device_bytes: int | None
-    bytes: dict[str, int]
-    flops: float
-    intensity: float
-    seconds_at_least: float | None
-    hours_at_least: float | None
-    settings: dict[str, Any]
-    instead: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
-        return dataclasses.asdict(self)
 
 
 def plan(
@@ -74,103 +40,96 @@ def plan(
 ) -> Plan:
     """Compile the step of `config` for `target` and say what it needs; where it does not fit, the nearest settings that do.
 
+    Where the rows of `data.train` and the tokenizer are here, the step is that of those rows, and the steps of the run are known; nothing
+    is fetched for that.
+
     `auto`: a key of `AUTO`, which takes the largest value that fits.
 
     Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
     """
     config = load_config(config, overrides)
-    where = find_target(target)
-    model_config = heads.headed(open_config(config.model), heads.head_of(config))
+    where, model_config = find_target(target), _model(config)
     if auto is not None:
         config = _largest(config, model_config, where, auto)
-    result = _compile(config, model_config, where)
+    rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
+    result = _compile(config, model_config, where, rows)
+    result.notes += [unknown] if unknown else []
     if result.fits is False and alternatives:
         result.instead = _alternatives(config, model_config, where)
     return result
 
 
-# ---- shapes ----
+def compare(config: Config, target: str) -> dict[str, Plan | str]:
+    """The same run by full tuning, LoRA and QLoRA; a reason where a method cannot be used."""
+    where, model_config = find_target(target), _model(config)
+    rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
+    found: dict[str, Plan | str] = {}
+    for method, quantization in (("full", None), ("lora", None), ("qlora", config.quantization or "nf4-dq")):
+        try:
+            changed = _changed(config, {"method": method, "quantization": quantization})
+            found[method] = one = _compile(changed, model_config, where, rows)
+            one.notes += [unknown] if unknown else []
+        except JaxtuneError as error:
+            found[method] = str(error)
+    return found
 
 
-def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -> dict:
-    """The parameter tree as shapes, packed as `quantization` packs it."""
-
-    def leaf(row):
-        if quantization is None or not row.can_be_packed:
-            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
-        *lead, out, width = row.shape
-        packed = quant.abstract(quantization, (out, width))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), packed)
-
-    return unflatten({path: leaf(row) for path, row in spec(config).items()})
+def _model(config: Config) -> ModelConfig:
+    return heads.headed(open_config(config.model), heads.head_of(config))
 
 
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _abstract_batch(config: Config, mesh) -> Batch:
-    """The batch of a full step; without the data every token counts as trained, and a row has one pair (or other group) of answers."""
-    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
-    answers, shared = units.least(config)
-    several = config.objective == "classification" and config.problem_type != "single_label_classification" and (config.num_labels or 0) > 1
-    empty = Batch.empty((1, 1, 1), None, answers, shared, (config.num_labels or 0,) if several else ())
-    if empty.answers is not None and beforehand(config):
-        empty = empty.replace(answers=empty.answers.replace(ref_logps=empty.answers.values))
-
-    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        whole = (*shape[:2], shape[2] if x.dtype == np.int32 or x is empty.weights else x.shape[2], *x.shape[3:])
-        return jax.ShapeDtypeStruct(whole, x.dtype, sharding=parallel.batch_sharding(mesh))
-
-    return jax.tree.map(leaf, empty)
-
-
-def abstract_step(config: Config, model_config: ModelConfig, mesh):
-    """`(jitted step, (state, base, batch))`, the step that `train` runs, with shapes in place of arrays."""
-    platform = mesh.devices.flat[0].platform
-    if config.dtype == "auto":
-        config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
-    model_config = how_to_compute(config, model_config, platform)
-    params = abstract_params(model_config, config.param_dtype if config.method == "full" else config.dtype, config.quantization)
-    params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
-    trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
-    own = parallel.trainable_shardings(mesh, model_config, trainable)
-    optimizer = optim.optimizer(config, max(config.max_steps, 1000))
-    state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
-    shardings = parallel.state_shardings(mesh, state, trainable, own, config.zero_stage)
-    state = _with_shardings(state, shardings)
-    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
-    base = {} if config.method == "full" else params
-    if config.objective in WITH_REFERENCE and config.ref_model is not None and not beforehand(config):
-        base = base | {REFERENCE: params}  # a checkpoint of its own
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, _abstract_batch(config, mesh)), model_config
+def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:
+    """The training rows, or why they are not known; what is not on this machine is not fetched."""
+    try:
+        missing = [source.path for source in config.data.train if files.find(source.path) is None]
+        if not config.data.train or missing:
+            return None, f"steps and hours are not known without the rows ({', '.join(missing) or 'data.train is not set'})"
+        tokenizer = open_tokenizer(config.model, fetch=False)
+    except (DataError, ModelError) as error:
+        return None, f"steps and hours are not known: {error}"
+    try:
+        return data.load(config, tokenizer, data_parallel).train, ""
+    except DataError as error:
+        return None, f"steps and hours are not known, and train would stop: {error}"
 
 
 # ---- compiling ----
 
 
-def _compile(config: Config, model_config: ModelConfig, where: Target) -> Plan:
+def _compile(config: Config, model_config: ModelConfig, where: Target, rows: data.Source | None = None) -> Plan:
     mesh = parallel.make_mesh(config.mesh, where.devices)
-    step, (state, base, batch), model_config = abstract_step(config, model_config, mesh)
-    flops = costs.flops(config, model_config) / (mesh.size / parallel.data_parallel(mesh))
-    needed = None
+    step, (state, base, batch), model_config = abstract_step(config, model_config, mesh, rows)
+    length = batch.tokens.shape[-1]
+    flops = costs.flops(config, model_config, length) / (mesh.size / parallel.data_parallel(mesh))
     try:
         memory = step.lower(state, base, batch).compile().memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        needed = errors_bytes(str(error))
-        if needed is None:
+        if (needed := errors_bytes(str(error))) is None:
             raise
     causes = costs.by_cause(config, model_config, state, base, batch, needed)
     moved = sum(causes[name] for name in ("weights", "scales", "trainable", "optimizer")) + 2 * causes["activations"]
     chip = where.chip
-    seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip else None
+    seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip.flops and chip.bandwidth else None
+    steps = data.total_steps(config, rows) if rows else config.max_steps if config.max_steps > 0 else None
     return Plan(
-        target=where.name, devices=mesh.size, fits=None if chip is None else needed <= chip.memory, peak_bytes=needed,
-        device_bytes=chip.memory if chip else None, bytes=causes, flops=flops, intensity=flops / max(moved, 1), seconds_at_least=seconds,
-        hours_at_least=seconds * config.max_steps / 3600 if seconds and config.max_steps > 0 else None,
-        settings=_settings(config), instead=[],
+        target=where.name, devices=mesh.size, fits=None if chip.memory is None else needed <= chip.memory, peak_bytes=needed,
+        device_bytes=chip.memory, bytes=causes, flops=flops, intensity=flops / max(moved, 1), seconds_at_least=seconds, steps=steps,
+        hours_at_least=seconds * steps * _share(rows) / 3600 if seconds and steps else None, rows=_row_counts(rows),
+        settings=_settings(config), instead=[], notes=[where.figures],
     )  # fmt: skip
+
+
+def _share(rows: data.Source | None) -> float:
+    """The mean length of rows over the longest, which the step is planned for."""
+    return rows.plan.slots() / (len(rows.plan) * rows.plan.lengths[-1]) if rows else 1.0
+
+
+def _row_counts(rows: data.Source | None) -> dict[str, Any] | None:
+    if rows is None:
+        return None
+    counts = {"documents": len(rows.documents), "tokens": rows.tokens, "rows": len(rows.plan), "length": rows.plan.lengths[-1]}
+    return counts | {"efficiency": round(rows.efficiency, 4), "steps_per_epoch": rows.steps_per_epoch}
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -209,8 +168,9 @@ AUTO = {"per_device_train_batch_size": (1, 2**16, 0.0), "data.max_length": (128,
 
 def _largest(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
     """`config` with the largest value of `key` that fits, its own being the first tried; as it is where nothing does."""
-    if where.chip is None:
-        raise errors.ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
+    limit = where.chip.memory
+    if limit is None:
+        raise ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
     unit, most, close = AUTO[key]
     own = config.data.max_length if key == "data.max_length" else config.per_device_train_batch_size
 
@@ -219,7 +179,7 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
         log.info("%s=%d: %.2f GiB", key, n, found / 2**30)
         return found
 
-    best = largest(peak, where.chip.memory, own, unit, most, close)
+    best = largest(peak, limit, own, unit, most, close)
     return config if best is None else _changed(config, {key: best})
 
 
@@ -244,35 +204,7 @@ def _candidates(config: Config, devices: int):
     yield "shorter rows", [{"data.max_length": config.data.max_length >> n, "gradient_checkpointing": True} for n in (1, 2, 3)]
 
 
-def compare(config: Config, target: str) -> dict[str, Plan]:
-    """The same run by full tuning, LoRA and QLoRA."""
-    where, model_config = find_target(target), heads.headed(open_config(config.model), heads.head_of(config))
-    keys = {"full": {"method": "full", "quantization": None}, "lora": {"method": "lora", "quantization": None}}
-    keys["qlora"] = {"method": "qlora", "quantization": "nf4-dq"}
-    return {name: _compile(_changed(config, change), model_config, where) for name, change in keys.items()}
-
-
 # ---- the command ----
-
-
-def show(result: Plan, console: Console) -> None:
-    """Print a plan."""
-    verdict = {True: "fits", False: "does not fit", None: "memory of the machine not known"}[result.fits]
-    of = f" of {result.device_bytes / 2**30:.2f} GiB" if result.device_bytes else ""
-    console.print(f"[bold]{verdict}[/]: {result.peak_bytes / 2**30:.2f} GiB{of} on each of {result.devices} device(s) of {result.target}")
-    table = Table("what", "GiB", "share", box=None)
-    for name, size in result.bytes.items():
-        table.add_row(name, f"{size / 2**30:.3f}", f"{100 * size / result.peak_bytes:.1f} %")
-    console.print(table)
-    console.print("gradients, activations and logits are estimated from shapes, the total is the compiler's", style="dim")
-    bound = f"; a step takes at least {result.seconds_at_least:.3f} s" if result.seconds_at_least else ""
-    hours = f", the run {result.hours_at_least:.2f} h" if result.hours_at_least else ""
-    console.print(f"{result.flops / 1e12:.2f} TFLOP a step and device, {result.intensity:.0f} FLOP a byte{bound}{hours}")
-    for row in result.instead:
-        keys = " ".join(f"{key}={value}" for key, value in row["keys"].items())
-        console.print(f"instead, {row['change']}: {keys}  ({row['peak_bytes'] / 2**30:.2f} GiB)", highlight=False)
-    if result.fits is False and not result.instead:
-        console.print("no single change makes it fit; take a larger target or a smaller model")
 
 
 def main() -> None:
@@ -292,11 +224,9 @@ def main() -> None:
     if given.compare:
         plans = compare(config, given.target)
         if given.json:
-            print(json.dumps({name: one.to_dict() for name, one in plans.items()}))
-            return
-        for name, one in plans.items():
-            console.print(f"\n[bold]{name}[/]")
-            show(one, console)
+            print(json.dumps({name: {"error": one} if isinstance(one, str) else one.to_dict() for name, one in plans.items()}))
+        else:
+            side_by_side(plans, console)
         return
     result = plan(config, target=given.target, auto=_auto(given))
     if given.json:
@@ -307,7 +237,7 @@ def main() -> None:
 
 def _auto(given) -> str | None:
     if given.batch and given.max_length:
-        raise errors.ConfigError("--batch auto and --max-length auto trade against each other; set one of the two")
+        raise ConfigError("--batch auto and --max-length auto trade against each other; set one of the two")
     return "per_device_train_batch_size" if given.batch else "data.max_length" if given.max_length else None
 
 

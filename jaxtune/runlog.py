@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxtune.errors import CheckpointError
+from jaxtune.events import Events
 
 PLOT_EVERY = 60.0  # seconds; loss.png is drawn at each evaluation and at the end besides
 RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
@@ -33,7 +34,7 @@ class RunLog:
         self.folder, self.total = Path(folder), total_steps
         self.history = _history(self.folder / "metrics.jsonl", start)
         self._file = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._events = _tensorboard(self.folder / "tensorboard", start) if "tensorboard" in report_to else None
+        self._events = Events(self.folder / "tensorboard", start + 1 if start else None) if "tensorboard" in report_to else None
         self._bar = _Bar(start, total_steps)
         self._drawn = time.monotonic()
 
@@ -47,9 +48,7 @@ class RunLog:
         self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
         if self._events is not None:
-            for name, value in metrics.items():
-                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                self._events.add_scalar(tag, value, step)
+            self._events.add(step, {_tag(name): value for name, value in metrics.items()})
         evaluation = any(name.startswith("eval_") for name in metrics)
         self._bar.say(step, metrics, evaluation)
         if evaluation or time.monotonic() - self._drawn > PLOT_EVERY:
@@ -98,11 +97,8 @@ def _history(path: Path, start: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(folder: Path, start: int) -> Any:
-    """A writer that makes TensorBoard forget what an earlier process wrote of the steps after `start`."""
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else 0, flush_secs=10)
+def _tag(name: str) -> str:
+    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
 
 
 # ---- the terminal ----

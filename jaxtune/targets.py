@@ -3,9 +3,11 @@
 XLA's own compiler gives the exact memory of a step for a chip that nobody in the room owns; nothing runs on one.
 """
 
+import contextlib
 import math
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,19 +18,20 @@ GB = 10**9
 
 
 class Chip(NamedTuple):
-    """Published figures of one accelerator: memory that a program may use, its bandwidth (bytes/s), dense bfloat16 FLOP/s."""
+    """Figures of one accelerator: memory that a program may use, its bandwidth (bytes/s), dense bfloat16 FLOP/s; None where not known."""
 
-    memory: int
-    bandwidth: float
-    flops: float
+    memory: int | None
+    bandwidth: float | None = None
+    flops: float | None = None
 
 
 class Target(NamedTuple):
-    """Devices to compile for, and what one of them can do (None: not known, as for the machine at hand)."""
+    """Devices to compile for, what one of them can do, and where those figures are from."""
 
     name: str
     devices: list
-    chip: Chip | None
+    chip: Chip
+    figures: str
 
 
 # TPU: figures per chip (cloud.google.com/tpu/docs), memory as libtpu counts it; cores named per chip; 2 or 3 dimensions of a slice
@@ -65,7 +68,7 @@ def find_target(name: str) -> Target:
     """
     text = name.lower().replace(" ", "").replace("nvidia-", "")
     if text == "here":
-        return Target("here", jax.devices(), None)
+        return _here()
     if match := re.fullmatch(r"(?:tpu-?)?(?P<kind>v\d\w?|7x)-(?P<count>\d+)", text.replace("v7x", "7x")):
         if match["kind"] in TPUS:
             return _tpu(text, match["kind"], int(match["count"]))
@@ -78,17 +81,55 @@ def find_target(name: str) -> Target:
     return _gpu(text, kind, int(match["count"] or 1))
 
 
+PUBLISHED = "memory and rates of the chip are the published ones"
+
+
+def _here() -> Target:
+    """The machine at hand: its memory as it says itself, its rates as published, where the tables know the chip."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        memory = _host_memory()
+        share = memory // len(jax.local_devices()) if memory else None
+        return Target("here", devices, Chip(share), "memory is the machine's, whatever else is running; the rates of a CPU are not known")
+    known = _known(kind)
+    rates = "; rates are the published ones" if known.flops else "; rates are not known"
+    if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
+        return Target("here", devices, known._replace(memory=limit), f"{kind}: memory is what the device grants{rates}")
+    instead = ", so it is the published one" if known.memory else ""
+    return Target("here", devices, known, f"{kind} cannot be asked for its memory{instead}{rates}")
+
+
+def _known(kind: str) -> Chip:
+    """The row of the tables that a device's own name ("NVIDIA A100-SXM4-80GB", "TPU v5 lite") means."""
+    words = {"tpu v5": "v5p"}.get(kind.lower(), kind.lower()).replace(" lite", "e").replace("rtx ", "rtx").replace("tpu7x", "7x")
+    tables = {name: row[0] for name, row in (TPUS | GPUS).items()}
+    found = [name for name in tables if all(re.search(rf"(?<![a-z\d]){part}(?!\d)", words) for part in name.split("-"))]
+    return tables[found[0]] if len(found) == 1 and "laptop" not in words else Chip(None)
+
+
+def _host_memory() -> int | None:
+    """Bytes of memory that this machine, or the container this is in, has."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            sizes.append(int(Path(file).read_text()))
+    return min(sizes, default=None)
+
+
 def _tpu(name: str, kind: str, count: int) -> Target:
     chip, cores, dimensions = TPUS[kind]
     if count % cores:
         raise ConfigError(f"target {name}: a {kind} chip has {cores} cores, so their number is even")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server where there is no TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # of the machine at hand; it has none, and libtpu says that
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # it cannot find out
     sides = _sides(name, count // cores, dimensions)
     extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count // cores == 1 else {}
     kind = f"tpu{kind}" if kind == "7x" else kind
     topology = _topology("tpu", f"{kind}:{'x'.join(map(str, sides))}", "libtpu", "jaxtune[tpu]", extra)
-    return Target(name, list(topology.devices), chip)
+    return Target(name, list(topology.devices), chip, PUBLISHED)
 
 
 def _sides(name: str, chips: int, dimensions: int) -> list[int]:
@@ -123,7 +164,7 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     hosts = math.ceil(count / 8)
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
     topology = _topology("cuda", kind, "jax_cuda13_plugin", "jax-cuda13-plugin jax-cuda13-pjrt --no-deps", extra)
-    return Target(name, list(topology.devices), chip)
+    return Target(name, list(topology.devices), chip, PUBLISHED)
 
 
 def _topology(platform: str, name: str, module: str, package: str, extra: dict):

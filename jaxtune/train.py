@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -89,7 +88,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     log.info("%s", describe(config))
     opened = open_model(config.model)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows.train.steps_per_epoch)
+    total_steps = data.total_steps(config, rows.train)
     log.info(
         "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
         len(rows.train.documents), f"{rows.train.tokens:,}", 100 * rows.train.trained_tokens / rows.train.tokens, len(rows.train.plan),

@@ -12,12 +12,12 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 
 # Lowest first; a module may import its own level and those before it.
 LEVELS = (
-    {"errors", "cli", "config", "tree"},
+    {"errors", "cli", "config", "tree", "events"},
     {"model", "data"},
-    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest"},
+    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
     {"loop", "generate", "reference", "folds", "score", "best_of"},
-    {"train", "evaluate", "export", "plan", "costs"},
+    {"train", "evaluate", "export", "plan", "costs", "shapes"},
     {"__main__", "__init__"},
 )
 # Folders of one level that may not know of each other, and what the numerical core is made of.

@@ -17,9 +17,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
-from jaxtune import costs, parallel, plan  # noqa: E402
+from jaxtune import costs, parallel  # noqa: E402
 from jaxtune.config import load_config  # noqa: E402
 from jaxtune.convert.load import open_config  # noqa: E402
+from jaxtune.shapes import abstract_step  # noqa: E402
 from jaxtune.targets import errors_bytes, find_target  # noqa: E402
 
 KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
@@ -59,12 +60,12 @@ def main() -> None:
     config = load_config(settings, given.overrides)
     where = find_target(given.target)
     mesh = parallel.make_mesh(config.mesh, where.devices)
-    step, (state, base, batch), _ = plan.abstract_step(config, open_config(config.model), mesh)
+    step, (state, base, batch), _ = abstract_step(config, open_config(config.model), mesh)
     held = costs.per_device((state, base))
     started, sizes = time.process_time(), " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     name = given.model.rstrip("/").rpartition("/")[2]
     head = f"| {name} {given.method} | {given.target}: {sizes} | {config.data.max_length} x {config.per_device_train_batch_size}"
-    chip = f"{where.chip.memory / 2**30:.1f}" if where.chip else "?"
+    chip = f"{where.chip.memory / 2**30:.1f}" if where.chip.memory else "?"
     try:
         compiled = step.lower(state, base, batch).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -87,7 +88,7 @@ def main() -> None:
         parts = [f"{inner} of {inner_size / 2**20:.0f} MiB in loops"] if inner else []
         parts += [f"{n} of {size / 2**20:.0f} MiB outside"] if n else []
         said.append(f"{kind}: {', '.join(parts)}")
-    fits = "" if where.chip and peak <= where.chip.memory else ": does not fit"
+    fits = "" if where.chip.memory and peak <= where.chip.memory else ": does not fit"
     print(f"{head} | {held / 2**30:.2f} | {peak / 2**30:.2f} of {chip}{fits} | {'; '.join(said)} |", flush=True)
     print(f"compiled in {time.process_time() - started:.0f} s of processor time", flush=True)
 

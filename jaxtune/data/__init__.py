@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from jaxtune.data.batch import Batch
 
 if TYPE_CHECKING:
-    from jaxtune.data.prepare import Data, load
+    from jaxtune.data.prepare import Data, load, total_steps
     from jaxtune.data.source import Source
 
-__all__ = ["Batch", "Data", "Source", "load"]
+__all__ = ["Batch", "Data", "Source", "load", "total_steps"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Data", "load"):
+    if name in ("Data", "load", "total_steps"):
         from jaxtune.data import prepare
 
         return getattr(prepare, name)

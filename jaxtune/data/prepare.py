@@ -1,6 +1,7 @@
 """From the config to the rows of a run."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,11 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1, survey: bool = 
         source.plan = widened(source.plan, [other[name].plan for other in others])
     ledger = {name: source.documents.info for name, source in sources.items()}
     return Data(sources["train"], sources.get("eval"), sources.get("test"), ledger)
+
+
+def total_steps(config: Config, train: Source) -> int:
+    """Optimiser steps of a run on these rows: `max_steps`, or those of `num_train_epochs`."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * train.steps_per_epoch)
 
 
 def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -> dict[str, Source]:

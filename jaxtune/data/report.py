@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import quality
-from jaxtune.data.prepare import divide, load
+from jaxtune.data.prepare import divide, load, total_steps
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.units import Pairs, Stepwise
@@ -96,7 +96,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
     policies = quality.policies(config)
     stops = sorted(name for name in places if policies.get(name, "error") == "error")
     lengths = data.train.documents.lengths
-    steps = config.max_steps if config.max_steps > 0 else int(np.ceil(config.num_train_epochs * data.train.steps_per_epoch))
+    steps = total_steps(config, data.train)
     return Report(
         rows=_rows(data.train),
         tokens=data.train.tokens,

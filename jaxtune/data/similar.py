@@ -2,10 +2,12 @@
 
 import re
 import zlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 PERMUTATIONS = 64
 
@@ -17,12 +19,14 @@ class Similar:
     """
 
     def __init__(self, threshold: float):
+        from datasketch import MinHash, MinHashLSH  # which loads parts of scipy, 0.7 s: only where texts are compared
+
         self.threshold = threshold
         self._sets: list[np.ndarray] = []
         self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
         self._blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
 
-    def sign(self, text: str) -> tuple[np.ndarray, MinHash]:
+    def sign(self, text: str) -> "tuple[np.ndarray, MinHash]":
         """The set of a text and its MinHash."""
         words = re.findall(r"\w+", text.lower())
         triples = {zlib.crc32(" ".join(words[n : n + 3]).encode()) for n in range(max(len(words) - 2, 1))}
@@ -31,12 +35,12 @@ class Similar:
         minhash.update_batch(elements.tolist())
         return elements, minhash
 
-    def add(self, signed: tuple[np.ndarray, MinHash]) -> None:
+    def add(self, signed: "tuple[np.ndarray, MinHash]") -> None:
         """Remember a text under the next number."""
         self._index.insert(len(self._sets), signed[1])
         self._sets.append(signed[0])
 
-    def find(self, signed: tuple[np.ndarray, MinHash]) -> tuple[int, float] | None:
+    def find(self, signed: "tuple[np.ndarray, MinHash]") -> tuple[int, float] | None:
         """The most similar text remembered and its Jaccard similarity, if that reaches the threshold."""
         best = None
         for number in sorted(cast(list[int], self._index.query(signed[1]))):

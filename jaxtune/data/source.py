@@ -92,6 +92,11 @@ class Source:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes)
 
+    def largest(self) -> Batch:
+        """A batch of the largest shape that a step may have."""
+        row = int(np.argmax(self.plan.group))
+        return self._batch(np.full((self.accumulation, self.rows), row), 0, 1)
+
     def rows_at(self, step: int) -> dict[str, list[int]]:
         """The numbers of the rows that step `step` (from 0) trains on, from 1, by the source they come from."""
         epoch, index = divmod(step, self.steps_per_epoch)

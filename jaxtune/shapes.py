@@ -1,0 +1,87 @@
+"""The step that a run would take as shapes alone: parameters, state and batch where their arrays would be."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import data, optim, parallel
+from jaxtune.config import Config
+from jaxtune.convert.bitsandbytes import packed_as
+from jaxtune.data import units
+from jaxtune.data.batch import Batch
+from jaxtune.model import quant
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.spec import spec
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import REFERENCE
+from jaxtune.peft import METHODS
+from jaxtune.reference import WITH_REFERENCE, beforehand
+from jaxtune.step import how_to_compute, init_state, make_step
+from jaxtune.tree import unflatten
+
+
+def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -> dict:
+    """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it."""
+    kind = packed_as(json.loads(config.hf_json or "{}")) or quantization
+
+    def leaf(row):
+        if kind is None or not row.can_be_packed:
+            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
+        *lead, out, width = row.shape
+        packed = quant.abstract(kind, (out, width))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), packed)
+
+    return unflatten({path: leaf(row) for path, row in spec(config).items()})
+
+
+def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Batch:
+    """The batch of a full step: the largest of `rows`; without them every token counts as trained, and a row has one pair (or other group)
+    of answers."""
+    sharding = parallel.batch_sharding(mesh)
+    if rows is not None:
+        largest = rows.largest()
+        if largest.answers is not None and beforehand(config):
+            largest = largest.replace(answers=largest.answers.replace(ref_logps=largest.answers.values))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), largest)
+    shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
+    answers, shared = units.least(config)
+    several = config.objective == "classification" and config.problem_type != "single_label_classification" and (config.num_labels or 0) > 1
+    empty = Batch.empty((1, 1, 1), None, answers, shared, (config.num_labels or 0,) if several else ())
+    if empty.answers is not None and beforehand(config):
+        empty = empty.replace(answers=empty.answers.replace(ref_logps=empty.answers.values))
+
+    def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        whole = (*shape[:2], shape[2] if x.dtype == np.int32 or x is empty.weights else x.shape[2], *x.shape[3:])
+        return jax.ShapeDtypeStruct(whole, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, empty)
+
+
+def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
+    """`(jitted step, (state, base, batch), model_config)`, the step that `train` runs, with shapes in place of arrays; of these rows,
+    where they are known."""
+    platform = mesh.devices.flat[0].platform
+    if config.dtype == "auto":
+        config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
+    model_config = how_to_compute(config, model_config, platform)
+    params = abstract_params(model_config, config.param_dtype if config.method == "full" else config.dtype, config.quantization)
+    params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
+    trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
+    own = parallel.trainable_shardings(mesh, model_config, trainable)
+    optimizer = optim.optimizer(config, data.total_steps(config, rows) if rows else max(config.max_steps, 1000))
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
+    shardings = parallel.state_shardings(mesh, state, trainable, own, config.zero_stage)
+    state = _with_shardings(state, shardings)
+    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
+    base = {} if config.method == "full" else params
+    if config.objective in WITH_REFERENCE and config.ref_model is not None and not beforehand(config):
+        base = base | {REFERENCE: params}  # a checkpoint of its own
+    batch = abstract_batch(config, mesh, rows)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,0 +1,77 @@
+"""From the start of `python -m jaxtune.train` to its first step, by phases: with an empty cache of compiled programs, then with it.
+
+    python tools/start_time.py MODEL_FOLDER ROWS.jsonl [--rows 500] [key=value ...]          (ROWS.jsonl has `question` and `answer`)
+
+The real command is run and its lines are timed as they come; what jax says of compiling (JAX_LOG_COMPILES) gives the rest.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MARKS = {  # what is done when such a line comes
+    r"^  \w+: |^model: \S+$": "imports, config",
+    r"^data: .* documents": "tokenizer, rows",
+    r"^model: .* weights": "weights",
+    r"^step 1/": "first step",
+}
+COMPILING = re.compile(
+    r"Finished (tracing|jaxpr to MLIR|XLA compilation)(?: module conversion| of)? (?:jit\((\w+)\)|(\w+) for jit) in (\S+) sec"
+)
+
+
+def started(command: list[str], environment: dict[str, str]) -> tuple[list[tuple[str, float]], dict[str, float], int]:
+    """Phases with the second each ended in, seconds of tracing, lowering and compiling the step, and how many programs were compiled."""
+    begin = time.monotonic()
+    done: list[tuple[str, float]] = []
+    compiling, programs = {}, 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        for pattern, phase in MARKS.items():
+            if re.search(pattern, line) and phase not in dict(done):
+                done.append((phase, time.monotonic() - begin))
+        if found := COMPILING.search(line):
+            programs += found[1].startswith("XLA")
+            if (found[2] or found[3]) == "step":
+                compiling[found[1]] = float(found[4])
+    if process.wait():
+        sys.exit("".join(lines))
+    return [*done, ("end of the run", time.monotonic() - begin)], compiling, programs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("rows_file", metavar="ROWS.jsonl")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--rows", type=int, default=500)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        rows = [line for line in Path(given.rows_file).read_text().splitlines() if line][: given.rows]
+        (work / "rows.jsonl").write_text("\n".join(rows) + "\n")
+        data = {"train": str(work / "rows.jsonl"), "columns": {"prompt": "question", "completion": "answer"}, "max_length": 512}
+        config = {"model": given.model, "data": data, "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1}
+        (work / "config.yaml").write_text(json.dumps(config))
+        environment = os.environ | {"JAX_LOG_COMPILES": "1", "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
+        for kind in ("cold", "warm"):
+            command = [sys.executable, "-m", "jaxtune.train", str(work / "config.yaml"), f"output_dir={work / kind}", *given.overrides]
+            phases, compiling, programs = started(command, environment)
+            print(f"{kind}: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases))
+            parts = " + ".join(f"{what} {seconds:.1f}" for what, seconds in compiling.items())
+            print(
+                f"      the step: {parts} = {sum(compiling.values()):.1f} s; {programs} programs compiled or read from the cache",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
