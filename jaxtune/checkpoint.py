@@ -7,6 +7,7 @@ if each array's checksum is the one it was saved with; otherwise the checkpoint 
 import gc
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import orbax.checkpoint as ocp
 from jaxtune.errors import CheckpointError
 
 log = logging.getLogger("jaxtune")
+# Bytes from which each device that holds a copy of an array writes a part of it. Cutting is a compilation for each device and shape (40
+# small arrays over 8 devices: 24 s before the first checkpoint was written), so small ones are written whole by one of them.
+SLICE = 2**24
 
 
 class Checkpoints:
@@ -27,7 +31,10 @@ class Checkpoints:
         """`keep`: how many to keep besides the best one (None: all)."""
         self.keep, self.best = keep, None
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry), "notes": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps there is a checkpoint of, the oldest first."""
@@ -39,7 +46,7 @@ class Checkpoints:
             self.manager.delete(step)  # a damaged one, that this run has gone on from before
         flat = _flat(state)
         notes = notes | {"checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
+        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
         self._prune(step)
 
     def prove(self, step: int, state: Any, notes: dict, keep: bool) -> Any:
@@ -87,7 +94,8 @@ class Checkpoints:
 
     def _read(self, shapes: dict[str, Any], step: int) -> tuple[dict[str, Any], dict]:
         """The leaves by path, and the notes, of one checkpoint; CheckpointError where it is not whole."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), notes=ocp.args.JsonRestore())
+        where = ocp.checkpoint_utils.construct_restore_args(shapes)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(shapes, restore_args=where), notes=ocp.args.JsonRestore())
         try:
             restored = self.manager.restore(step, args=args)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -117,12 +125,21 @@ class Checkpoints:
 
 
 def _collect() -> None:
-    """Let go of a failed read now and without a word: what Orbax was still reading complains on stderr when it is collected."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+    """Let go of a failed read now and without a word: what Orbax was still reading complains on stderr when it is collected, or when its
+    threads come to the end of it later and find nobody waiting."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook if hasattr(hook, "hears") else _without_closed_loops(hook)
+
+
+def _without_closed_loops(hook: Callable) -> Callable:
+    def heard(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
+            hook(found)
+
+    heard.hears = hook  # so that it is put up once
+    return heard
 
 
 def _is_key(leaf: Any) -> bool:
