@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxtune import cli, costs, data, errors, parallel
@@ -98,16 +99,7 @@ def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None
 
 def _compile(config: Config, model_config: ModelConfig, where: Target, rows: data.Source | None = None) -> Plan:
     mesh = parallel.make_mesh(config.mesh, where.devices)
-    step, (state, base, batch), model_config = abstract_step(config, model_config, mesh, rows)
-    length = batch.tokens.shape[-1]
-    flops = costs.flops(config, model_config, length) / (mesh.size / parallel.data_parallel(mesh))
-    try:
-        memory = step.lower(state, base, batch).compile().memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    except jax.errors.JaxRuntimeError as error:
-        if (needed := errors_bytes(str(error))) is None:
-            raise
-    causes = costs.by_cause(config, model_config, state, base, batch, needed)
+    needed, causes, flops = _needs(config, model_config, mesh, rows)
     moved = sum(causes[name] for name in ("weights", "scales", "trainable", "optimizer")) + 2 * causes["activations"]
     chip = where.chip
     seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip.flops and chip.bandwidth else None
@@ -118,6 +110,19 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
         hours_at_least=seconds * steps * _share(rows) / 3600 if seconds and steps else None, rows=_row_counts(rows),
         settings=_settings(config), instead=[], notes=[where.figures],
     )  # fmt: skip
+
+
+def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Source | None) -> tuple[int, dict[str, int], float]:
+    """The compiled step's peak bytes of one device, the same by cause, and its floating-point operations."""
+    step, (state, base, batch), model_config = abstract_step(config, model_config, mesh, rows)
+    try:
+        memory = step.lower(state, base, batch).compile().memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := errors_bytes(str(error))) is None:
+            raise
+    flops = costs.flops(config, model_config, batch.tokens.shape[-1]) / (mesh.size / parallel.data_parallel(mesh))
+    return needed, costs.by_cause(config, model_config, state, base, batch, needed), flops
 
 
 def _share(rows: data.Source | None) -> float:

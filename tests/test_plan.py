@@ -1,18 +1,23 @@
-"""The planned batch is that of a run, for every objective; a reward model is planned with its head."""
+"""What a plan says: the batch is that of a run, the bytes are those of the arrays, what does not fit is answered by what does."""
 
 import json
+import re
 
 import jax
 import pytest
 import tiny
+from rich.console import Console
 
-from jaxtune import data, parallel, targets
+from jaxtune import costs, data, parallel, targets
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.plan import Plan, _abstract_batch, _settings, abstract_step, compare, errors_bytes, plan
+from jaxtune.plan import AUTO, _needs, compare, errors_bytes, plan
+from jaxtune.planned import show, side_by_side
+from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},
@@ -36,7 +41,7 @@ def test_the_planned_batch_is_that_of_a_run(folder, tmp_path, objective):
     config = load_config({"model": str(folder), "objective": objective, "data": settings} | KEYS.get(objective, {}))
     mesh = parallel.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     real = data.load(config, open_tokenizer(folder)).train.batch_at(0).replace(capacity=None)
-    planned = _abstract_batch(config.replace(per_device_train_batch_size=real.tokens.shape[1]), mesh)
+    planned = abstract_batch(config.replace(per_device_train_batch_size=real.tokens.shape[1]), mesh)
     assert jax.tree.structure(planned) == jax.tree.structure(real)
     T = real.tokens.shape[2]
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
@@ -47,16 +52,17 @@ def test_a_reward_model_and_a_preference_run_are_planned(folder):
     def planned(**keys):
         return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | keys)
 
-    reward, sft, dpo = planned(objective="reward"), planned(), planned(objective="dpo")
+    reward, dpo = planned(objective="reward"), planned(objective="dpo")
     assert reward.bytes["logits"] == 0
-    assert reward.flops < sft.flops < dpo.flops
+    sft = load_config({"model": str(folder), "data": {"train": "none", "max_length": 32}})
+    assert reward.flops < costs.flops(sft, open_config(sft.model), 32) < dpo.flops
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A model's config.json and nothing else."""
     path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(tiny.LLAMA | {"num_hidden_layers": 2}))
+    (path / "config.json").write_text(json.dumps(tiny.LLAMA | {"num_hidden_layers": 1}))
     return path
 
 
@@ -65,54 +71,171 @@ def run(folder, **keys):
     return load_config(own | keys)
 
 
-def test_argument_bytes_are_those_of_the_arrays(model_folder):
-    """Weights, adapter and moments, against what the shapes of the trees hold."""
-    config = run(model_folder, method="qlora")
-    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
-    _, (state, base, _), _ = abstract_step(config, open_config(config.model), mesh)
-    base, adapter = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (base, state.trainable))
-    found = plan(config).bytes
-    assert found["weights"] + found["scales"] == base and found["trainable"] == adapter
-    assert 2 * adapter <= found["optimizer"] <= 2 * adapter + 64
+def small(memory, devices=()):
+    """A machine with that much memory."""
+    return lambda name: targets.Target("small", list(devices), targets.Chip(memory, 1e9, 1.0), "as the test says")
 
 
 def test_what_does_not_fit_is_answered_by_what_does(model_folder, monkeypatch):
-    config = run(model_folder, method="lora", gradient_checkpointing=False, data={"train": "x.jsonl", "max_length": 256})
-    alone = jax.devices()[:1]
-    needed = plan(config, target="here").peak_bytes
-    chip = targets.Chip(needed - 1, 1e9, 1e12)
-    monkeypatch.setattr("jaxtune.plan.find_target", lambda name: targets.Target("small", alone, chip))
+    config = run(model_folder, method="qlora", gradient_checkpointing=True, per_device_train_batch_size=1)
+    alone, known = jax.devices()[:1], {}
+
+    def once(config, *args):
+        known[config] = known.get(config) or _needs(config, *args)
+        return known[config]
+
+    monkeypatch.setattr("jaxtune.plan._needs", once)
+    monkeypatch.setattr("jaxtune.plan.find_target", small(None, alone))
+    needed = plan(config, target="small").peak_bytes
+    monkeypatch.setattr("jaxtune.plan.find_target", small(needed - 1, alone))
     result = plan(config, target="small")
-    assert result.fits is False and result.instead
-    assert all(row["peak_bytes"] < needed for row in result.instead)
-    for row in result.instead[:1]:
-        again = plan(config, [f"{key}={json.dumps(value)}" for key, value in row["keys"].items()], target="small", alternatives=False)
-        assert again.fits and again.peak_bytes == row["peak_bytes"] < needed
+    assert result.fits is False and [row["change"] for row in result.instead][-1] == "shorter rows"
+    (row,) = (row for row in result.instead if row["change"] == "shorter rows")
+    again = plan(config, [f"{key}={json.dumps(value)}" for key, value in row["keys"].items()], target="small", alternatives=False)
+    assert again.fits and again.peak_bytes == row["peak_bytes"] < needed
+
+
+def needs(config, model_config, mesh, rows):
+    """In place of the compiler: bytes by a formula."""
+    each = {True: 1, "full": 1, "offload": 0.5}.get(config.gradient_checkpointing, 4)
+    weights = {"full": 8000, "lora": 4000, "qlora": 1000}[config.method] // mesh.shape["fsdp"]
+    causes = dict.fromkeys(("weights", "scales", "trainable", "optimizer", "activations"), 1)
+    flops = config.gradient_accumulation_steps * (2.0 if config.gradient_checkpointing else 1.0)
+    return int(weights + 10 * each * config.per_device_train_batch_size * config.data.max_length), causes, flops
+
+
+def test_every_kind_of_change_is_tried_the_mildest_first(model_folder, monkeypatch):
+    monkeypatch.setattr("jaxtune.plan._needs", needs)
+
+    def instead(memory, devices=1, **keys):
+        monkeypatch.setattr("jaxtune.plan.find_target", small(memory, jax.devices()[:devices]))
+        keys = {"method": "lora", "gradient_checkpointing": False, "data": {"train": "x.jsonl", "max_length": 64}} | keys
+        return {row["change"]: row["keys"] for row in plan(run(model_folder, **keys), target="small").instead}
+
+    micro, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
+    found = instead(7000)  # 14240 are needed, 6560 with what is computed again
+    assert found["recompute activations"] == {"gradient_checkpointing": True}
+    assert found["a smaller micro-batch"] == {micro: 2, steps: 2, "gradient_checkpointing": True}
+    assert found["shorter rows"]["data.max_length"] == 32 and "a 4-bit base" not in found  # 11240
+    assert list(instead(12_000))[-1] == "a smaller micro-batch"  # the slowest last
+    assert "a 4-bit base" in instead(12_000)
+    found = instead(4700)
+    assert found["a smaller micro-batch"] == {micro: 1, steps: 4, "gradient_checkpointing": True} and "recompute activations" not in found
+    assert found["shorter rows"]["data.max_length"] == 16
+    assert instead(16_000, 8, method="full", mesh={"data": 8})["weights over the devices"] == {"mesh.data": 1, "mesh.fsdp": -1}
+    assert {"LoRA", "LoRA over a 4-bit base"} <= instead(15_000, method="full").keys()
+    assert instead(100) == {}
 
 
 @pytest.mark.parametrize(("key", "value"), [("per_device_train_batch_size", 37), ("data.max_length", 256)])
 def test_the_largest_setting_that_fits(model_folder, monkeypatch, key, value):
     config = run(model_folder, method="lora")
-    with pytest.raises(ConfigError, match="memory of target here is not known"):
-        plan(config, auto=key)
-
-    def compiled(config, model_config, where):
-        needed = 1000 + 10 * config.per_device_train_batch_size * config.data.max_length
-        fits = needed <= where.chip.memory
-        return Plan("small", 1, fits, needed, where.chip.memory, {}, 1.0, 1.0, 1.0, 1.0, _settings(config), [])
-
-    monkeypatch.setattr("jaxtune.plan._compile", compiled)
-    room = 1000 + 10 * (37 * 32 if key != "data.max_length" else 4 * 300)
-    monkeypatch.setattr("jaxtune.plan.find_target", lambda name: targets.Target("small", [], targets.Chip(room, 1e9, 1e12)))
+    monkeypatch.setattr("jaxtune.plan._needs", needs)
+    monkeypatch.setattr("jaxtune.plan.find_target", small(None, jax.devices()[:1]))
+    with pytest.raises(ConfigError, match="memory of target small is not known"):
+        plan(config, target="small", auto=key)
+    room = 4000 + 40 * (37 * 32 if key != "data.max_length" else 4 * 300)
+    monkeypatch.setattr("jaxtune.plan.find_target", small(room, jax.devices()[:1]))
     result = plan(config, target="small", auto=key)
-    assert result.fits and result.settings[key.rpartition(".")[2]] == value
+    assert result.fits and result.settings[key.rpartition(".")[2]] == value and key in AUTO
 
 
-def test_methods_side_by_side(model_folder):
-    plans = compare(run(model_folder, method="lora"), "here")
-    assert list(plans) == ["full", "lora", "qlora"]
+def test_methods_side_by_side(model_folder, monkeypatch, capsys):
+    """One does not fit and the others do; what cannot be used says why, in its row's place."""
+    config = run(model_folder, method="lora", learning_rate=1e-3)
+    alone = jax.devices()[:1]
+    monkeypatch.setattr("jaxtune.plan.find_target", small(1, alone))
+    plans = compare(config, "small")
+    assert list(plans) == ["full", "lora", "qlora"] and not any(one.fits for one in plans.values())
     assert plans["qlora"].bytes["weights"] < plans["lora"].bytes["weights"]
     assert plans["full"].bytes["optimizer"] > plans["lora"].bytes["optimizer"]
+    mesh = parallel.make_mesh(MeshConfig(), alone)
+    _, (state, base, _), _ = abstract_step(run(model_folder, method="qlora"), open_config(model_folder), mesh)
+    held, adapter = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (base, state.trainable))
+    found = plans["qlora"].bytes  # of arguments: what the shapes of the trees hold
+    assert found["weights"] + found["scales"] == held and found["trainable"] == adapter
+    assert 2 * adapter <= found["optimizer"] <= 2 * adapter + 64
+    side_by_side(plans, Console())
+    shown = capsys.readouterr().out
+    assert shown.count("does not fit") == 3 and "method=qlora" in shown and "steps and hours are not known" in shown
+    side_by_side(plans | {"full": "no"}, Console())
+    assert "full: no" in capsys.readouterr().out
+    show(plans["lora"], Console())
+    assert "no single change" in capsys.readouterr().out
+
+
+def test_steps_and_shapes_are_those_of_the_rows_where_they_are_here(folder, tmp_path, monkeypatch):
+    batches = []
+    monkeypatch.setattr("jaxtune.plan._needs", lambda config, model, mesh, rows: batches.append(rows) or needs(config, model, mesh, rows))
+    monkeypatch.setattr("jaxtune.plan.find_target", small(2**30, jax.devices()[:2]))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"one {n}", "completion": " two" * n}) + "\n" for n in range(1, 12)))
+    settings = {"train": str(tmp_path / "rows.jsonl"), "max_length": 500, "cache_dir": str(tmp_path / "cache"), "packing": False}
+    config = run(folder, data=settings, per_device_train_batch_size=2, num_train_epochs=2, mesh={"data": 2})
+    found = plan(config, target="small")
+    real = data.load(config, open_tokenizer(folder), 2)
+    assert found.steps == data.total_steps(config, real.train) == 6  # 11 rows, 4 a step, twice
+    assert found.rows == found.rows | {"documents": 11, "rows": 11, "length": 64, "steps_per_epoch": 3}
+    assert found.hours_at_least == pytest.approx(6 * found.seconds_at_least / 3600)
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:2])
+    planned, first = abstract_batch(config, mesh, batches[0]), real.train.batch_at(0)
+    assert [x.shape for x in jax.tree.leaves(planned)] == [x.shape for x in jax.tree.leaves(first)] and planned.capacity == first.capacity
+    assert plan(config, ["max_steps=50"], target="small").steps == 50
+
+    for changes, said in (
+        ({"data.train": "org/set"}, "not known without the rows .org/set."), ({"data.train": "gone.jsonl"}, "gone.jsonl: no such file"),
+        ({"data.max_length": 4}, "train would stop: .* the row has"), ({"model": "pypi:gone==1.0/model.gguf"}, "has not been fetched"),
+    ):  # fmt: skip
+        monkeypatch.setattr("jaxtune.plan._model", lambda config: open_config(folder))
+        found = plan(config, [f"{key}={value}" for key, value in changes.items()], target="small")
+        assert found.steps is None and found.rows is None and found.hours_at_least is None
+        assert re.search(said, found.notes[-1]), found.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"load_in_8bit": True}, "int8"), ({"load_in_4bit": True}, "fp4"), ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "nf4-dq"),
+    ],
+)  # fmt: skip
+def test_a_packed_checkpoint_is_planned_as_it_is(tmp_path, settings, kind):
+    """Whatever the config of the run says, as `train` reads it."""
+    hf = tiny.LLAMA | {"quantization_config": {"quant_method": "bitsandbytes"} | settings}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(tiny.LLAMA))
+    packed = abstract_params(open_config(tmp_path), "float32", None)
+    assert packed == abstract_params(open_config(tmp_path / "plain"), "float32", kind)
+
+
+def test_the_machine_at_hand_says_how_much_memory_it_has():
+    here = targets.find_target("here")
+    assert 2**28 < here.chip.memory * len(here.devices) < 2**50 and here.chip.flops is None and "not known" in here.figures
+
+
+class Card:
+    """A device that may not tell its memory."""
+
+    platform = "gpu"
+
+    def __init__(self, kind, memory=None):
+        self.device_kind, self.memory_stats = kind, lambda: {"bytes_limit": memory} if memory else None
+
+
+@pytest.mark.parametrize(
+    ("card", "memory", "rates_of", "said"),
+    [
+        (Card("NVIDIA H100 80GB HBM3", 70 * 2**30), 70 * 2**30, "h100", "grants; rates are the pub"),
+        (Card("NVIDIA A100-SXM4-40GB"), 40 * 2**30, "a100-40", "cannot be asked .* published one; rates are the pub"),
+        (Card("TPU v5 lite"), int(15.75 * 2**30), "v5e", "published"), (Card("TPU v5"), 95 * 2**30, "v5p", "published"),
+        (Card("NVIDIA L40", 48 * 2**30), 48 * 2**30, None, "rates are not known"), (Card("NVIDIA GB200"), None, None, "are not known"),
+    ],
+)  # fmt: skip
+def test_a_card_is_asked_and_what_it_does_not_tell_is_said(monkeypatch, card, memory, rates_of, said):
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    here = targets.find_target("here")
+    known = (targets.TPUS | targets.GPUS)[rates_of][0] if rates_of else targets.Chip(None)
+    assert here.chip == known._replace(memory=memory) and re.search(said, here.figures)
 
 
 @pytest.mark.parametrize(

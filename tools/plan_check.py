@@ -97,7 +97,8 @@ def compared(number: int, given, work: Path) -> str:
     """One row of the table."""
     config = {
         "model": given.model, "max_steps": 3, "save_strategy": "no", "report_to": [], "mesh": {"data": 1}, "compilation_cache": False,
-        "data": {"train": str(work / "rows.jsonl"), "columns": COLUMNS, "cache_dir": str(work / "data")}, "output_dir": str(work / "run"),
+        "output_dir": str(work / "run"),
+        "data": {"train": str(work / "rows.jsonl"), "columns": COLUMNS, "length_policy": "drop", "cache_dir": str(work / "data")},
     }  # fmt: skip
     (work / "config.json").write_text(json.dumps(config))
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -21,6 +21,7 @@ MARKS = {  # what is done when such a line comes
     r"^model: .* weights": "weights",
     r"^step 1/": "first step",
 }
+COLUMNS = {"prompt": "question", "completion": "answer"}
 COMPILING = re.compile(
     r"Finished (tracing|jaxpr to MLIR|XLA compilation)(?: module conversion| of)? (?:jit\((\w+)\)|(\w+) for jit) in (\S+) sec"
 )
@@ -58,7 +59,7 @@ def main() -> None:
         work = Path(name)
         rows = [line for line in Path(given.rows_file).read_text().splitlines() if line][: given.rows]
         (work / "rows.jsonl").write_text("\n".join(rows) + "\n")
-        data = {"train": str(work / "rows.jsonl"), "columns": {"prompt": "question", "completion": "answer"}, "max_length": 512}
+        data = {"train": str(work / "rows.jsonl"), "columns": COLUMNS, "max_length": 512, "length_policy": "drop"}
         config = {"model": given.model, "data": data, "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1}
         (work / "config.yaml").write_text(json.dumps(config))
         environment = os.environ | {"JAX_LOG_COMPILES": "1", "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
