@@ -1,12 +1,13 @@
 """Attention by segments: a token sees earlier tokens of its own segment, and of the segment it goes on from, within the layer's window.
 Softmax in float32.
 
-Plain XLA, by blocks of queries and, in long rows, of keys: memory grows with the length, not with its square. The backward pass makes a
-block's scores again from what the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum
-(arXiv 2205.14135).
+Three forms compute it: kernels for GPUs (model/flash.py) and TPUs (model/splash.py), and here plain XLA, by blocks of queries and, in long
+rows, of keys. In all of them memory grows with the length, not with its square. The backward pass makes a block's scores again from what
+the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum (arXiv 2205.14135).
 """
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ BLOCK = 128  # queries of one block
 KEYS = 1024  # keys of one block, in rows that have more
 SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
 _MANY = 2**30
-_UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
+UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
 
 
 class Keys(NamedTuple):
@@ -47,27 +48,44 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
     return x if cap == 0.0 else cap * jnp.tanh(x / cap)
 
 
-def attend(q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0):
+def attend(
+    q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0, form: str = "xla"
+):
     """Grouped-query attention, `[B, T, H, h]` in q's dtype; zeros for a query that sees nothing (padding).
 
     `cap` bounds the scores (`softcap`). Where there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ...
+    `form`: xla | flash | splash.
     """
     B, T, H, h = q_BTHh.shape
-    K = k_BSKh.shape[2]
+    K, S = k_BSKh.shape[2], k_BSKh.shape[1]
     q = checkpoint_name(q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4), "attention")
     k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
-    if T > BLOCK and k.shape[2] > KEYS and (pad := -k.shape[2] % KEYS):  # whole blocks; segment 0 is seen by nobody
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
-        keys = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad))), keys)
-    out = _attend(_Scores(scale, cap), q, k, v, queries, keys, jnp.asarray(window))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    if form != "xla":
+        q, queries = (_whole(x, _kernel(form).block(T), T) for x in (q, queries))
+        k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
+    elif T > BLOCK and S > KEYS:
+        k, v, keys = (_whole(x, KEYS, S) for x in (k, v, keys))
+    out = _attend(_How(scale, cap, form), q, k, v, queries, keys, jnp.asarray(window))
+    return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
-class _Scores(NamedTuple):
-    """How scores follow from products."""
+def _whole(tree, block: int, length: int):
+    """Whole blocks of tokens; those after the last have segment 0 and are seen by nobody."""
+    pad = -length % block
+    return tree if not pad else jax.tree.map(lambda x: jnp.pad(x, [(0, pad if n == x.ndim - 1 - (x.ndim > 2) else 0) for n in range(x.ndim)]), tree)
+
+
+class _How(NamedTuple):
+    """How scores follow from products, and what computes them."""
 
     scale: float
     cap: float
+    form: str
+
+
+def _kernel(form: str):
+    """The module of a kernel; loaded when it is used, since that takes a while."""
+    return importlib.import_module(f"jaxtune.model.{form}")
 
 
 # From here on q and out are [B, K, G, T, h] (G = H / K), k and v are [B, K, S, h], and logz, the log of a softmax's sum, is [B, K, G, T].
@@ -79,6 +97,22 @@ def _attend(how, q, k, v, queries, keys, window):
 
 
 def _attend_fwd(how, q, k, v, queries, keys, window):
+    forward = _forward if how.form == "xla" else _kernel(how.form).forward
+    out, logz = (checkpoint_name(x, "attention") for x in forward(how, q, k, v, queries, keys, window))
+    return out, (q, k, v, queries, keys, window, out, logz)
+
+
+def _attend_bwd(how, residuals, dout):
+    q, k, v, queries, keys, window, out, logz = residuals
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    backward = _backward if how.form == "xla" else _kernel(how.form).backward
+    return *backward(how, q, k, v, queries, keys, window, dout, logz, delta), None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(how, q, k, v, queries, keys, window):
     outs, logzs = [], []
     for span, seen in _spans(q.shape[3], k.shape[2]):
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
@@ -89,13 +123,10 @@ def _attend_fwd(how, q, k, v, queries, keys, window):
         _, (out, logz) = _by_blocks(block, None, (q[:, :, :, span], _slots(queries, span)))
         outs.append(out)
         logzs.append(logz)
-    out, logz = (checkpoint_name(jnp.concatenate(parts, axis=3), "attention") for parts in (outs, logzs))
-    return out, (q, k, v, queries, keys, window, out, logz)
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(logzs, axis=3)
 
 
-def _attend_bwd(how, residuals, dout):
-    q, k, v, queries, keys, window, out, logz = residuals
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dqs = []
     for span, seen in _spans(q.shape[3], k.shape[2]):
@@ -112,16 +143,13 @@ def _attend_bwd(how, residuals, dout):
         totals, dq = _by_blocks(block, (dk[:, :, :seen], dv[:, :, :seen]), part)
         dk, dv = dk.at[:, :, :seen].set(totals[0]), dv.at[:, :, :seen].set(totals[1])
         dqs.append(dq)
-    return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _bias(queries, keys, window):
     """0 where a query sees a key, else a number that any score vanishes in, `[B, T, S]`. Added, not selected: the constants of a select
     have the scores' shape, and XLA keeps one for each span through all layers."""
-    return jnp.where(visible(queries, keys, window), 0.0, _UNSEEN)
+    return jnp.where(visible(queries, keys, window), 0.0, UNSEEN)
 
 
 def _block(how, window, q, queries, k, v, keys):
@@ -133,10 +161,10 @@ def _block(how, window, q, queries, k, v, keys):
         def fold(i, sums):
             return _joined(sums, _part(how, window, q, queries, *_key_block(i, k, v, keys)))
 
-        nothing = jnp.full((*q.shape[:-1], 1), _UNSEEN)
+        nothing = jnp.full((*q.shape[:-1], 1), UNSEEN)
         sums = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
         out, top, total = jax.lax.fori_loop(*_needed(queries, keys, window), fold, sums)
-    unseen = (top <= _UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
+    unseen = (top <= UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
     total = jnp.where(unseen, 1, total)
     return jnp.where(unseen, 0, out / total).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
 
@@ -222,26 +250,31 @@ def _key_block(i, k, v, keys: Keys):
     return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis=1), keys)
 
 
-def _needed(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
-    """The first block of keys that any of these queries may see, and the one after the last, by the least and largest slot, segment and
-    position of each block: documents that lie elsewhere in the row, and later tokens, take no time."""
-    live = keys.segments > 0
+def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:
+    """bool `[B, Q, K]`: whether any query of a block may see any key of another, by the least and largest slot, segment and position of each
+    block: documents that lie elsewhere in the row, and later tokens, take no time."""
 
-    def extreme(f, x, dead):
-        return f(jnp.where(live, x, dead).reshape(x.shape[0], -1, KEYS), -1)
+    def least(x, live, block):
+        return jnp.where(live, x, _MANY).reshape(x.shape[0], -1, block).min(-1)
 
-    def least(x):
-        return jnp.where(queries.segments > 0, x, _MANY).min(1, keepdims=True)
+    def most(x, live, block):
+        return jnp.where(live, x, -1).reshape(x.shape[0], -1, block).max(-1)
 
-    own = queries.segments
+    own, ours, theirs = queries.segments, queries.segments > 0, keys.segments > 0
     parents = own if queries.parents is None else jnp.where(queries.parents > 0, queries.parents, own)
-    seen = extreme(jnp.min, keys.slots, _MANY) <= queries.slots.max(1, keepdims=True)
-    seen &= extreme(jnp.max, keys.segments, -1) >= least(jnp.minimum(own, parents))
-    seen &= extreme(jnp.min, keys.segments, _MANY) <= jnp.maximum(own, parents).max(1, keepdims=True)
-    seen &= (window == 0) | (least(queries.positions) - extreme(jnp.max, keys.positions, -1) < window)
-    any_S = seen.any(0)
-    numbers = jnp.arange(any_S.shape[0])
-    return jnp.where(any_S, numbers, _MANY).min(), jnp.where(any_S, numbers + 1, 0).max()
+    q_least, q_most = ((lambda x, f=f: f(x, ours, q_block)[:, :, None]) for f in (least, most))
+    k_least, k_most = ((lambda x, f=f: f(x, theirs, k_block)[:, None]) for f in (least, most))
+    seen = k_least(keys.slots) <= q_most(queries.slots)
+    seen &= k_most(keys.segments) >= q_least(jnp.minimum(own, parents))
+    seen &= k_least(keys.segments) <= q_most(jnp.maximum(own, parents))
+    return seen & ((window == 0) | (q_least(queries.positions) - k_most(keys.positions) < window))
+
+
+def _needed(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
+    """The first block of keys that any of these queries may see, in any row, and the one after the last."""
+    any_K = needed(queries, keys, window, queries.slots.shape[1], KEYS).any((0, 1))
+    numbers = jnp.arange(any_K.shape[0])
+    return jnp.where(any_K, numbers, _MANY).min(), jnp.where(any_K, numbers + 1, 0).max()
 
 
 def _slots(keys: Keys, part: slice) -> Keys:
