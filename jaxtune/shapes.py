@@ -19,7 +19,7 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.peft import METHODS
 from jaxtune.reference import WITH_REFERENCE, beforehand
-from jaxtune.step import how_to_compute, init_state, make_step
+from jaxtune.step import check_attention, how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
 
@@ -66,6 +66,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     platform = mesh.devices.flat[0].platform
     if config.dtype == "auto":
         config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
+    check_attention(config, model_config, mesh)
     model_config = how_to_compute(config, model_config, platform)
     params = abstract_params(model_config, config.param_dtype if config.method == "full" else config.dtype, config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))

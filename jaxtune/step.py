@@ -1,6 +1,7 @@
 """The train step: one pure function, whatever the method, the objective and the machine."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import jax
@@ -9,9 +10,15 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from jaxtune.errors import ConfigError
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
 from jaxtune.peft import compose
+
+log = logging.getLogger("jaxtune")
+
+KERNELS = {"flash": ("gpu", "cuda"), "splash": ("tpu",)}  # attention's, and the platforms they are for
+HEAD = 256  # the largest head that they take
 
 
 class TrainState(struct.PyTreeNode):
@@ -50,7 +57,31 @@ def how_to_compute(config, model_config, platform: str):
     auto = "dots" if platform == "cpu" else "full"  # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
     remat = {True: "full", False: "none", "auto": auto}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
-    return dataclasses.replace(model_config, dtype=config.dtype, remat=remat, logits_chunk=chunk, mlp_chunk=config.mlp_chunk_size)
+    form = "xla" if config.attention == "auto" else config.attention
+    return dataclasses.replace(
+        model_config, dtype=config.dtype, remat=remat, logits_chunk=chunk, mlp_chunk=config.mlp_chunk_size, attention=form
+    )
+
+
+def check_attention(config, model_config, mesh: Mesh) -> None:
+    """ConfigError where `attention` names a kernel that cannot do this run; says what `auto` has chosen where there is a choice."""
+    platform, form = mesh.devices.flat[0].platform, config.attention
+    if form == "auto" and (kernel := next((name for name, platforms in KERNELS.items() if platform in platforms), None)):
+        log.info("attention: xla; the kernel, attention=%s, is compiled and tested for this platform but has been timed on no chip", kernel)
+    if form not in KERNELS:
+        return
+    if platform not in KERNELS[form]:
+        raise ConfigError(
+            f"attention {form} is a kernel for {'GPUs' if form == 'flash' else 'TPUs'}, and this run is on {platform}; "
+            f"write attention: auto{', or splash' if platform == 'tpu' else ', or flash' if platform in KERNELS['flash'] else ''}."
+        )
+    if model_config.head_dim > HEAD:
+        raise ConfigError(f"attention {form} takes heads of up to {HEAD}, and this model's have {model_config.head_dim}; write xla.")
+    if model_config.num_kv_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"attention {form} gives each device whole heads, and mesh.tensor={mesh.shape['tensor']} does not divide this model's "
+            f"{model_config.num_kv_heads} key and value heads; write attention: xla, or a smaller mesh.tensor."
+        )
 
 
 def make_step(

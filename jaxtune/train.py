@@ -33,7 +33,7 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS
 from jaxtune.peft.lora import Adapter
-from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
+from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step
 from jaxtune.tree import count, nbytes
 
 log = logging.getLogger("jaxtune")
@@ -87,6 +87,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     distributed.on_first(lambda: runfolder.check_free(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
     opened = open_model(config.model)
+    check_attention(config, opened.config, mesh)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
     total_steps = data.total_steps(config, rows.train)
     log.info(

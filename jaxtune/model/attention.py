@@ -72,7 +72,12 @@ def attend(
 def _whole(tree, block: int, length: int):
     """Whole blocks of tokens; those after the last have segment 0 and are seen by nobody."""
     pad = -length % block
-    return tree if not pad else jax.tree.map(lambda x: jnp.pad(x, [(0, pad if n == x.ndim - 1 - (x.ndim > 2) else 0) for n in range(x.ndim)]), tree)
+
+    def filled(x):
+        axis = 1 if x.ndim == 2 else x.ndim - 2  # of the tokens: in places, and in what a head has
+        return jnp.pad(x, [(0, pad if n == axis else 0) for n in range(x.ndim)])
+
+    return jax.tree.map(filled, tree) if pad else tree
 
 
 class _How(NamedTuple):
@@ -251,8 +256,8 @@ def _key_block(i, k, v, keys: Keys):
 
 
 def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:
-    """bool `[B, Q, K]`: whether any query of a block may see any key of another, by the least and largest slot, segment and position of each
-    block: documents that lie elsewhere in the row, and later tokens, take no time."""
+    """bool `[B, Q, K]`: whether any query of a block may see any key of another, by the least and largest slot, segment and position of
+    each block: documents that lie elsewhere in the row, and later tokens, take no time."""
 
     def least(x, live, block):
         return jnp.where(live, x, _MANY).reshape(x.shape[0], -1, block).min(-1)

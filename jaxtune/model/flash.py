@@ -1,7 +1,7 @@
 """Attention as a GPU kernel (Pallas, compiled by Triton): scores exist for one tile at a time, forward and backward (arXiv 2307.08691).
 
-It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. A program takes one block
-of queries (for the derivatives of keys and values: of keys), and goes from the first tile that it needs to the last.
+It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. A program takes one
+block of queries (for the derivatives of keys and values: of keys), and goes from the first tile that it needs to the last.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from jaxtune.model import tiles
 from jaxtune.model.attention import Keys, needed
 
 INTERPRET = False  # on a CPU, for tests
+BLOCK = 128  # rows are filled up to multiples of this, as all sizes of tiles are
 
 
 class _Size(NamedTuple):
@@ -37,7 +38,7 @@ SIZES = {
 
 def block(length: int) -> int:
     """Rows of so many tokens come in multiples of this."""
-    return 128
+    return BLOCK
 
 
 def forward(how, q, k, v, queries: Keys, keys: Keys, window):

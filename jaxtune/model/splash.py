@@ -1,8 +1,8 @@
 """Attention as a TPU kernel (Pallas, compiled by Mosaic): scores exist for one tile at a time, forward and backward (arXiv 2307.08691).
 
-It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. The grid's last axis goes
-over the tiles that one block of queries (for the derivatives of keys and values: of keys) needs, with sums kept in between; programs that
-are left over load nothing and do nothing.
+It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. The grid's last axis
+goes over the tiles that one block of queries (for the derivatives of keys and values: of keys) needs, with sums kept in between; programs
+that are left over load nothing and do nothing.
 """
 
 from typing import NamedTuple

@@ -1,5 +1,5 @@
-"""What the attention kernels for GPU (model/flash.py) and TPU (model/splash.py) share: what is done with one tile of queries and keys, where
-tokens stand, and which tiles are needed at all.
+"""What the attention kernels for GPU (model/flash.py) and TPU (model/splash.py) share: what is done with one tile of queries and keys,
+where tokens stand, and which tiles are needed at all.
 
 The arithmetic is that of model/attention.py (online softmax, arXiv 1805.02867; backward by recomputation, arXiv 2205.14135), in float32.
 A tile is written queries by keys or keys by queries: numbers of a query (or key) come as a column or as a row, whichever runs along it.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.model.attention import UNSEEN, Keys, needed, softcap
+from jaxtune.model.attention import UNSEEN, Keys, softcap
 
 NOBODY, NO_PARENT = -1, -2  # segments that no query has: of padding as keys, and of a query without a parent
 PLACES = 8  # rows of a table of places; four are used, and eight are a TPU's tile

@@ -65,6 +65,7 @@ class ModelConfig:
     pad_token_id: int | None = None  # never a text's last token, for a sequence's score
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
+    attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
