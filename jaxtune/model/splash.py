@@ -122,13 +122,13 @@ def _column(row_ref) -> jax.Array:
 
 def _is_needed(needs, outer: int, inner: int):
     """Whether this program has a tile: block `outer` of the grid needs those from `needs[0]` up to `needs[1]`."""
-    row, i = pl.program_id(0), pl.program_id(outer)
-    return needs[0, row, i] + pl.program_id(inner) < needs[1, row, i]
+    block = pl.program_id(0) * pl.num_programs(outer) + pl.program_id(outer)
+    return needs[0, block] + pl.program_id(inner) < needs[1, block]
 
 
-def _tile(needs, row, i, j):
-    """The tile of step j; after the last one that again, so that nothing is loaded."""
-    return jnp.minimum(needs[0, row, i] + j, jnp.maximum(needs[1, row, i] - 1, 0))
+def _tile(needs, block, step):
+    """The tile of a step; after the last one that again, so that nothing is loaded."""
+    return jnp.minimum(needs[0, block] + step, jnp.maximum(needs[1, block] - 1, 0))
 
 
 class _View(NamedTuple):
@@ -148,12 +148,13 @@ def _by_query(q, k) -> _View:
     """Programs are numbered (row, key head, query head of it, block of queries, step)."""
     (B, K, G, T, h), S = q.shape, k.shape[2]
     q_block, k_block = block(T), block(S)
+    Q = T // q_block
     return _View(
-        q_block, k_block, (B, K, G, T // q_block, S // k_block),
+        q_block, k_block, (B, K, G, Q, S // k_block),
         pl.BlockSpec((None, None, None, q_block, h), lambda b, n, g, i, j, needs: (b, n, g, i, 0)),
-        pl.BlockSpec((None, None, k_block, h), lambda b, n, g, i, j, needs: (b, n, _tile(needs, b, i, j), 0)),
+        pl.BlockSpec((None, None, k_block, h), lambda b, n, g, i, j, needs: (b, n, _tile(needs, b * Q + i, j), 0)),
         pl.BlockSpec((None, tiles.PLACES, q_block), lambda b, n, g, i, j, needs: (b, 0, i)),
-        pl.BlockSpec((None, tiles.PLACES, k_block), lambda b, n, g, i, j, needs: (b, 0, _tile(needs, b, i, j))),
+        pl.BlockSpec((None, tiles.PLACES, k_block), lambda b, n, g, i, j, needs: (b, 0, _tile(needs, b * Q + i, j))),
         pl.BlockSpec((None, None, None, 1, q_block), lambda b, n, g, i, j, needs: (b, n, g, 0, i)),
     )  # fmt: skip
 
@@ -162,18 +163,20 @@ def _by_key(q, k) -> _View:
     """Programs are numbered (row, key head, block of keys, query head, step)."""
     (B, K, G, T, h), S = q.shape, k.shape[2]
     q_block, k_block = block(T), block(S)
+    N = S // k_block
     return _View(
-        q_block, k_block, (B, K, S // k_block, G, T // q_block),
-        pl.BlockSpec((None, None, None, q_block, h), lambda b, n, i, g, j, needs: (b, n, g, _tile(needs, b, i, j), 0)),
+        q_block, k_block, (B, K, N, G, T // q_block),
+        pl.BlockSpec((None, None, None, q_block, h), lambda b, n, i, g, j, needs: (b, n, g, _tile(needs, b * N + i, j), 0)),
         pl.BlockSpec((None, None, k_block, h), lambda b, n, i, g, j, needs: (b, n, i, 0)),
-        pl.BlockSpec((None, tiles.PLACES, q_block), lambda b, n, i, g, j, needs: (b, 0, _tile(needs, b, i, j))),
+        pl.BlockSpec((None, tiles.PLACES, q_block), lambda b, n, i, g, j, needs: (b, 0, _tile(needs, b * N + i, j))),
         pl.BlockSpec((None, tiles.PLACES, k_block), lambda b, n, i, g, j, needs: (b, 0, i)),
-        pl.BlockSpec((None, None, None, 1, q_block), lambda b, n, i, g, j, needs: (b, n, g, 0, _tile(needs, b, i, j))),
+        pl.BlockSpec((None, None, None, 1, q_block), lambda b, n, i, g, j, needs: (b, n, g, 0, _tile(needs, b * N + i, j))),
     )  # fmt: skip
 
 
 def _call(kernel, view: _View, scratch: list[tuple[int, int]], arrays, q=(), k=(), number=()):
-    """Run a kernel; `q`, `k`, `number`: arrays that its results look like, in this order."""
+    """Run a kernel; `q`, `k`, `number`: arrays that its results look like, in this order. The first of `arrays`, what is needed, goes into
+    scalar memory, where a short last axis would be padded."""
     inputs = [view.q, view.k, view.k, view.q_places, view.k_places, view.q, view.number, view.number]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*q, *k)]
     like += [jax.ShapeDtypeStruct((*x.shape[:3], 1, x.shape[3]), jnp.float32) for x in number]
@@ -186,4 +189,4 @@ def _call(kernel, view: _View, scratch: list[tuple[int, int]], arrays, q=(), k=(
     return pl.pallas_call(
         kernel, grid_spec=grid, out_shape=like, interpret=INTERPRET, name=f"splash_{kernel.__name__}",
         compiler_params=tpu.CompilerParams(dimension_semantics=order),
-    )(*arrays)  # fmt: skip
+    )(arrays[0].reshape(2, -1), *arrays[1:])  # fmt: skip

@@ -50,3 +50,9 @@ def test_a_layer_leaves_its_input_and_its_gradients(peak, target):
 def test_offload_leaves_the_gradients(peak, target):
     growth = (peak(target, 12, gradient_checkpointing="offload") - peak(target, 4, gradient_checkpointing="offload")) / 8
     assert growth < 1.25 * 4 * 4 * (4 * 1024 + 3 * 2560)
+
+
+@pytest.mark.parametrize("target, kernel", [("v5e-1", "splash"), ("h100", "flash")])
+def test_a_kernel_compiles_and_takes_no_more_memory(peak, target, kernel):
+    print(target, peak(target, 4, attention=kernel), peak(target, 4))
+    assert peak(target, 4, attention=kernel) <= peak(target, 4)
