@@ -63,11 +63,16 @@ def how_to_compute(config, model_config, platform: str):
     )
 
 
+def say_attention(config, platform: str) -> None:
+    """What `auto` has chosen, where there is a choice."""
+    kernel = next((name for name, platforms in KERNELS.items() if platform in platforms), None)
+    if config.attention == "auto" and kernel:
+        log.info("attention: xla; a kernel, attention=%s, is compiled for this platform and tested on a CPU, but timed on no chip", kernel)
+
+
 def check_attention(config, model_config, mesh: Mesh) -> None:
-    """ConfigError where `attention` names a kernel that cannot do this run; says what `auto` has chosen where there is a choice."""
+    """ConfigError where `attention` names a kernel that cannot do this run."""
     platform, form = mesh.devices.flat[0].platform, config.attention
-    if form == "auto" and (kernel := next((name for name, platforms in KERNELS.items() if platform in platforms), None)):
-        log.info("attention: xla; the kernel, attention=%s, is compiled and tested for this platform but has been timed on no chip", kernel)
     if form not in KERNELS:
         return
     if platform not in KERNELS[form]:

@@ -33,7 +33,7 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS
 from jaxtune.peft.lora import Adapter
-from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step
+from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step, say_attention
 from jaxtune.tree import count, nbytes
 
 log = logging.getLogger("jaxtune")
@@ -88,6 +88,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     log.info("%s", describe(config))
     opened = open_model(config.model)
     check_attention(config, opened.config, mesh)
+    say_attention(config, mesh.devices.flat[0].platform)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
     total_steps = data.total_steps(config, rows.train)
     log.info(
