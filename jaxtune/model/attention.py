@@ -69,7 +69,7 @@ def attend(
     return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
-def _whole(tree, block: int, length: int):
+def _whole(tree: Any, block: int, length: int) -> Any:
     """Whole blocks of tokens; those after the last have segment 0 and are seen by nobody."""
     pad = -length % block
 
@@ -97,7 +97,7 @@ def _kernel(form: str):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, q, k, v, queries, keys, window):
+def _attend(how, q, k, v, queries, keys, window) -> jax.Array:
     return _attend_fwd(how, q, k, v, queries, keys, window)[0]
 
 
