@@ -65,7 +65,7 @@ def attend(
         k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
     elif T > BLOCK and S > KEYS:
         k, v, keys = (_whole(x, KEYS, S) for x in (k, v, keys))
-    out = _attend(_How(scale, cap, form), q, k, v, queries, keys, jnp.asarray(window))
+    out: Any = _attend(_How(scale, cap, form), q, k, v, queries, keys, jnp.asarray(window))
     return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
@@ -97,7 +97,7 @@ def _kernel(form: str):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, q, k, v, queries, keys, window) -> jax.Array:
+def _attend(how, q, k, v, queries, keys, window):
     return _attend_fwd(how, q, k, v, queries, keys, window)[0]
 
 
