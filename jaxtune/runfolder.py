@@ -15,11 +15,7 @@ import yaml
 
 from jaxtune.config import Config
 from jaxtune.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from jaxtune.locks import lock
 
 log = logging.getLogger("jaxtune")
 LOCK = ".lock"
@@ -72,18 +68,16 @@ def open_run(config: Config) -> Path:
 
 
 def _claim(folder: Path) -> None:
-    """Lock the folder; the system unlocks it when this process ends, however it ends."""
-    if fcntl is None or folder in _held:
+    """Lock the folder until `let_go`."""
+    if folder in _held:
         return
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / LOCK).touch()
+        _held[folder] = lock(folder / LOCK)
     except BlockingIOError:
-        os.close(file)
         raise CheckpointError(f"another run is writing into {folder}; wait for its end, stop it, or name another folder") from None
     except OSError as error:
         log.warning("%s cannot be locked (%s), so nothing keeps a second run out of it", folder, error.strerror)
-    _held[folder] = file
 
 
 def let_go(config: Config) -> None:

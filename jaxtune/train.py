@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtune import cli, data, distributed, errors, optim, parallel, reference, runfolder
+from jaxtune import cli, compilation, data, distributed, errors, optim, parallel, reference, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
 from jaxtune.convert import heads, hf
@@ -59,7 +59,7 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     config = load_config(config, overrides)
     _check_tables(config)
     distributed.start(config.distributed)
-    enable_compilation_cache(config)
+    compilation.enable_cache(config)
     distributed.check_joined(config.distributed, answers=bool(config.evaluate.metric))
     mesh = parallel.make_mesh(config.mesh)
     config = _settle(config)
@@ -118,7 +118,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
     if distributed.is_first():
-        runfolder.write_config(folder, config)
+        if config.resume:  # whose keys of what is kept and said may be others
+            runfolder.write_config(folder, config)
         _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
 
     # ---- 5. The loop ----
@@ -149,15 +150,6 @@ def _settle(config: Config) -> Config:
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{Path(config.model.partition('#')[0]).stem}-{config.method}-{config.objective}"
     return config.replace(**changes)
-
-
-def enable_compilation_cache(config: Config) -> None:
-    """Keep compiled programs on disk, so that the second start is quick; a folder the user has set is left alone."""
-    if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = home / "jaxtune" / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
@@ -260,9 +252,10 @@ def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, traina
 def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> Path:
     """`adapter/` in PEFT's format, or `model/` in Hugging Face's; the result of an earlier end of this run is replaced."""
     out = folder / ("adapter" if isinstance(trainable, Adapter) else "model")
-    scratch = folder / f".{out.name}.new"
+    scratch, old = folder / f".{out.name}.new", folder / f".{out.name}.old"
     if distributed.is_first():
-        shutil.rmtree(scratch, ignore_errors=True)
+        for left in (scratch, old):  # by a killed run
+            shutil.rmtree(left, ignore_errors=True)
     if isinstance(trainable, Adapter):
         trainable = parallel.fetch(trainable)
     elif not distributed.is_first():
@@ -272,8 +265,10 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
             peft_files.save_adapter(trainable, model, scratch)
         else:
             hf.save(model.config, trainable, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():  # aside first: what is there is at no moment half of one
+            os.replace(out, old)
         os.replace(scratch, out)
+        shutil.rmtree(old, ignore_errors=True)
         log.info("result: %s", out)
     return out
 

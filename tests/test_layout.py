@@ -12,10 +12,10 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 
 # Lowest first; a module may import its own level and those before it.
 LEVELS = (
-    {"errors", "cli", "config", "tree", "events"},
+    {"errors", "cli", "config", "tree", "events", "locks"},
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
-    {"convert", "checkpoint", "runlog", "runfolder", "step", "generation"},
+    {"convert", "checkpoint", "compilation", "runlog", "runfolder", "step", "generation"},
     {"loop", "generate", "reference", "folds", "score", "best_of"},
     {"train", "evaluate", "export", "plan", "costs", "shapes"},
     {"__main__", "__init__"},

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtune.errors import ModelError
+from jaxtune.locks import scratch_folder
 
 
 @contextlib.contextmanager
@@ -16,14 +16,14 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     Raises ModelError when `out` exists and is not an empty folder.
     """
     out = Path(out).expanduser().absolute()
+    refusal = f"{out} exists and is not empty; nothing is overwritten. Give another folder, or remove it"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not empty; nothing is overwritten. Give another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process that had this number
-    scratch.mkdir()
-    try:
+        raise ModelError(refusal)
+    with scratch_folder(out.parent, out.name) as scratch:
         yield scratch
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            os.replace(scratch, out)
+        except OSError:
+            if not out.exists():
+                raise
+            raise ModelError(refusal) from None  # another process was quicker

@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxtune.locks import scratch_folder
 
 FLAT = {"tokens": np.int32, "mask": np.uint8}
 INDEX = dict.fromkeys(("starts", "lengths", "trained", "rows"), np.int64) | dict.fromkeys(("content", "groups", "strata"), np.uint64)
@@ -121,11 +121,9 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
 
     `key` (the folder's name) and `info` are called when the last document has been made.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))
-    try:
+    with scratch_folder(cache, "making") as scratch:
         with contextlib.ExitStack() as stack:
-            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in (*FLAT, *INDEX)}
+            files = {name: stack.enter_context(open(scratch / f"{name}.bin", "wb")) for name in (*FLAT, *INDEX)}
             start = 0
             for entry in entries:
                 tokens, mask = np.asarray(entry.ids, np.int32).tobytes(), np.asarray(entry.mask, np.uint8).tobytes()
@@ -137,15 +135,13 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
                 for (name, dtype), value in zip(INDEX.items(), values, strict=True):
                     files[name].write(b"".join(map(_PACK[dtype], value)) if isinstance(value, tuple) else _PACK[dtype](value))
                 start += len(mask)
-        (temporary / "info.json").write_text(json.dumps(info()))
+        (scratch / "info.json").write_text(json.dumps(info()))
         folder = cache / key()
         try:
-            os.rename(temporary, folder)
+            os.rename(scratch, folder)
         except OSError:
             if not folder.is_dir():  # else another process has just written the same content under the same key
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Documents.load(folder)
 
 

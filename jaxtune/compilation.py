@@ -1,0 +1,64 @@
+"""The cache of compiled programs, which makes the second start quick.
+
+jax writes an entry in place. One that is cut off (by a kill, by a full disk) is never written again: every start warns of it and compiles
+anew. So what the last runs have written is looked through at the start, and what is not whole goes.
+"""
+
+import contextlib
+import logging
+import os
+import time
+import zlib
+from pathlib import Path
+
+import jax
+
+from jaxtune.config import Config
+
+try:
+    import zstandard
+except ImportError:
+    zstandard, DAMAGED = None, (zlib.error,)
+else:
+    DAMAGED = (zlib.error, zstandard.ZstdError)
+
+log = logging.getLogger("jaxtune")
+CHECKED = ".checked"  # its time: entries older than it are known to be whole
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+
+def enable_cache(config: Config) -> None:
+    """Keep compiled programs on disk; a folder the user has set is left alone."""
+    if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = home / "jaxtune" / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
+    with contextlib.suppress(OSError):  # read-only: jax says so itself, and only where it matters
+        remove_damaged(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove entries that are not whole, of those written since this was last done."""
+    if not folder.is_dir():
+        return
+    marker, now = folder / CHECKED, time.time_ns()
+    since = marker.stat().st_mtime_ns if marker.exists() else 0
+    for entry in folder.glob("*-cache"):
+        if entry.stat().st_mtime_ns >= since and not _is_whole(entry.read_bytes()):
+            entry.unlink(missing_ok=True)
+            log.info("the compiled program %s was only half written, and is compiled again", entry.name.partition("-")[0])
+    marker.touch()
+    os.utime(marker, ns=(now, now))  # not later: another process may be writing
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether all of a compressed entry is there."""
+    try:
+        if not entry.startswith(ZSTANDARD):
+            zlib.decompress(entry)
+        elif zstandard is not None:
+            zstandard.ZstdDecompressor().decompress(entry)
+    except DAMAGED:
+        return False
+    return True
