@@ -64,7 +64,8 @@ def main() -> None:
     held = costs.per_device((state, base))
     started, sizes = time.process_time(), " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     name = given.model.rstrip("/").rpartition("/")[2]
-    head = f"| {name} {given.method} | {given.target}: {sizes} | {config.data.max_length} x {config.per_device_train_batch_size}"
+    settings = "".join(f", {text}" for text in given.overrides if not text.startswith("mesh."))
+    head = f"| {name} {given.method}{settings} | {given.target}: {sizes} | {config.data.max_length} x {config.per_device_train_batch_size}"
     chip = f"{where.chip.memory / 2**30:.1f}" if where.chip.memory else "?"
     try:
         compiled = step.lower(state, base, batch).compile()

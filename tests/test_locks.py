@@ -1,0 +1,70 @@
+"""What a killed process has left half-written is taken away, what a living one writes is not."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from jaxtune.convert.folders import new_folder
+from jaxtune.errors import ModelError
+from jaxtune.locks import lock, scratch_folder
+
+HOLD = """
+import sys, pathlib
+from jaxtune.locks import scratch_folder
+with scratch_folder(pathlib.Path(sys.argv[1]), "out") as folder:
+    (folder / "part").write_text("half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def aged(folder):
+    os.utime(folder, (0, 0))
+    return folder
+
+
+def test_leftovers_of_killed_processes_alone_are_removed(tmp_path):
+    living, dead = (
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    folders = [tmp_path / process.stdout.readline().strip() for process in (living, dead)]
+    dead.kill()
+    dead.wait()
+    with scratch_folder(tmp_path, "out"):
+        assert all(folder.exists() for folder in folders)  # young: perhaps not locked yet
+    for folder in folders:
+        aged(folder)
+    (tmp_path / ".other.1.partial").mkdir()
+    aged(tmp_path / ".other.1.partial")
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("whole")
+        assert folders[0].exists() and not folders[1].exists()
+    assert (tmp_path / "out" / "file").read_text() == "whole" and (tmp_path / ".other.1.partial").exists()
+    living.communicate("")
+    assert living.returncode == 0 and not folders[0].exists()
+    for process in (living, dead):
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_a_result_folder_has_the_usual_rights_and_replaces_nothing(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "file").touch()
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    with pytest.raises(ModelError, match="nothing is overwritten"), new_folder(tmp_path / "late") as scratch:
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "of another").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "out", "plain"]
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path):
+    held = lock(tmp_path)
+    with pytest.raises(BlockingIOError):
+        lock(tmp_path)
+    os.close(held)
+    os.close(lock(tmp_path))
