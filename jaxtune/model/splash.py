@@ -21,8 +21,9 @@ BLOCK = 512  # tokens of a block, in rows that have as many
 
 
 def block(length: int) -> int:
-    """Rows of so many tokens come in multiples of this."""
-    return min(BLOCK, length + -length % LANES)
+    """Rows of so many tokens come in multiples of this: as few blocks as it takes, all alike."""
+    blocks = -(-length // BLOCK)
+    return -(-length // (blocks * LANES)) * LANES
 
 
 def forward(how, q, k, v, queries: Keys, keys: Keys, window):
