@@ -34,13 +34,13 @@ class Target(NamedTuple):
     figures: str
 
 
-# TPU: figures per chip (cloud.google.com/tpu/docs), memory as libtpu counts it; cores named per chip; 2 or 3 dimensions of a slice
+# TPU: figures per chip (cloud.google.com/tpu/docs), memory as libtpu counts it; cores named per chip; dimensions and most chips of a slice
 TPUS = {
-    "v4": (Chip(int(31.25 * 2**30), 1228 * GB, 275e12), 2, 3),
-    "v5e": (Chip(int(15.75 * 2**30), 819 * GB, 197e12), 1, 2),
-    "v5p": (Chip(int(95.0 * 2**30), 2765 * GB, 459e12), 2, 3),
-    "v6e": (Chip(int(31.25 * 2**30), 1640 * GB, 918e12), 1, 2),
-    "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3),  # a device is one of a chip's two cores, with half of it
+    "v4": (Chip(int(31.25 * 2**30), 1228 * GB, 275e12), 2, 3, 4096),
+    "v5e": (Chip(int(15.75 * 2**30), 819 * GB, 197e12), 1, 2, 256),
+    "v5p": (Chip(int(95.0 * 2**30), 2765 * GB, 459e12), 2, 3, 4096),
+    "v6e": (Chip(int(31.25 * 2**30), 1640 * GB, 918e12), 1, 2, 256),
+    "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3, 4096),  # a device is one of a chip's two cores, with half of it
 }
 
 # GPU: chip; compute capability; multiprocessors; L2 MiB; shared memory per multiprocessor and per block at most, KiB; clock GHz
@@ -75,10 +75,22 @@ def find_target(name: str) -> Target:
     match = re.fullmatch(r"((?P<count>\d+)x)?(?P<kind>[a-z0-9-]+?)", text)
     kind = match["kind"] if match else ""
     kind = kind if kind in GPUS else f"rtx{kind}" if f"rtx{kind}" in GPUS else kind
-    if match is None or kind not in GPUS:
-        tpus = ", ".join(f"{tpu}-8" for tpu in TPUS)
-        raise ConfigError(f"target {name!r} is not known; write here, a TPU slice ({tpus}, ...), or a GPU ({', '.join(GPUS)}; 8xh100)")
-    return _gpu(text, kind, int(match["count"] or 1))
+    count = int(match["count"] or 1) if match else 0
+    if kind not in GPUS or not count:
+        raise ConfigError(f"target {name!r} is not known{_meant(text)}. There are: here (this machine); {', '.join(GPUS)}, several as "
+                          f"8xh100; and TPU slices, {', '.join(f'{tpu}-8' for tpu in TPUS)}")  # fmt: skip
+    return _gpu(text, kind, count)
+
+
+def _meant(text: str) -> str:
+    """A suggestion for a name that nearly is one."""
+    if text in ("cpu", "gpu", "cuda", "tpu", "local", "localhost"):
+        return "; for the machine at hand write here"
+    turned = re.fullmatch(r"(?P<kind>[a-z0-9-]+?)[x*](?P<count>\d+)", text)
+    if turned and turned["kind"] in GPUS:
+        return f"; write {turned['count']}x{turned['kind']}"
+    near = [known for known in GPUS if len(text) > 2 and (known.startswith(text) or text.startswith(f"{known}-"))]
+    return f"; write {' or '.join(near)}" if near else ""
 
 
 PUBLISHED = "memory and rates of the chip are the published ones"
@@ -118,24 +130,27 @@ def _host_memory() -> int | None:
 
 
 def _tpu(name: str, kind: str, count: int) -> Target:
-    chip, cores, dimensions = TPUS[kind]
+    chip, cores, dimensions, most = TPUS[kind]
     if count % cores:
-        raise ConfigError(f"target {name}: a {kind} chip has {cores} cores, so their number is even")
+        raise ConfigError(f"target {name}: {kind} slices are named by cores, {cores} a chip; write {kind}-{count + 1}")
+    chips = count // cores
+    if not 0 < chips <= most or chips & (chips - 1):
+        near = sorted({min(max(1 << n, 1), most) for n in (chips.bit_length() - 1, chips.bit_length()) if n >= 0})
+        choices = " or ".join(f"{kind}-{n * cores}" for n in near)
+        raise ConfigError(f"target {name}: slices of {kind} have 1, 2, 4, ... {most} chips; write {choices}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server where there is no TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # of the machine at hand; it has none, and libtpu says that
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # it cannot find out
-    sides = _sides(name, count // cores, dimensions)
-    extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count // cores == 1 else {}
+    sides = _sides(chips, dimensions)
+    extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if chips == 1 else {}
     kind = f"tpu{kind}" if kind == "7x" else kind
     topology = _topology("tpu", f"{kind}:{'x'.join(map(str, sides))}", "libtpu", "jaxtune[tpu]", extra)
     return Target(name, list(topology.devices), chip, PUBLISHED)
 
 
-def _sides(name: str, chips: int, dimensions: int) -> list[int]:
+def _sides(chips: int, dimensions: int) -> list[int]:
     """The most cube-like slice of that many chips, smallest side first for 2 dimensions, last for 3 (`2x4`, `2x2x1`)."""
-    if chips & (chips - 1):
-        raise ConfigError(f"target {name}: slices come in powers of two")
     sides = [1] * dimensions
     for _ in range(int(math.log2(chips))):
         sides[sides.index(min(sides))] *= 2
@@ -161,7 +176,7 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     dnn_version_info {{ major: 9 minor: 10 }}
     device_description_str: "{kind}"
     """
-    hosts = math.ceil(count / 8)
+    hosts = next(n for n in range(math.ceil(count / 8), count + 1) if count % n == 0)
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
     topology = _topology("cuda", kind, "jax_cuda13_plugin", "jax-cuda13-plugin jax-cuda13-pjrt --no-deps", extra)
     return Target(name, list(topology.devices), chip, PUBLISHED)

@@ -290,9 +290,23 @@ def test_a_compiler_that_refuses_says_how_much(message, size):
     assert errors_bytes("INTERNAL: something else") is None
 
 
-@pytest.mark.parametrize("name", ["h1000", "v5e", "v9-8", "0"])
-def test_an_unknown_target_names_those_there_are(name):
-    with pytest.raises(ConfigError, match="v5e-8.*h100"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h1000", "not known. There are: here .this machine.; .*h100.*8xh100.*v5e-8"), ("v5e", "not known"), ("v9-8", "not known"),
+        ("0xh100", "not known"), ("", "not known"), ("cpu", "for the machine at hand write here"), ("h100x8", "write 8xh100"),
+        ("a100", "write a100-40 or a100-80"), ("v5e-3", "1, 2, 4, ... 256 chips; write v5e-2 or v5e-4"), ("v5e-0", "write v5e-1"),
+        ("v5e-4096", "write v5e-256"), ("v5p-7", "named by cores, 2 a chip; write v5p-8"), ("v5p-12", "write v5p-8 or v5p-16"),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_none_says_what_to_write(name, said):
+    with pytest.raises(ConfigError, match=said):
         targets.find_target(name)
-    with pytest.raises(ConfigError, match="powers of two"):
-        targets.find_target("v5e-3")
+
+
+@pytest.mark.parametrize(("count", "hosts"), [(1, 1), (8, 1), (9, 3), (12, 2), (11, 11), (64, 8)])
+def test_gpus_of_several_hosts_are_as_many_as_were_asked_for(monkeypatch, count, hosts):
+    asked = {}
+    monkeypatch.setattr(targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
+    targets.find_target(f"{count}xh100")
+    assert asked["topology"] == f"1x{hosts}x{count // hosts}"
