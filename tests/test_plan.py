@@ -241,6 +241,8 @@ def test_a_packed_checkpoint_is_planned_as_it_is(tmp_path, settings, kind):
     (tmp_path / "plain" / "config.json").write_text(json.dumps(tiny.LLAMA))
     packed = abstract_params(open_config(tmp_path), "float32", None)
     assert packed == abstract_params(open_config(tmp_path / "plain"), "float32", kind)
+    with pytest.raises(ConfigError, match="those of .* are packed; write method: qlora"):
+        plan(run(tmp_path, method="full"))
 
 
 def test_the_machine_at_hand_says_how_much_memory_it_has():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxtune.errors import ConfigError
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.peft import lora
 from jaxtune.peft.combine import Mixed, compose_rows
@@ -23,6 +24,11 @@ class Method(NamedTuple):
 
 
 def _init_full(key, model_config, base, config):
+    if any(is_weight(leaf) for leaf in flatten(base).values()):
+        raise ConfigError(
+            f"method full trains the weights themselves, and those of {config.model} are packed; write method: qlora, or give the model "
+            "that they were packed from"
+        )
     return base
 
 
