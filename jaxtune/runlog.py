@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from jaxtune.errors import CheckpointError
 from jaxtune.events import Events
 
-PLOT_EVERY = 60.0  # seconds; loss.png is drawn at each evaluation and at the end besides
+PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
 RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
 
 
@@ -49,9 +49,8 @@ class RunLog:
         self._file.write(json.dumps(row) + "\n")
         if self._events is not None:
             self._events.add(step, {_tag(name): value for name, value in metrics.items()})
-        evaluation = any(name.startswith("eval_") for name in metrics)
-        self._bar.say(step, metrics, evaluation)
-        if evaluation or time.monotonic() - self._drawn > PLOT_EVERY:
+        self._bar.say(step, metrics, any(name.startswith("eval_") for name in metrics))
+        if time.monotonic() - self._drawn > PLOT_EVERY:
             self._draw()
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ from jaxtune.step import init_state, make_eval_step, make_step
 ROWS = [{"prompt": "the quick brown " * (1 + n % 3), "chosen": " fox" * (1 + n % 4), "rejected": " dog" * (1 + n % 3)} for n in range(8)]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,6 @@ BY_PAIR = [
 BY_MICRO_BATCH = [{"objective": "orpo"}, {"objective": "kto"}]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
