@@ -5,6 +5,8 @@ if each array's checksum is the one it was saved with; otherwise the checkpoint 
 """
 
 import gc
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -45,8 +47,9 @@ class Checkpoints:
         if step in self.steps():
             self.manager.delete(step)  # a damaged one, that this run has gone on from before
         flat = _flat(state)
-        notes = notes | {"checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat), notes=ocp.args.JsonSave(notes)), force=True)
+        saved = {"notes": notes, "checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
+        saved["sha256"] = _sha256(saved)
+        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat), notes=ocp.args.JsonSave(saved)), force=True)
         self._prune(step)
 
     def prove(self, step: int, state: Any, notes: dict, keep: bool) -> Any:
@@ -103,11 +106,14 @@ class Checkpoints:
         except Exception as error:  # Orbax's own for an array whose bytes do not decode is no narrower
             problem = str(error).splitlines()[0][:200]
         else:
+            saved = restored.notes if isinstance(restored.notes, dict) else {}
             sums = jax.device_get(_checksums(restored.state))
-            wrong = [name for name, sum_ in restored.notes["checksums"].items() if int(sums[name]) != sum_]
-            if not wrong:
-                return restored.state, restored.notes
-            problem = f"the checksum of {wrong[0]} does not agree"
+            if saved.pop("sha256", None) != _sha256(saved):
+                problem = "the notes beside it are not those that were saved"
+            elif wrong := [name for name, sum_ in saved["checksums"].items() if int(sums[name]) != sum_]:
+                problem = f"the checksum of {wrong[0]} does not agree"
+            else:
+                return restored.state, saved["notes"]
         _collect()
         raise CheckpointError(problem)
 
@@ -140,6 +146,11 @@ def _without_closed_loops(hook: Callable) -> Callable:
 
     heard.hears = hook  # so that it is put up once
     return heard
+
+
+def _sha256(saved: dict) -> str:
+    """Of what comes back when `saved` is written as JSON."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(saved)), sort_keys=True).encode()).hexdigest()
 
 
 def _is_key(leaf: Any) -> bool:

@@ -32,6 +32,9 @@ _SYSTEM = {
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",
     errno.EROFS: "the folder is on a read-only file system; write to another folder",
     errno.ENOTDIR: "a part of this path is a file, not a folder; name another",
+    errno.EISDIR: "a folder stands where a file belongs; move it away",
+    errno.ENAMETOOLONG: "the name is too long for this file system; write a shorter one",
+    errno.EPERM: "the system does not permit it; choose another file or folder",
     errno.EACCES: "permission denied; choose a file or folder that this user may use",
 }
 

@@ -29,7 +29,7 @@ from jaxtune import cli, errors, metrics
 from jaxtune.config import Config, load_config
 from jaxtune.convert import Model, heads, load, load_adapter
 from jaxtune.convert.load import open_config
-from jaxtune.data.prepare import evaluation
+from jaxtune.data.prepare import check_vocabulary, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
 from jaxtune.errors import ConfigError
@@ -187,7 +187,7 @@ def compare(
             values[side] = loss_metrics(config, model, adapter, rows) if measured else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
             if config.objective == "dpo":
-                pairs = evaluation(config, model.tokenizer, rows) if pairs is None else pairs
+                pairs = _rows(config, model, rows) if pairs is None else pairs
                 scores[side] |= pair_scores(config, model, adapter, pairs)
             values[side] |= {name: sum(numbers) / len(numbers) for name, numbers in scores[side].items()}
     if "tuned" in scores:
@@ -235,6 +235,12 @@ def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
     return heads.keys_of_adapter(adapter) if isinstance(adapter, (str, os.PathLike)) else {}
 
 
+def _rows(config: Config, model: Model, rows: str) -> Source:
+    source = evaluation(config, model.tokenizer, rows)
+    check_vocabulary([source], model.tokenizer, model.config.vocab_size)
+    return source
+
+
 def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:
     """The loss and the metrics of the rows, each with the weights it has in training.
 
@@ -242,7 +248,7 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
     """
     step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
     total = None
-    for batch in evaluation(config, model.tokenizer, rows).batches():
+    for batch in _rows(config, model, rows).batches():
         out = step(adapter, model.params, jax.tree.map(lambda x: x[0], batch))
         total = out if total is None else jax.tree.map(jnp.add, total, out)
     loss = jax.device_get(total)

@@ -106,8 +106,9 @@ def find(run: str | os.PathLike) -> Found:
     if (adapter / "adapter_config.json").is_file():
         config = next((load_config(folder / "config.yaml") for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
         base = config.model if config else read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
-            raise ModelError(f"{adapter}/adapter_config.json has no base_model_name_or_path, so there is nothing to add it to")
+        if not isinstance(base, str) or not base:
+            given = f"has base_model_name_or_path={base!r}" if base else "has no base_model_name_or_path"
+            raise ModelError(f"{adapter}/adapter_config.json {given}, so there is nothing to add it to; write the model's folder or hub id")
         return Found(base, adapter, config)
     if (path / "config.yaml").is_file():
         if not (path / "model" / "config.json").is_file():

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import yaml
 
-from jaxtune.config import Config
-from jaxtune.errors import CheckpointError
+from jaxtune.config import Config, read_yaml
+from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.locks import lock
 
 log = logging.getLogger("jaxtune")
@@ -44,8 +44,14 @@ def folder_of(config: Config) -> Path:
 
 def check_free(config: Config) -> None:
     """Raise what `open_run` would, without making anything."""
-    if config.resume or folder_of(config).exists():
+    folder = folder_of(config)
+    if config.resume or os.path.lexists(folder):
         open_run(config)
+        return
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "may not be written to" if parent.is_dir() else "is a file"
+        raise CheckpointError(f"output_dir {folder} cannot be made, because {parent} {why}; name a folder elsewhere")
 
 
 def open_run(config: Config) -> Path:
@@ -55,16 +61,23 @@ def open_run(config: Config) -> Path:
     to resume, and when another process is writing into it.
     """
     folder = folder_of(config)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"output_dir {folder} is a file; name a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(f"output_dir {folder} is {'a file' if folder.exists() else 'a link to nowhere'}; name a folder")
     if not config.resume:
         if folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):  # what a kill at the start leaves
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
     elif not (folder / "config.yaml").is_file():
         raise CheckpointError(f"resume=true, but {folder} holds no run (no config.yaml); leave resume out to start one there")
     _claim(folder)
     return folder
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:  # /proc; a link to nowhere above; a name with a null byte
+        raise CheckpointError(f"output_dir {str(folder)!r} cannot be made ({error}); name another folder") from error
 
 
 def _claim(folder: Path) -> None:
@@ -87,8 +100,11 @@ def let_go(config: Config) -> None:
 
 
 def differences(config: Config, folder: Path) -> list[str]:
-    """`key: then -> now` for each key that changes what is computed."""
-    then = _leaves(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    """`key: then -> now` for each key that changes what is computed. CheckpointError where the folder's config cannot be read."""
+    try:
+        then = _leaves(read_yaml(folder / "config.yaml"))
+    except ConfigError as error:
+        raise CheckpointError(f"{error} It says which run this is: put it back as it was, or start again in another folder") from error
     now = _leaves(json.loads(json.dumps(config.to_dict())))
     keys = [key for key in sorted(now.keys() | then.keys()) if key not in FREE and key.partition(".")[0] not in FREE]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if then.get(key) != now.get(key)]

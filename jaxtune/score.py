@@ -121,6 +121,8 @@ def _tokens(model: Any, text: Any, number: int, separator: str) -> tuple[list[in
         places = [slice(0, len(ids))]
     if not ids:
         raise row.fail("it is empty")
+    if max(ids) >= (size := model.config.vocab_size):
+        raise row.fail(f"the tokenizer makes token {max(ids)} of it, but the model's embedding has {size} rows; it is another model's")
     if len(ids) > (most := model.config.max_position_embeddings):
         raise row.fail(f"it has {len(ids)} tokens, but the model's max_position_embeddings is {most}; shorten it")
     return ids, places

@@ -1,6 +1,7 @@
 """Checkpoints: proven, the newest whole one, never the last good one deleted, onto another mesh."""
 
 import hashlib
+import json
 import logging
 import shutil
 
@@ -93,6 +94,22 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(model_folder, t
         restored, _ = saved.restore(state)
     assert int(restored.step) == 1 and "checkpoint 2 is damaged" in caplog.text and "taking the one before it" in caplog.text
     damage(tmp_path / "run" / "1")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        saved.restore(state)
+    saved.close()
+
+
+@pytest.mark.parametrize("change", [lambda n: n["notes"].pop("best_step"), lambda n: n.pop("checksums"), lambda n: n.pop("sha256")])
+def test_notes_that_were_changed(model_folder, tmp_path, change):
+    _, state = make_state(model_folder, 1)
+    saved = Checkpoints(tmp_path / "run")
+    saved.save(1, state, NOTES | {"losses": [0.1, float("nan")]})
+    saved.wait()
+    assert np.isnan(saved.restore(state)[1]["losses"][1])
+    file = tmp_path / "run" / "1" / "notes" / "metadata"
+    notes = json.loads(file.read_text())
+    change(notes)
+    file.write_text(json.dumps(notes))
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         saved.restore(state)
     saved.close()

@@ -54,6 +54,13 @@ def test_an_adapter_is_copied_as_it_is(run, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (run / "adapter" / name).read_bytes()
 
 
+def test_a_base_that_is_no_name(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": 5}')
+    with pytest.raises(ModelError, match="has base_model_name_or_path=5, so there is nothing"):
+        export(tmp_path / "a", tmp_path / "out", merge=True)
+
+
 @pytest.mark.parametrize("source", [".", "adapter"])
 def test_merged_is_base_and_adapter(run, tmp_path, source, caplog):
     caplog.set_level("INFO", "jaxtune")

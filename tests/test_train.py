@@ -12,7 +12,9 @@ import tiny
 import yaml
 
 import jaxtune as jt
-from jaxtune.errors import CheckpointError, ConfigError, JaxtuneError
+from jaxtune import runfolder
+from jaxtune.config import load_config
+from jaxtune.errors import CheckpointError, ConfigError, JaxtuneError, explain
 from jaxtune.runlog import RunLog
 from jaxtune.train import train
 
@@ -130,6 +132,31 @@ def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
     train(config())
     with pytest.raises(CheckpointError, match="not empty.*resume=true"):
         train(config(model="/no/such/model"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "lost", "lost/run", "x" * 300, "a\0b", "/proc/run"])
+def test_a_folder_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "lost")
+    config = load_config({"model": "m", "output_dir": str(tmp_path / name)})
+
+    def open_folder():
+        runfolder.check_free(config)
+        runfolder.open_run(config)
+
+    try:
+        with pytest.raises((JaxtuneError, OSError)) as error:
+            open_folder()
+        assert explain(error.value)
+    finally:
+        runfolder.let_go(config)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a", b"a: [", b"\xff\xfe", b"a: !!python/name:os.system"])
+def test_resume_beside_a_damaged_config(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match="config.yaml .*put it back"):
+        runfolder.differences(load_config({"model": "m"}), tmp_path)
 
 
 def test_resume_needs_a_run_and_the_same_settings(config, tmp_path):

@@ -55,7 +55,8 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}, {error}") from None
 
 
-def _read(path: str | os.PathLike) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The keys of a YAML file. ConfigError where it is missing, or holds anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -180,7 +181,7 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
         if not overrides:
             return config
         config = config.to_dict()
-    raw = dict(config) if isinstance(config, Mapping) else _read(config)
+    raw = dict(config) if isinstance(config, Mapping) else read_yaml(config)
     flat = _canonical(_flatten(raw)) | _canonical(_flatten(dict(map(_override, overrides))))
     nested: dict[str, Any] = {}
     for path, value in flat.items():

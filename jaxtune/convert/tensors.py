@@ -147,7 +147,7 @@ def read_json(file: Path) -> dict:
         raise ModelError(f"{file} is missing") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds a {type(value).__name__}, not a JSON object")

@@ -173,10 +173,39 @@ def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         binary: Any = gzip.open(path, "rb")
     elif path.suffix == ".zst":
-        binary = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True)
+        binary = io.BufferedReader(_Zstd(open(path, "rb")))
     else:
         binary = open(path, "rb")
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+
+
+class _Zstd(io.RawIOBase):
+    """The text of a .zst file, one frame after another; EOFError where it is cut, which zstandard's own reader passes over."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.held, self.frame = file, b"", None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.held:
+            rest = self.frame.unused_data if self.frame and self.frame.eof else b""
+            block = rest or self.file.read(1 << 17)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("it ends in the middle")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.held = self.frame.decompress(block)
+        count = min(len(buffer), len(self.held))
+        buffer[:count], self.held = self.held[:count], self.held[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -207,6 +236,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         except json.JSONDecodeError as error:
             hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
             raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
+        except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
+            raise DataError(f"{path}, line {number}: the row cannot be read: {error}") from None
         if not isinstance(fields, dict):
             raise DataError(f'{path}, line {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
         yield number, fields
@@ -250,7 +281,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield number, fields
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Arrow's word for bytes that mean nothing
+            raise
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again") from None
 
 

@@ -62,6 +62,8 @@ class _Reader:
                 if whole or not self.more():
                     self.fail(error.msg, error.pos)
                 continue
+            except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
+                self.fail(str(error), self.at)
             if end > len(self.window) - 3 and self.more():  # a number may go on: 1 is a beginning of 1e+9
                 continue
             self.at = end

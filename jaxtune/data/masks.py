@@ -56,6 +56,8 @@ def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
     for number, message in enumerate(chat.messages):
         for flag in FLAGS:
             if flag in message:
+                if message[flag] not in (True, False):  # 0 and 1 among them
+                    raise row.fail(f"{flag!r} of message {number + 1} is {message[flag]!r}; write true to train it, or false")
                 (turns.add if message[flag] else turns.discard)(number)
     if not turns:
         reason = "every answer is marked train: false" if answers else "it has no answer, a message with role 'assistant'"

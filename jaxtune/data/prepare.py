@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,15 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
     if config.data.replay is not None:
         parts["train"] = Documents.join([parts["train"], _read((config.data.replay,), config, tokenizer, survey)])
     return {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
+
+
+def check_vocabulary(sources: Iterable[Source | None], tokenizer: Any, size: int) -> None:
+    """DataError for a row with a token that a model of `size` tokens has not; looked for where the tokenizer has more of them."""
+    if max(tokenizer.get_vocab().values(), default=0) < size:
+        return
+    for source in sources:
+        if source is not None:
+            source.check_vocabulary(size)
 
 
 def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:

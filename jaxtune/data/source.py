@@ -107,6 +107,21 @@ class Source:
             found.setdefault(self.documents.info[self.documents.part[doc]]["path"], set()).add(int(self.documents.rows[doc]))
         return {path: sorted(rows) for path, rows in found.items()}
 
+    def check_vocabulary(self, size: int) -> None:
+        """DataError, naming the row, for a token that a model with `size` of them has not."""
+        documents = self.documents
+        for part, tokens in enumerate(documents.tokens):
+            own = np.flatnonzero(documents.part == part)
+            own = own[np.argsort(documents.starts[own])]
+            for place in np.flatnonzero(tokens >= size):
+                doc = own[np.searchsorted(documents.starts[own], place, "right") - 1]
+                if 0 <= place - documents.starts[doc] < documents.lengths[doc]:
+                    row = f"{documents.info[part]['path']}, row {documents.rows[doc]}"
+                    raise DataError(
+                        f"{row}: the tokenizer makes token {tokens[place]} of it, but the model's embedding has {size} rows, 0 to "
+                        f"{size - 1}; the tokenizer is another model's, or the embedding has to grow"
+                    )
+
     def batches(self, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """Each row once, in order, as batches `[1, B / processes, T]`; the last ones are filled up with empty rows."""
         for rows in self._steps(np.arange(len(self.plan)), self.rows):

@@ -8,11 +8,11 @@ as the difference between the prompt and the prompt with the answer, which must 
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtune.data.examples import Chat
-from jaxtune.data.files import Row
+from jaxtune.data.files import Row, RowError
 from jaxtune.data.masks import FLAGS, squeeze
 from jaxtune.errors import DataError
 
@@ -69,7 +69,7 @@ class Template:
     def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
         text = self.render(row, chat)
-        _shows_tools(row, chat, text)
+        self._shows_tools(row, chat, text)
         places = self._marked(row, chat, text)
         turns = []
         for number, message in enumerate(chat.messages):
@@ -93,6 +93,28 @@ class Template:
                     f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained", "template_rewrites"
                 )
         return Rendered(text, turns)
+
+    def _shows_tools(self, row: Row, chat: Chat, text: str) -> None:
+        """Raise where a tool, or the call of one, is not in the text: many templates know nothing of tools and pass them over."""
+        offered = [tool.get("function", tool) for tool in chat.tools or [] if isinstance(tool, dict)]
+        called = [call["function"] for message in chat.messages for call in message.get("tool_calls") or []]
+        silent = replace(chat, messages=[{key: m[key] for key in m if key != "tool_calls"} for m in chat.messages])
+        for what, functions, without in (("tool", offered, replace(chat, tools=None)), ("call of the tool", called, silent)):
+            missing = [f["name"] for f in functions if isinstance(f.get("name"), str) and f["name"] not in text]
+            if not missing and functions and self._alike(row, without, text):  # the names are there by chance
+                missing = [functions[0].get("name")]
+            if missing:
+                raise row.fail(
+                    f"the chat template drops the {what} {missing[0]!r}; set data.chat_template to a template that knows tools, or leave "
+                    "such rows out",
+                    "template_drops",
+                )
+
+    def _alike(self, row: Row, chat: Chat, text: str) -> bool:
+        try:
+            return self.render(row, chat) == text
+        except RowError:  # the template cannot do without what was taken away
+            return False
 
     def _opening(self, row: Row, chat: Chat) -> str:
         """What the template writes before an answer when it asks for one; empty if it does not. Found once: it only saves a look."""
@@ -156,19 +178,6 @@ class Template:
 
 def _any_of(tokens: set[str]) -> re.Pattern:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
-
-
-def _shows_tools(row: Row, chat: Chat, text: str) -> None:
-    """Raise where a tool, or the call of one, is not in the text: many templates know nothing of tools and pass them over."""
-    offered = [tool.get("function", tool) for tool in chat.tools or [] if isinstance(tool, dict)]
-    called = [call["function"] for message in chat.messages for call in message.get("tool_calls") or []]
-    for what, functions in (("tool", offered), ("call of the tool", called)):
-        if missing := [f["name"] for f in functions if isinstance(f.get("name"), str) and f["name"] not in text]:
-            raise row.fail(
-                f"the chat template drops the {what} {missing[0]!r}; set data.chat_template to a template that knows tools, or leave "
-                "such rows out",
-                "template_drops",
-            )
 
 
 def _content(message: dict) -> str:

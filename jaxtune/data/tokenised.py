@@ -41,6 +41,8 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
 
     A survey goes on where a row would stop a run: it is left out and booked. What a survey without such a row makes is what a run makes.
     """
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer, so rows cannot be made tokens of; give a model folder that holds tokenizer.json")
     cache, key = cache_dir(config), _key(source, config, tokenizer)
     for name in (key, f"{key}-survey") if survey else (key,):
         if (cache / name / "info.json").exists():

@@ -166,21 +166,21 @@ def _matches(path: str, name: str, row: Row, config: LoraConfig) -> str | None:
 def _in_layers(name: str, config: LoraConfig) -> bool:
     patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
-    found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
+    found = next(filter(None, (_compiled(expression).match(name) for expression in expressions)), None)
     chosen = config.layers_to_transform
     return found is not None and int(found.group(1)) in ((chosen,) if isinstance(chosen, int) else chosen or ())
 
 
-def _fullmatch(expression: str, name: str) -> bool:
+def _compiled(expression: str) -> re.Pattern:
     try:
-        return re.fullmatch(expression, name) is not None
+        return re.compile(expression)
     except re.error as error:
         raise ConfigError(f"lora: {expression!r} is not a regular expression: {error}") from error
 
 
 def _named(name: str, targets) -> str | None:
     if isinstance(targets, str):
-        return targets if _fullmatch(targets, name) else None
+        return targets if _compiled(targets).fullmatch(name) else None
     return next((t for t in targets if name == t or name.endswith("." + t)), None)
 
 
@@ -188,7 +188,7 @@ def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
     """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
 
     def pattern(patterns, default):
-        return next((value for key, value in dict(patterns).items() if _fullmatch(rf"(.*\.)?({key})", name)), default)
+        return next((value for key, value in dict(patterns).items() if _compiled(rf"(.*\.)?({key})").fullmatch(name)), default)
 
     rank, alpha = pattern(config.rank_pattern, config.r), pattern(config.alpha_pattern, config.lora_alpha)
     if rank < 1:

@@ -82,7 +82,9 @@ def test_config(folder, change, said):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x01", b"[1]", b"version https://git-lfs.github.com/spec/v1\nsize 9\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 100_000, b"\xff\xfe\x00\x01", b"[1]", b"version https://git-lfs.github.com/spec/v1\nsize 9\n"]
+)
 def test_another_file_in_its_place(folder, name, content):
     (folder / name).write_bytes(content)
     text = message(jt.load, folder)
@@ -180,6 +182,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder):
         (dict(r=0), f"rank of {Q} is 0"),
         (dict(r=3), f"A of {Q} is (2, 32)"),
         (dict(target_modules="(q"), "'(q' is not a regular expression"),
+        (dict(layers_to_transform=[0], layers_pattern="(q"), "is not a regular expression"),
         (dict(rank_pattern={"(q": 3}), "is not a regular expression"),
         (dict(target_modules=["w_q"]), "adapter_config.json does not name"),
         (dict(target_modules=["q_proj", "v_proj", "k_proj"]), "2 modules that adapter_config.json names have no tensors, the first"),

@@ -1,8 +1,13 @@
 """Every mistake in a data file is one DataError that names the file, the line, the reason and what to do."""
 
+import io
 import json
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from jaxtune import data
 from jaxtune.errors import ConfigError, DataError
@@ -15,6 +20,14 @@ def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def parquet(texts):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+DEEP = "[" * 100_000
+NOT_UTF8 = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")])
 FILES = {
     "empty": ("rows.jsonl", "", "rows.jsonl: the file holds no rows"),
     "only blank lines": ("rows.jsonl", "\n\n", "rows.jsonl: the file holds no rows"),
@@ -33,6 +46,12 @@ FILES = {
     "not utf-8": ("rows.jsonl", b'{"text": "caf\xe9"}\n', "rows.jsonl, after line 0: not UTF-8"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip", "the compressed file is damaged"),
     "broken zstd": ("rows.jsonl.zst", b"not zstd", "the compressed file is damaged"),
+    "cut zstd": ("rows.txt.zst", zstandard.compress(b"one\ntwo\n" * 100_000)[:-4], "the compressed file is damaged .it ends in the middle"),
+    "parquet of broken pages": ("rows.parquet", parquet(["a"])[:20] + b"\xff" * 60 + parquet(["a"])[80:], "not a readable Parquet file"),
+    "parquet not utf-8": ("rows.parquet", parquet(NOT_UTF8), "not a readable Parquet file"),
+    "a list too deep": ("rows.jsonl", '{"text":' + DEEP, "rows.jsonl, line 1: the row cannot be read: maximum recursion depth"),
+    "a list too deep in json": ("rows.json", DEEP, "rows.json, line 1: not valid JSON, maximum recursion depth"),
+    "a number too long": ("rows.jsonl", '{"text":"a","id":' + "9" * 5000 + "}", "line 1: the row cannot be read: Exceeds the limit"),
     "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
     "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
     "semicolons": ("rows.csv", "prompt;completion\na;b\n", "the header 'prompt;completion' has no ','; columns look separated by ';'"),
@@ -63,6 +82,13 @@ ROWS = {
     "half a character": ({"text": "a\ud83d"}, {}, r"line 2: the text holds '\\ud83d', half a surrogate pair"),
     "tools that the template drops": (CALL | {"tools": TOOLS}, {}, "line 2: the chat template drops the tool 'weather'"),
     "call that the template drops": (CALL, {}, "line 2: the chat template drops the call of the tool 'weather'"),
+    "call dropped, its name there by chance": (
+        {"messages": [{"role": "user", "content": "the weather?"}, CALL["messages"][1]]}, {}, "drops the call of the tool 'weather'",
+    ),
+    "a mark that is none": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": "x"}]}, {},
+        "line 2: 'weight' of message 2 is 'x'; write true",
+    ),
     "tools dropped, all trained": (CALL | {"tools": TOOLS}, {"train_on": "all"}, "line 2: the chat template drops the tool 'weather'"),
     "messages not a list": ({"messages": "hello"}, {}, "line 2: 'messages' must be a list of messages, this is str"),
     "no messages": ({"messages": []}, {}, "line 2: 'messages' must be a list of messages"),
@@ -167,3 +193,19 @@ def test_eval_share_that_takes_nothing(config, tokenizers):
 def test_unknown_problem_name(config, tokenizers):
     with pytest.raises(ConfigError, match="data.quality.double_boss: keep names no problem.*did you mean double_bos"):
         data.load(config([GOOD], quality={"double_boss": "keep"}), tokenizers["chatml"])
+
+
+def test_a_model_without_a_tokenizer(config):
+    with pytest.raises(DataError, match="the model has no tokenizer"):
+        data.load(config([GOOD]), None)
+
+
+def test_a_token_that_the_model_has_not(config, tokenizers):
+    """Of rows that are used: the first here is kept for evaluation."""
+    rows, tokenizer = [{"text": "zebra"}, {"text": "a"}, {"text": "the zebra"}], tokenizers["chatml"]
+    largest = [max(tokenizer(row["text"])["input_ids"]) for row in rows]
+    source = data.load(config(rows), tokenizer).train
+    source.check_vocabulary(max(largest) + 1)
+    source.units.documents = source.documents.select(np.arange(1, 3))
+    with pytest.raises(DataError, match=f"row 3: the tokenizer makes token {largest[2]} .*embedding has {largest[2]} rows"):
+        source.check_vocabulary(largest[2])

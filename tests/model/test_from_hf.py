@@ -26,6 +26,8 @@ def test_every_family_has_a_golden():
         ("llama", dict(model_type="mamba"), "model_type 'mamba' is not supported"),
         ("llama", dict(model_type=None), "model_type None is not supported"),
         ("llama", dict(hidden_size=None), "hidden_size=None; it needs a positive whole number"),
+        ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000; at most 10000"),
+        ("mixtral", dict(num_local_experts=10**9), "num_local_experts=1000000000; at most 10000"),
         ("llama", dict(vocab_size="96"), "vocab_size='96'"),
         ("llama", dict(num_key_value_heads=3), "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ("llama", dict(hidden_act="mish"), "hidden_act 'mish' is not supported; supported are silu"),

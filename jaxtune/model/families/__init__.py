@@ -60,6 +60,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(family.config({**family.defaults, **hf}), **heads.fields(hf), hf_json=json.dumps(hf))
 
 
+_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")  # whose tensors are listed one by one
+_MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
            "moe_intermediate_size")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
@@ -68,6 +70,9 @@ _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon
 
 def _check_numbers(hf: Mapping[str, Any], family: Family) -> None:
     """Values of the kind that transformers' own default for the key has; null is the default where that is null."""
+    for key in _LISTED:
+        if isinstance(hf.get(key), int) and hf[key] > _MOST:
+            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={hf[key]}; at most {_MOST} are possible")
     for key, default in {**dict.fromkeys(_COUNTS), **dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}.items():
         value = hf.get(key)
         if key not in hf or (value is None and (default is None or key in _COUNTS)):
