@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxtune.errors import CheckpointError
-from jaxtune.events import Events
 
 PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
 RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
@@ -34,7 +33,8 @@ class RunLog:
         self.folder, self.total = Path(folder), total_steps
         self.history = _history(self.folder / "metrics.jsonl", start)
         self._file = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._events = Events(self.folder / "tensorboard", start + 1 if start else None) if "tensorboard" in report_to else None
+        self._events: Any = None  # opened by the first line: tensorboardX imports torch where that is, and by then the device is at work
+        self._report_to, self._start = report_to, start
         self._bar = _Bar(start, total_steps)
         self._drawn = time.monotonic()
 
@@ -47,8 +47,11 @@ class RunLog:
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
-        if self._events is not None:
-            self._events.add(step, {_tag(name): value for name, value in metrics.items()})
+        if "tensorboard" in self._report_to:
+            self._events = self._events or _tensorboard(self.folder / "tensorboard", self._start)
+            for name, value in metrics.items():
+                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+                self._events.add_scalar(tag, value, step)
         self._bar.say(step, metrics, any(name.startswith("eval_") for name in metrics))
         if time.monotonic() - self._drawn > PLOT_EVERY:
             self._draw()
@@ -96,8 +99,11 @@ def _history(path: Path, start: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _tag(name: str) -> str:
-    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+def _tensorboard(folder: Path, start: int) -> Any:
+    """A writer that makes TensorBoard forget what an earlier process wrote of the steps after `start`."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else 0, flush_secs=10)
 
 
 # ---- the terminal ----

@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 
 # Lowest first; a module may import its own level and those before it.
 LEVELS = (
-    {"errors", "cli", "config", "tree", "events", "locks"},
+    {"errors", "cli", "config", "tree", "locks"},
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "runlog", "runfolder", "step", "generation"},

@@ -53,6 +53,23 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
         RunLog(tmp_path, 20, start=3)
 
 
+def test_tensorboard_holds_the_metrics_by_group(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    train_steps(RunLog(tmp_path, 10), range(1, 6))
+    tags = {}
+    for path in (tmp_path / "tensorboard").iterdir():
+        data = path.read_bytes()
+        while data:  # a TFRecord: length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            for value in event.summary.value:
+                tags[value.tag, event.step] = value.simple_value
+    assert tags["train/loss", 4] == pytest.approx(0.25) and tags["eval/loss", 5] == pytest.approx(0.4)
+    assert ("train/grad_norm", 1) in tags and ("eval/mean_token_accuracy", 5) in tags
+
+
 def test_without_tensorboard_there_is_no_folder(tmp_path):
     train_steps(RunLog(tmp_path, 10, report_to=()), range(1, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
