@@ -17,11 +17,12 @@ os.environ.update(
 )
 # Collectives in one order on all fake devices: else they wait for each other where there are fewer cores (jaxtune/distributed.py).
 os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"
-# What is compiled here runs once or twice: LLVM's last percents cost more than they give. tests/oracle has them (its conftest.py).
+# What is compiled here runs once or twice: optimising it costs more than it gives (see `all_optimizations`).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JAX_PLATFORMS=cuda pytest ...
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -29,3 +30,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_unconfigure(config):
     shutil.rmtree(_HOME, ignore_errors=True)
 
+
+@pytest.fixture(scope="module")
+def all_optimizations():
+    """For modules that judge the programs users have: their bytes, their agreement with other libraries."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

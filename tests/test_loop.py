@@ -18,7 +18,6 @@ from jaxtune.runlog import RunLog
 
 program = sys.modules["jaxtune.train"]
 WORDS = "one two three hello there fox dog quick brown lazy".split()
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

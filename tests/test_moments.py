@@ -96,7 +96,6 @@ def run_on(sizes, steps, checkpoints=None):
     return here
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_packed_moments_over_fsdp_with_zero_1_and_resumed_on_another_mesh(tmp_path):
     """Each device holds its part, and every mesh computes the same bits, also where one goes on from another's checkpoint."""
     alone = run_on((1, 1), 4)

@@ -21,7 +21,6 @@ from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.step import check_attention, how_to_compute, say_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},

@@ -26,7 +26,6 @@ POSITIONS = SLOTS - np.stack([np.repeat([0, 15, 30], 15), np.repeat([0, 16, 30],
 PARENTS = np.where(SEGMENTS == 3, 1, 0).astype(np.int32)
 CASES = {"segments": (0, 0.0, None), "all": (12, 1.5, PARENTS)}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(params=["flash", "splash"])

