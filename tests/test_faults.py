@@ -65,6 +65,7 @@ def arrays(run, step):
     return {name: np.asarray(x) for name, x in state.items() if name != "step"}
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # `arrays` asks for none
 def test_a_bad_step_is_passed_over_and_the_limit_holds(config, poisoned, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "jaxtune"):
         result = train(config(max_skipped_steps=2))
@@ -168,6 +169,5 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(config, tmp_path, caplog
         again = train(config(resume=True))
     assert "checkpoint 4 is damaged" in caplog.text and "taking the one before it" in caplog.text and again.step == 4
     assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(whole), jax.tree.leaves(again.trainable), strict=True))
-    saved = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert saved.manager.restore(4) is not None
-    saved.close()
+    caplog.clear()
+    assert train(config(resume=True)).step == 4 and "damaged" not in caplog.text
