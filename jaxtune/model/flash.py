@@ -107,7 +107,7 @@ def _place(table, here, axis: int, parents: bool = False) -> tiles.Place:
 
 
 def _load(h: int, ref, *index):
-    """A tile of heads of size h, filled up with zeros to a power of two."""
+    """A tile of heads of size h, filled up with zeros (`_width`)."""
     width = ref.shape[-1]
     ref = ref.at[*index, :] if index else ref
     return ref[...] if width == h else triton.load(ref, mask=(jnp.arange(width) < h)[None], other=0)
@@ -141,7 +141,7 @@ NEEDS = pl.BlockSpec((2, None, None), lambda i, n, b: (0, b, i))
 
 def _by_query(q, k, size: _Size) -> _View:
     (B, K, G, T, h), S = q.shape, k.shape[2]
-    width = pl.next_power_of_2(h)
+    width = _width(h)
     return _View(
         (T // size.q, K * G, B),
         pl.BlockSpec((None, None, None, size.q, width), lambda i, n, b: (b, n // G, n % G, i, 0)),
@@ -155,7 +155,7 @@ def _by_query(q, k, size: _Size) -> _View:
 
 def _by_key(q, k, size: _Size) -> _View:
     (B, K, G, T, h), S = q.shape, k.shape[2]
-    width = pl.next_power_of_2(h)
+    width = _width(h)
     return _View(
         (S // size.k, K, B),
         pl.BlockSpec((None, None, G, T, width), lambda i, n, b: (b, n, 0, 0, 0)),
@@ -167,8 +167,13 @@ def _by_key(q, k, size: _Size) -> _View:
     )
 
 
+def _width(h: int) -> int:
+    """Of a tile of heads: a power of two, and at least as wide as a product has to be."""
+    return max(16, pl.next_power_of_2(h))
+
+
 def _size(q, backward: int) -> _Size:
-    return SIZES[max(128, pl.next_power_of_2(q.shape[-1]) * q.dtype.itemsize)][backward]
+    return SIZES[max(128, _width(q.shape[-1]) * q.dtype.itemsize)][backward]
 
 
 def _call(kernel, view: _View, size: _Size, arrays, q=(), k=(), number=()):

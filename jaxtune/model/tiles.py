@@ -28,10 +28,9 @@ class Place(NamedTuple):
 def tables(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
     """Places of queries and keys, `[B, PLACES, T]` int32, in the order of `Place`."""
     least = jnp.where(window == 0, jnp.iinfo(jnp.int32).min, queries.positions - window + 1)
-    parents = 0 if queries.parents is None else queries.parents
-    parents = jnp.where(parents > 0, parents, NO_PARENT) + jnp.zeros_like(least)
+    parents = [] if queries.parents is None else [jnp.where(queries.parents > 0, queries.parents, NO_PARENT)]
     segments = jnp.where(keys.segments > 0, keys.segments, NOBODY)
-    return _table(queries.slots, least, queries.segments, parents), _table(keys.slots, keys.positions, segments)
+    return _table(queries.slots, least, queries.segments, *parents), _table(keys.slots, keys.positions, segments)
 
 
 def _table(*rows) -> jax.Array:
