@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before jax is loaded: warnings of XLA's compiler a
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxtune import cli, costs, data, errors, parallel
+from jaxtune.compilation import enable_cache
 from jaxtune.config import Config, load_config
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config, open_tokenizer
@@ -50,6 +52,8 @@ def plan(
     """
     config = load_config(config, overrides)
     where, model_config = find_target(target), _model(config)
+    if where.name == "here":  # with the rows it is the program that `train` looks for
+        enable_cache(config)
     if auto is not None:
         config = _largest(config, model_config, where, auto)
     rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
@@ -76,7 +80,11 @@ def compare(config: Config, target: str) -> dict[str, Plan | str]:
 
 
 def _model(config: Config) -> ModelConfig:
-    return heads.headed(open_config(config.model), heads.head_of(config))
+    head, tokenizer = heads.head_of(config), None
+    if head is not None:
+        with contextlib.suppress(ModelError):  # it is not here: which token pads is then not known, and costs nothing
+            tokenizer = open_tokenizer(config.model, fetch=False)
+    return heads.headed(open_config(config.model), head, tokenizer)
 
 
 def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:

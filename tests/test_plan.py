@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from rich.console import Console
 
+import jaxtune.train  # noqa: F401
 from jaxtune import costs, data, parallel, targets
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_config, open_tokenizer
@@ -21,6 +23,7 @@ from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.step import check_attention, how_to_compute, say_attention
 
+OWN = {"compilation_cache": False}  # what is compiled here is kept from other tests
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},
@@ -53,7 +56,7 @@ def test_the_planned_batch_is_that_of_a_run(folder, tmp_path, objective):
 
 def test_a_reward_model_and_a_preference_run_are_planned(folder):
     def planned(**keys):
-        return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | keys)
+        return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | OWN | keys)
 
     reward, dpo = planned(objective="reward"), planned(objective="dpo")
     assert reward.bytes["logits"] == 0
@@ -101,7 +104,7 @@ def model_folder(tmp_path_factory):
 
 
 def run(folder, **keys):
-    own = {"model": str(folder), "data": {"train": "x.jsonl", "max_length": 32}, "output_dir": "x", "per_device_train_batch_size": 4}
+    own = {"model": str(folder), "data": {"train": "x.jsonl", "max_length": 32}, "output_dir": "x", "per_device_train_batch_size": 4} | OWN
     return load_config(own | keys)
 
 
@@ -196,6 +199,51 @@ def test_methods_side_by_side(model_folder, monkeypatch, capsys):
     assert "full: no" in capsys.readouterr().out
     show(plans["lora"], Console())
     assert "no single change" in capsys.readouterr().out
+
+
+class Seen(Exception):
+    """The step that a run begins with."""
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "qlora", "gradient_accumulation_steps": 2, "data.packing": False}, {"method": "full", "optim": "adamw_8bit"},
+        {"objective": "dpo", "method": "lora", "zero_stage": 1}, {"objective": "reward", "method": "full", "mesh.fsdp": 2},
+    ],
+    ids=lambda keys: keys.get("objective", "sft"),
+)  # fmt: skip
+def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, keys):
+    """Letter for letter, so that its bytes are those of the run and its compilation serves both."""
+    row = PAIR if "objective" in keys else {"prompt": "one", "completion": " two three"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"one {n}"}) + "\n" for n in range(20)))
+    data = {"train": str(tmp_path / "rows.jsonl"), "max_length": 64, "cache_dir": str(tmp_path / "cache")}
+    config = load_config({"model": str(folder), "data": data, "output_dir": str(tmp_path / "run"), "report_to": []} | OWN,
+                         [f"{key}={value}" for key, value in keys.items()])  # fmt: skip
+    texts = []
+
+    def lowered(config, model, mesh, rows):
+        step, arguments, _ = abstract_step(config, model, mesh, rows)
+        texts.append(step.lower(*arguments).as_text())
+        return needs(config, model, mesh, rows)
+
+    def programs(*args):
+        step, eval_step = jitted(*args)
+
+        def first(*arguments):
+            texts.append(step.lower(*arguments).as_text())
+            raise Seen
+
+        return first, eval_step
+
+    program = sys.modules["jaxtune.train"]
+    jitted = program._programs
+    monkeypatch.setattr("jaxtune.plan._needs", lowered)
+    monkeypatch.setattr(program, "_programs", programs)
+    plan(config)
+    with pytest.raises(Seen):
+        program.train(config)
+    assert texts[0] == texts[1]
 
 
 def test_steps_and_shapes_are_those_of_the_rows_where_they_are_here(folder, tmp_path, monkeypatch):
