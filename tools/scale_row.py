@@ -11,11 +11,14 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hlo_proto  # noqa: E402
 import jax  # noqa: E402
+from hlo_proto import Instruction  # noqa: E402
 
 from jaxtune import costs, parallel  # noqa: E402
 from jaxtune.config import load_config  # noqa: E402
@@ -27,24 +30,29 @@ KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
 
-def collectives(text: str) -> dict[str, list[int]]:
-    """Kind -> [number and bytes of results outside of loops, number and bytes within, each loop's body once]."""
-    found: dict[str, list[int]] = {}
+def from_text(text: str) -> Iterator[Instruction]:
+    """The collectives of a printed program; what is not in the entry computation itself counts as in a loop."""
     entry = False
     for line in text.splitlines():
         if line and not line.startswith(" "):
             entry = line.startswith("ENTRY")
-        match = re.match(rf"\s+(?:ROOT )?\S+ = (.*?) ({KINDS})(-start)?\(", line)
-        if match is None:
+        if match := re.match(rf"\s+(?:ROOT )?\S+ = (.*?) ((?:{KINDS})(?:-start)?)\(", line):
+            shapes = [(kind, sizes) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]) if kind in BYTES]
+            sizes = [BYTES[kind] * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in shapes]
+            yield Instruction(match[2], sizes, not entry)
+
+
+def collectives(found: Iterable[Instruction]) -> dict[str, list[int]]:
+    """Kind -> [number and bytes of results outside of loops, number and bytes within, each loop's body once]."""
+    rows: dict[str, list[int]] = {}
+    for one in found:
+        kind = one.opcode.removesuffix("-start")
+        if not re.fullmatch(KINDS, kind):
             continue
-        shapes = [(kind, sizes) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]) if kind in BYTES]
-        if match[3]:
-            shapes = shapes[len(shapes) // 2 :]  # operands and results
-        size = sum(BYTES[kind] * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in shapes)
-        row = found.setdefault(match[2], [0, 0, 0, 0])
-        place = 0 if entry else 2
-        row[place], row[place + 1] = row[place] + 1, row[place + 1] + size
-    return found
+        sizes = one.sizes[len(one.sizes) // 2 :] if one.opcode.endswith("-start") else one.sizes  # operands and results
+        row, place = rows.setdefault(kind, [0, 0, 0, 0]), 2 * one.in_loop
+        row[place], row[place + 1] = row[place] + 1, row[place + 1] + sum(sizes)
+    return rows
 
 
 def main() -> None:
@@ -77,15 +85,16 @@ def main() -> None:
         return
     try:
         text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # of a v5p XLA cannot read its own asynchronous collectives (jax 0.10.2)
-        text = None
-        print(f"XLA cannot print this program: {str(error).splitlines()[0]}", flush=True)
+    except jax.errors.JaxRuntimeError:  # of a v5p XLA cannot read its own asynchronous collectives (jax 0.10.2)
+        found, text = hlo_proto.instructions(compiled.runtime_executable().serialize(), "jit_step"), None
+    else:
+        found = from_text(text)
     if given.text and text:
         Path(given.text).write_text(text)
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    said = [] if text else ["not printable"]
-    for kind, (n, size, inner, inner_size) in sorted(collectives(text or "").items()):
+    said = []
+    for kind, (n, size, inner, inner_size) in sorted(collectives(found).items()):
         parts = [f"{inner} of {inner_size / 2**20:.0f} MiB in loops"] if inner else []
         parts += [f"{n} of {size / 2**20:.0f} MiB outside"] if n else []
         said.append(f"{kind}: {', '.join(parts)}")
