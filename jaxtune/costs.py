@@ -46,23 +46,28 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     return causes | {"other": max(0, left)}
 
 
-def flops(config: Config, model_config: ModelConfig, length: int) -> float:
+def flops(config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None) -> float:
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
-    A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat one more.
+    A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
+    products, one more. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
     """
-    rows = spec(model_config)
     tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * length
-    active = 0
-    for row in rows.values():
-        if row.is_matrix:
-            active += math.prod(row.shape)
-        elif row.is_experts and model_config.moe:
-            active += math.prod(row.shape) * model_config.moe.experts_per_token / model_config.moe.num_experts
-    head = (model_config.num_labels or model_config.vocab_size) * model_config.hidden_size
+    active = repeated = 0.0
+    for path, row in spec(model_config).items():
+        if not (row.is_matrix or row.is_experts):
+            continue
+        share = model_config.moe.experts_per_token / model_config.moe.num_experts if row.is_experts and model_config.moe else 1.0
+        active += share * math.prod(row.shape)
+        repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
+    outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
+    head = outputs * model_config.hidden_size
+    seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
+    spans = sum(min(seen, 2 * window or seen) for window in model_config.layer_windows)
+    attention = model_config.num_heads * model_config.head_dim * spans
     full = config.method == "full"
     passes = 3 if full else 2
-    again = 0 if config.gradient_checkpointing is False else 1
-    attention = model_config.num_layers * model_config.num_heads * model_config.head_dim * length  # the causal half
+    again = 0 if model_config.remat in ("none", "dots") else 1
     reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
-    return 2.0 * tokens * (active * (passes + again + reference) + head * (passes + full + reference) + attention * (3 + again + reference))
+    layers = active * (passes + reference) + repeated * again + attention * (3 + again + reference)
+    return 2.0 * tokens * (layers + head * (passes + full + reference))

@@ -129,7 +129,8 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
     except jax.errors.JaxRuntimeError as error:
         if (needed := errors_bytes(str(error))) is None:
             raise
-    flops = costs.flops(config, model_config, batch.tokens.shape[-1]) / (mesh.size / parallel.data_parallel(mesh))
+    attended = float((rows.units.lengths.astype(float) ** 2).sum() / rows.plan.slots()) if rows else None
+    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended) / (mesh.size / parallel.data_parallel(mesh))
     return needed, costs.by_cause(config, model_config, state, base, batch, needed), flops
 
 
@@ -159,7 +160,7 @@ def _settings(config: Config) -> dict[str, Any]:
 def _alternatives(config: Config, model_config: ModelConfig, where: Target) -> list[dict[str, Any]]:
     """Settings that fit, each compiled: the cheapest change of each kind, in the order of what they cost."""
     found = []
-    for change, candidates in _candidates(config, len(where.devices)):
+    for change, candidates in _candidates(config, where.devices):
         for keys in candidates:
             tried = _compile(_changed(config, keys), model_config, where)
             if tried.fits:
@@ -196,9 +197,9 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
     return config if best is None else _changed(config, {key: best})
 
 
-def _candidates(config: Config, devices: int):
+def _candidates(config: Config, devices: Sequence):
     """`(what it is, [settings to try, the mildest first])`."""
-    if config.gradient_checkpointing in (False, "dots"):
+    if config.gradient_checkpointing in (False, "dots") or (config.gradient_checkpointing == "auto" and devices[0].platform == "cpu"):
         yield "recompute activations", [{"gradient_checkpointing": True}]
     if config.gradient_checkpointing != "offload":
         yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
@@ -206,7 +207,7 @@ def _candidates(config: Config, devices: int):
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
     batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
     yield "a smaller micro-batch", [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
-    if devices > 1 and config.mesh.fsdp == 1:
+    if len(devices) > 1 and config.mesh.fsdp == 1:
         yield "weights over the devices", [{"mesh.data": 1, "mesh.fsdp": -1}]
     if config.method == "lora" and config.quantization is None:
         yield "a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq"}]

@@ -201,6 +201,19 @@ def test_methods_side_by_side(model_folder, monkeypatch, capsys):
     assert "no single change" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("method", "remat", "near"), [("lora", False, 0.08), ("full", True, 0.03)])
+def test_operations_are_about_those_that_xla_counts(tmp_path, method, remat, near):
+    """Wide enough that products are nearly all of them; of one layer, whose input takes no gradient where it is frozen."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 512, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA | wide | {"num_hidden_layers": 1}))
+    data = {"train": "x.jsonl", "max_length": 64}
+    config = run(tmp_path, method=method, gradient_checkpointing=remat, lora={"r": 1}, data=data, per_device_train_batch_size=2)
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    step, arguments, model_config = abstract_step(config, open_config(tmp_path), mesh)
+    counted = step.lower(*arguments).compile().cost_analysis()["flops"]
+    assert costs.flops(config, model_config, 64) == pytest.approx(counted, rel=near)
+
+
 class Seen(Exception):
     """The step that a run begins with."""
 
