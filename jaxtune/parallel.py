@@ -148,7 +148,8 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
 
     def pair(path: str, leaves: dict) -> dict:
         *lead, out, width = rows[path].axes
-        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, out), "bias": (*lead, out)}
+        scaled = width if path == "embed" else out  # what DoRA has a number for
+        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, scaled), "bias": (*lead, out)}
         return {name: sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
 
     def saved(path: str, leaf: Any) -> NamedSharding:

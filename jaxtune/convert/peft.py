@@ -47,7 +47,7 @@ PREFIX = "base_model.model."
 # our leaf -> PEFT's suffix, and whether PEFT holds it transposed
 MATRIX = {"a": ("lora_A.weight", False), "b": ("lora_B.weight", False), "bias": ("lora_B.bias", False),
           "magnitude": ("lora_magnitude_vector", False)}  # fmt: skip
-EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True)}
+EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True), "magnitude": ("lora_magnitude_vector", False)}
 
 TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
 
@@ -242,7 +242,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
             values = {leaf: checkpoint.read(tensor).astype(np.float32) for leaf, tensor in tensors.items()}
             values = {leaf: x.T if suffixes[leaf][1] else x for leaf, x in values.items()}
             count = row.shape[1] if row.is_experts else None
-            _check(path, place.name, values, row.shape[-2:], rank, count)
+            _check(path, place.name, values, _shapes(name, row, rank, count))
             for leaf, asked in (("magnitude", config.use_dora), ("bias", config.lora_bias)):
                 if tensors and asked and leaf in suffixes and leaf not in tensors:
                     tensor = f"{place.stem}.{suffixes[leaf][0]}"
@@ -250,7 +250,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
             values = {leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values
             ranks, scales, layers = [*ranks, rank], [*scales, scale], [*layers, values]
             left -= set(tensors.values())
-        params[name] = _stack(layers, row.shape, max(ranks), bool(row.layers))
+        params[name] = _stack(layers, row, _shapes(name, row, max(ranks)))
         sites.append(Site(name, tuple(ranks), tuple(scales)))
     return params, tuple(sites)
 
@@ -313,12 +313,16 @@ def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
         raise ModelError(f"{path}/adapter_config.json: {error}") from error
 
 
-def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple[int, ...], rank: int, experts: int | None) -> None:
+def _shapes(name: str, row: Row, rank: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Of what a pair is at one layer; DoRA scales an embedding's columns, and the rows of any other matrix."""
+    out, width = row.shape[-2:]
+    joint = rank * (experts or 1)
+    return {"a": (joint, width), "b": (out, joint), "magnitude": (width if name == "embed" else out,), "bias": (out,)}
+
+
+def _check(path: Path, module: str, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:
     if not tensors:
         return
-    out, width = shape
-    joint = rank * (experts or 1)
-    wanted = {"a": (joint, width), "b": (out, joint), "magnitude": (out,), "bias": (out,)}
     for leaf in ("a", "b"):
         if leaf not in tensors:
             raise ModelError(f"{path}: the adapter of {module} lacks its {leaf.upper()} matrix")
@@ -327,11 +331,9 @@ def _check(path: Path, module: str, tensors: dict[str, np.ndarray], shape: tuple
             raise ModelError(f"{path}: {leaf.upper()} of {module} is {tensor.shape}, but this model and its config ask for {wanted[leaf]}")
 
 
-def _stack(layers: list[dict[str, np.ndarray]], shape: tuple[int, ...], rank: int, stacked: bool) -> dict:
-    """Per-layer pairs, padded with zeros to one rank, stacked in front."""
-    *lead, out, width = shape
-    lead = lead if stacked else [1]
-    full = {"a": (rank, width), "b": (out, rank), "magnitude": (out,), "bias": (out,)}
+def _stack(layers: list[dict[str, np.ndarray]], row: Row, full: dict[str, tuple[int, ...]]) -> dict:
+    """Per-layer pairs, padded with zeros to the shapes of one rank, stacked in front."""
+    lead = row.shape[:-2] if row.layers else (1,)
     leaves = {}
     for leaf, own in full.items():
         if not any(leaf in tensors for tensors in layers):
@@ -340,5 +342,5 @@ def _stack(layers: list[dict[str, np.ndarray]], shape: tuple[int, ...], rank: in
         for number, tensors in enumerate(layers):
             if leaf in tensors:
                 stack[(number, *(slice(size) for size in tensors[leaf].shape))] = tensors[leaf]
-        leaves[leaf] = jnp.asarray(stack if stacked else stack[0])
+        leaves[leaf] = jnp.asarray(stack if row.layers else stack[0])
     return leaves

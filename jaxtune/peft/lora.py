@@ -101,18 +101,36 @@ class DoRA(LoRA):
 
     magnitude: jax.Array | None = None  # [out]
 
-    def _ratio(self) -> jax.Array:
-        norm = jnp.linalg.norm(dense(self.base, jnp.float32) + self._delta(), axis=1)
-        return self.magnitude / jax.lax.stop_gradient(norm)
+    def _ratio(self, axis: int = 1) -> jax.Array:
+        """`m / |V|`; V is made again in the backward pass, not kept."""
+
+        def ratio(leaf):
+            norm = jnp.linalg.norm(dense(leaf.base, jnp.float32) + leaf._delta(), axis=axis)
+            return leaf.magnitude / jax.lax.stop_gradient(norm)
+
+        return jax.checkpoint(ratio)(self)
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """`m / |V| * V x`; V is made again in the backward pass, not kept."""
-        ratio = jax.checkpoint(lambda leaf: leaf._ratio())(self)
-        return super().apply(x) * ratio.astype(x.dtype)
+        """`m / |V| * V x`."""
+        return super().apply(x) * self._ratio().astype(x.dtype)
 
     def dense(self, dtype) -> jax.Array:
         """`m * V / |V|`."""
         return (super().dense(jnp.float32) * self._ratio()[:, None]).astype(dtype)
+
+
+class DoRAEmbedding(DoRA):
+    """DoRA of an embedding `[V, D]`: |V| is the norm of each of its D columns, as in PEFT."""
+
+    magnitude: jax.Array | None = None  # [D]
+
+    def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of the embedding."""
+        return (super().rows(ids, jnp.float32) * self._ratio(0)).astype(dtype)
+
+    def dense(self, dtype) -> jax.Array:
+        """`V * m / |V|`."""
+        return (LoRA.dense(self, jnp.float32) * self._ratio(0)).astype(dtype)
 
 
 class TokenRows(Weight):
@@ -152,8 +170,8 @@ class Adapter(struct.PyTreeNode):
 
 
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
-    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), `b` zeros;
-    parameters that are trained whole begin as the base's."""
+    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), of an
+    embedding normal with deviation 1; `b` zeros; parameters that are trained whole begin as the base's."""
     config = settle(model_config, config)
     table = adaptable(model_config)
     sites = find_sites(model_config, config)
@@ -164,7 +182,9 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
         *lead, out, width = row.shape
         ranks = np.asarray(site.ranks, np.float32).reshape(-1, *(1,) * len(row.shape[1:])) if lead else np.float32(rank)
         noise_key = jax.random.fold_in(key, number)
-        if config.init_lora_weights == "gaussian":
+        if site.path == "embed" and config.init_lora_weights in (True, "gaussian"):
+            a = jax.random.normal(noise_key, (rank, width))  # as PEFT, whose B of an embedding is like an embedding
+        elif config.init_lora_weights == "gaussian":
             a = jax.random.normal(noise_key, (*lead, rank, width)) / np.maximum(ranks, 1)
         elif config.init_lora_weights is True:
             a = jax.random.uniform(noise_key, (*lead, rank, width), minval=-1.0, maxval=1.0) / math.sqrt(width)
@@ -175,15 +195,15 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
         if config.lora_bias:
             pair["bias"] = jnp.zeros((*lead, out))
         if config.use_dora:
-            pair["magnitude"] = _row_norms(leaves[site.path])
+            pair["magnitude"] = _norms(leaves.get(site.path, leaves["embed"]), axis=-2 if site.path == "embed" else -1)
         tree[site.path] = pair
     wholes = find_wholes(model_config, config, sites)
     saved = {whole.path: _own(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
     return Adapter(params=tree, sites=sites, config=config, saved=saved, wholes=wholes)
 
 
-def _row_norms(w: Matrix) -> jax.Array:
-    return jnp.linalg.norm(dense(w, jnp.float32), axis=-1)
+def _norms(w: Matrix, axis: int) -> jax.Array:
+    return jnp.linalg.norm(dense(w, jnp.float32), axis=axis)
 
 
 def _own(whole: Whole, leaf: Matrix, config: LoraConfig) -> jax.Array:
@@ -209,7 +229,7 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
             leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head alone
         for path, part in _parts(site.path, pair, scale).items():
             target = leaves["embed"] if path == "head" and "head" not in leaves else leaves[path]
-            kind = DoRA if "magnitude" in part else LoRA
+            kind = LoRA if "magnitude" not in part else DoRAEmbedding if path == "embed" else DoRA
             leaves[path] = kind(base=target, key=keys, rate=rate, **part)
         if "bias" in pair:
             added, own = scale[..., None] * pair["bias"], leaves.get(f"{site.path}_bias")

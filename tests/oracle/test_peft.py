@@ -33,6 +33,7 @@ VARIANTS = {
     "DoRA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
     "head": {"r": 4, "target_modules": ["lm_head", "o_proj"]},
     "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
+    "DoRA of the ends": {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "all biases": {"r": 4, "bias": "all", "target_modules": ["q_proj", "o_proj"]},
     "biases of some layers": {"r": 4, "bias": "lora_only", "target_modules": ["k_proj", "o_proj"], "layers_to_transform": [0, 2]},
     "biases of its own": {"r": 4, "lora_bias": True, "target_modules": ["q_proj", "o_proj"], "layers_pattern": "layers",
@@ -77,7 +78,7 @@ VARIANTS |= GPT2 | NEOX | FUSED
 # every variant once, and over a tied matrix those that touch it
 OTHERS = {name: kind for kind, names in {"gpt2": GPT2, "gpt_neox": NEOX}.items() for name in names} | {name: name for name in FUSED}
 EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in name]
-EACH += [("tied", name) for name in ("head", "embedding", "modules", "both uses of a tied matrix", "tokens")]
+EACH += [("tied", name) for name in ("head", "embedding", "DoRA of the ends", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
 EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
 
