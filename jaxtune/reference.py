@@ -24,6 +24,7 @@ from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.data.tokenised import cache_dir
 from jaxtune.errors import ConfigError
+from jaxtune.model.families.base import HOW
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
 from jaxtune.objectives.watch import WITH_REFERENCE
 from jaxtune.peft import compose
@@ -81,11 +82,11 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
 
 def _comparable(config: Any, like: Any) -> Any:
     """The model's config with the settings of the computation as the other has them."""
-    return config.__class__(**{**vars(config), "dtype": like.dtype, "remat": like.remat})
+    return config.__class__(**{**vars(config), **{name: getattr(like, name) for name in HOW}})
 
 
 def _difference(a: Any, b: Any) -> str:
-    names = [name for name in vars(a) if name not in ("dtype", "remat", "hf_json") and getattr(a, name) != getattr(b, name)]
+    names = [name for name in vars(a) if name not in (*HOW, "hf_json") and getattr(a, name) != getattr(b, name)]
     return ", ".join(f"{name} {getattr(a, name)} instead of {getattr(b, name)}" for name in names[:2])
 
 

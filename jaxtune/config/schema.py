@@ -194,6 +194,7 @@ class Config(ObjectiveConfig):
     lora: LoraConfig = LoraConfig()
     init_adapter: str | None = None  # a PEFT folder to go on from, instead of a fresh adapter (its own config counts, not `lora`)
     quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
+    quantization_kernel: Literal["auto", "xla", "pallas"] = "auto"  # products of 4-bit matrices; auto: pallas on a TPU, else xla
     data: DataConfig = DataConfig()
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; auto: bfloat16 on TPU and GPU, float32 on CPU

@@ -11,10 +11,11 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
+from jaxtune.model import nf4_kernel
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import Place, block, norm
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.layout import constrain
+from jaxtune.model.layout import constrain, split
 from jaxtune.model.moe import RouterSums
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.rope import cos_sin
@@ -98,8 +99,9 @@ def hidden(
     def layer(carry, scanned):
         x_BTD, kv = carry
         x_BTD = checkpoint_name(x_BTD, "residual")
-        weights, number, rope, window = scanned
+        weights, number, nth, rope, window = scanned
         weights = _brought(config, weights, axes) if config.mesh else weights
+        weights = put(weights, nth)
         place = Place(cos[rope], sin[rope], window, queries, keys, number)
         x_BTD, kv, sums = block(config, weights, x_BTD, place, kv)
         return (constrain(config.mesh, x_BTD, "rows", "tokens", None), kv), sums
@@ -109,7 +111,8 @@ def hidden(
         axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in table.items()}
         ropes = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])
         windows = jnp.asarray([config.layer_windows[i] for i in layers])
-        scanned = params["layers"][str(stack)], jnp.asarray(layers), ropes, windows
+        weights, put = _held(config, params["layers"][str(stack)])
+        scanned = weights, jnp.asarray(layers), jnp.arange(len(layers)), ropes, windows
         (x_BTD, kv), sums = jax.lax.scan(_remat(config, layer), (x_BTD, kv), scanned)
         routed += [jax.tree.map(lambda x: x.sum(0), sums)] if sums is not None else []
     if cache is not None and kv is not None:
@@ -118,18 +121,27 @@ def hidden(
     return Output(norm(config, params, "norm", x_BTD), cache, aux)
 
 
+def _held(config: ModelConfig, weights: dict):
+    """What to scan over, and what to make of a layer's part and its number: the kernel takes 4-bit matrices from their stack.
+
+    Only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
+    if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
+        return weights, lambda layer, number: layer
+    return nf4_kernel.hold(weights, config.mesh)
+
+
 def _brought(config: ModelConfig, weights: dict, axes: dict[str, tuple]) -> dict:
     """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
     moves eight times the bytes."""
 
     def bring(name: str, leaf):
-        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-1] != leaf.shape[0]):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
             return leaf
         names = [axis if axis != "embed" else None for axis in axes[name][1:]]
         if isinstance(leaf, NF4):  # packed the other way round
             names[-2:] = names[:-3:-1]
-        fields = {field: constrain(config.mesh, x, *names[: x.ndim]) for field, x in (("codes", leaf.codes), ("absmax", leaf.absmax))}
-        return leaf.replace(**fields)
+        fields = {"codes": leaf.codes, "absmax": leaf.absmax}
+        return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})
 
     return {
         name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxtune.model.weight import Weight, matmul
+from jaxtune.model.weight import Weight
 
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -47,6 +47,11 @@ class Packed(Weight):
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Each row times its expert's matrix; the backward pass unpacks them again."""
         return _packed_grouped(self, x, sizes)
+
+    def product(self, x: jax.Array, back: bool = False) -> jax.Array:
+        """`x W^T`, or with `back` `x W`, in x's dtype."""
+        dense_w, x = self.dense_beside(x)
+        return jax.lax.dot_general(x, dense_w, (((x.ndim - 1,), (0 if back else 1,)), ((), ())))
 
     def dense_beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The matrix in x's dtype, and x, both behind one barrier."""
@@ -150,8 +155,7 @@ class Int8(Packed):
 
 @jax.custom_vjp
 def _packed_matmul(w, x):
-    w, x = w.dense_beside(x)
-    return matmul(x, w)
+    return w.product(x)
 
 
 def _packed_matmul_fwd(w, x):
@@ -159,8 +163,7 @@ def _packed_matmul_fwd(w, x):
 
 
 def _packed_matmul_bwd(w, dy):
-    dense_w, dy = w.dense_beside(dy)
-    return None, jax.lax.dot_general(dy, dense_w, (((dy.ndim - 1,), (0,)), ((), ())))
+    return None, w.product(dy, back=True)
 
 
 _packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)

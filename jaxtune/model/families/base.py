@@ -12,6 +12,9 @@ from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
+# the fields of a ModelConfig that say how to compute it: two configs that differ in them alone are of one model
+HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "quantization_kernel", "mesh")
+
 
 @dataclasses.dataclass(frozen=True)
 class Moe:
@@ -69,6 +72,7 @@ class ModelConfig:
     remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
+    quantization_kernel: str = "xla"  # xla | pallas: how 4-bit matrices are multiplied by (model/nf4_kernel.py)
     mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
