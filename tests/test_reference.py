@@ -1,5 +1,6 @@
 """Where the reference model comes from, what it costs, and when what was computed of it is found again."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,7 +16,7 @@ from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import open_model, read_model
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES, answers
-from jaxtune.step import init_state, make_eval_step, make_step
+from jaxtune.step import how_to_compute, init_state, make_eval_step, make_step
 
 ROWS = [{"prompt": "the quick brown " * (1 + n % 3), "chosen": " fox" * (1 + n % 4), "rejected": " dog" * (1 + n % 3)} for n in range(8)]
 
@@ -120,6 +121,7 @@ def test_an_adapter_or_a_checkpoint_as_reference(run, home, opened, model, adapt
         "a checkpoint": {"ref_model": str(home / "other")},
     }  # fmt: skip
     config = run(**keys[kind])
+    model = dataclasses.replace(model, config=how_to_compute(config.replace(dtype="float32"), model.config, "cpu"))
     start = peft_files.load_adapter(home / "adapter", model)
     base, rows = prepare(config, opened, model, start)
     whole = kind == "a checkpoint"

@@ -93,7 +93,7 @@ def gradients(sizes, kernel):
     keys = iter(jax.random.split(jax.random.key(0), 50))
     params = {path: 0.1 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()}
     pack = functools.partial(quant._quantize_4bit, kind="nf4", nested=False, block_size=64)
-    for path, row in spec(config).items():
+    for path in spec(config):
         if path.endswith(("/q", "/down")):  # two of seven, for the compiler's time
             params[path] = jax.tree.map(lambda *x: jnp.stack(x), *[pack(w) for w in params[path]])
     params = unflatten(params)

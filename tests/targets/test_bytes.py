@@ -5,13 +5,18 @@ Needs libtpu, jax-cuda13-plugin and jax-cuda13-pjrt (the last two with `pip inst
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
+from jax.sharding import SingleDeviceSharding
 
 pytest.importorskip("libtpu")
 pytest.importorskip("jax_cuda13_plugin")
 
 from jaxtune import plan
+from jaxtune.model import nf4_kernel, quant
+from jaxtune.targets import find_target
 
 pytestmark = pytest.mark.usefixtures("all_optimizations")
 SHAPE = tiny.LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
@@ -57,3 +62,29 @@ def test_offload_leaves_the_gradients(peak, target):
 def test_a_kernel_compiles_and_takes_no_more_memory(peak, target, kernel):
     print(target, peak(target, 4, attention=kernel), peak(target, 4))
     assert peak(target, 4, attention=kernel) <= peak(target, 4)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_tpu_product_leaves_nothing_in_its_memory(back):
+    """The kernel takes a layer's codes from their stack: neither a dense matrix nor a copy of them; cut out first, they are copied."""
+    layers, out, width, tokens = 4, 28672, 8192, 256  # larger than a TPU's VMEM, which would hide them
+    place = SingleDeviceSharding(find_target("v5e-1").devices[0])
+    leaf = quant.abstract("nf4", (out, width))
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype, sharding=place), leaf)
+    x = jax.ShapeDtypeStruct((layers, tokens, out if back else width), jnp.bfloat16, sharding=place)
+
+    def temporaries(cut_out):
+        def product(stack, x):
+            held, put = nf4_kernel.hold(stack)
+
+            def of_one(layer, number, x):
+                leaf = put(layer, number)
+                leaf = leaf.replace(stack=leaf.stack[number][None], number=jnp.int32(0)) if cut_out else leaf
+                return leaf.product(x, back)
+
+            return jax.lax.map(lambda each: of_one(*each), (held, jnp.arange(layers), x))
+
+        return jax.jit(product).lower(stack, x).compile().memory_analysis().temp_size_in_bytes
+
+    codes = out * width // 2
+    assert temporaries(False) < 0.2 * codes < 0.8 * codes < temporaries(True)
