@@ -30,6 +30,9 @@ from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
+from jaxtune.model import nf4_kernel
+from jaxtune.model.quant import NF4
+from jaxtune.model.weight import is_weight
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS
@@ -161,6 +164,9 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     model = read_model(opened, dtype, config.quantization, mesh)
     model = heads.attach(model, heads.head_of(config), jax.random.key(config.seed), mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
+    packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(model.params, is_leaf=is_weight))
+    if packed and model.config.quantization_kernel == "pallas":
+        nf4_kernel.prove()
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)
     else:

@@ -5,7 +5,7 @@ summed in float32. Only the order of the sum differs.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, JaxtuneError
 from jaxtune.model.layout import each_part, partition, split
-from jaxtune.model.quant import CODES, NF4, Packed
+from jaxtune.model.quant import CODES, NF4, Packed, quantize
 
 LANES, SUBLANES_8BIT = 128, 32  # of a TPU's registers, which memory is laid out for
 TOKENS_BYTES = 4096  # bytes of a column of x that are there at one time: 2048 tokens in bfloat16
@@ -73,6 +73,20 @@ def chosen(asked: str, platform: str) -> str:
     if asked == "pallas" and platform != "tpu":
         raise ConfigError(f"quantization_kernel: pallas is for TPUs, and this computes on a {platform}; write auto or xla")
     return ("pallas" if platform == "tpu" else "xla") if asked == "auto" else asked
+
+
+def prove() -> None:
+    """Unpack a small matrix by the kernel on the device at hand, both ways, and compare it bit by bit with `NF4.dense`.
+
+    No TPU was there when the kernel was written: it was tested in interpret mode and compiled for TPUs. A second at the start of a run.
+    """
+    w = jax.random.normal(jax.random.key(0), (256, 512))
+    leaf = cast(NF4, quantize(w, "nf4-dq"))
+    held = Held(leaf.replace(codes=None), leaf.codes[None], jnp.int32(0))
+    dense = leaf.dense(jnp.bfloat16)
+    forward, back = (held.product(jnp.eye(side, dtype=jnp.bfloat16), back) for side, back in ((512, False), (256, True)))
+    if not bool((forward == dense.T).all() & (back == dense).all()):
+        raise JaxtuneError("the 4-bit kernel gives other numbers than it should on this device; write quantization_kernel: xla")
 
 
 def hold(layers, mesh: Mesh | None = None):

@@ -11,7 +11,7 @@ import tiny
 
 from jaxtune import parallel
 from jaxtune.config import LoraConfig, MeshConfig
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, JaxtuneError
 from jaxtune.model import nf4_kernel, quant
 from jaxtune.model.decoder import hidden
 from jaxtune.model.families import from_hf
@@ -118,6 +118,13 @@ def test_a_model_by_the_kernel(calls):
         for one, other in zip(gradients(sizes, "pallas"), expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
         assert {shape[0] for shape, _ in calls} == {layers} and {back for _, back in calls} == {False, True}
+
+
+def test_a_device_that_computes_something_else_is_found_out(monkeypatch):
+    nf4_kernel.prove()
+    monkeypatch.setattr(nf4_kernel, "CODES", {"nf4": (*quant.NF4_CODE[:5], -0.18, *quant.NF4_CODE[6:])})
+    with pytest.raises(JaxtuneError, match="write quantization_kernel: xla"):
+        nf4_kernel.prove()
 
 
 def test_the_kernel_is_for_tpus():
