@@ -34,7 +34,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="module")
 def all_optimizations():
     """For modules that judge the programs users have: their bytes, their agreement with other libraries."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -20,8 +20,6 @@ from jaxtune.model.weight import linear
 from jaxtune.peft import lora
 from jaxtune.tree import unflatten
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
