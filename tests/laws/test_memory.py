@@ -11,7 +11,7 @@ import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
 
-from jaxtune.config import LoraConfig
+from jaxtune.config import LoraConfig, load_config
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
 from jaxtune.model.decoder import forward
@@ -90,7 +90,7 @@ def test_the_measure_sees_a_dense_copy(monkeypatch):
 
 
 def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
-    run = SimpleNamespace(gradient_checkpointing="auto", logits_chunk_size=None, mlp_chunk_size=None, dtype="float32")
+    run = load_config({"model": "x", "data": {"train": "x.jsonl"}, "output_dir": "x"})
     chosen = {platform: how_to_compute(run, from_hf(SHAPE), platform).remat for platform in ("cpu", "gpu", "tpu")}
     assert chosen == {"cpu": "dots", "gpu": "full", "tpu": "full"}
 
