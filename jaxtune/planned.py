@@ -87,18 +87,21 @@ def side_by_side(plans: Mapping[str, Plan | str], console: Console) -> None:
         one = next(iter(able.values()))
         of = f" of {size(one.device_bytes)}" if one.device_bytes else ""
         console.print(f"[bold]{one.target}[/], memory of each of {one.devices} device(s){of}", soft_wrap=True)
-    table = Table("method", "", "needs", "frozen", "trained", "activations and rest", "a step, at least", box=None)
+    table = Table("method", "", "needs", "frozen", "trained", "the rest", "a step", "the run", box=None)
     for name, one in able.items():
         frozen, trained = one.of("weights", "scales"), one.of("trainable", "optimizer", "gradients")
         rest = one.peak_bytes - frozen - trained
-        seconds = time(one.seconds_at_least) if one.seconds_at_least else "not known"
-        table.add_row(name, VERDICT[one.fits], *map(size, (one.peak_bytes, frozen, trained, rest)), seconds)
+        times = (one.seconds_at_least, one.hours_at_least and 3600 * one.hours_at_least)
+        table.add_row(name, VERDICT[one.fits], *map(size, (one.peak_bytes, frozen, trained, rest)), *(time(t) if t else "?" for t in times))
     console.print(table)
+    said = "trained counts gradients and moments, the rest is activations, logits and temporaries; times are lower bounds"
+    console.print(said, style="dim", soft_wrap=True)
     for name, one in plans.items():
         if isinstance(one, str):
             console.print(f"{name}: {one}", highlight=False, markup=False, soft_wrap=True)
         elif one.fits is False:
-            console.print(f"{name}: for settings that fit, python -m jaxtune.plan CONFIG method={name}", highlight=False, soft_wrap=True)
+            keys = f"method={name} quantization={one.settings['quantization'] or 'null'}"
+            console.print(f"{name}: for settings that fit, python -m jaxtune.plan CONFIG {keys}", highlight=False, soft_wrap=True)
     for note in dict.fromkeys(note for one in able.values() for note in one.notes):
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 

@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 MARKS = {  # what is done when such a line comes
-    r"^  \w+: |^model: \S+$": "imports, config",
+    r"^model=": "imports, config",
     r"^data: .* documents": "tokenizer, rows",
     r"^model: .* weights": "weights",
-    r"^step 1/": "first step",
+    r"^(adapter|full): ": "adapter",
+    r"Finished XLA compilation of jit\(step\)": "first step begins",
+    r"^step 1/": "first step done",
+    r"^result: ": "result",
 }
 COLUMNS = {"prompt": "question", "completion": "answer"}
 COMPILING = re.compile(
