@@ -1,12 +1,16 @@
 """What the commands share: `jaxtune VERB`, argument parsing, and modules that can be called."""
 
 import argparse
+import difflib
+import importlib.metadata
 import inspect
 import logging
+import re
 import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from jaxtune import errors
 
@@ -41,9 +45,18 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     pass
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does; a key of the config that was written as an option is told how to be written."""
+        if message.startswith("unrecognized arguments: --") and any(action.dest == "overrides" for action in self._actions):
+            key = re.split(r"[ =]", message.partition("--")[2])[0]
+            message += f"; keys of the config are written without dashes: {key}=VALUE"
+        super().error(message)
+
+
 def parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
     """An argument parser for one verb; the description is the module's docstring, printed as written."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"jaxtune {verb}", description=description or VERBS[verb], formatter_class=_Help, allow_abbrev=False
     )
 
@@ -52,7 +65,7 @@ def config_parser(verb: str, description: str | None = None) -> argparse.Argumen
     """A parser that begins with `CONFIG.yaml [key=value ...]`: `config` (str) and `overrides` (list of str)."""
     result = parser(verb, description)
     result.add_argument("config", metavar="CONFIG.yaml", help="the config file")
-    result.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, nested keys with dots: lora.r=32")
+    result.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides, nested keys with dots: lora.r=32")
     return result
 
 
@@ -81,8 +94,12 @@ def _dispatch() -> int | None:
         print(_usage())
         return None
     verb = sys.argv[1]
+    if verb in ("-V", "--version", "version"):
+        print(" ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jaxtune", "jax")))
+        return None
     if verb not in VERBS:
-        raise errors.ConfigError(f"{verb} is not a verb of jaxtune.\n{_usage()}")
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        raise errors.ConfigError(f"{verb} is not a verb of jaxtune{f'; did you mean {near[0]}?' if near else '.'}\n{_usage()}")
     sys.argv = [f"jaxtune {verb}", *sys.argv[2:]]
     runpy.run_module(f"jaxtune.{verb}", run_name="__main__")
     return None

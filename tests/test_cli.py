@@ -42,4 +42,25 @@ def test_an_unknown_verb_is_an_error(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "trian is not a verb" in capsys.readouterr().err
+    assert "trian is not a verb of jaxtune; did you mean train?" in capsys.readouterr().err
+
+
+def test_the_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxtune", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("jaxtune ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: CONFIG.yaml\n"),
+        (["c.yaml", "--learning_rate", "2e-4"], "written without dashes: learning_rate=VALUE"),
+        (["c.yaml", "--lora.r=4"], "written without dashes: lora.r=VALUE"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(cli.config_parser("train"), arguments)
+    assert said in capsys.readouterr().err

@@ -30,7 +30,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# 010 is ten, and 1:30 a text, as in YAML 1.2; in YAML 1.1 they are eight and ninety
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":int")]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0x[0-9a-fA-F_]+|\d[\d_]*)$"), list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _whole(node.value.replace("_", "")))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+
+
+def _whole(text: str) -> int:
+    return int(text, 16) if "x" in text else int(text)
 
 
 def _groups(kind: type = Config, prefix: str = "") -> dict[str, dict[str, Any]]:
@@ -90,7 +101,7 @@ def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override; write key=value, with dots for nested keys: lora.r=32")
-    return key.strip(), _parse(value, f"the value of {key.strip()}")
+    return key.strip(), None if value.strip() == "None" else _parse(value, f"the value of {key.strip()}")
 
 
 def _unknown(path: str) -> ConfigError:

@@ -45,6 +45,8 @@ class LoraConfig(Group):
         super().__post_init__()
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora.lora_bias cannot be used with use_dora; leave one out.")
+        if self.init_lora_weights not in (True, "gaussian"):
+            raise ConfigError(f"lora.init_lora_weights={self.init_lora_weights!r} is not supported; write true or gaussian.")
 
 
 @dataclass(frozen=True)

@@ -182,14 +182,12 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
         *lead, out, width = row.shape
         ranks = np.asarray(site.ranks, np.float32).reshape(-1, *(1,) * len(row.shape[1:])) if lead else np.float32(rank)
         noise_key = jax.random.fold_in(key, number)
-        if site.path == "embed" and config.init_lora_weights in (True, "gaussian"):
+        if site.path == "embed":
             a = jax.random.normal(noise_key, (rank, width))  # as PEFT, whose B of an embedding is like an embedding
         elif config.init_lora_weights == "gaussian":
             a = jax.random.normal(noise_key, (*lead, rank, width)) / np.maximum(ranks, 1)
-        elif config.init_lora_weights is True:
-            a = jax.random.uniform(noise_key, (*lead, rank, width), minval=-1.0, maxval=1.0) / math.sqrt(width)
         else:
-            raise ConfigError(f"lora.init_lora_weights={config.init_lora_weights!r} is not supported; write true or gaussian")
+            a = jax.random.uniform(noise_key, (*lead, rank, width), minval=-1.0, maxval=1.0) / math.sqrt(width)
         a = jnp.where(np.arange(rank)[:, None] < ranks, a, 0.0)
         pair = {"a": a, "b": jnp.zeros((*lead, out, rank))}
         if config.lora_bias:

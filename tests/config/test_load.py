@@ -275,3 +275,19 @@ def test_overrides_change_a_config_that_is_read_already():
     assert load_config(config) is config
     changed = load_config(config, ["lora.r=3", "learning_rate=0.5"])
     assert (changed.lora.r, changed.learning_rate) == (3, 0.5) and config.lora.r != 3
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("max_steps=010", "max_steps", 10), ("max_steps=1_000", "max_steps", 1000), ("seed=0x10", "seed", 16),
+        ("run_name=1:30", "run_name", "1:30"), ("run_name=None", "run_name", None), ("learning_rate=1E-5", "learning_rate", 1e-5),
+    ],
+)  # fmt: skip
+def test_values_mean_what_they_look_like(override, key, value):
+    assert getattr(load_config({"model": "m"}, [override]), key) == value
+
+
+def test_a_beginning_that_is_not_offered_is_refused_at_once():
+    with pytest.raises(ConfigError, match="lora.init_lora_weights='pissa' is not supported; write true or gaussian"):
+        load_config({"model": "m"}, ["lora.init_lora_weights=pissa"])
