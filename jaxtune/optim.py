@@ -21,7 +21,6 @@ from jaxtune import moments
 from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
 
-MOST_STEPS = 10_000_000  # the learning rate of each is in a table
 STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
 
 
@@ -146,10 +145,6 @@ def schedule(config: Config, total_steps: int) -> Callable[[Any], Any]:
     Raises:
         ConfigError: an lr_scheduler_kwargs key that the schedule has not, or values that do not go together.
     """
-    if total_steps > MOST_STEPS:
-        raise ConfigError(
-            f"the run would have {total_steps} steps, but at most {MOST_STEPS} are possible; lower max_steps or num_train_epochs."
-        )
     rates = _factors(config, total_steps) * config.learning_rate
 
     def rate(step: Any) -> Any:

@@ -1,5 +1,6 @@
 """Evaluation: base beside tuned on the same rows, its numbers against a reading of the logits, its JSON, its files, its errors."""
 
+import io
 import json
 import math
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
 import jaxtune as jt
 from jaxtune import evaluate as module
@@ -136,6 +138,14 @@ def test_the_table_shows_both_sides_the_change_and_samples(folder, monkeypatch, 
     for word in ("base", "tuned", "change", "perplexity", "exact_match", "10 answered rows", "say one", "say three", "reference"):
         assert word in out
     assert "say hello" not in out
+
+
+def test_a_narrow_terminal_shows_every_number():
+    scores = {"perplexity": 3.4, "exact_match": 0.5}
+    interval = {side: {"exact_match": (0.1, 0.9)} for side in ("base", "tuned", "change")}
+    out = io.StringIO()
+    module.Report(3, scores, {"perplexity": 2.4, "exact_match": 0.75}, interval, []).show(Console(file=out, width=20))
+    assert all(number in out.getvalue() for number in ("3.4", "2.4", "+25.0 %", "+10.0 % to +90.0 %"))
 
 
 def test_metric_none_measures_text_alone(folder, tmp_path, monkeypatch, capsys):

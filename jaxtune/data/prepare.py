@@ -21,8 +21,9 @@ from jaxtune.data.packing import make_plan, widened
 from jaxtune.data.screen import screened, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
 
+MOST_STEPS = 10_000_000  # the learning rate of each is in a table
 # objective: what its rows are. All others take preference pairs.
 KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
 
@@ -69,8 +70,11 @@ def load(config: Config, tokenizer: Any, data_parallel: int = 1, survey: bool = 
 
 
 def total_steps(config: Config, train: Source) -> int:
-    """Optimiser steps of a run on these rows: `max_steps`, or those of `num_train_epochs`."""
-    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * train.steps_per_epoch)
+    """Optimiser steps of a run on these rows: `max_steps`, or those of `num_train_epochs`. ConfigError where they are absurdly many."""
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * train.steps_per_epoch)
+    if steps > MOST_STEPS:
+        raise ConfigError(f"the run would have {steps} steps, but at most {MOST_STEPS} are possible; lower max_steps or num_train_epochs")
+    return steps
 
 
 def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -> dict[str, Source]:

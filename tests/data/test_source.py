@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxtune import data
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"Question {n}: ", "completion": "yes " * (1 + n % 7)} for n in range(37)]
 TOP = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
@@ -80,3 +80,9 @@ def test_eval_batches_hold_each_row_once_and_do_not_touch_training(config, token
 def test_rows_must_divide_over_processes(source):
     with pytest.raises(DataError, match="4 rows of a micro-batch do not divide by 3 processes"):
         source.batch_at(0, 0, 3)
+
+
+def test_more_steps_than_are_possible(config, tokenizers):
+    made = config(ROWS, {"num_train_epochs": 10**9})
+    with pytest.raises(ConfigError, match="the run would have [0-9]+ steps, but at most 10000000"):
+        data.total_steps(made, data.load(made, tokenizers["chatml"]).train)
