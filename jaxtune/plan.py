@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,6 +81,8 @@ def compare(config: Config, target: str) -> dict[str, Plan | str]:
 
 
 def _model(config: Config) -> ModelConfig:
+    if config.model.partition("#")[0].endswith(".gguf") and not Path(config.model).expanduser().exists():
+        log.info("%s is config and weights in one file, and is fetched whole where it is not in the cache", config.model)
     head, tokenizer = heads.head_of(config), None
     if head is not None:
         with contextlib.suppress(ModelError):  # it is not here: which token pads is then not known, and costs nothing
