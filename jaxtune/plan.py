@@ -93,7 +93,9 @@ def _model(config: Config) -> ModelConfig:
 def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:
     """The training rows, or why they are not known; what is not on this machine is not fetched."""
     try:
-        missing = [source.path for source in config.data.train if files.find(source.path) is None]
+        sides = (config.data.train, config.data.eval, config.data.test, (config.data.replay,) if config.data.replay else ())
+        named = [source for side in sides if isinstance(side, tuple) for source in side]
+        missing = [source.path for source in named if files.find(source.path) is None]
         if not config.data.train or missing:
             return None, f"steps and hours are not known without the rows ({', '.join(missing) or 'data.train is not set'})"
         tokenizer = open_tokenizer(config.model, fetch=False)

@@ -47,12 +47,12 @@ class RunLog:
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
+        self._bar.say(step, metrics, any(name.startswith("eval_") for name in metrics))
         if "tensorboard" in self._report_to:
             self._events = self._events or _tensorboard(self.folder / "tensorboard", self._start)
             for name, value in metrics.items():
                 tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
                 self._events.add_scalar(tag, value, step)
-        self._bar.say(step, metrics, any(name.startswith("eval_") for name in metrics))
         if time.monotonic() - self._drawn > PLOT_EVERY:
             self._draw()
 

@@ -277,7 +277,8 @@ def test_steps_and_shapes_are_those_of_the_rows_where_they_are_here(folder, tmp_
     assert plan(config, ["max_steps=50"], target="small").steps == 50
 
     for changes, said in (
-        ({"data.train": "org/set"}, "not known without the rows .org/set."), ({"data.train": "gone.jsonl"}, "gone.jsonl: no such file"),
+        ({"data.train": "org/set"}, "not known without the rows .org/set."), ({"data.eval": "org/other"}, "without the rows .org/other."),
+        ({"data.train": "gone.jsonl"}, "gone.jsonl: no such file"),
         ({"data.max_length": 4}, "train would stop: .* the row has"), ({"model": "pypi:gone==1.0/model.gguf"}, "has not been fetched"),
     ):  # fmt: skip
         monkeypatch.setattr("jaxtune.plan._model", lambda config: open_config(folder))
