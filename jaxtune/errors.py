@@ -1,10 +1,14 @@
 """One family of errors, and the one place where a command turns them into a message and an exit code."""
 
+import _thread
+import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class JaxtuneError(Exception):
@@ -67,6 +71,27 @@ def explain(error: BaseException) -> str | None:
 last_words: list[Callable[[int], None]] = []  # called with the exit code when a command has failed and said why
 
 
+@contextlib.contextmanager
+def _interrupts_heard() -> Iterator[None]:
+    """Ctrl-C again, a moment later, where Python has ignored it: a KeyboardInterrupt that is raised in a callback of the garbage
+    collector (JAX has one, and imports keep the collector busy) is printed and forgotten."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            before(found)
+        elif hasattr(signal, "pthread_kill"):
+            threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        else:  # Windows
+            threading.Timer(0.02, _thread.interrupt_main).start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0, or 2 with `error: ...` on stderr and no traceback for a user's mistake.
 
@@ -74,7 +99,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     and keeps its traceback.
     """
     try:
-        code = main() or 0
+        with _interrupts_heard():
+            code = main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

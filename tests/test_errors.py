@@ -1,7 +1,9 @@
 import errno
+import gc
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -69,6 +71,23 @@ def test_a_bug_keeps_its_traceback():
         errors.run(lambda: 1 // 0)
     with pytest.raises(FileNotFoundError):
         errors.run(raising(FileNotFoundError(errno.ENOENT, "No such file", "x")))
+
+
+def test_an_interrupt_that_python_ignores_comes_again(capsys):
+    """In a callback of the garbage collector it is swallowed."""
+
+    def callback(phase, info):
+        if phase == "stop":
+            gc.callbacks.remove(callback)
+            raise KeyboardInterrupt
+
+    def main():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(30)
+
+    started = time.monotonic()
+    assert exit_of(main, capsys)[0] == 130 and time.monotonic() - started < 20
 
 
 def test_a_closed_pipe_is_quiet():
