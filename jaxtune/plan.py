@@ -204,9 +204,10 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
 
 def _candidates(config: Config, devices: Sequence):
     """`(what it is, [settings to try, the mildest first])`."""
-    if config.gradient_checkpointing in (False, "dots") or (config.gradient_checkpointing == "auto" and devices[0].platform == "cpu"):
+    on_host = devices[0].platform == "cpu"
+    if config.gradient_checkpointing in (False, "dots") or (config.gradient_checkpointing == "auto" and on_host):
         yield "recompute activations", [{"gradient_checkpointing": True}]
-    if config.gradient_checkpointing != "offload":
+    if config.gradient_checkpointing != "offload" and not on_host:
         yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
@@ -252,6 +253,8 @@ def main() -> None:
         print(json.dumps(result.to_dict()))
     else:
         show(result, console)
+        if (key := _auto(given)) and result.fits:
+            console.print(f"the largest that fits: {key}={result.settings[key.rpartition('.')[2]]}", highlight=False, soft_wrap=True)
 
 
 def _auto(given) -> str | None:

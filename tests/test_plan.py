@@ -18,7 +18,7 @@ from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.plan import AUTO, _needs, compare, errors_bytes, plan
+from jaxtune.plan import AUTO, _candidates, _needs, compare, errors_bytes, plan
 from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.step import check_attention, how_to_compute, say_attention
@@ -162,6 +162,9 @@ def test_every_kind_of_change_is_tried_the_mildest_first(model_folder, monkeypat
     assert instead(16_000, 8, method="full", mesh={"data": 8})["weights over the devices"] == {"mesh.data": 1, "mesh.fsdp": -1}
     assert {"LoRA", "LoRA over a 4-bit base"} <= instead(15_000, method="full").keys()
     assert instead(100) == {}
+    offload = "each layer's input in the host's memory"
+    assert offload not in instead(12_000)  # a CPU's memory is the host's
+    assert offload in dict(_candidates(run(model_folder, method="lora"), [SimpleNamespace(platform="tpu")]))
 
 
 @pytest.mark.parametrize(("key", "value"), [("per_device_train_batch_size", 37), ("data.max_length", 256)])
