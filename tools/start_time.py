@@ -30,25 +30,32 @@ COMPILING = re.compile(
 )
 
 
-def started(command: list[str], environment: dict[str, str]) -> tuple[list[tuple[str, float]], dict[str, float], int]:
-    """Phases with the second each ended in, seconds of tracing, lowering and compiling the step, and how many programs were compiled."""
+def processor_time(pid: int) -> float:
+    """Seconds of processor that a process has used, all its threads together (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def started(command: list[str], environment: dict[str, str]) -> tuple[list[tuple[str, float, float]], dict[str, float], int]:
+    """Phases with the second each ended in, by the clock and of the processor; seconds of tracing, lowering and compiling the step; how many
+    programs were compiled."""
     begin = time.monotonic()
-    done: list[tuple[str, float]] = []
+    done: list[tuple[str, float, float]] = []
     compiling, programs = {}, 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     lines = []
     for line in process.stdout:
         lines.append(line)
         for pattern, phase in MARKS.items():
-            if re.search(pattern, line) and phase not in dict(done):
-                done.append((phase, time.monotonic() - begin))
+            if re.search(pattern, line) and phase not in (name for name, *_ in done):
+                done.append((phase, time.monotonic() - begin, processor_time(process.pid)))
         if found := COMPILING.search(line):
             programs += found[1].startswith("XLA")
             if (found[2] or found[3]) == "step":
                 compiling[found[1]] = float(found[4])
     if process.wait():
         sys.exit("".join(lines))
-    return [*done, ("end of the run", time.monotonic() - begin)], compiling, programs
+    return done, compiling, programs
 
 
 def main() -> None:
@@ -69,7 +76,7 @@ def main() -> None:
         for kind in ("cold", "warm"):
             command = [sys.executable, "-m", "jaxtune.train", str(work / "config.yaml"), f"output_dir={work / kind}", *given.overrides]
             phases, compiling, programs = started(command, environment)
-            print(f"{kind}: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases))
+            print(f"{kind}, seconds (of the processor): " + ", ".join(f"{phase} {wall:.1f} ({cpu:.1f})" for phase, wall, cpu in phases))
             parts = " + ".join(f"{what} {seconds:.1f}" for what, seconds in compiling.items())
             print(
                 f"      the step: {parts} = {sum(compiling.values()):.1f} s; {programs} programs compiled or read from the cache",
