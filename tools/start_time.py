@@ -37,8 +37,8 @@ def processor_time(pid: int) -> float:
 
 
 def started(command: list[str], environment: dict[str, str]) -> tuple[list[tuple[str, float, float]], dict[str, float], int]:
-    """Phases with the second each ended in, by the clock and of the processor; seconds of tracing, lowering and compiling the step; how many
-    programs were compiled."""
+    """Phases with the second each ended in, by the clock and of the processor; seconds of tracing, lowering and compiling the step; how
+    many programs were compiled."""
     begin = time.monotonic()
     done: list[tuple[str, float, float]] = []
     compiling, programs = {}, 0
