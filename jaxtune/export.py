@@ -204,6 +204,8 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, form
     if opened.tokenizer is not None:
         text = modelfile(file.name, opened.tokenizer, _stop_texts(opened), opened.config.max_position_embeddings)
         (folder / "Modelfile").write_text(text, "utf-8")
+    else:
+        log.warning("the model has no tokenizer, so this GGUF file has none either, and llama.cpp opens no such file")
     return file
 
 

@@ -61,6 +61,12 @@ def test_a_base_that_is_no_name(run, tmp_path):
         export(tmp_path / "a", tmp_path / "out", merge=True)
 
 
+def test_a_gguf_file_without_a_tokenizer_is_told(tmp_path, caplog):
+    tiny.write(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "out", format="gguf")
+    assert "has no tokenizer" in caplog.text and not (tmp_path / "out" / "Modelfile").exists()
+
+
 @pytest.mark.parametrize("source", [".", "adapter"])
 def test_merged_is_base_and_adapter(run, tmp_path, source, caplog):
     caplog.set_level("INFO", "jaxtune")

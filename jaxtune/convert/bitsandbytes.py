@@ -68,6 +68,11 @@ class Bitsandbytes:
                 self._add_4bit(name, turned)
             elif name.endswith(".SCB"):
                 self._add_int8(name.removesuffix(".SCB") + ".weight", turned)
+        if not self._states and not self._int8:
+            raise ModelError(
+                "config.json says that bitsandbytes has packed the tensors, but all of them are plain; take quantization_config out of it "
+                "(quantization: nf4 or int8 packs them while they are read)"
+            )
 
     def _add_4bit(self, state_name: str, turned: set[str]) -> None:
         name = state_name.partition(STATE)[0]
