@@ -168,11 +168,12 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. Not to norms, biases and other vectors, as in transformers' Trainer."""
+    """A tree of bool: whether weight decay applies. Not to norms and biases, as in transformers' Trainer; to DoRA's magnitudes it does."""
 
     def one(path, leaf):
         name = _name(path)
-        return _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias", name.rpartition("/")[2])
+        last = name.rpartition("/")[2]
+        return last == "magnitude" or _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias", last)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -120,9 +120,9 @@ def test_decay_skips_norms_and_biases_though_stacked():
     want = {"embed": True, "head": True, "norm": False,
             "layers": {"0": {"attn_norm": False, "q": True, "q_bias": False, "q_norm": False}}}  # fmt: skip
     assert decays(TREE) == want
-    # an adapter's paths are one key each; a DoRA magnitude is a vector
+    # an adapter's paths are one key each; transformers decays a DoRA magnitude, whose name is no norm's
     pair = {"a": jnp.ones((3, 2, 4)), "b": jnp.ones((3, 4, 2)), "magnitude": jnp.ones((3, 4))}
-    assert decays({"params": {"layers/0/q": pair}}) == {"params": {"layers/0/q": {"a": True, "b": True, "magnitude": False}}}
+    assert decays({"params": {"layers/0/q": pair}}) == {"params": {"layers/0/q": {"a": True, "b": True, "magnitude": True}}}
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
