@@ -92,7 +92,7 @@ def one_trial(writer: Writer, trial: Path, expected: str | None, rng: random.Ran
     shutil.rmtree(trial / "run", ignore_errors=True)  # else it would have to be resumed
     if seen is None:
         done = subprocess.run(writer.argv, capture_output=True, text=True)
-        if done.returncode or "Error reading" in done.stderr or "Traceback" in done.stderr:
+        if done.returncode or "persistent compilation cache" in done.stderr or "Traceback" in done.stderr:
             return f"{said}; then exit code {done.returncode}: {done.stderr.strip()[-300:]}", False
     same = digest(writer.files()) == expected
     return f"{said}{', whole' if seen else ''}: {'the same bytes' if same else 'DIFFERENT'}", same
