@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.errors import DataError
 from jaxtune.locks import scratch_folder
 
+SUMS = "sums.json"
 FLAT = {"tokens": np.int32, "mask": np.uint8}
 INDEX = dict.fromkeys(("starts", "lengths", "trained", "rows"), np.int64) | dict.fromkeys(("content", "groups", "strata"), np.uint64)
 INDEX |= {"values": np.float64, "digests": np.uint64}
@@ -79,7 +81,14 @@ class Documents:
 
     @classmethod
     def load(cls, folder: Path) -> "Documents":
-        """Open what `write` wrote, memory-mapped."""
+        """Open what `write` wrote, memory-mapped. DataError where a file of it is missing, cut or changed."""
+        try:
+            found = {name: _sum(folder / name) for name in _names()}
+            whole = json.loads((folder / SUMS).read_text()) == found
+        except (FileNotFoundError, ValueError):
+            whole = False
+        if not whole:
+            raise DataError(f"{folder} is damaged")
         flat: dict[str, Any] = {name: [_mapped(folder / f"{name}.bin", dtype)] for name, dtype in FLAT.items()}
         index: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in INDEX.items()}
         if len(index["values"]) > len(index["rows"]):
@@ -97,6 +106,15 @@ class Documents:
         part = np.concatenate([p.part + offset for p, offset in zip(parts, offsets, strict=False)])
         index: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in INDEX}
         return cls(part=part, **lists, **index)
+
+
+def _names() -> list[str]:
+    return [*(f"{name}.bin" for name in (*FLAT, *INDEX)), "info.json"]
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
@@ -136,6 +154,7 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
                     files[name].write(b"".join(map(_PACK[dtype], value)) if isinstance(value, tuple) else _PACK[dtype](value))
                 start += len(mask)
         (scratch / "info.json").write_text(json.dumps(info()))
+        (scratch / SUMS).write_text(json.dumps({name: _sum(scratch / name) for name in _names()}))
         folder = cache / key()
         try:
             os.rename(scratch, folder)

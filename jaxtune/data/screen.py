@@ -1,5 +1,6 @@
 """Rows looked at side by side before training, where `data.quality` says to drop them or to stop."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -91,7 +92,7 @@ def _found(parts: dict[str, Documents], config: Config, wanted: dict[str, str]) 
     for side, documents in parts.items():
         digest.update(side.encode() + np.stack([documents.part, documents.rows]).tobytes() + documents.content.tobytes())
     file = cache_dir(config) / f"{digest.hexdigest()[:32]}.quality.json"
-    if file.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is made again
         return json.loads(file.read_text())
     findings: Findings = quality.examine(items(config, parts))
     found: dict[str, dict[str, list[list]]] = {side: {} for side in parts}

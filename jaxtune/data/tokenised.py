@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -45,8 +46,12 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
         raise DataError("the model has no tokenizer, so rows cannot be made tokens of; give a model folder that holds tokenizer.json")
     cache, key = cache_dir(config), _key(source, config, tokenizer)
     for name in (key, f"{key}-survey") if survey else (key,):
-        if (cache / name / "info.json").exists():
-            return Documents.load(cache / name)
+        if (cache / name).is_dir():
+            try:
+                return Documents.load(cache / name)
+            except DataError as error:
+                log.warning("data: %s, so the rows are made tokens of again", error)
+                shutil.rmtree(cache / name)
     ledger = Ledger(source.path).by(quality.policies(config), survey)
     encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
 
@@ -110,9 +115,10 @@ def template(config: Config) -> str | None:
 
 def cache_dir(config: Config) -> Path:
     """Where tokenised rows are kept: `data.cache_dir`, or the user's cache folder."""
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune" / "data"
+    folder = Path(config.data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune" / "data").expanduser()
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DataError(f"data.cache_dir {folder} is a file; name a folder")
+    return folder
 
 
 def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:

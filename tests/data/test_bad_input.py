@@ -195,6 +195,26 @@ def test_unknown_problem_name(config, tokenizers):
         data.load(config([GOOD], quality={"double_boss": "keep"}), tokenizers["chatml"])
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "groups.bin", "lengths.bin", "info.json", "sums.json"])
+@pytest.mark.parametrize("damage", [lambda content: None, lambda content: content[:-8], lambda content: b"x" + content[1:]])
+def test_a_damaged_cache_is_made_again(name, damage, config, tokenizers, tmp_path, caplog):
+    made = config([GOOD, CHAT])
+    source = data.load(made, tokenizers["chatml"]).train
+    fingerprint, tokens = source.fingerprint, source.batch_at(0).tokens.copy()  # what is mapped changes with the file
+    (file,) = tmp_path.glob(f"cache/*/{name}")
+    content = damage(file.read_bytes())
+    file.unlink() if content is None else file.write_bytes(content)
+    again = data.load(made, tokenizers["chatml"]).train
+    assert again.fingerprint == fingerprint and np.array_equal(again.batch_at(0).tokens, tokens)
+    assert "is damaged, so the rows are made tokens of again" in caplog.text
+
+
+def test_a_cache_folder_that_is_a_file(config, tokenizers, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="data.cache_dir .*file is a file"):
+        data.load(config([GOOD], cache_dir=str(tmp_path / "file")), tokenizers["chatml"])
+
+
 def test_a_model_without_a_tokenizer(config):
     with pytest.raises(DataError, match="the model has no tokenizer"):
         data.load(config([GOOD]), None)
