@@ -15,6 +15,7 @@ from rich.console import Console
 import jaxtune.train  # noqa: F401
 from jaxtune import costs, data, parallel, targets
 from jaxtune.config import MeshConfig, load_config
+from jaxtune.convert.heads import head_of, headed
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
@@ -56,12 +57,15 @@ def test_the_planned_batch_is_that_of_a_run(folder, tmp_path, objective):
 
 def test_a_reward_model_and_a_preference_run_are_planned(folder):
     def planned(**keys):
-        return plan({"model": str(folder), "data": {"train": "none", "max_length": 32}, "mesh": {"data": 1, "fsdp": -1}} | OWN | keys)
+        data = {"train": "none", "max_length": 32}
+        config = load_config({"model": str(folder), "data": data, "mesh": {"data": 1, "fsdp": -1}} | OWN | keys)
+        model = headed(open_config(folder), head_of(config))
+        _, (state, base, batch), model = abstract_step(config, model, parallel.make_mesh(config.mesh))
+        return costs.by_cause(config, model, state, base, batch, 2**30)["logits"], costs.flops(config, model, 32)
 
-    reward, dpo = planned(objective="reward"), planned(objective="dpo")
-    assert reward.bytes["logits"] == 0
-    sft = load_config({"model": str(folder), "data": {"train": "none", "max_length": 32}})
-    assert reward.flops < costs.flops(sft, open_config(sft.model), 32) < dpo.flops
+    (no_logits, reward), (logits, sft), (_, dpo) = planned(objective="reward"), planned(), planned(objective="dpo")
+    assert no_logits == 0 < logits
+    assert reward < sft < dpo
 
 
 def on(platform, tensor=1):
