@@ -1,5 +1,6 @@
 """One layer: attention and feed-forward around the residual stream. Optional parts are used where the tree has them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,9 @@ from jaxtune.model.layers import ACTIVATIONS, NORMS
 from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
-from jaxtune.model.weight import linear
+from jaxtune.model.weight import Layer, linear
 
+RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
 
 
@@ -28,7 +30,7 @@ class Place(NamedTuple):
     number: jax.Array
 
 
-def block(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
+def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
     """One layer; `kv` is the cache's (k, v) of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
     attn, kv = attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
     attended = x_BTD + _scaled(config, norm(config, w, "attn_post_norm", attn))
@@ -36,7 +38,7 @@ def block(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
     return attended + fed, kv, sums
 
 
-def norm(config: ModelConfig, w: dict, name: str, x: jax.Array) -> jax.Array:
+def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
     """The norm of that name, or x itself where the tree has none."""
     return NORMS[config.norm](x, w[name], w.get(f"{name}_bias"), config.norm_eps) if name in w else x
 
@@ -50,7 +52,7 @@ def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
 # ---- attention ----
 
 
-def attention(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place, kv):
+def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
     """Self-attention with grouped key/value heads and rotary positions."""
     q, k, v = projections(config, w, x_BTD)
     q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
@@ -85,7 +87,7 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, place
     return parts(q, k, v, place.queries, place.keys, place.window)
 
 
-def projections(config: ModelConfig, w: dict, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
     """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`.
 
     From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or these head by head ("qkv_by_head").
@@ -102,7 +104,7 @@ def projections(config: ModelConfig, w: dict, x_BTD: jax.Array) -> tuple[jax.Arr
     return tuple(part.reshape(B, T, -1, h) for part in parts)
 
 
-def _head_norm(config: ModelConfig, w: dict, name: str, x_BTHh: jax.Array) -> jax.Array:
+def _head_norm(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array) -> jax.Array:
     """Norm over as many numbers as the scale has: a head (Qwen 3, Gemma 3), or all heads together (OLMo 2)."""
     if name not in w:
         return x_BTHh
@@ -113,25 +115,28 @@ def _head_norm(config: ModelConfig, w: dict, name: str, x_BTHh: jax.Array) -> ja
 # ---- feed-forward ----
 
 
-def _fed(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
+def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
     """What the feed-forward part adds to the residual stream; of long rows chunk by chunk of tokens, so that `[T, F]` is never there."""
 
-    def whole(x_BTD):
+    def whole(x_BTD, w=w):
         fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place)
         return _scaled(config, norm(config, w, "mlp_post_norm", fed)), sums
 
     B, T, D = x_BTD.shape
-    chunks = 1 if config.remat not in ("full", "offload") else _chunks(config, w, B * T)
+    chunks = 1 if config.remat not in RECOMPUTED else _chunks(config, w, B * T)
     if chunks == 1:
         return whole(x_BTD)
     size = -(-T // chunks)
     parts = jnp.pad(x_BTD, ((0, 0), (0, size * chunks - T), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
     # not computed twice: in the backward pass nothing asks for what the layer's own second forward pass would make here
-    fed = jax.lax.map(jax.checkpoint(lambda part: whole(part)[0], prevent_cse=False), parts)
+    def chunk(part):
+        return whole(part, w.beside(part) if isinstance(w, Layer) else w)[0]
+
+    fed = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), parts)
     return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T], None
 
 
-def _chunks(config: ModelConfig, w: dict, tokens: int) -> int:
+def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
     """How many parts a row's tokens are cut into: 1 where experts sort tokens, where a row lies on several devices, and where dropout draws
     one mask for all tokens."""
     if "router" in w or split(config.mesh, "sequence"):
@@ -146,7 +151,7 @@ def _chunks(config: ModelConfig, w: dict, tokens: int) -> int:
     return max(1, tokens // rows // (config.mlp_chunk or (PACKED_CHUNK if packed else CHUNK)))
 
 
-def feed_forward(config: ModelConfig, w: dict, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
+def feed_forward(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
     """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts."""
     if "router" in w:
         return mixture(config, w, x_BTD, place.queries.segments > 0)

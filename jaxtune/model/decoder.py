@@ -1,6 +1,6 @@
 """The decoder: tokens -> hidden states -> logits, as pure functions of (config, params).
 
-Layers of one stack run under `lax.scan`; one layer is model/block.py.
+Layers of one kind make a stack: a stack is model/stack.py, one layer model/block.py.
 """
 
 from typing import NamedTuple
@@ -8,18 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
-from jaxtune.model import nf4_kernel
 from jaxtune.model.attention import Keys, softcap
-from jaxtune.model.block import Place, block, norm
+from jaxtune.model.block import norm
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.layout import constrain, split
+from jaxtune.model.layout import constrain
 from jaxtune.model.moe import RouterSums
-from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.rope import cos_sin
-from jaxtune.model.spec import spec
+from jaxtune.model.stack import Shared, run
 from jaxtune.model.weight import linear, rows
 
 
@@ -96,57 +93,14 @@ def hidden(
     x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
     cos, sin = cos_sin(config.ropes, positions_BT, segments_BT)
 
-    def layer(carry, scanned):
-        x_BTD, kv = carry
-        x_BTD = checkpoint_name(x_BTD, "residual")
-        weights, number, nth, rope, window = scanned
-        weights = _brought(config, weights, axes) if config.mesh else weights
-        weights = put(weights, nth)
-        place = Place(cos[rope], sin[rope], window, queries, keys, number)
-        x_BTD, kv, sums = block(config, weights, x_BTD, place, kv)
-        return (constrain(config.mesh, x_BTD, "rows", "tokens", None), kv), sums
-
-    kv, routed, table = None if cache is None else (cache.k, cache.v), [], spec(config) if config.mesh else {}
-    for stack, layers in enumerate(config.stacks):
-        axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in table.items()}
-        ropes = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])
-        windows = jnp.asarray([config.layer_windows[i] for i in layers])
-        weights, put = _held(config, params["layers"][str(stack)])
-        scanned = weights, jnp.asarray(layers), jnp.arange(len(layers)), ropes, windows
-        (x_BTD, kv), sums = jax.lax.scan(_remat(config, layer), (x_BTD, kv), scanned)
-        routed += [jax.tree.map(lambda x: x.sum(0), sums)] if sums is not None else []
+    kv, routed, shared = None if cache is None else (cache.k, cache.v), [], Shared(cos, sin, queries, keys)
+    for stack in range(len(config.stacks)):
+        x_BTD, kv, sums = run(config, stack, params["layers"][str(stack)], x_BTD, shared, kv)
+        routed += [sums] if sums is not None else []
     if cache is not None and kv is not None:
         cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
     return Output(norm(config, params, "norm", x_BTD), cache, aux)
-
-
-def _held(config: ModelConfig, weights: dict):
-    """What to scan over, and what to make of a layer's part and its number: the kernel takes 4-bit matrices from their stack.
-
-    Only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
-    if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
-        return weights, lambda layer, number: layer
-    return nf4_kernel.hold(weights, config.mesh)
-
-
-def _brought(config: ModelConfig, weights: dict, axes: dict[str, tuple]) -> dict:
-    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
-    moves eight times the bytes."""
-
-    def bring(name: str, leaf):
-        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
-            return leaf
-        names = [axis if axis != "embed" else None for axis in axes[name][1:]]
-        if isinstance(leaf, NF4):  # packed the other way round
-            names[-2:] = names[:-3:-1]
-        fields = {"codes": leaf.codes, "absmax": leaf.absmax}
-        return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})
-
-    return {
-        name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))
-        for name, leaf in weights.items()
-    }
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
@@ -176,18 +130,3 @@ def output_head(params: dict):
     if "score" in params:
         raise ModelError("the model has a scoring head in place of the vocabulary's, so it writes no text; score texts with jt.score")
     return params["head"] if "head" in params else params["embed"]
-
-
-def _remat(config: ModelConfig, layer):
-    """The layer as the backward pass takes it: what it keeps of one is named in the layer and chosen here."""
-    policies = jax.checkpoint_policies
-    if config.remat == "none":
-        return layer
-    policy = {
-        "full": None,
-        "dots": policies.save_only_these_names("linear", "attention"),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=["residual"], offload_src="device", offload_dst="pinned_host"
-        ),
-    }[config.remat]
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # a scan cannot be CSE'd across

@@ -1,5 +1,6 @@
 """Mixture of experts (arXiv 1701.06538, 2401.04088): every token through its likeliest experts, all experts in one ragged product."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ def load_balancing_loss(sums: RouterSums) -> jax.Array:
     return sums.assignments_E.size * jnp.sum((sums.assignments_E / tokens) * (sums.probabilities_E / tokens))
 
 
-def mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
     """The feed-forward of an expert layer, `[B, T, D]`, and the router's sums over tokens that are `live` (not padding).
 
     On a mesh each device sorts its own tokens, and the layer's experts come to it: sorting all tokens would bring all of them to each.
@@ -51,7 +52,7 @@ def mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) 
     return parts(weights, x_BTD, live_BT)
 
 
-def _mixture(config: ModelConfig, w: dict, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
     assert config.moe is not None
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

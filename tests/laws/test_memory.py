@@ -107,7 +107,7 @@ def test_what_is_kept_changes_no_number():
         return jax.jit(jax.grad(lambda params: jnp.square(forward(how, params, tokens)).mean()))(params)
 
     plain = gradient("none")
-    for remat, chunks in (("dots", {}), ("full", {}), ("offload", {}), ("full", {"mlp_chunk": 10})):  # three chunks, the last not full
+    for remat, chunks in (("dots", {}), ("full", {}), ("offload", {}), ("groups", {}), ("full", {"mlp_chunk": 10})):  # three chunks, the last not full
         for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat, **chunks)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=f"{remat} {chunks}")
 

@@ -69,7 +69,7 @@ class ModelConfig:
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)
-    remat: str = "none"  # none | full | dots: what the backward pass recomputes of each layer
+    remat: str = "none"  # what the backward pass computes again of each layer: model/stack.py
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
     quantization_kernel: str = "xla"  # xla | pallas: how 4-bit matrices are multiplied by (model/nf4_kernel.py)

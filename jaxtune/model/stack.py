@@ -1,0 +1,203 @@
+"""A stack of equal layers, one after the other, and what its backward pass keeps of them.
+
+Where layers are computed again, the backward pass is written here, not derived: it goes through groups of layers, last first, from the
+input of each group (Chen et al., arXiv 1604.06174), makes the inputs of its layers again, then each layer itself. A layer's weights are
+cut out of the stack where they are used, and only gradients that somebody asked for take memory.
+
+| remat     | kept                                        | computed again                            |
+|-----------|---------------------------------------------|-------------------------------------------|
+| `none`    | all that autodiff keeps                     |                                           |
+| `dots`    | products and attention                      | the rest                                  |
+| `full`    | each layer's input                          | each layer                                |
+| `offload` | each layer's input, in the host's memory    | each layer                                |
+| `groups`  | the inputs of about sqrt(L) groups          | each layer, and all but a group's last one twice |
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxtune.model.attention import Keys
+from jaxtune.model.block import RECOMPUTED, Place, block
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.layout import constrain
+from jaxtune.model.quant import NF4, Int8
+from jaxtune.model.spec import spec
+from jaxtune.model.weight import Layer, layer_of
+
+
+class Shared(NamedTuple):
+    """What all layers work with: rotations `[R, B, T, h / 2]` and the tokens' places."""
+
+    cos: jax.Array
+    sin: jax.Array
+    queries: Keys
+    keys: Keys
+
+
+def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared, kv):
+    """`x_BTD` after all layers of that stack, the cache's (k, v), and the sums of its routers (None without experts)."""
+    L = len(config.stacks[stack])
+    if kv is None and config.remat in RECOMPUTED:
+        x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared)
+    else:
+
+        def layer(carry, scanned):
+            number, w = scanned
+            x_BTD, kv, sums = _layer(config, stack, number, w, carry[0], shared, carry[1])
+            return (x_BTD, kv), sums
+
+        if config.remat == "dots":
+            kept = jax.checkpoint_policies.save_only_these_names("linear", "attention")
+            layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)  # a scan cannot be CSE'd across
+        (x_BTD, kv), sums = jax.lax.scan(layer, (x_BTD, kv), (jnp.arange(L), weights))
+    return x_BTD, kv, jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
+    """Layer `number` of the stack."""
+    layers = config.stacks[stack]
+    rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
+    window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
+    place = Place(shared.cos[rope], shared.sin[rope], window, shared.queries, shared.keys, jnp.asarray(layers)[number])
+    x_BTD, kv, sums = block(config, _brought(config, stack, w), x_BTD, place, kv)
+    return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
+
+
+def _brought(config: ModelConfig, stack: int, w):
+    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
+    moves eight times the bytes."""
+    if config.mesh is None:
+        return w
+    axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in spec(config).items()}
+
+    def bring(name: str, leaf):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-1] != leaf.shape[0]):
+            return leaf
+        names = [axis if axis != "embed" else None for axis in axes[name][1:]]
+        if isinstance(leaf, NF4):  # packed the other way round
+            names[-2:] = names[:-3:-1]
+        fields = {field: constrain(config.mesh, x, *names[: x.ndim]) for field, x in (("codes", leaf.codes), ("absmax", leaf.absmax))}
+        return leaf.replace(**fields)
+
+    def matrix(name: str, leaf):
+        return jax.tree.map(lambda part: bring(name, part), leaf, is_leaf=lambda part: isinstance(part, NF4 | Int8))
+
+    return w.changed(matrix) if isinstance(w, Layer) else {name: matrix(name, leaf) for name, leaf in w.items()}
+
+
+# ---- layers that the backward pass computes again ----
+
+
+class _Kept(struct.PyTreeNode):
+    """What the backward pass starts from: `inputs[part]` are the inputs of the groups of `_parts`, `[groups, B, T, D]`."""
+
+    weights: dict
+    shared: Shared
+    inputs: list[jax.Array]
+    trained: tuple[bool, ...] = struct.field(pytree_node=False)  # by leaf of `weights`
+
+
+def _parts(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
+    """`(first layer, groups, layers of a group)`: groups of one size, and one smaller group where they do not divide the stack."""
+    L = len(config.stacks[stack])
+    size = 1
+    if config.remat == "groups":  # fewest inputs at one time; groups that differ are compiled twice
+        size = min(range(1, L + 1), key=lambda size: (-(-L // size) + size + (L % size > 0), size))
+    parts = [(0, L // size, size)]
+    return parts if L % size == 0 else [*parts, (L - L % size, 1, L % size)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputed(config, stack, weights, x_BTD, shared):
+    def layer(x_BTD, number):
+        x_BTD, _, sums = _layer(config, stack, number, Layer(weights, number), x_BTD, shared)
+        return x_BTD, sums
+
+    return jax.lax.scan(layer, x_BTD, jnp.arange(len(config.stacks[stack])))
+
+
+def _recomputed_fwd(config, stack, weights, x_BTD, shared):
+    trained = tuple(leaf.perturbed for leaf in jax.tree.leaves(weights))
+    assert not any(leaf.perturbed for leaf in jax.tree.leaves(shared)), "places have no gradient"
+    weights, x_BTD, shared = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared))
+
+    def layer(x_BTD, number):
+        x_BTD, _, sums = _layer(config, stack, number, Layer(weights, number), x_BTD, shared)
+        return x_BTD, sums
+
+    def group(x_BTD, numbers):
+        after, sums = jax.lax.scan(layer, x_BTD, numbers) if numbers.shape[0] > 1 else _single(layer, x_BTD, numbers)
+        kept = jax.device_put(x_BTD, jax.memory.Space.Host) if config.remat == "offload" else x_BTD
+        return after, (kept, sums)
+
+    inputs, sums = [], []
+    for part in _parts(config, stack):
+        x_BTD, (kept, of_part) = jax.lax.scan(group, x_BTD, _numbers(*part))
+        inputs.append(kept)
+        sums.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_part))
+    return (x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), *sums)), _Kept(weights, shared, inputs, trained)
+
+
+def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
+    dx_BTD, dsums = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x, cotangents,
+        is_leaf=lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero),
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(kept.weights)
+    where = [i for i, trained in enumerate(kept.trained) if trained]
+
+    def forward(x_BTD, number, own=None):
+        layer = Layer(kept.weights, number, own)
+        x_BTD, _, sums = _layer(config, stack, number, layer, x_BTD, kept.shared)
+        return x_BTD, sums
+
+    def layer(carry, scanned):
+        (dx_BTD, grads), (number, x_BTD, dsums) = carry, scanned
+
+        def of(x_BTD, own):
+            return forward(x_BTD, number, dict(zip(where, own, strict=True)))
+
+        # under a checkpoint, whose own backward pass leaves out what no gradient needs; the result itself is dropped here
+        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, [layer_of(leaves[i], number) for i in where])
+        dx_BTD, own = pull((dx_BTD, dsums))
+        return (dx_BTD, [grad.at[number].set(g) for grad, g in zip(grads, own, strict=True)]), None
+
+    def group(carry, scanned):
+        numbers, x_BTD, dsums = scanned
+        x_BTD = jax.device_put(x_BTD, jax.memory.Space.Device) if config.remat == "offload" else x_BTD
+        if numbers.shape[0] == 1:
+            return _single(layer, carry, (numbers, x_BTD[None], dsums))
+        inputs = jnp.zeros((numbers.shape[0], *x_BTD.shape), x_BTD.dtype).at[0].set(x_BTD)
+
+        def again(i, inputs):
+            return inputs.at[i + 1].set(forward(inputs[i], numbers[i])[0])
+
+        inputs = jax.lax.fori_loop(0, numbers.shape[0] - 1, again, inputs)
+        return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
+
+    carry: Any = (dx_BTD, [jnp.zeros_like(leaves[i]) for i in where])
+    for part, inputs in reversed(list(zip(_parts(config, stack), kept.inputs, strict=True))):
+        numbers = _numbers(*part)
+        of_part = jax.tree.map(lambda x, numbers=numbers: x[numbers[0, 0] :][: numbers.size].reshape(*numbers.shape, *x.shape[1:]), dsums)
+        carry, _ = jax.lax.scan(group, carry, (numbers, inputs, of_part), reverse=True)
+    dx_BTD, grads = carry
+    grads = dict(zip(where, grads, strict=True))
+    return tree.unflatten([grads.get(i) for i in range(len(leaves))]), dx_BTD, None
+
+
+_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)
+
+
+def _numbers(first: int, groups: int, size: int) -> jax.Array:
+    """Layers of the groups, `[groups, size]`."""
+    return first + jnp.arange(groups * size).reshape(groups, size)
+
+
+def _single(function, carry, xs):
+    """`lax.scan` of one step, without a loop."""
+    carry, out = function(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], out)
