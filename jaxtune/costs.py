@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtune.config import Config
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
+from jaxtune.model.stack import groups
 from jaxtune.reference import WITH_REFERENCE, beforehand
 from jaxtune.tree import flatten
 
@@ -25,8 +26,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     packed = sum(per_device(leaf.codes) for leaf in scales.values())
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    layers = 1 if model_config.remat == "offload" else model_config.num_layers  # the other inputs are in the host's memory
-    residual = layers * rows * length * model_config.hidden_size * itemsize
+    residual = inputs_kept(model_config) * rows * length * model_config.hidden_size * itemsize
     causes = {
         "weights": per_device(base) - sum(per_device(leaf) for leaf in scales.values()) + packed,
         "scales": sum(per_device(leaf) for leaf in scales.values()) - packed,
@@ -46,11 +46,24 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     return causes | {"other": max(0, left)}
 
 
+def inputs_kept(model_config: ModelConfig) -> int:
+    """How many layers' inputs are on the device at one time in the backward pass."""
+    if model_config.remat == "offload":
+        return 1  # the others are in the host's memory
+    largest = max(size for _, size in _groups(model_config))
+    return sum(number for number, _ in _groups(model_config)) + (largest if largest > 1 else 0)
+
+
+def _groups(model_config: ModelConfig) -> list[tuple[int, int]]:
+    """`(number of groups, layers of each)` of the whole model."""
+    return [part[1:] for stack in range(len(model_config.stacks)) for part in groups(model_config, stack)]
+
+
 def flops(config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None) -> float:
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
-    products, one more. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
+    products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
     """
     tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * length
     active = repeated = 0.0
@@ -68,6 +81,7 @@ def flops(config: Config, model_config: ModelConfig, length: int, trained: int |
     full = config.method == "full"
     passes = 3 if full else 2
     again = 0 if model_config.remat in ("none", "dots") else 1
+    twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers  # layers that groups go through once more
     reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
-    layers = active * (passes + reference) + repeated * again + attention * (3 + again + reference)
+    layers = active * (passes + twice + reference) + repeated * again + attention * (3 + again + twice + reference)
     return 2.0 * tokens * (layers + head * (passes + full + reference))

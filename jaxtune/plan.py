@@ -209,6 +209,8 @@ def _candidates(config: Config, devices: Sequence):
         yield "recompute activations", [{"gradient_checkpointing": True}]
     if config.gradient_checkpointing != "offload" and not on_host:
         yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
+    if config.gradient_checkpointing not in ("offload", "groups"):
+        yield "the inputs of groups of layers, for another forward pass", [{"gradient_checkpointing": "groups"}]
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
     batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"

@@ -226,7 +226,8 @@ class Config(ObjectiveConfig):
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
     neftune_noise_alpha: float | None = None
-    gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload", "groups"] = "auto"  # true: full; auto: dots on a CPU, else full
+    # true: full; auto: dots on a CPU, else full; what each keeps: model/stack.py
+    gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload", "groups"] = "auto"
     logits_chunk_size: int | None = None  # tokens whose logits exist at one time; None: 128 on a CPU, 512 elsewhere
     mlp_chunk_size: int | None = None  # tokens in the feed-forward part at one time, if it is recomputed; None: 1024, 4096 if packed
     attention: Literal["auto", "xla", "flash", "splash"] = "auto"  # auto: xla; flash: a kernel for GPUs, splash: for TPUs

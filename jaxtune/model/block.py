@@ -32,7 +32,15 @@ class Place(NamedTuple):
 
 def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
     """One layer; `kv` is the cache's (k, v) of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
-    attn, kv = attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
+
+    def attend_to(x_BTD):
+        return attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
+
+    import os
+    if config.remat in RECOMPUTED and kv is None and "A" in os.environ.get("JT", ""):
+        kept = jax.checkpoint_policies.save_only_these_names("attention")
+        attend_to = jax.checkpoint(attend_to, policy=kept)
+    attn, kv = attend_to(x_BTD)
     attended = x_BTD + _scaled(config, norm(config, w, "attn_post_norm", attn))
     fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
     return attended + fed, kv, sums
@@ -100,7 +108,12 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     if "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
-        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]
+        import os
+        parts = []
+        for name in ("q", "k", "v"):
+            parts.append(linear(w[name], x_BTD, w.get(f"{name}_bias")))
+            if "Q" in os.environ.get("JT", ""):
+                parts[-1], x_BTD = jax.lax.optimization_barrier((parts[-1], x_BTD))
     return tuple(part.reshape(B, T, -1, h) for part in parts)
 
 
@@ -122,10 +135,15 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
         fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place)
         return _scaled(config, norm(config, w, "mlp_post_norm", fed)), sums
 
+    shape = x_BTD.shape
+    import os
+    if config.mesh is None and "F" in os.environ.get("JT", "") and "router" not in w:
+        x_BTD = x_BTD.reshape(1, -1, shape[-1])
     B, T, D = x_BTD.shape
     chunks = 1 if config.remat not in RECOMPUTED else _chunks(config, w, B * T)
     if chunks == 1:
-        return whole(x_BTD)
+        fed, sums = whole(x_BTD)
+        return fed.reshape(shape), sums
     size = -(-T // chunks)
     parts = jnp.pad(x_BTD, ((0, 0), (0, size * chunks - T), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
     # not computed twice: in the backward pass nothing asks for what the layer's own second forward pass would make here
@@ -133,7 +151,7 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
         return whole(part, w.beside(part) if isinstance(w, Layer) else w)[0]
 
     fed = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), parts)
-    return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T], None
+    return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T].reshape(shape), None
 
 
 def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:

@@ -40,7 +40,7 @@ class Shared(NamedTuple):
 
 def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared, kv):
     """`x_BTD` after all layers of that stack, the cache's (k, v), and the sums of its routers (None without experts)."""
-    L = len(config.stacks[stack])
+    sums: Any  # the routers' of each layer
     if kv is None and config.remat in RECOMPUTED:
         x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared)
     else:
@@ -53,7 +53,7 @@ def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared
         if config.remat == "dots":
             kept = jax.checkpoint_policies.save_only_these_names("linear", "attention")
             layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)  # a scan cannot be CSE'd across
-        (x_BTD, kv), sums = jax.lax.scan(layer, (x_BTD, kv), (jnp.arange(L), weights))
+        (x_BTD, kv), sums = jax.lax.scan(layer, (x_BTD, kv), (jnp.arange(len(config.stacks[stack])), weights))
     return x_BTD, kv, jax.tree.map(lambda x: x.sum(0), sums)
 
 
@@ -93,7 +93,7 @@ def _brought(config: ModelConfig, stack: int, w):
 
 
 class _Kept(struct.PyTreeNode):
-    """What the backward pass starts from: `inputs[part]` are the inputs of the groups of `_parts`, `[groups, B, T, D]`."""
+    """What the backward pass starts from: `inputs[part]` are the inputs of the groups of `groups`, `[groups, B, T, D]`."""
 
     weights: dict
     shared: Shared
@@ -101,8 +101,8 @@ class _Kept(struct.PyTreeNode):
     trained: tuple[bool, ...] = struct.field(pytree_node=False)  # by leaf of `weights`
 
 
-def _parts(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
-    """`(first layer, groups, layers of a group)`: groups of one size, and one smaller group where they do not divide the stack."""
+def groups(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
+    """`(first layer, number of groups, layers of a group)`: groups of one size, and a smaller one where they do not divide the stack."""
     L = len(config.stacks[stack])
     size = 1
     if config.remat == "groups":  # fewest inputs at one time; groups that differ are compiled twice
@@ -135,7 +135,7 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared):
         return after, (kept, sums)
 
     inputs, sums = [], []
-    for part in _parts(config, stack):
+    for part in groups(config, stack):
         x_BTD, (kept, of_part) = jax.lax.scan(group, x_BTD, _numbers(*part))
         inputs.append(kept)
         sums.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_part))
@@ -143,10 +143,7 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared):
 
 
 def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
-    dx_BTD, dsums = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x, cotangents,
-        is_leaf=lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero),
-    )  # fmt: skip
+    dx_BTD, dsums = jax.tree.map(_number, cotangents, is_leaf=_is_zero)
     leaves, tree = jax.tree.flatten(kept.weights)
     where = [i for i, trained in enumerate(kept.trained) if trained]
 
@@ -180,7 +177,7 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
     carry: Any = (dx_BTD, [jnp.zeros_like(leaves[i]) for i in where])
-    for part, inputs in reversed(list(zip(_parts(config, stack), kept.inputs, strict=True))):
+    for part, inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
         numbers = _numbers(*part)
         of_part = jax.tree.map(lambda x, numbers=numbers: x[numbers[0, 0] :][: numbers.size].reshape(*numbers.shape, *x.shape[1:]), dsums)
         carry, _ = jax.lax.scan(group, carry, (numbers, inputs, of_part), reverse=True)
@@ -192,9 +189,17 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
 _recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)
 
 
-def _numbers(first: int, groups: int, size: int) -> jax.Array:
+def _is_zero(cotangent) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _number(cotangent) -> jax.Array:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
+
+
+def _numbers(first: int, number: int, size: int) -> jax.Array:
     """Layers of the groups, `[groups, size]`."""
-    return first + jnp.arange(groups * size).reshape(groups, size)
+    return first + jnp.arange(number * size).reshape(number, size)
 
 
 def _single(function, carry, xs):
