@@ -306,5 +306,13 @@ def _by_blocks(function, carry, parts):
         x = jnp.moveaxis(x, 0, 3)
         return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :length]
 
-    carry, out = jax.lax.scan(function, carry, jax.tree.map(split, parts))
-    return carry, jax.tree.map(join, out)
+    def step(state, scanned):  # what comes of a block of queries takes its place: a second array of that size would outlive the layer
+        (carry, blocks), (i, rest) = state, scanned
+        carry, out = function(carry, (blocks[i], *rest))
+        first, *others = jax.tree.leaves(out)
+        return (carry, blocks.at[i].set(first)), others
+
+    queries, *rest = jax.tree.map(split, parts)
+    (carry, first), others = jax.lax.scan(step, (carry, queries), (jnp.arange(queries.shape[0]), rest))
+    out = jax.tree.map(join, (first, *others))
+    return carry, out if others else out[0]

@@ -13,7 +13,7 @@ from jaxtune.model.layers import ACTIVATIONS, NORMS
 from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
-from jaxtune.model.weight import Layer, linear
+from jaxtune.model.weight import linear
 
 RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
@@ -36,8 +36,7 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
     def attend_to(x_BTD):
         return attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
 
-    import os
-    if config.remat in RECOMPUTED and kv is None and "A" in os.environ.get("JT", ""):
+    if config.remat in RECOMPUTED and kv is None:  # of attention, only what its backward pass starts from waits for the rest of the layer
         kept = jax.checkpoint_policies.save_only_these_names("attention")
         attend_to = jax.checkpoint(attend_to, policy=kept)
     attn, kv = attend_to(x_BTD)
@@ -108,12 +107,7 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     if "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
-        import os
-        parts = []
-        for name in ("q", "k", "v"):
-            parts.append(linear(w[name], x_BTD, w.get(f"{name}_bias")))
-            if "Q" in os.environ.get("JT", ""):
-                parts[-1], x_BTD = jax.lax.optimization_barrier((parts[-1], x_BTD))
+        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]
     return tuple(part.reshape(B, T, -1, h) for part in parts)
 
 
@@ -131,27 +125,22 @@ def _head_norm(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array) ->
 def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
     """What the feed-forward part adds to the residual stream; of long rows chunk by chunk of tokens, so that `[T, F]` is never there."""
 
-    def whole(x_BTD, w=w):
+    def whole(x_BTD):
         fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place)
         return _scaled(config, norm(config, w, "mlp_post_norm", fed)), sums
 
-    shape = x_BTD.shape
-    import os
-    if config.mesh is None and "F" in os.environ.get("JT", "") and "router" not in w:
-        x_BTD = x_BTD.reshape(1, -1, shape[-1])
     B, T, D = x_BTD.shape
     chunks = 1 if config.remat not in RECOMPUTED else _chunks(config, w, B * T)
     if chunks == 1:
-        fed, sums = whole(x_BTD)
-        return fed.reshape(shape), sums
+        return whole(x_BTD)
+    w = dict(w)  # cut out of the stack once, not for each chunk
+    if not split(config.mesh, "data", "fsdp"):  # rows one after the other: chunks are then cut out without a copy
+        B, T = 1, B * T
     size = -(-T // chunks)
-    parts = jnp.pad(x_BTD, ((0, 0), (0, size * chunks - T), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
+    parts = jnp.pad(x_BTD.reshape(B, T, D), ((0, 0), (0, size * chunks - T), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
     # not computed twice: in the backward pass nothing asks for what the layer's own second forward pass would make here
-    def chunk(part):
-        return whole(part, w.beside(part) if isinstance(w, Layer) else w)[0]
-
-    fed = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), parts)
-    return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T].reshape(shape), None
+    fed = jax.lax.map(jax.checkpoint(lambda part: whole(part)[0], prevent_cse=False), parts)
+    return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T].reshape(x_BTD.shape), None
 
 
 def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:

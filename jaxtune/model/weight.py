@@ -115,8 +115,3 @@ class Layer(Mapping):
     def changed(self, change: Callable) -> "Layer":
         """The same, with `change(name, leaf)` in place of each leaf."""
         return Layer(self.stack, self.number, self.own, change)
-
-    def beside(self, x: jax.Array) -> "Layer":
-        """The same, cut no earlier than x is there: inside a loop over x, not ahead of it."""
-        number, _ = jax.lax.optimization_barrier((self.number, jax.lax.stop_gradient(x)))
-        return Layer(self.stack, number, self.own, self.change)
