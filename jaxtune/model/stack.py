@@ -177,10 +177,13 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
     carry: Any = (dx_BTD, [jnp.zeros_like(leaves[i]) for i in where])
-    for part, inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
-        numbers = _numbers(*part)
-        of_part = jax.tree.map(lambda x, numbers=numbers: x[numbers[0, 0] :][: numbers.size].reshape(*numbers.shape, *x.shape[1:]), dsums)
-        carry, _ = jax.lax.scan(group, carry, (numbers, inputs, of_part), reverse=True)
+    for (first, number, size), inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
+
+        def by_group(x, first=first, number=number, size=size):
+            return x[first : first + number * size].reshape(number, size, *x.shape[1:])
+
+        scanned = _numbers(first, number, size), inputs, jax.tree.map(by_group, dsums)
+        carry, _ = jax.lax.scan(group, carry, scanned, reverse=True)
     dx_BTD, grads = carry
     grads = dict(zip(where, grads, strict=True))
     return tree.unflatten([grads.get(i) for i in range(len(leaves))]), dx_BTD, None

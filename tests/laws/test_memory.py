@@ -15,8 +15,9 @@ from jax.interpreters import partial_eval
 from jaxtune.config import LoraConfig, load_config
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
-from jaxtune.model.decoder import forward
+from jaxtune.model.decoder import forward, hidden
 from jaxtune.model.families import from_hf
+from jaxtune.model.moe import load_balancing_loss
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Weight, linear
 from jaxtune.objectives import OBJECTIVES
@@ -112,6 +113,22 @@ def test_what_is_kept_changes_no_number():
     for remat, chunks in (*ways, ("full", {"mlp_chunk": 10})):  # three chunks, the last not full
         for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(remat, **chunks)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(jnp.abs(one).max()), err_msg=f"{remat} {chunks}")
+
+
+@pytest.mark.parametrize("remat", ["full", "groups"])
+def test_what_routers_are_asked_for_comes_through(remat):
+    """The load balancing loss has the same gradient where layers are computed again."""
+    config = from_hf(EXPERTS | {"num_hidden_layers": 3})  # groups of 2 and 1
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    params = unflatten({path: 0.05 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()})
+
+    def gradient(remat):
+        how = dataclasses.replace(config, remat=remat)
+        return jax.jit(jax.grad(lambda params: load_balancing_loss(hidden(how, params, jnp.arange(16)[None]).aux)))(params)
+
+    routers = [tree["layers"]["0"]["router"] for tree in (gradient("none"), gradient(remat))]
+    assert jnp.abs(routers[0]).max() > 0
+    np.testing.assert_allclose(*routers, rtol=1e-5, atol=1e-7)
 
 
 def test_chunks_take_no_product_twice_more():
