@@ -63,7 +63,8 @@ def flops(config: Config, model_config: ModelConfig, length: int, trained: int |
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
-    products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
+    products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None:
+    all); a token is in a document of `attended` tokens (None: the row).
     """
     tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * length
     active = repeated = 0.0

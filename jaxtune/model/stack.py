@@ -14,19 +14,20 @@ cut out of the stack where they are used, and only gradients that somebody asked
 """
 
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxtune.model import nf4_kernel
 from jaxtune.model.attention import Keys
 from jaxtune.model.block import RECOMPUTED, Place, block
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.layout import constrain
+from jaxtune.model.layout import constrain, split
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
-from jaxtune.model.weight import Layer, layer_of
 
 
 class Shared(NamedTuple):
@@ -45,9 +46,11 @@ def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared
         x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared)
     else:
 
+        weights, whole = _opened(config, stack, weights)
+
         def layer(carry, scanned):
             number, w = scanned
-            x_BTD, kv, sums = _layer(config, stack, number, w, carry[0], shared, carry[1])
+            x_BTD, kv, sums = _layer(config, stack, number, whole(w, number), carry[0], shared, carry[1])
             return (x_BTD, kv), sums
 
         if config.remat == "dots":
@@ -63,30 +66,73 @@ def _layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Arr
     rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
     place = Place(shared.cos[rope], shared.sin[rope], window, shared.queries, shared.keys, jnp.asarray(layers)[number])
-    x_BTD, kv, sums = block(config, _brought(config, stack, w), x_BTD, place, kv)
+    x_BTD, kv, sums = block(config, w, x_BTD, place, kv)
     return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
 
 
-def _brought(config: ModelConfig, stack: int, w):
+# ---- a layer's weights ----
+
+
+class _Layer(Mapping):
+    """One layer's weights by name, each cut out of the stack where it is asked for: cut ahead of a checkpoint, they would be kept for it.
+
+    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`.
+    """
+
+    def __init__(self, config: ModelConfig, stack: int, weights: dict, number: jax.Array, own: dict[str, jax.Array] | None = None):
+        self.config, self.stack, self.weights, self.number, self.own = config, stack, weights, number, own or {}
+
+    def __getitem__(self, name: str):
+        stacked, whole = _opened(self.config, self.stack, {name: self.weights[name]})
+
+        def cut(path, leaf):
+            own = self.own.get(jax.tree_util.keystr(path))
+            return _cut(leaf, self.number) if own is None else own
+
+        return whole(jax.tree_util.tree_map_with_path(cut, stacked), self.number)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def _cut(leaf: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
+
+
+def _opened(config: ModelConfig, stack: int, weights: dict):
+    """What to cut layers out of, and `whole(layer, number)`, which makes a layer's weights of what was cut: packed matrices come together
+    over the mesh, and the kernel takes 4-bit ones from their stack.
+
+    The kernel only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
+    if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
+        return weights, lambda layer, number: _brought(config, stack, layer)
+    weights, put = nf4_kernel.hold(weights, config.mesh)
+    return weights, lambda layer, number: put(_brought(config, stack, layer), number)
+
+
+def _brought(config: ModelConfig, stack: int, layer: dict) -> dict:
     """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
     moves eight times the bytes."""
     if config.mesh is None:
-        return w
+        return layer
     axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in spec(config).items()}
 
     def bring(name: str, leaf):
-        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.codes.shape[-1] != leaf.shape[0]):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
             return leaf
         names = [axis if axis != "embed" else None for axis in axes[name][1:]]
         if isinstance(leaf, NF4):  # packed the other way round
             names[-2:] = names[:-3:-1]
-        fields = {field: constrain(config.mesh, x, *names[: x.ndim]) for field, x in (("codes", leaf.codes), ("absmax", leaf.absmax))}
-        return leaf.replace(**fields)
+        fields = {"codes": leaf.codes, "absmax": leaf.absmax}
+        return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})
 
-    def matrix(name: str, leaf):
-        return jax.tree.map(lambda part: bring(name, part), leaf, is_leaf=lambda part: isinstance(part, NF4 | Int8))
-
-    return w.changed(matrix) if isinstance(w, Layer) else {name: matrix(name, leaf) for name, leaf in w.items()}
+    return {
+        name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))
+        for name, leaf in layer.items()
+    }
 
 
 # ---- layers that the backward pass computes again ----
@@ -114,7 +160,7 @@ def groups(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recomputed(config, stack, weights, x_BTD, shared):
     def layer(x_BTD, number):
-        x_BTD, _, sums = _layer(config, stack, number, Layer(weights, number), x_BTD, shared)
+        x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
         return x_BTD, sums
 
     return jax.lax.scan(layer, x_BTD, jnp.arange(len(config.stacks[stack])))
@@ -126,7 +172,7 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared):
     weights, x_BTD, shared = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared))
 
     def layer(x_BTD, number):
-        x_BTD, _, sums = _layer(config, stack, number, Layer(weights, number), x_BTD, shared)
+        x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
         return x_BTD, sums
 
     def group(x_BTD, numbers):
@@ -144,24 +190,24 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared):
 
 def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
     dx_BTD, dsums = jax.tree.map(_number, cotangents, is_leaf=_is_zero)
-    leaves, tree = jax.tree.flatten(kept.weights)
-    where = [i for i, trained in enumerate(kept.trained) if trained]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(kept.weights)
+    trained = {jax.tree_util.keystr(path): leaf for (path, leaf), yes in zip(leaves, kept.trained, strict=True) if yes}
 
     def forward(x_BTD, number, own=None):
-        layer = Layer(kept.weights, number, own)
-        x_BTD, _, sums = _layer(config, stack, number, layer, x_BTD, kept.shared)
+        w = _Layer(config, stack, kept.weights, number, own)
+        x_BTD, _, sums = _layer(config, stack, number, w, x_BTD, kept.shared)
         return x_BTD, sums
 
     def layer(carry, scanned):
         (dx_BTD, grads), (number, x_BTD, dsums) = carry, scanned
 
         def of(x_BTD, own):
-            return forward(x_BTD, number, dict(zip(where, own, strict=True)))
+            return forward(x_BTD, number, own)
 
         # under a checkpoint, whose own backward pass leaves out what no gradient needs; the result itself is dropped here
-        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, [layer_of(leaves[i], number) for i in where])
+        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, {path: _cut(leaf, number) for path, leaf in trained.items()})
         dx_BTD, own = pull((dx_BTD, dsums))
-        return (dx_BTD, [grad.at[number].set(g) for grad, g in zip(grads, own, strict=True)]), None
+        return (dx_BTD, {path: grad.at[number].set(own[path]) for path, grad in grads.items()}), None
 
     def group(carry, scanned):
         numbers, x_BTD, dsums = scanned
@@ -176,7 +222,7 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         inputs = jax.lax.fori_loop(0, numbers.shape[0] - 1, again, inputs)
         return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
-    carry: Any = (dx_BTD, [jnp.zeros_like(leaves[i]) for i in where])
+    carry: Any = (dx_BTD, jax.tree.map(jnp.zeros_like, trained))
     for (first, number, size), inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
 
         def by_group(x, first=first, number=number, size=size):
@@ -185,8 +231,7 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         scanned = _numbers(first, number, size), inputs, jax.tree.map(by_group, dsums)
         carry, _ = jax.lax.scan(group, carry, scanned, reverse=True)
     dx_BTD, grads = carry
-    grads = dict(zip(where, grads, strict=True))
-    return tree.unflatten([grads.get(i) for i in range(len(leaves))]), dx_BTD, None
+    return tree.unflatten([grads.get(jax.tree_util.keystr(path)) for path, _ in leaves]), dx_BTD, None
 
 
 _recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)

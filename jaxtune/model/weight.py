@@ -5,8 +5,6 @@ others). `linear` multiplies by it, `grouped` multiplies by the matrices of expe
 matrix itself. Weights nest.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -78,40 +76,3 @@ def rows(w: Matrix, ids: jax.Array, dtype) -> jax.Array:
 def is_weight(leaf) -> bool:
     """For `jax.tree.map(..., is_leaf=is_weight)`: stop at whole matrices."""
     return isinstance(leaf, Weight)
-
-
-def layer_of(leaf: jax.Array, number: jax.Array) -> jax.Array:
-    """One layer's part of a leaf of a stack."""
-    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
-
-
-class Layer(Mapping):
-    """One layer's weights by name, each cut out of the stack where it is asked for: what is cut ahead of a loop is copied for it.
-
-    stack   the weights of all layers, each leaf with a leading axis
-    number  which layer
-    own     this layer's leaves that come from elsewhere (those that a gradient is taken of), by place among the leaves of `stack`
-    """
-
-    def __init__(self, stack: dict, number: jax.Array, own: dict[int, jax.Array] | None = None, change: Callable | None = None):
-        self.stack, self.number, self.own, self.change = stack, number, own or {}, change
-
-    def __getitem__(self, name: str):
-        """The matrix or vector of that name."""
-        first = sum(len(jax.tree.leaves(self.stack[other])) for other in sorted(self.stack) if other < name)
-        leaves, tree = jax.tree.flatten(self.stack[name])
-        own = [self.own.get(first + i) for i in range(len(leaves))]
-        whole = tree.unflatten([layer_of(leaf, self.number) if mine is None else mine for leaf, mine in zip(leaves, own, strict=True)])
-        return whole if self.change is None else self.change(name, whole)
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self.stack)
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.stack)
-
-    def changed(self, change: Callable) -> "Layer":
-        """The same, with `change(name, leaf)` in place of each leaf."""
-        return Layer(self.stack, self.number, self.own, change)
