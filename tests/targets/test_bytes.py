@@ -69,7 +69,7 @@ def test_a_long_row_leaves_its_residual_stream_and_a_few_more_of_its_size(peak):
     """Neither scores (`8 T^2` of them, 256 MiB in bfloat16) nor the feed-forward part's `[T, F]` of all tokens."""
     tokens = 4096
     long = peak("h100", 4, data={"train": "x.jsonl", "max_length": tokens}, mlp_chunk_size=512)
-    assert long < (4 + 14) * tokens * 512 * 2
+    assert long < (4 + 16) * tokens * 512 * 2  # 18.5 of that size; the whole `[T, F]` would add some 9
 
 
 @pytest.mark.parametrize("target, kernel", [("v5e-1", "splash"), ("h100", "flash")])
