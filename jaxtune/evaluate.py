@@ -239,8 +239,7 @@ def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
 
 
 def _rows(config: Config, model: Model, rows: str) -> Source:
-    source = evaluation(config, model.tokenizer, rows)
-    check_vocabulary([source], model.tokenizer, model.config.vocab_size)
+    check_vocabulary([source := evaluation(config, model.tokenizer, rows)], model.tokenizer, model.config.vocab_size)
     return source
 
 
@@ -306,6 +305,7 @@ def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
         yield None
         return
     _refuse_old(path)
+    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with open(path, "x", encoding="utf-8", buffering=1) as out:
         yield out
 

@@ -92,6 +92,8 @@ def generate_tokens(
             raise ConfigError(f"{name} is {value}; it must be 1 or more")
     if num_return_sequences > 1 and sampling.temperature is None:
         raise ConfigError(f"num_return_sequences is {num_return_sequences}, but temperature 0 repeats the same answer; set temperature=0.7")
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}, but has to be below 2**63")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; take it out")

@@ -25,7 +25,11 @@ ABOVE = {
     "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0,
     "data.test": 0, "data.temperature": 0, "lora.lora_alpha": 0,
 }  # fmt: skip
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1, "data.test": 1}
+SEEDS = 2**63  # what jax.random.key takes
+BELOW = {
+    "adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1, "data.test": 1,
+    "seed": SEEDS, "data_seed": SEEDS, "data.split_seed": SEEDS,
+}  # fmt: skip
 
 
 def interval(value: float, total_steps: int) -> int:

@@ -32,7 +32,7 @@ def convert(source: str, target: str | os.PathLike, to: str, form: str | None = 
 
     Raises:
         DataError: a row cannot be read, or has no form in the new format; nothing is written then.
-        ConfigError: the format or the kind of file is not known.
+        ConfigError: the format or the kind of file is not known, or the file is there.
     """
     if to not in WRITERS:
         raise ConfigError(f"--to {to} is no format to write; there are {', '.join(WRITERS)}")
@@ -40,6 +40,8 @@ def convert(source: str, target: str | os.PathLike, to: str, form: str | None = 
     kind = target.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv", ".parquet"):
         raise ConfigError(f"{target}: rows are written to .jsonl, .json, .csv or .parquet files")
+    if target.exists():
+        raise ConfigError(f"{target} exists, and nothing is overwritten; name another file, or remove it")
     made = list(_rows(files.rows(source), to, form, columns or {}))
     _write(made, target, kind)
     return len(made)

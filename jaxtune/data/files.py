@@ -72,6 +72,8 @@ class RowError(DataError):
 
 def find(path: str) -> list[Path] | None:
     """The files that a path, folder or glob names, sorted; None when it can only be a hub id."""
+    if not path.strip():
+        raise DataError("the path of the data is empty; name a file, folder, glob or hub id")
     here = Path(path).expanduser()
     if here.is_file():
         return [here]

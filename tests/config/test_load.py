@@ -291,3 +291,8 @@ def test_values_mean_what_they_look_like(override, key, value):
 def test_a_beginning_that_is_not_offered_is_refused_at_once():
     with pytest.raises(ConfigError, match="lora.init_lora_weights='pissa' is not supported; write true or gaussian"):
         load_config({"model": "m"}, ["lora.init_lora_weights=pissa"])
+
+
+def test_a_seed_that_is_too_large():
+    with pytest.raises(ConfigError, match="data_seed is 9223372036854775808, but has to be below"):
+        load_config({"model": "m", "data_seed": 2**63})

@@ -209,6 +209,11 @@ def test_a_damaged_cache_is_made_again(name, damage, config, tokenizers, tmp_pat
     assert "is damaged, so the rows are made tokens of again" in caplog.text
 
 
+def test_an_empty_path(config, tokenizers):
+    with pytest.raises(DataError, match="the path of the data is empty"):
+        data.load(config(""), tokenizers["chatml"])
+
+
 def test_a_cache_folder_that_is_a_file(config, tokenizers, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="data.cache_dir .*file is a file"):

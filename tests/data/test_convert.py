@@ -92,6 +92,7 @@ def test_command(tmp_path):
     assert done.returncode == 0 and "1 rows written to out.jsonl" in done.stdout
     said = json.loads((tmp_path / "out.jsonl").read_text())["messages"]
     assert said == [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
+    command[5] = "other.jsonl"
     done = subprocess.run([*command, "preference"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "in.json, row 1: has no form in format preference" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.json", "out.jsonl"]
@@ -107,3 +108,11 @@ def test_mistakes(tmp_path):
     with pytest.raises(DataError, match="a CSV file holds no lists"):
         convert(source, tmp_path / "out.csv", "messages")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ConfigError, match="rows.jsonl exists, and nothing is overwritten"):
+        convert(str(file), file, "messages")
+    assert file.read_text() == '{"prompt": "a", "completion": "b"}\n'
