@@ -27,6 +27,7 @@ HELP = {
 }  # fmt: skip
 _HALF = re.compile("[\ud800-\udfff]")
 Doc = tuple[list[int], np.ndarray]
+MEDIA = ("images", "image", "videos", "audios")  # the columns of TRL and LLaMA-Factory
 Value = float | tuple[float, ...]
 
 
@@ -73,6 +74,9 @@ class Encoder:
         for row, example in examples:
             self.ledger.rows += 1
             try:
+                if media := next((name for name in MEDIA if row.fields.get(name)), None):
+                    unseen = f"the row has {media}, which a language model does not see"
+                    self.ledger.problem("media", row, f"{unseen}; data.quality: {{media: keep}} trains on the text alone")
                 pieces, value = self.pieces(row, example), self._value(row, example)
                 _whole_characters(row, *(piece.text for piece in pieces))
             except RowError as error:

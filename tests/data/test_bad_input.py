@@ -123,6 +123,14 @@ def test_rows(case, config, tokenizers, tmp_path):
     assert not list((tmp_path / "cache").glob("*"))
 
 
+def test_text_beside_images(config, tokenizers):
+    rows = [CHAT, CHAT | {"images": []}, CHAT | {"images": ["a.png"]}]
+    with pytest.raises(DataError, match="line 3: the row has images, which a language model does not see"):
+        data.load(config(rows), tokenizers["chatml"])
+    kept = [len(data.load(config(rows, quality={"media": policy}), tokenizers["chatml"]).train.documents) for policy in ("drop", "keep")]
+    assert kept == [2, 3]
+
+
 def test_format_named_for_rows_without_its_fields(config, tokenizers):
     with pytest.raises(DataError, match="line 1: the field 'completion' is missing; the row has 'text'|the field 'prompt' is missing"):
         data.load(config([{"text": "a"}], format="prompt_completion"), tokenizers["chatml"])
