@@ -43,6 +43,12 @@ _SYSTEM = {
 }
 
 
+_LESS_MEMORY = (
+    "take fewer rows at a time (per_device_train_batch_size, --batch-size), shorter ones (data.max_length), method: qlora, or "
+    "gradient_checkpointing: full or offload. jaxtune plan CONFIG.yaml says what takes the memory, before a run"
+)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and everything it was raised from, outermost first."""
     seen: BaseException | None = error
@@ -65,6 +71,9 @@ def explain(error: BaseException) -> str | None:
                 return f"{link.filename}: {reason}" if link.filename else reason
             if os.strerror(number) in str(link):
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
+        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # the host's; a device's, by XLA (a disk's, by TensorStore, is above)
+            said = (str(link).splitlines() or [""])[0][:200]
+            return f"out of memory{f' ({said})' if said else ''}; {_LESS_MEMORY}"
     return None
 
 

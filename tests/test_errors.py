@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from jaxtune import errors
@@ -64,6 +65,13 @@ def test_a_wrapped_or_textual_disk_error_is_found(capsys):
     text = ValueError("RESOURCE_EXHAUSTED: write failed [OS error 28: ENOSPC No space left on device]")
     code, err = exit_of(raising(text), capsys)
     assert code == 2 and "disk is full" in err
+
+
+def test_lack_of_memory_says_what_to_do(capsys):
+    code, said = exit_of(lambda: jnp.zeros(2**45).block_until_ready(), capsys)
+    assert code == 2 and said.startswith("error: out of memory (RESOURCE_EXHAUSTED") and "per_device_train_batch_size" in said
+    code, said = exit_of(raising(MemoryError()), capsys)
+    assert code == 2 and said.startswith("error: out of memory; take fewer rows")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -64,6 +64,8 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
+    except (RecursionError, ValueError) as error:  # lists in lists in lists ..., a number of thousands of digits
+        raise ConfigError(f"{where} cannot be read: {error}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -192,6 +194,8 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
         if not overrides:
             return config
         config = config.to_dict()
+    if not isinstance(config, (str, os.PathLike, Mapping)):
+        raise ConfigError(f"the config is {config!r}; give the path of a YAML file, or its keys as a dict.")
     raw = dict(config) if isinstance(config, Mapping) else read_yaml(config)
     flat = _canonical(_flatten(raw)) | _canonical(_flatten(dict(map(_override, overrides))))
     nested: dict[str, Any] = {}

@@ -296,3 +296,15 @@ def test_a_beginning_that_is_not_offered_is_refused_at_once():
 def test_a_seed_that_is_too_large():
     with pytest.raises(ConfigError, match="data_seed is 9223372036854775808, but has to be below"):
         load_config({"model": "m", "data_seed": 2**63})
+
+
+@pytest.mark.parametrize(("text", "said"), [("[" * 5000, "maximum recursion"), ("seed: " + "9" * 5000, "Exceeds the limit")])
+def test_yaml_that_python_cannot_hold(tmp_path, text, said):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"c.yaml cannot be read: {said}"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_config_that_is_none():
+    with pytest.raises(ConfigError, match="the config is None; give the path"):
+        load_config(None)
