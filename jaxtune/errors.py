@@ -71,7 +71,7 @@ def explain(error: BaseException) -> str | None:
                 return f"{link.filename}: {reason}" if link.filename else reason
             if os.strerror(number) in str(link):
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
-        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # the host's; a device's, by XLA (a disk's, by TensorStore, is above)
+        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word, and TensorStore's (above)
             said = (str(link).splitlines() or [""])[0][:200]
             return f"out of memory{f' ({said})' if said else ''}; {_LESS_MEMORY}"
     return None
