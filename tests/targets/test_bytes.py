@@ -58,10 +58,9 @@ def test_offload_leaves_the_gradients(peak, target):
     assert growth < 1.25 * 4 * 4 * (4 * 1024 + 3 * 2560)
 
 
-@pytest.mark.parametrize("target", ["v5e-1", "h100"])
-def test_groups_leave_the_inputs_of_groups(peak, target):
-    """Of 12 layers 4 groups of 3: 4 inputs, and 3 of the group at hand, instead of 12."""
-    saved = peak(target, 12) - peak(target, 12, gradient_checkpointing="groups")
+def test_groups_leave_the_inputs_of_groups(peak):
+    """Of 12 layers 4 groups of 3: 4 inputs, and 3 of the group at hand, instead of 12. (On a v5e it is more, docs/decisions.md.)"""
+    saved = peak("h100", 12) - peak("h100", 12, gradient_checkpointing="groups")
     assert saved > 0.9 * (12 - 4 - 3) * ROW * 512 * 2
 
 
