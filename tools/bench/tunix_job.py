@@ -23,13 +23,14 @@ from tunix.sft.hooks import TrainingHooks
 from tunix.utils.mesh import create_mesh
 
 
-def read_model(folder: Path, dtype, mesh) -> llama.Llama3:
-    """The checkpoint as Tunix's Llama, its sizes taken from config.json."""
+def read_model(folder: Path, dtype, mesh, remat: bool) -> llama.Llama3:
+    """The checkpoint as Tunix's Llama, its sizes taken from config.json; remat: of attention and feed-forward."""
     hf = json.loads((folder / "config.json").read_text())
     config = llama.ModelConfig(
         num_layers=hf["num_hidden_layers"], vocab_size=hf["vocab_size"], embed_dim=hf["hidden_size"], hidden_dim=hf["intermediate_size"],
         num_heads=hf["num_attention_heads"], head_dim=hf["head_dim"], num_kv_heads=hf["num_key_value_heads"], norm_eps=hf["rms_norm_eps"],
         rope_theta=hf["rope_parameters"]["rope_theta"], weight_tying=hf["tie_word_embeddings"],
+        remat_config=llama.RematConfig.BLOCK if remat else llama.RematConfig.NONE,
     )  # fmt: skip
     return weights.create_model_from_safe_tensors(str(folder), config, mesh, dtype)
 
@@ -80,7 +81,7 @@ def main(job: dict) -> dict:
     dtype = jnp.dtype(job["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows = batches(tokenizer, job["rows"], job["batch"])
-    model = read_model(Path(job["model"]), dtype, mesh)
+    model = read_model(Path(job["model"]), dtype, mesh, job["remat"])
     paths = "|".join(f".*{name}" for name in job["lora"]["target_modules"])
     lora = qwix.LoraProvider(module_path=paths, rank=job["lora"]["r"], alpha=float(job["lora"]["lora_alpha"]))
     model = qwix.apply_lora_to_model(model, lora, rngs=nnx.Rngs(0), **model.get_model_input())
