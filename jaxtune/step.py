@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jaxtune.errors import ConfigError
+from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
@@ -59,9 +60,10 @@ def how_to_compute(config, model_config, platform: str):
     remat = {True: "full", False: "none", "auto": auto}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
     form = "xla" if config.attention == "auto" else config.attention
+    tile = CPU_TILE if platform == "cpu" else TILE
     kernel = chosen(config.quantization_kernel, platform)
     how = dict(dtype=config.dtype, remat=remat, logits_chunk=chunk, mlp_chunk=config.mlp_chunk_size)
-    return dataclasses.replace(model_config, **how, attention=form, quantization_kernel=kernel)
+    return dataclasses.replace(model_config, **how, attention=form, attention_tile=tile, quantization_kernel=kernel)
 
 
 def say_attention(config, platform: str) -> None:

@@ -16,17 +16,18 @@ def row(side: str, **found) -> dict:
 
 
 def took(speed: float) -> dict:
-    return {"job_speed": speed, "step_speed": 2 * speed, "start_seconds": 3.0, "peak": 2 * 10**9, "losses": [1.5, 1.25]}
+    speeds = {"job_speed": speed, "step_speed": 2 * speed, "processor_speed": speed / 2}
+    return speeds | {"start_seconds": 3.0, "peak": 2 * 10**9, "losses": [1.5, 1.25]}
 
 
 def test_a_table_is_of_medians_and_says_why_a_side_did_not_run():
     results = [row("jaxtune", **took(speed)) for speed in (100.0, 900.0, 200.0)] + [row("Tunix", error="No module named 'tunix'")]
     text = bench.table("peers", results, "python tools/bench.py peers MODEL ROWS.jsonl")
-    assert "| jaxtune | 200 | 400 | 3 s | 2.0 GB | 1.500, 1.250 (2) | 5 |" in text
-    assert "| Tunix | did not run: `No module named 'tunix'` | | | | | 2 |" in text
+    assert "| jaxtune | 200 | 100 | 400 | 3 s | 2.0 GB | 1.500, 1.250 (2) | 5 |" in text
+    assert "| Tunix | did not run: `No module named 'tunix'` | | | | | | 2 |" in text
     assert "TRL" not in text and "the median of 3 rounds" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {8}
+    assert widths == {9}
 
 
 def test_a_table_is_written_between_its_marks(tmp_path):

@@ -10,8 +10,9 @@ row of a table. Every round appends a line for each side to `--results`; a table
 settings, and `--write docs/benchmarks.md` puts it between that file's marks.
 
 ROWS.jsonl has `question` and `answer` (gsm8k), each taken once. Real tokens are those of the rows, padding not counted. "job" is the whole
-process, with imports, loading, compilation from an empty cache and saving; "start" is the time to the end of the first step; "steps" is
-the speed from there on. Peak memory is the process's largest resident size, on a GPU the allocator's peak on the device.
+process, with imports, loading, compilation from an empty cache and saving; "a processor" is its tokens by the seconds that processors spent
+on it, which other work on the machine disturbs less; "start" is the time to the end of the first step; "steps" is the speed from there on.
+Peak memory is the process's largest resident size, on a GPU the allocator's peak on the device.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def run(side: Side, job: dict, python: str) -> dict:
         raise SystemExit(f"{side.name} has taken a single step, which is the one that compiles; give it more rows")
     scale = 1 if sys.platform == "darwin" else 1024
     return found | {
-        "job_seconds": seconds, "start_seconds": times[1] - started, "processor_seconds": used.ru_utime + used.ru_stime,
+        "job_seconds": seconds, "start_seconds": times[1] - started, "processor_speed": sum(tokens) / (used.ru_utime + used.ru_stime),
         "job_speed": sum(tokens) / seconds, "step_speed": sum(tokens[1:]) / (times[-1] - times[1]), "peak": used.ru_maxrss * scale,
     }  # fmt: skip
 
@@ -159,8 +160,8 @@ def peak_flops(device: str) -> float | None:
 def table(suite: str, results: list[dict], command: str) -> str:
     """The medians of all rounds of each side, as a Markdown table, with the command that gives its row."""
     gpu = suite == "gpu"
-    columns = ["", "steps, tokens/s", "MFU", "peak memory"] if gpu else ["", "job, tokens/s", "steps, tokens/s", "start", "peak memory"]
-    columns += ["loss, first and last step", "`--only`"]
+    columns = ["", "steps, tokens/s", "MFU"] if gpu else ["", "job, tokens/s", "a processor", "steps, tokens/s", "start"]
+    columns += ["peak memory", "loss, first and last step", "`--only`"]
     lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
     for number, side in enumerate(SUITES[suite]):
         rounds = [row for row in results if row["side"] == side.name]
@@ -174,7 +175,8 @@ def table(suite: str, results: list[dict], command: str) -> str:
         peak = f"{middle.get('device_peak', middle['peak']) / 1e9:.1f} GB"
         rate = f"{middle['step_speed']:.0f}"
         mfu = f"{100 * middle['mfu']:.1f} %" if "mfu" in middle else "not known"
-        cells = [rate, mfu, peak] if gpu else [f"{middle['job_speed']:.0f}", rate, f"{middle['start_seconds']:.0f} s", peak]
+        jobs = [f"{middle['job_speed']:.0f}", f"{middle['processor_speed']:.0f}", rate, f"{middle['start_seconds']:.0f} s"]
+        cells = [*([rate, mfu] if gpu else jobs), peak]
         losses = sound[-1]["losses"]
         lines.append(" | ".join([side.name, *cells, f"{losses[0]:.3f}, {losses[-1]:.3f} ({len(losses)})", str(number)]))
     rounds = max((sum(row["side"] == side.name for row in results) for side in SUITES[suite]), default=0)

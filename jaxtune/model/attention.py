@@ -14,11 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128  # queries of one block
-KEYS = 1024  # keys of one block, in rows that have more
 SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
 _MANY = 2**30
 UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
+
+
+class Tile(NamedTuple):
+    """Tokens of one block in plain XLA: queries, and keys in rows that have more. Large ones keep an accelerator busy; on a CPU the scores
+    of a small one stay in the cache, and more of what no query of a block sees is left out."""
+
+    queries: int = 128
+    keys: int = 1024
+
+
+TILE, CPU_TILE = Tile(), Tile(64, 64)
 
 
 class Keys(NamedTuple):
@@ -49,12 +58,13 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def attend(
-    q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0, form: str = "xla"
-):
+    q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0, form: str = "xla",
+    tile: Tile = TILE,
+):  # fmt: skip
     """Grouped-query attention, `[B, T, H, h]` in q's dtype; zeros for a query that sees nothing (padding).
 
     `cap` bounds the scores (`softcap`). Where there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ...
-    `form`: xla | flash | splash.
+    `form`: xla | flash | splash; `tile` is of the first.
     """
     B, T, H, h = q_BTHh.shape
     K, S = k_BSKh.shape[2], k_BSKh.shape[1]
@@ -63,9 +73,9 @@ def attend(
     if form != "xla":
         q, queries = (_whole(x, _kernel(form).block(T), T) for x in (q, queries))
         k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
-    elif T > BLOCK and S > KEYS:
-        k, v, keys = (_whole(x, KEYS, S) for x in (k, v, keys))
-    out: Any = _attend(_How(scale, cap, form), q, k, v, queries, keys, jnp.asarray(window))
+    elif T > tile.queries and S > tile.keys:
+        k, v, keys = (_whole(x, tile.keys, S) for x in (k, v, keys))
+    out: Any = _attend(_How(scale, cap, form, tile), q, k, v, queries, keys, jnp.asarray(window))
     return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
@@ -86,6 +96,7 @@ class _How(NamedTuple):
     scale: float
     cap: float
     form: str
+    tile: Tile
 
 
 def _kernel(form: str):
@@ -119,13 +130,13 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _forward(how, q, k, v, queries, keys, window):
     outs, logzs = [], []
-    for span, seen in _spans(q.shape[3], k.shape[2]):
+    for span, seen in _spans(how.tile, q.shape[3], k.shape[2]):
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
 
         def block(_, part, keys_seen=keys_seen):
             return None, _block(how, window, *part, *keys_seen)
 
-        _, (out, logz) = _by_blocks(block, None, (q[:, :, :, span], _slots(queries, span)))
+        _, (out, logz) = _by_blocks(how.tile, block, None, (q[:, :, :, span], _slots(queries, span)))
         outs.append(out)
         logzs.append(logz)
     return jnp.concatenate(outs, axis=3), jnp.concatenate(logzs, axis=3)
@@ -134,7 +145,7 @@ def _forward(how, q, k, v, queries, keys, window):
 def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dqs = []
-    for span, seen in _spans(q.shape[3], k.shape[2]):
+    for span, seen in _spans(how.tile, q.shape[3], k.shape[2]):
         # else the queries and keys of all spans are cut out at once, in the forward pass
         held: Any = jax.lax.optimization_barrier((q, k, v, dk, dv))
         q, k, v, dk, dv = held
@@ -145,7 +156,7 @@ def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
             return tuple(totals), dq
 
         part = (q[:, :, :, span], _slots(queries, span), dout[:, :, :, span], logz[:, :, :, span], delta[:, :, :, span])
-        totals, dq = _by_blocks(block, (dk[:, :, :seen], dv[:, :, :seen]), part)
+        totals, dq = _by_blocks(how.tile, block, (dk[:, :, :seen], dv[:, :, :seen]), part)
         dk, dv = dk.at[:, :, :seen].set(totals[0]), dv.at[:, :, :seen].set(totals[1])
         dqs.append(dq)
     return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -159,16 +170,16 @@ def _bias(queries, keys, window):
 
 def _block(how, window, q, queries, k, v, keys):
     """Result and logz of one block of queries: over all keys at once, or block by block of them (online softmax, arXiv 1805.02867)."""
-    if _at_once(k):
+    if _at_once(how.tile, k):
         out, top, total = _part(how, window, q, queries, k, v, keys)
     else:
 
         def fold(i, sums):
-            return _joined(sums, _part(how, window, q, queries, *_key_block(i, k, v, keys)))
+            return _joined(sums, _part(how, window, q, queries, *_key_block(how.tile, i, k, v, keys)))
 
         nothing = jnp.full((*q.shape[:-1], 1), UNSEEN)
         sums = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
-        out, top, total = jax.lax.fori_loop(*_needed(queries, keys, window), fold, sums)
+        out, top, total = jax.lax.fori_loop(*_needed(how.tile, queries, keys, window), fold, sums)
     unseen = (top <= UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
     total = jnp.where(unseen, 1, total)
     return jnp.where(unseen, 0, out / total).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
@@ -195,18 +206,18 @@ def _joined(one, other):
 
 def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, totals):
     """dq of one block of queries, and `totals`, dk and dv so far, with its part added."""
-    if _at_once(k):
+    if _at_once(how.tile, k):
         dq, dk, dv = _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys)
         return dq.astype(q.dtype), totals[0] + dk, totals[1] + dv
 
     def fold(i, sums):
         dq, *totals = sums
-        dq_i, *parts = _part_gradient(how, window, q, queries, dout, logz, delta, *_key_block(i, k, v, keys))
-        at = 0, 0, i * KEYS, 0
+        dq_i, *parts = _part_gradient(how, window, q, queries, dout, logz, delta, *_key_block(how.tile, i, k, v, keys))
+        at = 0, 0, i * how.tile.keys, 0
         here = (jax.lax.dynamic_slice(total, at, part.shape) + part for total, part in zip(totals, parts, strict=True))
         return dq + dq_i, *(jax.lax.dynamic_update_slice(total, part, at) for total, part in zip(totals, here, strict=True))
 
-    dq, *totals = jax.lax.fori_loop(*_needed(queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
+    dq, *totals = jax.lax.fori_loop(*_needed(how.tile, queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
     return dq.astype(q.dtype), *totals
 
 
@@ -235,24 +246,24 @@ def _product(a, b, a_axis, b_axis):
 # ---- spans and blocks ----
 
 
-def _spans(T: int, S: int) -> list[tuple[slice, int]]:
+def _spans(tile: Tile, T: int, S: int) -> list[tuple[slice, int]]:
     """Where a row of T queries is cut, and how many keys each part may see: all, unless queries and keys are the same tokens. Rows of more
     keys than a block are not cut: each block of queries leaves out the blocks of keys that it does not need (`_needed`)."""
-    if T != S or S > KEYS:
+    if T != S or S > tile.keys:
         return [(slice(0, T), S)]
-    length = BLOCK * -(-T // (BLOCK * SPANS))
+    length = tile.queries * -(-T // (tile.queries * SPANS))
     return [(slice(start, min(start + length, T)), min(start + length, T)) for start in range(0, T, length)]
 
 
-def _at_once(k) -> bool:
+def _at_once(tile: Tile, k) -> bool:
     """Whether the keys are one block: few, or a cache of some other size, which to fill up would be to copy."""
-    return k.shape[2] <= KEYS or k.shape[2] % KEYS != 0
+    return k.shape[2] <= tile.keys or k.shape[2] % tile.keys != 0
 
 
-def _key_block(i, k, v, keys: Keys):
+def _key_block(tile: Tile, i, k, v, keys: Keys):
     """Block i of the keys and values."""
-    k, v = (jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis=2) for x in (k, v))
-    return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * KEYS, KEYS, axis=1), keys)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, i * tile.keys, tile.keys, axis=2) for x in (k, v))
+    return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile.keys, tile.keys, axis=1), keys)
 
 
 def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:
@@ -275,9 +286,9 @@ def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax
     return seen & ((window == 0) | (q_least(queries.positions) - k_most(keys.positions) < window))
 
 
-def _needed(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
+def _needed(tile: Tile, queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
     """The first block of keys that any of these queries may see, in any row, and the one after the last."""
-    any_K = needed(queries, keys, window, queries.slots.shape[1], KEYS).any((0, 1))
+    any_K = needed(queries, keys, window, queries.slots.shape[1], tile.keys).any((0, 1))
     numbers = jnp.arange(any_K.shape[0])
     return jnp.where(any_K, numbers, _MANY).min(), jnp.where(any_K, numbers + 1, 0).max()
 
@@ -286,13 +297,13 @@ def _slots(keys: Keys, part: slice) -> Keys:
     return jax.tree.map(lambda x: x[:, part], keys)
 
 
-def _by_blocks(function, carry, parts):
+def _by_blocks(tile: Tile, function, carry, parts):
     """`carry, out = function(carry, part)` over blocks of queries, in order; outs side by side again. Blocks grow with a long row: fewer
     steps, and still less memory than the row itself takes."""
     length = parts[0].shape[3]
-    if length <= BLOCK:
+    if length <= tile.queries:
         return function(carry, parts)
-    size = BLOCK * max(1, min(KEYS // BLOCK, length // (8 * KEYS)))
+    size = tile.queries * max(1, min(tile.keys // tile.queries, length // (8 * tile.keys)))
     pad = -length % size
 
     def axis(x):

@@ -80,7 +80,7 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, place
 
     def over(q, k, v, queries, keys, window):
         scale, cap = config.attention_scale, config.attention_softcap
-        return attend(q, k, v, queries, keys, scale=scale, window=window, cap=cap, form=form)
+        return attend(q, k, v, queries, keys, scale=scale, window=window, cap=cap, form=form, tile=config.attention_tile)
 
     mesh = config.mesh
     tokens = None if mesh is None else partition(mesh, q.shape[1:2], ("tokens",))[0]

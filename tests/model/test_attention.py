@@ -1,12 +1,14 @@
 """Attention by blocks against one plain softmax over all scores: values and gradients, whatever hides a key."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.model import attention
-from jaxtune.model.attention import Keys, attend
+from jaxtune.model.attention import Keys, Tile, attend
 
 B, T, H, K, h = 2, 45, 6, 2, 8
 RNG = np.random.default_rng(0)
@@ -43,36 +45,39 @@ def plain(q, k, v, window=0, cap=0.0, parents=None):
     return jnp.einsum("bhts,bshx->bthx", probs, v)
 
 
-def ours(q, k, v, window=0, cap=0.0, parents=None):
+def ours(q, k, v, window=0, cap=0.0, parents=None, tile=attention.TILE):
     queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
-    return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap)
+    return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap, tile=tile)
 
 
-@pytest.fixture(params=[(128, 8, 1024), (8, 8, 64), (8, 2, 64), (4, 1, 64), (8, 8, 16)], ids=str)
-def blocks(request, monkeypatch):
-    """One block; a span for each block; spans of several blocks, the last one not full; one span of all; blocks of keys, too."""
-    for name, value in zip(("BLOCK", "SPANS", "KEYS"), request.param, strict=True):
-        monkeypatch.setattr(attention, name, value)
+@pytest.fixture(params=[(128, 8, 1024), (8, 8, 64), (8, 2, 64), (4, 1, 64), (8, 8, 16), (8, 8, 8), (16, 8, 8)], ids=str)
+def tile(request, monkeypatch):
+    """One block; a span for each block; spans of several blocks, the last one not full; one span of all; blocks of keys, too: larger than
+    those of queries, as large, smaller."""
+    queries, spans, keys = request.param
+    monkeypatch.setattr(attention, "SPANS", spans)
+    return Tile(queries, keys)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(blocks, case):
+def test_values_and_gradients(tile, case):
     def through(function):
         return lambda q, k, v: (function(q, k, v, **CASES[case]) * OUT).sum()
 
-    np.testing.assert_allclose(ours(Q, *KV, **CASES[case]), plain(Q, *KV, **CASES[case]), atol=2e-6)
-    left, right = (jax.grad(through(f), (0, 1, 2))(Q, *map(jnp.asarray, KV)) for f in (ours, plain))
+    blocks = functools.partial(ours, tile=tile)
+    np.testing.assert_allclose(blocks(Q, *KV, **CASES[case]), plain(Q, *KV, **CASES[case]), atol=2e-6)
+    left, right = (jax.grad(through(f), (0, 1, 2))(Q, *map(jnp.asarray, KV)) for f in (blocks, plain))
     for one, other in zip(left, right, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_padding_is_zero_and_gives_no_gradient(blocks):
-    assert np.all(np.asarray(ours(Q, *KV))[SEGMENTS == 0] == 0)
-    grads = jax.grad(lambda q, k, v: jnp.square(ours(q, k, v)).sum(), (0, 1, 2))(Q, *map(jnp.asarray, KV))
+def test_padding_is_zero_and_gives_no_gradient(tile):
+    assert np.all(np.asarray(ours(Q, *KV, tile=tile))[SEGMENTS == 0] == 0)
+    grads = jax.grad(lambda q, k, v: jnp.square(ours(q, k, v, tile=tile)).sum(), (0, 1, 2))(Q, *map(jnp.asarray, KV))
     assert all(np.all(np.asarray(g)[SEGMENTS == 0] == 0) and np.all(np.isfinite(g)) for g in grads)
 
 
-def test_more_slots_than_queries(blocks):
+def test_more_slots_than_queries(tile):
     """As with a cache: the queries are the last tokens, and slots after them are empty."""
     whole = ours(Q, *KV)
     k, v = (np.concatenate([x, np.full((B, 5, K, h), 7, np.float32)], 1) for x in KV)
@@ -82,19 +87,17 @@ def test_more_slots_than_queries(blocks):
 
     keys = Keys(np.broadcast_to(np.arange(T + 5), (B, T + 5)), empty(POSITIONS), empty(SEGMENTS))
     queries = Keys(*(x[:, 10:] for x in (SLOTS, POSITIONS, SEGMENTS)))
-    np.testing.assert_allclose(attend(Q[:, 10:], k, v, queries, keys, scale=0.3), whole[:, 10:], atol=2e-6)
+    np.testing.assert_allclose(attend(Q[:, 10:], k, v, queries, keys, scale=0.3, tile=tile), whole[:, 10:], atol=2e-6)
 
 
-def test_scores_are_never_all_there(monkeypatch):
+def test_scores_are_never_all_there():
     """Temporaries of the backward pass grow with the length, not with its square."""
-    monkeypatch.setattr(attention, "BLOCK", 16)
-    monkeypatch.setattr(attention, "KEYS", 32)
 
     def temporaries(length):
         x, kv = (jax.ShapeDtypeStruct((1, length, heads, h), jnp.float32) for heads in (H, K))
         slots = jnp.broadcast_to(jnp.arange(length), (1, length))
         keys = Keys(slots, slots, jnp.ones((1, length), jnp.int32))
-        grad = jax.grad(lambda q, k, v: jnp.square(attend(q, k, v, keys, keys, scale=0.3)).sum(), (0, 1, 2))
+        grad = jax.grad(lambda q, k, v: jnp.square(attend(q, k, v, keys, keys, scale=0.3, tile=Tile(16, 32))).sum(), (0, 1, 2))
         return jax.jit(grad).lower(x, kv, kv).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(256), temporaries(512)
@@ -102,16 +105,16 @@ def test_scores_are_never_all_there(monkeypatch):
     assert long < 512 * 512 * H * 4
 
 
-def test_blocks_of_keys_that_nobody_sees_are_left_out(monkeypatch):
+def test_blocks_of_keys_that_nobody_sees_are_left_out():
     """Of four blocks of keys, those of the third document's queries alone; with its parent, from that one's first on."""
-    monkeypatch.setattr(attention, "KEYS", 15)
+    tile = Tile(keys=15)
     keys = Keys(*(x[:1] for x in (SLOTS, POSITIONS, SEGMENTS)))
     last = jax.tree.map(lambda x: x[:, 35:40], keys)
-    assert [int(x) for x in attention._needed(last, keys, 0)] == [2, 3]
-    assert [int(x) for x in attention._needed(last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
+    assert [int(x) for x in attention._needed(tile, last, keys, 0)] == [2, 3]
+    assert [int(x) for x in attention._needed(tile, last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
     padding = last._replace(segments=jnp.zeros((1, 5), jnp.int32))
-    first, end = attention._needed(padding, keys, 0)
+    first, end = attention._needed(tile, padding, keys, 0)
     assert int(first) >= int(end)
     alone = keys._replace(segments=jnp.ones_like(keys.segments), positions=keys.slots)
-    assert [int(x) for x in attention._needed(jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
-    assert [int(x) for x in attention._needed(jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
+    assert [int(x) for x in attention._needed(tile, jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
+    assert [int(x) for x in attention._needed(tile, jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jaxtune.errors import ModelError
+from jaxtune.model.attention import TILE, Tile
 from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
@@ -69,6 +70,7 @@ class ModelConfig:
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)
+    attention_tile: Tile = TILE  # of blocks in the first
     remat: str = "none"  # what the backward pass computes again of each layer: model/stack.py
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
