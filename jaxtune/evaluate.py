@@ -29,7 +29,7 @@ from jaxtune import cli, errors, metrics
 from jaxtune.config import Config, load_config
 from jaxtune.convert import Model, heads, load, load_adapter
 from jaxtune.convert.load import open_config
-from jaxtune.data.prepare import check_vocabulary, evaluation
+from jaxtune.data.prepare import check_fits, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
 from jaxtune.errors import ConfigError
@@ -239,7 +239,7 @@ def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
 
 
 def _rows(config: Config, model: Model, rows: str) -> Source:
-    check_vocabulary([source := evaluation(config, model.tokenizer, rows)], model.tokenizer, model.config.vocab_size)
+    check_fits([source := evaluation(config, model.tokenizer, rows)], model.tokenizer, model.config)
     return source
 
 

@@ -25,7 +25,7 @@ from jaxtune.config import Config, describe, load_config
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
-from jaxtune.data.prepare import check_vocabulary
+from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
@@ -94,7 +94,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
-    check_vocabulary((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config.vocab_size)
+    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config)
     total_steps = data.total_steps(config, rows.train)
     log.info(
         "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",

@@ -84,13 +84,23 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
     return {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
 
 
-def check_vocabulary(sources: Iterable[Source | None], tokenizer: Any, size: int) -> None:
-    """DataError for a row with a token that a model of `size` tokens has not; looked for where the tokenizer has more of them."""
-    if max(tokenizer.get_vocab().values(), default=0) < size:
-        return
+def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: Any) -> None:
+    """DataError for a row with a token that the model has not, or one longer than its table of positions, if it has one (GPT-2).
+
+    Tokens are looked at where the tokenizer has more of them than the model.
+    """
+    unknown = max(tokenizer.get_vocab().values(), default=0) >= model_config.vocab_size
+    most = None if model_config.ropes else model_config.max_position_embeddings
     for source in sources:
-        if source is not None:
-            source.check_vocabulary(size)
+        if source is None:
+            continue
+        if unknown:
+            source.check_vocabulary(model_config.vocab_size)
+        if most is not None and source.units.longest > most:
+            raise DataError(
+                f"the longest row has {source.units.longest} tokens, and this model's table of positions ends at {most}; "
+                f"write data.max_length: {most} (or less), with data.length_policy: drop or truncate"
+            )
 
 
 def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:

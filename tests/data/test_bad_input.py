@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -10,6 +11,7 @@ import pytest
 import zstandard
 
 from jaxtune import data
+from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError, DataError
 
 GOOD = {"prompt": "One and two are ", "completion": "three."}
@@ -242,3 +244,13 @@ def test_a_token_that_the_model_has_not(config, tokenizers):
     source.units.documents = source.documents.select(np.arange(1, 3))
     with pytest.raises(DataError, match=f"row 3: the tokenizer makes token {largest[2]} .*embedding has {largest[2]} rows"):
         source.check_vocabulary(largest[2])
+
+
+def test_a_row_longer_than_a_table_of_positions(config, tokenizers):
+    """Beyond it the last position would be taken again and again."""
+    source = data.load(config([{"text": "a " * 20}]), tokenizers["chatml"]).train
+    most = source.units.longest
+    for ropes, positions in (((), most), (("any",), most - 1)):
+        check_fits([source, None], tokenizers["chatml"], SimpleNamespace(vocab_size=10**6, ropes=ropes, max_position_embeddings=positions))
+    with pytest.raises(DataError, match=f"the longest row has {most} tokens, and this model's table of positions ends at {most - 1}"):
+        check_fits([source], tokenizers["chatml"], SimpleNamespace(vocab_size=10**6, ropes=(), max_position_embeddings=most - 1))
