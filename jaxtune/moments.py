@@ -35,20 +35,65 @@ class Packed(NamedTuple):
     absmax: Any
 
 
-def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int]) -> optax.GradientTransformation:
-    """`core`, its moments kept in 8 bits between steps; the update is computed from them in float32.
+def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int], in_turn: bool = True) -> optax.GradientTransformation:
+    """`core`, its moments kept in 8 bits between steps; the update is computed from them in float32. `core`'s state is a NamedTuple of
+    trees like the parameters, and of scalars.
 
     `layers(path)` is the number of leading axes of a leaf that count parameters (1 for a stack of layers), which blocks do not cross.
+    `in_turn`: a stack's layers one after the other, in place, so that one layer's moments are in float32 at one time, not all layers'.
+    Not for state that is cut over the layers (ZeRO-1).
     """
 
     def init(params):
         return pack(core.init(params), layers)
 
+    def one(update, state, param, lead):
+        update, full = core.update(update, unpack(state, lambda _: lead), param)
+        return update, pack(full, lambda _: lead)
+
+    def stack(update, state, param):
+        def layer(i, done):
+            # a scalar (the number of steps) goes into every layer as it was before the first
+            of_layer = jax.tree.map(lambda now, before: now[i] if now.ndim else before, done, (update, state))
+            new = one(*of_layer, None if param is None else param[i], 0)
+            return jax.tree.map(lambda now, new: now.at[i].set(new) if now.ndim else new, done, new)
+
+        return jax.lax.fori_loop(0, update.shape[0], layer, (update, state))
+
     def update(updates, state, params=None):
-        updates, full = core.update(updates, unpack(state, layers), params)
-        return updates, pack(full, layers)
+        paths, tree = jax.tree_util.tree_flatten_with_path(updates)
+        params = [None] * len(paths) if params is None else tree.flatten_up_to(params)
+        done = []
+        for (path, leaf), of_leaf, param in zip(paths, _apart(state, tree), params, strict=True):
+            lead = layers(path)
+            done.append(stack(leaf, of_leaf, param) if lead and in_turn else one(leaf, of_leaf, param, lead))
+        return tree.unflatten([leaf for leaf, _ in done]), _together([of_leaf for _, of_leaf in done], tree, state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _apart(state: Packed, tree) -> list[Packed]:
+    """The state of each parameter alone; scalars are in all of them."""
+
+    def fields(part):
+        return [tree.flatten_up_to(field) if _per_parameter(field) else [field] * tree.num_leaves for field in part]
+
+    return [Packed(*both) for both in zip(*([type(part)(*one) for one in zip(*fields(part), strict=True)] for part in state), strict=True)]
+
+
+def _together(states: list[Packed], tree, like: Packed) -> Packed:
+    """The inverse of `_apart`."""
+
+    def field(part: int, name: str):
+        each = [getattr(state[part], name) for state in states]
+        return tree.unflatten(each) if _per_parameter(getattr(like[part], name)) else each[0]
+
+    return Packed(*(type(like[part])(*(field(part, name) for name in like[part]._fields)) for part in range(2)))
+
+
+def _per_parameter(field: Any) -> bool:
+    """Whether a field of a state is a tree like the parameters, and not a scalar."""
+    return field is not None and not jax.tree_util.treedef_is_leaf(jax.tree.structure(field))
 
 
 def pack(state: Any, layers: Callable[[tuple], int]) -> Packed:

@@ -193,12 +193,12 @@ def _stacked(path: tuple) -> int:
 
 def _adamw_8bit(config: Config) -> optax.GradientTransformation:
     """bitsandbytes' AdamW8bit: AdamW with both moments in one byte a number (`moments.py`)."""
-    return moments.in_8_bits(_adam(config), _stacked)
+    return moments.in_8_bits(_adam(config), _stacked, in_turn=config.zero_stage == 0)
 
 
 def _lion_8bit(config: Config) -> optax.GradientTransformation:
     """bitsandbytes' Lion8bit."""
-    return moments.in_8_bits(_lion(config), _stacked)
+    return moments.in_8_bits(_lion(config), _stacked, in_turn=config.zero_stage == 0)
 
 
 def _lion(config: Config) -> optax.GradientTransformation:
