@@ -54,8 +54,8 @@ def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int]
     def stack(update, state, param):
         def layer(i, done):
             # a scalar (the number of steps) goes into every layer as it was before the first
-            of_layer = jax.tree.map(lambda now, before: now[i] if now.ndim else before, done, (update, state))
-            new = one(*of_layer, None if param is None else param[i], 0)
+            update_i, state_i = jax.tree.map(lambda now, before: now[i] if now.ndim else before, done, (update, state))
+            new = one(update_i, state_i, None if param is None else param[i], 0)
             return jax.tree.map(lambda now, new: now.at[i].set(new) if now.ndim else new, done, new)
 
         return jax.lax.fori_loop(0, update.shape[0], layer, (update, state))
