@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = None):
         """`keep`: how many to keep besides the best one (None: all)."""
         self.keep, self.best = keep, None
+        _hush_closed_loops()
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -126,26 +126,33 @@ class Checkpoints:
         try:
             self.wait()
             self._prune()
+        except BaseException:
+            _collect()
+            raise
         finally:
             self.manager.close()
 
 
 def _collect() -> None:
-    """Let go of a failed read now and without a word: what Orbax was still reading complains on stderr when it is collected, or when its
-    threads come to the end of it later and find nobody waiting."""
+    """Let go of what failed now and without a word: what Orbax was still reading or writing complains on stderr when it is collected."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     gc.collect()
-    sys.unraisablehook = hook if hasattr(hook, "hears") else _without_closed_loops(hook)
+    sys.unraisablehook = hook
 
 
-def _without_closed_loops(hook: Callable) -> Callable:
+def _hush_closed_loops() -> None:
+    """What Orbax still read or wrote when another part failed comes to its end later, finds nobody waiting and complains on stderr."""
+    hook = sys.unraisablehook
+    if hasattr(hook, "hushed"):
+        return
+
     def heard(found: Any) -> None:
         if not (isinstance(found.exc_value, RuntimeError) and "Event loop is closed" in str(found.exc_value)):
             hook(found)
 
-    heard.hears = hook  # so that it is put up once
-    return heard
+    heard.hushed = hook
+    sys.unraisablehook = heard
 
 
 def _sha256(saved: dict) -> str:

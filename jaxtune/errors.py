@@ -98,7 +98,8 @@ def _interrupts_heard() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        if sys.unraisablehook is hook:  # another may be around it by now, which is needed to the very end (checkpoint.py)
+            sys.unraisablehook = before
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

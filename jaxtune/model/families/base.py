@@ -14,7 +14,7 @@ from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
 # the fields of a ModelConfig that say how to compute it: two configs that differ in them alone are of one model
-HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "quantization_kernel", "mesh")
+HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
