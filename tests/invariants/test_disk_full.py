@@ -45,4 +45,4 @@ def test_read_only_folder(tmp_path, small_disk):
     done = subprocess.run([sys.executable, "-m", "jaxtune.train", str(tmp_path / "run.yaml"), *words], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and str(small_disk / "run") in last and "read-only file system; write to another folder" in last
+    assert last.startswith("error: ") and str(small_disk / "run") in last and "may not be written to; name a folder elsewhere" in last
