@@ -47,7 +47,8 @@ class Checkpoints:
         if step in self.steps():
             self.manager.delete(step)  # a damaged one, that this run has gone on from before
         flat = _flat(state)
-        saved = {"notes": notes, "checksums": {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}}
+        sums = {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}
+        saved = json.loads(json.dumps({"notes": notes, "checksums": sums}))  # as they are now: the run goes on while they are written
         saved["sha256"] = _sha256(saved)
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat), notes=ocp.args.JsonSave(saved)), force=True)
         self._prune(step)
@@ -156,8 +157,7 @@ def _hush_closed_loops() -> None:
 
 
 def _sha256(saved: dict) -> str:
-    """Of what comes back when `saved` is written as JSON."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(saved)), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
 
 
 def _is_key(leaf: Any) -> bool:

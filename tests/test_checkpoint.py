@@ -50,6 +50,21 @@ def same(left, right):
     return all(np.array_equal(one, other) for one, other in zip(left, right, strict=True))
 
 
+def test_notes_are_those_of_the_moment_they_are_saved_at(model_folder, tmp_path, monkeypatch):
+    """They are written in the background, while the run changes its own."""
+    _, state = make_state(model_folder, 1)
+    checkpoints, notes, late = Checkpoints(tmp_path), {"losses": [1.0]}, []
+    save = checkpoints.manager.save
+    monkeypatch.setattr(checkpoints.manager, "save", lambda step, **given: late.append((step, given)))
+    checkpoints.save(3, state, notes)
+    notes["losses"].append(2.0)
+    ((step, given),) = late
+    save(step, **given)
+    checkpoints.wait()
+    assert checkpoints.restore(state)[1] == {"losses": [1.0]}
+    checkpoints.close()
+
+
 def test_onto_another_mesh_and_the_same_bytes(model_folder, tmp_path):
     """One device -> eight -> one: the state is the same, and so are the adapter's bytes and the arrays that the checkpoints hold."""
     digests, arrays = set(), []
