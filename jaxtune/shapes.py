@@ -42,22 +42,23 @@ def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Bat
     of answers."""
     sharding = parallel.batch_sharding(mesh)
     if rows is not None:
-        largest = rows.largest()
-        if largest.answers is not None and beforehand(config):
-            largest = largest.replace(answers=largest.answers.replace(ref_logps=largest.answers.values))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), largest)
+        batch = rows.largest()
+    else:
+        answers, shared = units.least(config)
+        labels = config.num_labels or 0
+        several = config.objective == "classification" and config.problem_type != "single_label_classification" and labels > 1
+        batch = Batch.empty((1, 1, 1), None, answers, shared, (labels,) if several else ())
+    if batch.answers is not None and beforehand(config):
+        batch = batch.replace(answers=batch.answers.replace(ref_logps=batch.answers.values))
+    if rows is not None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
-    answers, shared = units.least(config)
-    several = config.objective == "classification" and config.problem_type != "single_label_classification" and (config.num_labels or 0) > 1
-    empty = Batch.empty((1, 1, 1), None, answers, shared, (config.num_labels or 0,) if several else ())
-    if empty.answers is not None and beforehand(config):
-        empty = empty.replace(answers=empty.answers.replace(ref_logps=empty.answers.values))
 
     def leaf(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        whole = (*shape[:2], shape[2] if x.dtype == np.int32 or x is empty.weights else x.shape[2], *x.shape[3:])
+        whole = (*shape[:2], shape[2] if x.dtype == np.int32 or x is batch.weights else x.shape[2], *x.shape[3:])
         return jax.ShapeDtypeStruct(whole, x.dtype, sharding=sharding)
 
-    return jax.tree.map(leaf, empty)
+    return jax.tree.map(leaf, batch)
 
 
 def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
