@@ -1,5 +1,6 @@
 """Best-of-n: several answers to each prompt, and the one that a reward model, or a function, likes best."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +96,8 @@ def find_reward(reward: Any) -> Callable[[list, list[str]], np.ndarray]:
     named = isinstance(reward, (str, os.PathLike)) and not os.path.exists(os.fspath(reward)) and _is_function(os.fspath(reward))
     if callable(reward) or named:
         name, function = metrics.find(os.fspath(reward) if named else reward)  # type: ignore[arg-type]
-        return lambda prompts, completions: _checked(name, function(prompts=prompts, completions=completions), len(completions))  # type: ignore[call-arg]
+        ask = functools.partial(metrics.called, f"the reward function {name}", function)
+        return lambda prompts, completions: _checked(name, ask(prompts=prompts, completions=completions), len(completions))
     model = load_scorer(reward) if isinstance(reward, (str, os.PathLike)) else reward
     if model.config.num_labels > 1 or model.config.labels_of == "token":
         raise ConfigError(f"a model of {model.config.num_labels} labels does not say which answer is better; give one with a single score")

@@ -119,6 +119,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # The reader (`| head`) has gone; point stdout elsewhere so that the interpreter's own flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
+    except SystemExit as left:
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        code = 141  # rich has seen the closed pipe first, and leaves with 1
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -32,12 +32,12 @@ from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import check_fits, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
+from jaxtune.disk import make_folder, write_text
 from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import answer_logprobs
 from jaxtune.peft import compose
-from jaxtune.runfolder import write_text
 from jaxtune.step import make_eval_step
 
 log = logging.getLogger("jaxtune")
@@ -305,7 +305,7 @@ def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
         yield None
         return
     _refuse_old(path)
-    Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).absolute().parent)
     with open(path, "x", encoding="utf-8", buffering=1) as out:
         yield out
 

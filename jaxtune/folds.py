@@ -18,6 +18,7 @@ from rich.table import Table
 
 from jaxtune import data, distributed, runfolder
 from jaxtune.config import Config, interval
+from jaxtune.disk import write_text
 from jaxtune.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("jaxtune")
@@ -81,7 +82,7 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
         if distributed.is_first():
             found = _summary(folder, done)
             record = {"kfold": len(rows), "steps": steps, "folds": done, "mean": found.metrics, "spread": found.spread}
-            runfolder.write_text(folder / FILE, json.dumps(record, indent=2))
+            write_text(folder / FILE, json.dumps(record, indent=2))
     return _summary(folder, done)
 
 

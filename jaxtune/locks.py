@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxtune.disk import make_folder
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -47,7 +49,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(held)
     folder, held = parent / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial", None
-    folder.mkdir(parents=True)
+    make_folder(folder)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             held = lock(folder)

@@ -18,7 +18,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
 from jaxtune.objectives.watch import symptoms
-from jaxtune.runlog import RunLog
+from jaxtune.runlog import HANGUP, RunLog, leave_terminal
 from jaxtune.step import TrainState, with_reference
 
 log = logging.getLogger("jaxtune")
@@ -47,8 +47,12 @@ class Loop:
         """All steps that are left. Returns the state (the best one, if so configured) and the last metrics by name."""
         start = int(state.step)
         # Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the step to stop at.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
-        handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
+        numbers = (signal.SIGINT, *HANGUP, *((signal.SIGTERM,) if jax.process_count() == 1 else ()))
+        handlers = {
+            number: signal.signal(number, self._interrupt)
+            for number in numbers
+            if signal.getsignal(number) != signal.SIG_IGN  # nohup
+        }
         self.log = RunLog(self.folder, self.total, start, self.config.report_to) if distributed.is_first() else None
         try:
             state = self._run(start, state, base, step, eval_step)
@@ -105,6 +109,8 @@ class Loop:
         if self.asked:  # a second signal quits at once
             raise KeyboardInterrupt
         self.asked = True
+        if number in HANGUP:
+            leave_terminal()
         log.warning("%s: finishing this step, then saving; once more quits at once", signal.Signals(number).name)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX hears

@@ -10,18 +10,21 @@ returns one number for each. Means and confidence intervals are taken of those n
 
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 import string
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.errors import ConfigError, DataError, JaxtuneError
 
 Metric = Callable[[list[str], list[str], list[dict]], Sequence[float]]
 
@@ -171,14 +174,27 @@ def bootstrap(scores: Sequence[float], confidence: float = 0.95, resamples: int 
 
 
 def find_all(specs: Iterable[str | Metric]) -> dict[str, Metric]:
-    """`{name: function}` of several metrics. Raises ConfigError where two have one name."""
+    """`{name: function}` of several metrics. Raises ConfigError where two have one name, or one does not take three lists."""
     found: dict[str, Metric] = {}
     for spec in specs:
         name, function = find(spec)
+        if not _takes_three(function):
+            takes = inspect.signature(function)
+            raise ConfigError(f"metric {spec} has to take (predictions, references, rows), three lists, and takes {takes}")
         if name in found:
             raise ConfigError(f"metric {spec}: there are two metrics named {name}; rename the function, or leave one out")
         found[name] = function
     return found
+
+
+def _takes_three(function: Metric) -> bool:
+    try:
+        inspect.signature(function).bind([], [], [])
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return True
+    return True
 
 
 def find(spec: str | Metric) -> tuple[str, Metric]:
@@ -226,10 +242,23 @@ def _run(load: Callable, spec: str):
         ) from error
 
 
+def called(what: str, function: Callable, *arguments: Any, **named: Any) -> Any:
+    """What a function of the user's returns; ConfigError, with its line of the user's file, for what it raises."""
+    try:
+        return function(*arguments, **named)
+    except JaxtuneError:
+        raise
+    except Exception as error:  # anything may happen in a user's function
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f", at line {frames[1].lineno} of {frames[1].filename}" if len(frames) > 1 else ""  # the first one is this function
+        raise ConfigError(f"{what} failed: {type(error).__name__}: {error}{where}; put it right there") from error
+
+
 def score(spec: str | Metric, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
     """What a metric says of each answer. Raises ConfigError when it does not return one number for each."""
     name, metric = find(spec)
-    scores = metric(list(predictions), list(references), list(rows))
+    given = (list(predictions), list(references), list(rows))
+    scores = metric(*given) if name in METRICS else called(f"metric {name}", metric, *given)
     try:
         values = np.asarray(list(scores), np.float64)
     except (TypeError, ValueError):

@@ -11,7 +11,6 @@ reference model's files: later runs over the same rows load neither the referenc
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxtune.config import Config
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.data.tokenised import cache_dir
+from jaxtune.disk import replacing
 from jaxtune.errors import ConfigError
 from jaxtune.model.families.base import HOW
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
@@ -136,7 +136,5 @@ def _cached(config: Config, source: data.Source, identity: dict) -> bool:
 def _store(path: Path, values: np.ndarray) -> None:
     if jax.process_index() != 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    np.save(scratch, values)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        np.save(scratch, values)

@@ -1,6 +1,5 @@
 """The folder of a run: who may write into it, and what it says about how the result came to be."""
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,6 +13,7 @@ import jax
 import yaml
 
 from jaxtune.config import Config, read_yaml
+from jaxtune.disk import make_folder, sha256, write_text
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.locks import lock
 
@@ -28,13 +28,6 @@ FREE = {
     "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma", "data.cache_dir",
 }  # fmt: skip
 PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that appears whole: written beside and renamed."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def folder_of(config: Config) -> Path:
@@ -66,18 +59,11 @@ def open_run(config: Config) -> Path:
     if not config.resume:
         if folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):  # what a kill at the start leaves
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
-        _make(folder)
+        make_folder(folder, "output_dir", CheckpointError)
     elif not (folder / "config.yaml").is_file():
         raise CheckpointError(f"resume=true, but {folder} holds no run (no config.yaml); leave resume out to start one there")
     _claim(folder)
     return folder
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, ValueError) as error:  # /proc; a link to nowhere above; a name with a null byte
-        raise CheckpointError(f"output_dir {str(folder)!r} cannot be made ({error}); name another folder") from error
 
 
 def _claim(folder: Path) -> None:
@@ -147,9 +133,4 @@ def _installed(name: str) -> bool:
 def file_hashes(path: Path) -> dict[str, str]:
     """sha256 of a model file, or of the files of a model folder that decide what the model is."""
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model"))
-    return {file.name: _sha256(file) for file in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {file.name: sha256(file) for file in files}

@@ -1,19 +1,23 @@
 """What a run says about itself: a progress bar, metrics.jsonl, TensorBoard, loss.png. Takes Python floats, never device arrays."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from jaxtune.disk import replacing, write_text
 from jaxtune.errors import CheckpointError
 
 PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
@@ -93,9 +97,7 @@ def _history(path: Path, start: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = [row for row in read_metrics(path) if 0 < start >= row["step"]]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -107,6 +109,31 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 
 # ---- the terminal ----
+
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal is closed; Windows has no such signal
+
+
+def leave_terminal() -> None:
+    """Point stdout and stderr elsewhere where they are a terminal that has gone (a closed ssh session): to write there is an error."""
+    import termios
+
+    for number in (1, 2):
+        try:
+            termios.tcgetattr(number)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+@contextlib.contextmanager
+def _if_seen() -> Iterator[None]:
+    """A terminal that has gone is no reason to end a run (one that was disowned, and hears of no hang-up)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        leave_terminal()
 
 
 def duration(seconds: float) -> str:
@@ -164,11 +191,13 @@ class _Bar:
             return
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in ("epoch", "tokens_per_second", "num_tokens")]
         line = f"step {step}/{self.total}  {'  '.join(shown)}{'' if evaluation else self._pace()}"
-        self.console.print(line, markup=False)
+        with _if_seen():
+            self.console.print(line, markup=False)
 
     def close(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with _if_seen():
+                self.progress.stop()
         for handler, stream in self.streams:
             handler.setStream(stream)
 
@@ -210,9 +239,8 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
         note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
         axes.plot(steps, values, color="#cc6633", linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
     _frame(axes, [value for _, value in train], [value for _, value in evals])
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    figure.savefig(scratch, format="png")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def _frame(axes: Any, train: list[float], evals: list[float]) -> None:

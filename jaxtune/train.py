@@ -19,13 +19,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtune import cli, compilation, data, distributed, errors, optim, parallel, reference, runfolder
+from jaxtune import cli, compilation, data, distributed, errors, metrics, optim, parallel, reference, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
 from jaxtune.data.prepare import check_fits
+from jaxtune.disk import write_text
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
@@ -145,6 +146,7 @@ def _check_tables(config: Config) -> None:
     for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
         if (name := getattr(config, key)) not in table:
             raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
+    metrics.find_all(config.evaluate.metric)  # they are called at the end, and a mistake is to be heard of at the start
 
 
 def _settle(config: Config) -> Config:
@@ -254,7 +256,7 @@ def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, traina
             "steps_per_epoch": rows.train.steps_per_epoch, "steps": total_steps,
         },
     }  # fmt: skip
-    runfolder.write_text(folder / "run.json", json.dumps(run, indent=2, default=str))
+    write_text(folder / "run.json", json.dumps(run, indent=2, default=str))
 
 
 def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> Path:

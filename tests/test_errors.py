@@ -104,8 +104,9 @@ def test_an_interrupt_that_python_ignores_comes_again(capsys):
     assert code == 130 and time.monotonic() - started < 20
 
 
-def test_a_closed_pipe_is_quiet():
-    program = "from jaxtune import errors\nerrors.run(lambda: [print('x' * 100) for _ in range(10000)] and None)"
+@pytest.mark.parametrize("show", ["print", "rich.console.Console().print"])
+def test_a_closed_pipe_is_quiet(show):
+    program = f"import rich.console\nfrom jaxtune import errors\nerrors.run(lambda: [{show}('x' * 100) for _ in range(10000)] and None)"
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
     child.stdout.close()

@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 
 # Lowest first; a module may import its own level and those before it.
 LEVELS = (
-    {"errors", "cli", "config", "tree", "locks"},
+    {"errors", "cli", "config", "tree", "locks", "disk"},
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "runlog", "runfolder", "step", "generation"},

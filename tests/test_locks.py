@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from jaxtune.convert.folders import new_folder
+from jaxtune.disk import replacing
 from jaxtune.errors import ModelError
 from jaxtune.locks import lock, scratch_folder
 
@@ -49,6 +50,17 @@ def test_leftovers_of_killed_processes_alone_are_removed(tmp_path):
     for process in (living, dead):
         process.stdin.close()
         process.stdout.close()
+
+
+def test_a_folder_that_cannot_be_made_and_a_file_that_was_not_finished(tmp_path):
+    for place in ("/proc/nowhere/out", ""):
+        with pytest.raises(ModelError, match="another folder|no name"), new_folder(place):
+            pass
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file.txt") as scratch:
+        scratch.write_text("half")
+        raise ZeroDivisionError
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file.txt", "old")]
 
 
 def test_a_result_folder_has_the_usual_rights_and_replaces_nothing(tmp_path):

@@ -103,6 +103,12 @@ def mean(predictions, references, rows):
     return 0.5
 
 short = lambda predictions, references, rows: [1.0]
+
+def fails(predictions, references, rows):
+    return [1 / len(p) - row["weight"] for p, row in zip(predictions, rows)]
+
+def two(predictions, references):
+    return [1.0] * len(predictions)
 """
 
 
@@ -135,9 +141,12 @@ def test_a_hook_that_cannot_work_says_why(tmp_path):
         f"{tmp_path}/none.py:f": "there is no file",
         f"{path}:mean": "and returned float",
         f"{path}:short": "each of the 2 answers, and returned 1 values",
+        f"{path}:fails": r"metric fails failed: KeyError: 'weight', at line 17 of .*judge.py",
     }.items():
         with pytest.raises(ConfigError, match=words):
             metrics.score(spec, ["a", "b"], ["a", "b"], [{}, {}])
+    with pytest.raises(ConfigError, match=r"three lists, and takes \(predictions, references\)"):
+        metrics.find_all([f"{path}:two"])
     path.write_text("import (")
     with pytest.raises(ConfigError, match="SyntaxError"):
         metrics.find(f"{path}:mean")

@@ -1,7 +1,10 @@
 import json
 import math
+import os
+import pty
 import subprocess
 import sys
+import tty
 
 import pytest
 
@@ -104,6 +107,29 @@ logging.info("after")
     assert "loss 0.5000" in done.stdout and "4/4" in done.stdout and "tokens/s" in done.stdout
     assert "step 4/4  eval_loss 0.25" in done.stdout and "step 2/4" not in done.stdout
     assert "a line of the log" in done.stdout and done.stderr == "after\n"
+
+
+def test_a_terminal_that_has_gone_ends_no_run(tmp_path):
+    program = f"""if True:
+    import os, pathlib, sys
+    from jaxtune.runlog import RunLog
+    log = RunLog(pathlib.Path({str(tmp_path)!r}), 2, report_to=())
+    print("ready", flush=True)
+    os.read(int(sys.argv[1]), 1)
+    log.write(1, {{"loss": 0.5, "eval_loss": 0.5}})
+    log.close()
+    """
+    ours, theirs = pty.openpty()
+    waits, ready = os.pipe()
+    tty.setraw(theirs)  # else the child blocks on what nobody reads
+    arguments = dict(stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[waits])
+    child = subprocess.Popen([sys.executable, "-c", program, str(waits)], **arguments)
+    os.close(theirs)
+    while b"ready" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    os.write(ready, b"x")
+    assert child.wait(60) == 0 and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_the_picture_is_drawn_whole_and_again(tmp_path):

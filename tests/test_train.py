@@ -87,7 +87,7 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, metho
     def stop(self, step, *args):
         advance(self, step, *args)
         if step == after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM if after == 3 else signal.SIGHUP)
 
     monkeypatch.setattr(RunLog, "advance", stop)
     part = train(settings)
@@ -195,6 +195,8 @@ def test_unknown_names_are_refused(config):
         train(config(method="lorra"))
     with pytest.raises(ConfigError, match="target_modules.*matches no"):
         train(config(lora={"r": 4, "target_modules": ["query"]}))
+    with pytest.raises(ConfigError, match="metric exact is not known"):  # before the run, which needs it at its end
+        train(config(evaluate={"metric": "exact"}, data={"eval": 0.2, "train": "nowhere.jsonl"}))
 
 
 def test_one_compilation_serves_the_run(config, caplog):

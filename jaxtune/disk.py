@@ -1,0 +1,42 @@
+"""Files and folders: made where they can be, there whole or not at all, known by their sha256."""
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtune.errors import JaxtuneError
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = JaxtuneError) -> None:
+    """The folder and those above it, where they are not there yet; `error` where none can be (in /proc, under a link to nowhere)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, ValueError) as raised:  # ValueError: a name with a null byte
+        raise error(f"{what} {str(folder)!r} cannot be made ({raised}); name another folder") from raised
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into; it takes that name when the block ends, and is removed if the block fails."""
+    make_folder(path.parent)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")  # some writers go by the suffix
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that appears whole."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
