@@ -248,6 +248,8 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
 
     Of a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; of one with a scoring head its objective's.
     """
+    if config.objective == "sft":  # perplexity is of the likelihood, whatever was trained on
+        config = config.replace(loss_type=None)
     step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
     total = None
     for batch in _rows(config, model, rows).batches():

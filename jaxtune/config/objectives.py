@@ -20,6 +20,7 @@ LOSS_TYPES = {
     "orpo": ("orpo",),
     "kto": ("kto", "apo_zero_unpaired"),
 }  # fmt: skip
+SFT_LOSSES = ("nll", "dft")
 BETA = dict.fromkeys(LOSS_TYPES, 0.1)
 SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary's
 ON_ANSWERS = (*LOSS_TYPES, "reward")  # objectives that compare whole answers
@@ -34,6 +35,8 @@ def resolve(config: "Config") -> dict[str, Any]:
         out["beta"] = BETA.get(config.objective)
     if config.loss_type is None and config.objective in LOSS_TYPES:
         out["loss_type"] = LOSS_TYPES[config.objective][:1]
+    if config.loss_type == ("chunked_nll",):  # TRL's name for the way in which every loss is computed here
+        out["loss_type"] = ("nll",)
     if config.cpo_alpha is None and config.objective in ("cpo", "simpo"):
         out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
     if config.objective == "classification":
@@ -55,8 +58,9 @@ def check(config: "Config") -> None:
     losses, weights = config.loss_type or (), config.loss_weights
     if weights is not None and len(weights) != len(losses):
         raise ConfigError(f"loss_weights has {len(weights)} numbers for {len(losses)} losses in loss_type; write one for each.")
+    _losses(losses, config.objective)
     if config.objective in LOSS_TYPES:
-        _losses(config, losses)
+        _preferences(config, losses)
     if config.objective in ON_ANSWERS and config.data.train_on not in ("completion", "last"):
         raise ConfigError(
             f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
@@ -87,15 +91,19 @@ def _labels(config: "Config") -> None:
         raise ConfigError(f"problem_type {config.problem_type} with one label has nothing to choose from; write problem_type: regression.")
 
 
-def _losses(config: "Config", losses: tuple[str, ...]) -> None:
-    known = LOSS_TYPES[config.objective]
+def _losses(losses: tuple[str, ...], objective: str) -> None:
+    """ConfigError for a name that the objective has not."""
+    known = SFT_LOSSES if objective == "sft" else LOSS_TYPES.get(objective, ())
     for name in losses:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-            raise ConfigError(f"loss_type {name} is not one of objective {config.objective}; {hint}")
-    if len(losses) > 1 and config.objective != "dpo":
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}." if known else "leave it out."
+            raise ConfigError(f"loss_type {name} is not one of objective {objective}; {hint}")
+    if len(losses) > 1 and objective != "dpo":
         raise ConfigError(f"loss_type has {len(losses)} losses, but only objective dpo adds several up; write one.")
+
+
+def _preferences(config: "Config", losses: tuple[str, ...]) -> None:
     if config.beta is not None and config.beta <= 0:
         raise ConfigError(f"beta is {config.beta}, but has to be above 0; 0.1 is usual.")
     if not 0 <= config.label_smoothing < 0.5:

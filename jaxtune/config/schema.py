@@ -146,7 +146,7 @@ def _of(*objectives: str, default: Any = None) -> Any:
 class ObjectiveConfig(Group):
     """Keys of an objective, flat at the top level, under TRL's names and with TRL's defaults."""
 
-    loss_type: tuple[str, ...] | None = None  # None: the objective's own; several with loss_weights
+    loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
     beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo")
     label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
@@ -171,7 +171,7 @@ class ObjectiveConfig(Group):
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float = _of("sft", default=0.001)  # of mixtures of experts
 
 
 def _later() -> Any:
@@ -225,7 +225,7 @@ class Config(ObjectiveConfig):
     loss_spike_sigma: float = 6.0  # report a loss so many standard deviations above the last hundred, with its rows; 0: never
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
-    neftune_noise_alpha: float | None = None
+    neftune_noise_alpha: float | None = _of("sft")
     # true: full; auto: dots on a CPU, else full; what each keeps: model/stack.py
     gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload", "groups"] = "auto"
     logits_chunk_size: int | None = None  # tokens whose logits exist at one time; None: 128 on a CPU, 512 elsewhere

@@ -14,6 +14,8 @@ from jaxtune.objectives.loss import Loss
 def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`-sum(w log p)` over trained tokens and `sum(w)`; with `neftune_noise_alpha` and a key, noisy embeddings (arXiv 2310.05914).
 
+    `loss_type: dft` (2508.05629): `-sum(w p log p)`, the first p a constant to the gradient.
+
     Where there are experts, `router_aux_loss_coef` times the load-balancing loss is added. That one is a product of means over the
     micro-batch, as in transformers, so it alone depends on how a batch is cut into micro-batches.
     """
@@ -26,7 +28,8 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
     out = token_logprobs(model_config, params, batch, embeds_BTD)
     count = (out.weights_BN != 0).astype(jnp.float32).sum()
     metrics = {"mean_token_accuracy": (out.correct_BN.sum(), count), "entropy": (out.entropy_BN.sum(), count)}
-    total, weight = -(out.logp_BN * out.weights_BN).sum(), out.weights_BN.sum()
+    trust_BN = jax.lax.stop_gradient(jnp.exp(out.logp_BN)) if config.loss_type == ("dft",) else 1.0
+    total, weight = -(out.logp_BN * trust_BN * out.weights_BN).sum(), out.weights_BN.sum()
     if out.aux is not None:
         balance = load_balancing_loss(out.aux)
         total += config.router_aux_loss_coef * balance * weight

@@ -38,7 +38,7 @@ def temporaries(layers: int, remat: str, quantization: str | None, shape: dict, 
     """Bytes of temporaries of one LoRA step on a model of so many layers."""
     config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat, **how)
     loop = dict(max_grad_norm=1.0, max_skipped_steps=0)
-    run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, lora=LoraConfig(r=2))
+    run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, loss_type=None, lora=LoraConfig(r=2))
     flat = {}
     for path, row in spec(config).items():
         if row.can_be_packed and quantization:

@@ -21,7 +21,7 @@ BATCH = Batch(TOKENS, WEIGHTS, np.broadcast_to(np.arange(9, dtype=np.int32), (2,
 
 
 def settings(**keys):
-    return types.SimpleNamespace(**{"neftune_noise_alpha": None, "router_aux_loss_coef": 0.0} | keys)
+    return types.SimpleNamespace(**{"neftune_noise_alpha": None, "router_aux_loss_coef": 0.0, "loss_type": None} | keys)
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
@@ -37,6 +37,21 @@ def test_loss_is_the_mean_over_trained_tokens(model):
     logp = jax.nn.log_softmax(forward(config, params, TOKENS)[:, :-1])
     nll = -jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1)[..., 0] * WEIGHTS[:, 1:]
     np.testing.assert_allclose(out.total / out.weight, nll.sum() / WEIGHTS.sum(), rtol=1e-5)
+
+
+def test_dft_weighs_each_token_by_its_own_probability(model):
+    """TRL's `dft_loss`: `-(p log p)` with the first p detached, so the gradient is that of p."""
+    config, params = model
+    logp = jax.nn.log_softmax(forward(config, params, TOKENS)[:, :-1])
+    p = jnp.exp(jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1)[..., 0]) * WEIGHTS[:, 1:]
+    total, grads = jax.value_and_grad(lambda params: sft(settings(loss_type=("dft",)), config, params, params, BATCH).total)(params)
+    np.testing.assert_allclose(total, -(p * jnp.log(jnp.where(p > 0, p, 1))).sum(), rtol=1e-5)
+
+    def likelihood(params):
+        logp = jax.nn.log_softmax(forward(config, params, TOKENS)[:, :-1])
+        return -(jnp.exp(jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1)[..., 0]) * WEIGHTS[:, 1:]).sum()
+
+    np.testing.assert_allclose(grads["norm"], jax.grad(likelihood)(params)["norm"], rtol=1e-3, atol=1e-6)
 
 
 def test_noise_is_for_training(model):
