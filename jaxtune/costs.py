@@ -10,7 +10,7 @@ from jaxtune.config import Config
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.model.stack import groups
-from jaxtune.reference import WITH_REFERENCE, beforehand
+from jaxtune.reference import beforehand, compares
 from jaxtune.tree import flatten
 
 
@@ -59,14 +59,19 @@ def _groups(model_config: ModelConfig) -> list[tuple[int, int]]:
     return [part[1:] for stack in range(len(model_config.stacks)) for part in groups(model_config, stack)]
 
 
-def flops(config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None) -> float:
+def flops(
+    config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None,
+    rows: int | None = None,
+) -> float:  # fmt: skip
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
+
+    `rows`: those of a micro-batch; None: as many as `per_device_train_batch_size`.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
     products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None:
     all); a token is in a document of `attended` tokens (None: the row).
     """
-    tokens = config.gradient_accumulation_steps * config.per_device_train_batch_size * length
+    tokens = config.gradient_accumulation_steps * (rows or config.per_device_train_batch_size) * length
     active = repeated = 0.0
     for path, row in spec(model_config).items():
         if not (row.is_matrix or row.is_experts):
@@ -83,6 +88,6 @@ def flops(config: Config, model_config: ModelConfig, length: int, trained: int |
     passes = 3 if full else 2
     again = 0 if model_config.remat in ("none", "dots") else 1
     twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers  # layers that groups go through once more
-    reference = config.objective in WITH_REFERENCE and not beforehand(config)  # one more forward pass
+    reference = compares(config) and not beforehand(config)  # one more forward pass
     layers = active * (passes + twice + reference) + repeated * again + attention * (3 + again + twice + reference)
     return 2.0 * tokens * (layers + head * (passes + full + reference))

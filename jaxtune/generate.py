@@ -21,22 +21,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtune import cli, errors
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.generation.answer import Answer, Reader
-from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.generation.batches import Row, Run
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
-from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed, mix
 
-CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
-MOST_ROWS = 64  # rows of a batch if no batch_size is given, or as many as
-MOST_BYTES = 2**30  # fit here with their cache and attention scores
 BASE = "base"  # the choice of no adapter, on the command line
-LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter, so that few shapes are compiled
 
 
 class Completion(NamedTuple):
@@ -101,7 +95,7 @@ def generate_tokens(
     if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
         raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")
     reader = Reader(model.tokenizer, frozenset(stop_tokens(model)), strings)
-    run = _Run(
+    run = Run(
         config=replace(model.config, remat="none"),
         params=model.params,
         adapter=adapter,
@@ -115,11 +109,8 @@ def generate_tokens(
     for number in range(len(ids) * num_return_sequences):
         prompt, sample = divmod(number, num_return_sequences)
         on_text = None if stream is None else functools.partial(stream, number)
-        rows.append(_Row(prompt, sample, ids[prompt], Answer(reader, on_text)))
-    size = batch_size or _fitting_rows(run.config, max(map(len, ids), default=1), max_new_tokens)
-    in_order = sorted(rows, key=lambda row: -len(row.ids))  # the longest first: what does not fit into memory fails at once
-    for start in range(0, len(rows), size):
-        run.batch(in_order[start : start + size], size)
+        rows.append(Row(prompt, sample, ids[prompt], Answer(reader, on_text)))
+    run.all(rows, batch_size)
     return [Completion(row.prompt, row.answer.tokens, row.answer.text, str(row.answer.finish_reason)) for row in rows]
 
 
@@ -138,75 +129,6 @@ def _encode(model: Any, prompts: Any, chat: bool | None, new: int) -> list[list[
                 f"max_position_embeddings is {most}; use {advice}"
             )
     return ids
-
-
-def _bucket(n: int, least: int = 1) -> int:
-    """The next power of two: sizes are padded to it, so that a run compiles few programs."""
-    return max(least, 1 << (n - 1).bit_length())
-
-
-def _fitting_rows(config: Any, prompt: int, new: int) -> int:
-    """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`."""
-    prompt = _bucket(prompt, LEAST_TOKENS)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize * (prompt + new)
-    scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
-    return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores)))
-
-
-class _Row(NamedTuple):
-    """One answer to be made: which sample of which prompt."""
-
-    prompt: int
-    sample: int
-    ids: list[int]
-    answer: Answer
-
-
-class _Run(NamedTuple):
-    """What all batches of one call share."""
-
-    config: Any
-    params: dict
-    adapter: Any
-    sampling: Sampling
-    key: jax.Array
-    stops: jax.Array
-    new: int
-    watched: bool
-
-    def batch(self, rows: list[_Row], size: int) -> None:
-        """Answer a batch of prompts, padded with empty rows to a bucket of `size` at most."""
-        B = min(_bucket(len(rows)), size)
-        T = _bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
-        prompts_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
-        for number, row in enumerate(rows):
-            prompts_BT[number, T - len(row.ids) :], lengths_B[number] = row.ids, len(row.ids)
-        places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
-        shared = Rows(jnp.asarray(lengths_B), row_keys(self.key, places_B2), self.stops)
-        adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
-        params = compose(self.params, adapter)
-        state = prefill(self.config, params, self.sampling, shared, prompts_BT, self.new)
-        while True:
-            tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
-            for row, tokens in zip(rows, tokens_BN, strict=False):
-                tokens = tokens[tokens != NONE].tolist()
-                if NAN in tokens:
-                    raise ModelError(
-                        f"token {len(tokens)} of the answer to prompt {row.prompt + 1} has logits that are not numbers (NaN): the weights "
-                        f"hold NaN, or {self.config.dtype} overflows; check the training run, or load with dtype=float32"
-                    )
-                row.answer.update(tokens, last=step == self.new)
-            ended = [row.answer.finish_reason is not None for row in rows]
-            if all(ended):
-                return
-            done_B = np.asarray(ended + [True] * (B - len(rows)))
-            # The cache grows as the answers do, twofold, and never beyond what max_new_tokens needs; the newest token needs no slot.
-            slots = state.cache.positions.shape[1]
-            if step == slots - T + 1:
-                slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
-                state = with_slots(state, slots)
-            until = min(slots - T + 1, step + CHUNK if self.watched else self.new)
-            state = decode(self.config, params, self.sampling, shared, state.replace(done_B=done_B), until)
 
 
 # ---- the command ----

@@ -18,6 +18,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
 from jaxtune.objectives.watch import symptoms
+from jaxtune.rollout import Rollouts
 from jaxtune.runlog import HANGUP, RunLog, leave_terminal
 from jaxtune.step import TrainState, with_reference
 
@@ -31,13 +32,17 @@ class TrainingError(JaxtuneError):
 class Loop:
     """One run's loop. What it must remember beside the state is in `notes`, which every checkpoint carries."""
 
-    def __init__(self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict):
-        self.config, self.mesh, self.rows, self.total = config, mesh, rows, total_steps
+    def __init__(
+        self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict,
+        rollouts: Rollouts | None = None,
+    ):  # fmt: skip
+        self.config, self.mesh, self.rows, self.total, self.rollouts = config, mesh, rows, total_steps, rollouts
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
         self.asked = self.interrupted = False  # a signal has come; and this is the step to stop after
         self.done = 0
+        self.headline = ("reward", math.nan)  # of the newest rollout
         self.window: list[dict[str, float]] = []  # metrics since the last line of the log
         self.last: dict[str, float] = {}
         self.said: set[str] = set()  # warnings that have been given
@@ -76,10 +81,13 @@ class Loop:
             self._evaluate(0, state, base, eval_step)
         self.clock = time.monotonic()
         for number in range(start + 1, self.total + 1):
-            state, metrics = step(state, base, self._put(self.rows.train.batch_at(number - 1, *self.part)))
+            if self.rollouts and waiting:  # before answers are drawn from the weights of that step
+                waiting = self._read(*waiting)
+            batch, told = self._batch(number - 1, state, base)
+            state, metrics = step(state, base, self._put(batch))
             if waiting:  # the device is at work on this step, so reading the last one's metrics stalls nothing
                 self._read(*waiting)
-            waiting = (number, metrics)
+            waiting = (number, metrics | told)
             evaluate = self._due(number, config.eval_strategy, config.eval_steps)
             save = self._due(number, config.save_strategy, config.save_steps)
             prove = number == 1 and config.save_strategy != "no"
@@ -95,6 +103,8 @@ class Loop:
                 state = self.checkpoints.prove(number, state, self.notes, keep=save)
             elif save:
                 self.checkpoints.save(number, state, self.notes)
+            if save and self.rollouts:
+                self.rollouts.forget(min(self.checkpoints.steps(), default=number))
             if stop:
                 break
         if self.interrupted:
@@ -120,6 +130,12 @@ class Loop:
         self.done = number
         self.interrupted = self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
+    def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
+        """The batch of a step (from 0), and what was measured in making it."""
+        if self.rollouts:
+            return self.rollouts.batch_at(step, state, base)
+        return self.rows.train.batch_at(step, *self.part), {}
+
     def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:
         return parallel.put(batch, self.mesh, micro_batches)
 
@@ -140,12 +156,16 @@ class Loop:
         else:
             self._unsound(number, values)
         if self.log:
-            self.log.advance(number, values["loss"], int(values["tokens"]))
+            self.headline = ("reward", values["reward"]) if "reward" in values else self.headline
+            name, value = self.headline if self.rollouts else ("loss", values["loss"])
+            self.log.advance(number, value, int(values["tokens"]), name)
         if number % max(1, interval(self.config.logging_steps, self.total)) == 0 or number == self.total:
             self._write(number)
 
     def _watch(self, number: int, loss: float) -> None:
-        """Tell of a loss far above those before it."""
+        """Tell of a loss far above those before it. That of drawn answers is about 0, whatever they are worth."""
+        if self.rollouts:
+            return
         if found := faults.spike(self.notes["losses"], loss, self.config.loss_spike_sigma):
             if self.log:
                 log.warning("%s", faults.write_spike(self.folder, number, found, self.rows.train.rows_at(number - 1)))
@@ -166,7 +186,8 @@ class Loop:
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         if not window:  # every step was skipped
             return
-        mean = {name: _mean([row[name] for row in window]) for name in window[0] if name not in ("tokens", "weight")}
+        names = dict.fromkeys(name for row in window for name in row if name not in ("tokens", "weight"))
+        mean = {name: _mean([row[name] for row in window if name in row]) for name in names}
         mean = {name: value for name, value in mean.items() if value is not None}
         mean |= {"grad_norm": window[-1]["grad_norm"], "learning_rate": self.rate(number - 1), "num_tokens": self.notes["num_tokens"]}
         if self.config.max_skipped_steps:
@@ -199,6 +220,11 @@ class Loop:
 
     def _evaluate(self, number: int, state: TrainState, base: dict, eval_step: Callable) -> tuple[bool, bool]:
         """Log `eval_*`; whether it is time to stop early, and whether this is the best so far."""
+        metrics = self.rollouts.evaluate(state, base) if self.rollouts else self._losses(state, base, eval_step)
+        self._log(number, metrics)
+        return self._judge(number, metrics)
+
+    def _losses(self, state: TrainState, base: dict, eval_step: Callable) -> dict[str, float]:
         total = None
         for batch in self.rows.eval.batches(*self.part):
             rows = self._put(jax.tree.map(lambda x: x[0], batch), micro_batches=False)
@@ -206,9 +232,7 @@ class Loop:
             total = out if total is None else jax.tree.map(jnp.add, total, out)
         loss = jax.device_get(total)
         metrics = {"eval_loss": float(loss.total / loss.weight)}
-        metrics |= {f"eval_{name}": float(value / weight) for name, (value, weight) in loss.metrics.items() if weight}
-        self._log(number, metrics)
-        return self._judge(number, metrics)
+        return metrics | {f"eval_{name}": float(value / weight) for name, (value, weight) in loss.metrics.items() if weight}
 
     def _judge(self, number: int, metrics: dict[str, float]) -> tuple[bool, bool]:
         config, best = self.config, self.notes["best"]

@@ -17,7 +17,7 @@ import string
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -202,43 +202,47 @@ def find(spec: str | Metric) -> tuple[str, Metric]:
 
     The named module or file is the user's own code and is run. A function stands for itself. Raises ConfigError when there is none.
     """
+    return find_in(METRICS, spec, "metric")
+
+
+def find_in(table: Mapping[str, Callable], spec: str | Callable, what: str) -> tuple[str, Callable]:
+    """The same from another table; `what` is what errors call it."""
     if callable(spec):
-        return getattr(spec, "__name__", "metric"), spec
-    if spec in METRICS:
-        return spec, METRICS[spec]
+        return getattr(spec, "__name__", what), spec
+    if spec in table:
+        return spec, table[spec]
     place, separator, name = spec.rpartition(":" if ".py:" in spec else ".")
     if not separator:
-        raise ConfigError(
-            f"metric {spec} is not known; write one of {', '.join(METRICS)}, or your own module.function or path/file.py:function"
-        )
-    function = getattr(_file(place, spec) if separator == ":" else _module(place, spec), name, None)
+        known = f"write one of {', '.join(table)}, or your own module.function or path/file.py:function"
+        raise ConfigError(f"{what} {spec} is not known; {known}")
+    function = getattr(_file(place, spec, what) if separator == ":" else _module(place, spec, what), name, None)
     if not callable(function):
-        raise ConfigError(f"metric {spec}: {place} has no function {name}; define it there, or write the name of one it has")
-    return name, function  # type: ignore[return-value]
+        raise ConfigError(f"{what} {spec}: {place} has no function {name}; define it there, or write the name of one it has")
+    return name, function
 
 
-def _file(place: str, spec: str):
+def _file(place: str, spec: str, what: str):
     path = Path(place).expanduser()
     if not path.is_file():
-        raise ConfigError(f"metric {spec}: there is no file {place}; paths are taken from the current folder ({Path.cwd()})")
+        raise ConfigError(f"{what} {spec}: there is no file {place}; paths are taken from the current folder ({Path.cwd()})")
     found = importlib.util.spec_from_file_location(f"jaxtune_metric_{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look their module up there
-    return _run(lambda: found.loader.exec_module(module) or module, spec)
+    return _run(lambda: found.loader.exec_module(module) or module, spec, what)
 
 
-def _module(place: str, spec: str):
-    return _run(lambda: importlib.import_module(place), spec)
+def _module(place: str, spec: str, what: str):
+    return _run(lambda: importlib.import_module(place), spec, what)
 
 
-def _run(load: Callable, spec: str):
+def _run(load: Callable, spec: str, what: str):
     try:
         return load()
     except Exception as error:  # anything may happen in a user's file
         raise ConfigError(
-            f"metric {spec} cannot be loaded: {type(error).__name__}: {error}. Write one of {', '.join(METRICS)}, module.function of an "
-            "installed module, or path/file.py:function"
+            f"{what} {spec} cannot be loaded: {type(error).__name__}: {error}. Write module.function of an installed module, or "
+            "path/file.py:function"
         ) from error
 
 

@@ -25,10 +25,13 @@ from rich.console import Console
 from jaxtune import cli, costs, data, errors, parallel
 from jaxtune.compilation import enable_cache
 from jaxtune.config import Config, load_config
+from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.data import files
+from jaxtune.data.asked import Layout, Prompts
 from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
+from jaxtune.generation.batches import fitting_rows
 from jaxtune.largest import largest
 from jaxtune.model.families import ModelConfig
 from jaxtune.planned import Plan, show, side_by_side
@@ -121,8 +124,24 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
         target=where.name, devices=mesh.size, fits=None if chip.memory is None else needed <= chip.memory, peak_bytes=needed,
         device_bytes=chip.memory, bytes=causes, flops=flops, intensity=flops / max(moved, 1), seconds_at_least=seconds, steps=steps,
         hours_at_least=seconds * steps * _share(rows) / 3600 if seconds and steps else None, rows=_row_counts(rows),
-        settings=_settings(config), instead=[], notes=[where.figures],
+        settings=_settings(config), instead=[], notes=[where.figures, *_drawing(config, model_config, parallel.data_parallel(mesh), rows)],
     )  # fmt: skip
+
+
+def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data.Source | None) -> list[str]:
+    """What is to be known of drawing answers, which the step's bytes and hours do not hold."""
+    if config.objective not in POLICY:
+        return []
+    layout, prompt = Layout(config, devices), rows.longest_prompt if isinstance(rows, Prompts) else config.data.max_length
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    at_once, cache = fitting_rows(dataclasses.replace(model_config, dtype=dtype), prompt, layout.most)
+    each = -(-layout.prompts * layout.answers // devices)
+    at_once = min(at_once, each)
+    size = at_once * cache / 2**30
+    return [
+        f"drawing answers is not in the step's bytes and hours: {layout.prompts * layout.answers:,} of up to {layout.most} tokens for "
+        f"every {layout.repeats} step(s); {at_once} at a time on a device, whose cache takes {size:.2f} GiB beside the weights"
+    ]
 
 
 def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Source | None) -> tuple[int, dict[str, int], float]:
@@ -134,8 +153,10 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
     except jax.errors.JaxRuntimeError as error:
         if (needed := errors_bytes(str(error))) is None:
             raise
-    attended = float((rows.units.lengths.astype(float) ** 2).sum() / rows.plan.slots()) if rows else None
-    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended) / (mesh.size / parallel.data_parallel(mesh))
+    attended = rows.attended if rows else None
+    each = batch.tokens.shape[1] // parallel.data_parallel(mesh)
+    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended, each)
+    flops /= mesh.size / parallel.data_parallel(mesh)
     return needed, costs.by_cause(config, model_config, state, base, batch, needed), flops
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import data, parallel, runfolder
 from jaxtune.config import Config
+from jaxtune.config.policy import POLICY
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.data.tokenised import cache_dir
@@ -38,7 +40,7 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
     Where log-probabilities are computed beforehand they go into the rows. Raises ConfigError for a reference model that cannot serve.
     """
     base = {} if config.method == "full" else model.params
-    if config.objective not in WITH_REFERENCE or config.sync_ref_model:
+    if not compares(config):
         return base
     if not beforehand(config):
         reference = _reference(config, model, trainable, mesh)
@@ -56,6 +58,11 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
     return base
 
 
+def compares(config: Config) -> bool:
+    """Whether there is a reference model that stands still."""
+    return (config.objective in WITH_REFERENCE or (config.objective in POLICY and config.beta != 0)) and not config.sync_ref_model
+
+
 def beforehand(config: Config) -> bool:
     """Whether the reference's log-probabilities are computed before the first step."""
     asked = config.precompute_ref_log_probs or (config.method == "full" and config.ref_model is None)
@@ -66,6 +73,9 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
     """The reference model's tree; shares what it can with the model's."""
     if config.ref_model is None:
         start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter else None  # the step donates what is trained
+        if config.method == "full":  # of answers that are not there yet nothing can be computed beforehand
+            log.info("reference: a copy of the starting weights is kept, because beta is not 0; an adapter (method: lora) needs none")
+            return jax.tree.map(jnp.copy, trainable)
         return compose(model.params, start)
     path = Path(config.ref_model).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():

@@ -25,7 +25,7 @@ _held: dict[Path, int] = {}  # folders of this process's runs -> their open lock
 FREE = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
     "compilation_cache", "evaluate", "eval_steps", "eval_strategy", "eval_on_start", "per_device_eval_batch_size", "mesh",
-    "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma", "data.cache_dir",
+    "distributed", "zero_stage", "resume_allow_drift", "loss_spike_sigma", "data.cache_dir", "log_completions",
 }  # fmt: skip
 PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 

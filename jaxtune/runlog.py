@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard, loss.png. Takes Python floats, never device arrays."""
+"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard, loss.png, reward.png. Takes Python floats, no device arrays."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,10 @@ from jaxtune.disk import replacing, write_text
 from jaxtune.errors import CheckpointError
 
 PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
+# of the names in metrics.jsonl, those that a line of the terminal leaves out
+UNSHOWN = re.compile(
+    r"epoch|tokens_per_second|num_tokens|(eval_)?(clip_ratio/(?!region).*|completions/((min|max)_.*|.*terminated.*)|.*/std)"
+)
 RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
 
 
@@ -42,9 +47,9 @@ class RunLog:
         self._bar = _Bar(start, total_steps)
         self._drawn = time.monotonic()
 
-    def advance(self, step: int, loss: float, tokens: int) -> None:
-        """A step is done: move the bar. `tokens` are those of this step, all processes together."""
-        self._bar.advance(step, loss, tokens)
+    def advance(self, step: int, loss: float, tokens: int, name: str = "loss") -> None:
+        """A step is done: move the bar. `tokens` are those of this step, all processes together; `name` is what the number is."""
+        self._bar.advance(step, f"{name} {loss:.4f}", tokens)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics, under TRL's names; `eval_*` are those of an evaluation. What is not a number is null."""
@@ -70,6 +75,7 @@ class RunLog:
 
     def _draw(self) -> None:
         draw_loss(self.history, self.folder / "loss.png")
+        draw_loss(self.history, self.folder / "reward.png", "reward")
         self._drawn = time.monotonic()
 
 
@@ -167,14 +173,14 @@ class _Bar:
                 if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__):
                     self.streams.append((handler, handler.setStream(sys.stderr)))
 
-    def advance(self, step: int, loss: float, tokens: int) -> None:
+    def advance(self, step: int, said: str, tokens: int) -> None:
         now = time.monotonic()
         self.step, self.tokens = step, self.tokens + tokens
         self.marks.append((now, step, self.tokens))
         while len(self.marks) > 2 and now - self.marks[0][0] > RATE_OVER:
             self.marks.popleft()
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}{self._pace()}")
+            self.progress.update(self.task, completed=step, description=f"{said}{self._pace()}")
 
     def _pace(self) -> str:
         """`  1,234 tokens/s  0:42 left`, once two steps are known: the first holds the compilation."""
@@ -189,7 +195,7 @@ class _Bar:
         """A line per logged step, or above a bar only those of evaluations."""
         if self.progress is not None and not evaluation:
             return
-        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in ("epoch", "tokens_per_second", "num_tokens")]
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if not UNSHOWN.fullmatch(name)]
         line = f"step {step}/{self.total}  {'  '.join(shown)}{'' if evaluation else self._pace()}"
         with _if_seen():
             self.console.print(line, markup=False)
@@ -215,13 +221,13 @@ def _smooth(values: list[float]) -> list[float]:
     return out
 
 
-def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """`loss` and `eval_loss` over steps, as a PNG that is replaced whole. Draws nothing when there is nothing to draw."""
+def draw_loss(history: list[dict[str, Any]], path: Path, name: str = "loss") -> None:
+    """`loss` and `eval_loss` (`reward` and `eval_reward`) over steps, as a PNG that is replaced whole; nothing where there are none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
-    evals = [(row["step"], row["eval_loss"]) for row in history if row.get("eval_loss") is not None]
+    train = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    evals = [(row["step"], row[f"eval_{name}"]) for row in history if row.get(f"eval_{name}") is not None]
     if not train and not evals:
         return
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -235,10 +241,13 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, smooth, color="#4477aa", linewidth=2, label=f"train  {smooth[-1]:.3f}", marker="." if len(train) < 3 else None)
     if evals:
         steps, values = zip(*evals, strict=True)
-        best = min(range(len(values)), key=values.__getitem__)
+        best = (max if name == "reward" else min)(range(len(values)), key=values.__getitem__)
         note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
         axes.plot(steps, values, color="#cc6633", linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
     _frame(axes, [value for _, value in train], [value for _, value in evals])
+    axes.set_ylabel(name)
+    if name == "reward":
+        axes.legend(frameon=False, loc="upper left")
     with replacing(path) as scratch:
         figure.savefig(scratch, format="png")
 
@@ -251,7 +260,6 @@ def _frame(axes: Any, train: list[float], evals: list[float]) -> None:
     axes.set_ylim(low - pad, high + pad)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")

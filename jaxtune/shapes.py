@@ -9,8 +9,10 @@ import numpy as np
 
 from jaxtune import data, optim, parallel
 from jaxtune.config import Config
+from jaxtune.config.policy import POLICY
 from jaxtune.convert.bitsandbytes import packed_as
 from jaxtune.data import units
+from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
@@ -18,7 +20,7 @@ from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.peft import METHODS
-from jaxtune.reference import WITH_REFERENCE, beforehand
+from jaxtune.reference import beforehand, compares
 from jaxtune.step import check_attention, how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
@@ -39,10 +41,13 @@ def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -
 
 def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Batch:
     """The batch of a full step: the largest of `rows`; without them every token counts as trained, and a row has one pair (or other group)
-    of answers."""
+    of answers; of answers that are drawn it is that of prompts of `data.max_length`."""
     sharding = parallel.batch_sharding(mesh)
+    known = rows is not None or config.objective in POLICY
     if rows is not None:
         batch = rows.largest()
+    elif config.objective in POLICY:
+        batch = Layout(config, parallel.data_parallel(mesh)).largest(config.data.max_length)
     else:
         answers, shared = units.least(config)
         labels = config.num_labels or 0
@@ -50,7 +55,7 @@ def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Bat
         batch = Batch.empty((1, 1, 1), None, answers, shared, (labels,) if several else ())
     if batch.answers is not None and beforehand(config):
         batch = batch.replace(answers=batch.answers.replace(ref_logps=batch.answers.values))
-    if rows is not None:
+    if known:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
     shape = (config.gradient_accumulation_steps, config.per_device_train_batch_size * parallel.data_parallel(mesh), config.data.max_length)
 
@@ -79,8 +84,9 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     state = _with_shardings(state, shardings)
     step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
     base = {} if config.method == "full" else params
-    if config.objective in WITH_REFERENCE and config.ref_model is not None and not beforehand(config):
-        base = base | {REFERENCE: params}  # a checkpoint of its own
+    own = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
+    if own and compares(config) and not beforehand(config):
+        base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
     batch = abstract_batch(config, mesh, rows)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config
 

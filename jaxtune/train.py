@@ -12,19 +12,21 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxtune import cli, compilation, data, distributed, errors, metrics, optim, parallel, reference, runfolder
+from jaxtune import cli, compilation, data, distributed, errors, metrics, optim, parallel, reference, rollout, runfolder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
+from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, open_model, read_model
+from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
 from jaxtune.disk import write_text
 from jaxtune.errors import ConfigError
@@ -38,6 +40,8 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS
 from jaxtune.peft.lora import Adapter
+from jaxtune.rewards import find_rewards, hashes
+from jaxtune.rollout import Rollouts
 from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step, say_attention
 from jaxtune.tree import count, nbytes
 
@@ -56,8 +60,12 @@ class Result:
     interrupted: bool = False
 
 
-def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = ()) -> Result | CrossValidation:
+def train(
+    config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = (), *, reward_funcs: Sequence[Callable] = ()
+) -> Result | CrossValidation:
     """One training run, from a config to its result; with `data.kfold` and no `data.fold`, one for each fold.
+
+    `reward_funcs`: functions of objectives grpo and rloo (jaxtune/rewards.py), beside those that the config names.
 
     Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
     """
@@ -69,10 +77,10 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     mesh = parallel.make_mesh(config.mesh)
     config = _settle(config)
     if config.data.kfold is None or config.data.fold is not None:
-        return _train(config, mesh)
+        return _train(config, mesh, reward_funcs)
     tokenizer = open_model(config.model).tokenizer
     try:
-        found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh))
+        found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh, reward_funcs))
     finally:
         runfolder.let_go(config)
     if distributed.is_first():
@@ -80,33 +88,30 @@ def train(config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ..
     return found
 
 
-def _train(config: Config, mesh: jax.sharding.Mesh) -> Result:
+def _train(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callable]) -> Result:
     try:
-        return _run(config, mesh)
+        return _run(config, mesh, reward_funcs)
     finally:
         runfolder.let_go(config)
 
 
-def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
+def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callable]) -> Result:
     # ---- 1. What there is: the model's files, the rows ----
     distributed.on_first(lambda: runfolder.check_free(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
+    rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
     opened = open_model(config.model)
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
     check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config)
+    if rewards:
+        rollout.check(config, rows, opened.config)
     total_steps = data.total_steps(config, rows.train)
-    log.info(
-        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
-        len(rows.train.documents), f"{rows.train.tokens:,}", 100 * rows.train.trained_tokens / rows.train.tokens, len(rows.train.plan),
-        100 * rows.train.efficiency, rows.train.steps_per_epoch, total_steps,
-    )  # fmt: skip
-    for source in filter(lambda source: source is not None and source.units.shared, (rows.train, rows.eval)):
-        check_shared_prompts(opened.config, source.units.longest)
-    if saved := rows.train.saved_tokens:
-        share = 100 * saved / (saved + rows.train.tokens)
-        log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)
+    _say_rows(rows.train, total_steps)
+    for source in filter(None, (rows.train, rows.eval)):
+        if source.shares_prompts:
+            check_shared_prompts(opened.config, source.longest)
 
     # ---- 2. The weights, and what is trained of them ----
     model, trainable = load_for_training(config, opened, mesh)
@@ -120,7 +125,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
     distributed.on_first(lambda: _open_folder(config))
     folder = runfolder.folder_of(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
-    notes = first_notes(rows)
+    notes = first_notes(rows) | {"rewards": hashes(config)}
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
     if distributed.is_first():
@@ -129,7 +134,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
         _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
 
     # ---- 5. The loop ----
-    run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes)
+    rollouts = Rollouts(config, model, mesh, rows, rewards, folder, total_steps) if rewards else None
+    run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes, rollouts)
     state, metrics = run(state, base, step, eval_step)
 
     # ---- 6. The result ----
@@ -140,6 +146,23 @@ def _run(config: Config, mesh: jax.sharding.Mesh) -> Result:
         of_run(config, model, state.trainable, folder).show()
         log.info("%s; the loss: %s", folder / ("predictions.jsonl" if config.evaluate.metric else "evaluation.json"), folder / "loss.png")
     return Result(folder, int(state.step), metrics, state.trainable, model, run.interrupted)
+
+
+def _say_rows(rows: data.Source, total_steps: int) -> None:
+    if isinstance(rows, Prompts):
+        log.info(
+            "data: %d prompts, the longest of %d tokens; a rollout draws %d answers to each of %d; %d steps an epoch, %d in all",
+            len(rows.documents), rows.longest_prompt, rows.layout.answers, rows.layout.prompts, rows.steps_per_epoch, total_steps,
+        )  # fmt: skip
+        return
+    log.info(
+        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
+        len(rows.documents), f"{rows.tokens:,}", 100 * rows.trained_tokens / rows.tokens, len(rows.plan),
+        100 * rows.efficiency, rows.steps_per_epoch, total_steps,
+    )  # fmt: skip
+    if saved := rows.saved_tokens:
+        share = 100 * saved / (saved + rows.tokens)
+        log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)
 
 
 def _check_tables(config: Config) -> None:
@@ -232,8 +255,10 @@ def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: Train
     state, saved = checkpoints.restore(state)
     if saved["fingerprint"] != notes["fingerprint"]:
         _refuse(config, [f"the training rows are not those {folder} was trained on"])
+    if saved.get("rewards", {}) != notes["rewards"]:
+        _refuse(config, [f"the reward functions are not those {folder} was trained with ({', '.join(notes['rewards'])} has changed)"])
     log.info("resume: at step %d", int(state.step))
-    return state, notes | saved | {"fingerprint": notes["fingerprint"]}
+    return state, notes | saved | {name: notes[name] for name in ("fingerprint", "rewards")}
 
 
 def _refuse(config: Config, drift: list[str]) -> None:
@@ -249,6 +274,7 @@ def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, traina
         "seed": config.seed,
         "model": {"source": config.model, "sha256": runfolder.file_hashes(path)},
         "data": {"fingerprint": rows.train.fingerprint, "ledger": rows.ledger},
+        "reward_files": hashes(config),
         "counts": {
             "trainable_parameters": count(trainable), "documents": len(rows.train.documents), "rows": len(rows.train.plan),
             "tokens": rows.train.tokens, "trained_tokens": rows.train.trained_tokens, "packing_efficiency": rows.train.efficiency,

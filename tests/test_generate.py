@@ -12,7 +12,7 @@ import tiny
 import jaxtune as jt
 from jaxtune import errors, generate
 from jaxtune.config import LoraConfig
-from jaxtune.generation import decode
+from jaxtune.generation import batches, decode
 from jaxtune.generation.sampling import Sampling
 from jaxtune.model import decoder, quant
 
@@ -62,7 +62,7 @@ def _tokens(*args, max_new_tokens=NEW, **settings):
 
 @pytest.mark.parametrize("least_slots", [1, 256])
 def test_greedy_is_the_argmax_of_the_whole_text(model, endless, monkeypatch, least_slots):
-    monkeypatch.setattr(generate, "LEAST_SLOTS", least_slots)  # 1: the cache grows on the way
+    monkeypatch.setattr(batches, "LEAST_SLOTS", least_slots)  # 1: the cache grows on the way
     expected = [_uncached(model.config, model.params, prompt, NEW) for prompt in _prompts(model)]
     assert _tokens(model, _prompts(model)) == expected
 
@@ -141,7 +141,7 @@ def test_the_loop_ends_with_its_last_row(model, monkeypatch):
     prompts = _prompts(model)
     free = _tokens(model, prompts)
     states = []
-    monkeypatch.setattr(generate, "decode", lambda *args: states.append(decode.decode(*args)) or states[-1])
+    monkeypatch.setattr(batches, "decode", lambda *args: states.append(decode.decode(*args)) or states[-1])
     monkeypatch.setattr(generate, "stop_tokens", lambda model: {row[4] for row in free})
     completions = generate.generate_tokens(model, prompts, max_new_tokens=NEW)
     assert len(states) == 1  # one call, no word with the host in between
@@ -150,7 +150,7 @@ def test_the_loop_ends_with_its_last_row(model, monkeypatch):
 
 def test_one_token_needs_no_loop(model, endless, monkeypatch):
     expected = [tokens[:1] for tokens in _tokens(model, _prompts(model))]
-    monkeypatch.setattr(generate, "decode", None)
+    monkeypatch.setattr(batches, "decode", None)
     assert _tokens(model, _prompts(model), max_new_tokens=1) == expected
 
 
@@ -210,11 +210,24 @@ def test_the_cache_is_updated_in_place(model):
     assert memory.alias_size_in_bytes > cache and memory.temp_size_in_bytes < cache / 2  # a layer's slice, not a second cache
 
 
+def test_prompts_that_answers_share_are_read_once(model, monkeypatch):
+    """Answers are those of rows by themselves; the program reads as many prompts as there are."""
+    read = []
+    prefill = batches.prefill
+    monkeypatch.setattr(batches, "prefill", lambda *args: read.append(args[4].shape[0]) or prefill(*args))
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "repetition_penalty": 1.3, "chat": False, "num_return_sequences": 3, "seed": 4}
+    together = generate.generate_tokens(model, ["one two", "the quick brown fox"], **settings)
+    assert read == [2] and len({tuple(answer.tokens) for answer in together}) > 2
+    assert [answer.tokens for answer in together] == [
+        answer.tokens for answer in generate.generate_tokens(model, ["one two", "the quick brown fox"], **settings, batch_size=1)
+    ]
+
+
 def test_batches_fit_their_memory(model):
-    assert generate._fitting_rows(model.config, 20, 64) == 64
+    assert batches.fitting_rows(model.config, 20, 64)[0] == 64
     large = dataclasses.replace(model.config, num_layers=32, num_kv_heads=8, num_heads=32, head_dim=128, dtype="bfloat16")
-    assert generate._fitting_rows(large, 1000, 1000) == 2**30 // (2 * 32 * 8 * 128 * 2 * 2024 + 2 * 4 * 32 * 1024 * 1024)
-    assert generate._fitting_rows(large, 100_000, 1000) == 1
+    assert batches.fitting_rows(large, 1000, 1000)[0] == 2**30 // (2 * 32 * 8 * 128 * 2 * 2024 + 2 * 4 * 32 * 1024 * 1024)
+    assert batches.fitting_rows(large, 100_000, 1000)[0] == 1
 
 
 # ---- what may be given ----

@@ -1,10 +1,11 @@
-"""Writes tests/goldens/objectives/: TRL's value and gradient of every preference and reward loss over random answers.
+"""Writes tests/goldens/objectives/: TRL's value and gradient of every preference, reward and policy loss over random answers.
 
     python tools/make_preference_goldens.py          needs torch and trl
 
 preference.npz: `CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
 (tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in
-float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the scores.
+float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the scores. policy.npz: `CASE/logps`,
+`CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss and gradient to `logps`.
 """
 
 import os
@@ -17,9 +18,10 @@ TESTS = Path(__file__).parent.parent / "tests"
 OUT = TESTS / "goldens" / "objectives"
 
 sys.path.insert(0, str(TESTS))
+import policy_cases  # noqa: E402
 import preference_cases  # noqa: E402
 import reward_cases  # noqa: E402
-from oracle import trl_losses, trl_rewards  # noqa: E402
+from oracle import trl_losses, trl_policy, trl_rewards  # noqa: E402
 
 
 def write(name, cases, theirs):
@@ -41,6 +43,7 @@ def write(name, cases, theirs):
 def main():
     write("preference", preference_cases, trl_losses.theirs)
     write("reward", reward_cases, trl_rewards.theirs)
+    write("policy", policy_cases, trl_policy.theirs)
 
 
 if __name__ == "__main__":

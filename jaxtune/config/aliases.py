@@ -58,6 +58,7 @@ ALIASES: dict[str, str] = {
         "data.cache_dir": "dataset_prepared_path tokenized_path",
         "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
+        "reward_model": "reward_model_name_or_path reward_model_path",
     }.items()
     for alias in names.split()
 }
@@ -205,6 +206,11 @@ DIFFERENT: dict[str, str] = {
         "write the keys themselves (dtype, quantization, attention)": "model_init_kwargs",
         "write model: NAME@REVISION": "model_revision hub_revision",
         "rows are judged from the first evaluation on; write eval_steps": "eval_delay",
+        "answers are drawn by jaxtune itself, on the devices that train": "use_vllm vllm_mode vllm_model_impl vllm_server_base_url "
+        "vllm_server_host vllm_server_port",
+        "write steps_per_generation": "generation_batch_size",
+        "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
+        "the loss has no entropy bonus; write top_entropy_quantile, or epsilon_high above epsilon": "entropy_coef use_adaptive_entropy",
     }.items()
     for key in keys.split()
 }
@@ -228,6 +234,9 @@ LEFT_OUT: dict[str, str] = {
         "ddp_broadcast_buffers local_rank",
         "gradient_checkpointing says all of it": "gradient_checkpointing_kwargs",
         "it is for torch's storage of packed weights": "bnb_4bit_quant_storage",
+        "answers are drawn by jaxtune itself": "cache_implementation vllm_gpu_memory_utilization vllm_tensor_parallel_size "
+        "vllm_enable_sleep_mode vllm_importance_sampling_correction vllm_importance_sampling_mode ds3_gather_for_generation",
+        "the product with the head is always taken to float32": "cast_lm_head_to_fp32",
         "no code from a model's folder is ever run": "trust_remote_code",
         "a loss that is not finite stops the run and names the step": "logging_nan_inf_filter",
         "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model "

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from jaxtune.config.schema import Config
 
 # TRL's learning rates for full tuning; an adapter takes ten times as much ("LoRA without regret", and TRL's own advice).
-LEARNING_RATES = {"reward": 1e-5, "stepwise_reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "cpo": 1e-6, "simpo": 1e-6}
+LEARNING_RATES = {"reward": 1e-5, "stepwise_reward": 1e-5}
+LEARNING_RATES |= dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo"), 1e-6)
 
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -51,10 +52,11 @@ def resolve(config: "Config") -> dict[str, Any]:
         out["eval_strategy"] = "no" if not evaluated else "epoch" if config.eval_steps is None else "steps"
     if config.eval_steps is None and config.eval_strategy == "steps":
         out["eval_steps"] = config.logging_steps
-    if not config.metric_for_best_model.startswith("eval_"):
-        out["metric_for_best_model"] = f"eval_{config.metric_for_best_model}"
+    best = out.get("metric_for_best_model", config.metric_for_best_model)
+    if not best.startswith("eval_"):
+        out["metric_for_best_model"] = f"eval_{best}"
     if config.greater_is_better is None:
-        out["greater_is_better"] = not config.metric_for_best_model.endswith(("loss", "perplexity"))
+        out["greater_is_better"] = not best.endswith(("loss", "perplexity"))
     if config.data_seed is None:
         out["data_seed"] = config.seed
     return out

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.config import policy
 from jaxtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ LOSS_TYPES = {
     "simpo": ("simpo",),
     "orpo": ("orpo",),
     "kto": ("kto", "apo_zero_unpaired"),
+    "grpo": ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"),
+    "rloo": ("rloo",),
 }  # fmt: skip
 SFT_LOSSES = ("nll", "dft")
-BETA = dict.fromkeys(LOSS_TYPES, 0.1)
+BETA = dict.fromkeys(LOSS_TYPES, 0.1) | {"grpo": 0.0, "rloo": 0.05}
 SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary's
-ON_ANSWERS = (*LOSS_TYPES, "reward")  # objectives that compare whole answers
+ON_ANSWERS = ("dpo", "cpo", "simpo", "orpo", "kto", "reward")  # objectives that compare whole answers of the rows
 # The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's two (TRL).
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
@@ -39,6 +42,8 @@ def resolve(config: "Config") -> dict[str, Any]:
         out["loss_type"] = ("nll",)
     if config.cpo_alpha is None and config.objective in ("cpo", "simpo"):
         out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
+    if config.objective in policy.POLICY:
+        out |= policy.resolve(config)
     if config.objective == "classification":
         labels = config.num_labels or (len(config.id2label) if config.id2label else None)
         out["num_labels"] = labels
@@ -61,6 +66,8 @@ def check(config: "Config") -> None:
     _losses(losses, config.objective)
     if config.objective in LOSS_TYPES:
         _preferences(config, losses)
+    if config.objective in policy.POLICY:
+        policy.check(config)
     if config.objective in ON_ANSWERS and config.data.train_on not in ("completion", "last"):
         raise ConfigError(
             f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
@@ -104,7 +111,7 @@ def _losses(losses: tuple[str, ...], objective: str) -> None:
 
 
 def _preferences(config: "Config", losses: tuple[str, ...]) -> None:
-    if config.beta is not None and config.beta <= 0:
+    if config.beta is not None and config.beta <= 0 and config.objective not in policy.POLICY:
         raise ConfigError(f"beta is {config.beta}, but has to be above 0; 0.1 is usual.")
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError(f"label_smoothing is {config.label_smoothing}, but is the chance that a label is wrong: from 0 to below 0.5.")

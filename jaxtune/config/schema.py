@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxtune.config import checks
 from jaxtune.config.coerce import Group
+from jaxtune.config.policy import POLICY
 from jaxtune.errors import ConfigError
 
 Table = tuple[tuple[str, Any], ...]  # a dict on the surface
@@ -148,7 +149,7 @@ class ObjectiveConfig(Group):
 
     loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
-    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo")
+    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *POLICY)
     label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
     f_alpha_divergence_coef: float = _of("dpo", default=0.5)
@@ -156,10 +157,10 @@ class ObjectiveConfig(Group):
     use_weighting: bool = _of("dpo", default=False)
     discopop_tau: float = _of("dpo", default=0.05)
     precompute_ref_log_probs: bool = _of("dpo", "kto", default=False)
-    ref_model: str | None = _of("dpo", "kto")  # None: the base under the adapter, or the starting weights
-    sync_ref_model: bool = _of("dpo", default=False)
-    ref_model_mixup_alpha: float = _of("dpo", default=0.6)
-    ref_model_sync_steps: int = _of("dpo", default=512)
+    ref_model: str | None = _of("dpo", "kto", *POLICY)  # None: the base under the adapter, or the starting weights
+    sync_ref_model: bool = _of("dpo", *POLICY, default=False)
+    ref_model_mixup_alpha: float = _of("dpo", *POLICY, default=0.6)
+    ref_model_sync_steps: int = _of("dpo", *POLICY, default=512)
     desirable_weight: float = _of("kto", default=1.0)
     undesirable_weight: float = _of("kto", default=1.0)
     cpo_alpha: float | None = _of("cpo", "simpo")
@@ -167,11 +168,47 @@ class ObjectiveConfig(Group):
     center_rewards_coefficient: float | None = _of("reward")
     step_separator: str = _of("stepwise_reward", default="\n")  # written after each step; its last token is where a step is judged
     train_on_last_step_only: bool = _of("stepwise_reward", default=False)
-    max_completion_length: int | None = _of("stepwise_reward")  # tokens of all steps together; what goes beyond is cut
+    # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo: tokens that an answer may have, 512
+    max_completion_length: int | None = _of("stepwise_reward", *POLICY)
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
     router_aux_loss_coef: float = _of("sft", default=0.001)  # of mixtures of experts
+
+    # ---- grpo, rloo: answers are drawn, judged, and learnt from ----
+    reward_funcs: tuple[str, ...] = _of(*POLICY, default=())  # of rewards.REWARDS, or module.function, path/file.py:function, which are run
+    reward_model: tuple[str, ...] = _of(*POLICY, default=())  # folders (or hub ids) of reward models
+    reward_weights: tuple[float, ...] | None = _of(*POLICY)  # of the functions, then the models; None: all 1
+    reward_column: str = _of(*POLICY, default="answer")  # what answers are compared with by built-in rewards
+    reward_pattern: str | None = _of(*POLICY)  # what reward `format` looks for: a regular expression that the whole answer matches
+    num_generations: int = _of(*POLICY)  # answers to a prompt; None: 8, rloo 2
+    num_generations_eval: int = _of(*POLICY)  # None: num_generations
+    temperature: float = _of(*POLICY, default=1.0)
+    top_p: float = _of(*POLICY, default=1.0)
+    top_k: int = _of(*POLICY, default=0)
+    min_p: float | None = _of(*POLICY)
+    repetition_penalty: float = _of(*POLICY, default=1.0)
+    steps_per_generation: int = _of(*POLICY)  # micro-batches that one drawing is cut into; None: gradient_accumulation_steps
+    num_iterations: int = _of(*POLICY, default=1)  # how often each drawing is learnt from
+    epsilon: float = _of(*POLICY, default=0.2)
+    epsilon_high: float = _of(*POLICY)  # None: epsilon
+    delta: float | None = _of("grpo")
+    importance_sampling_level: Literal["token", "sequence"] = _of("grpo", default="token")
+    scale_rewards: bool | Literal["group", "batch", "none"] = _of("grpo", default="group")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _of("grpo", default="sum_then_normalize")
+    use_bias_correction_kl: bool = _of("grpo", default=True)
+    top_entropy_quantile: float = _of("grpo", default=1.0)
+    off_policy_mask_threshold: float | None = _of("grpo")
+    sapo_temperature_pos: float = _of("grpo", default=1.0)
+    sapo_temperature_neg: float = _of("grpo", default=1.05)
+    vespo_k_pos: float = _of("grpo", default=2.0)
+    vespo_lambda_pos: float = _of("grpo", default=3.0)
+    vespo_k_neg: float = _of("grpo", default=3.0)
+    vespo_lambda_neg: float = _of("grpo", default=2.0)
+    normalize_advantages: bool = _of("rloo", default=False)
+    reward_clip_range: tuple[float, ...] | None = _of("rloo")
+    mask_truncated_completions: bool = _of(*POLICY, default=False)
+    log_completions: bool = _of(*POLICY, default=False)  # write prompts, answers and rewards to completions.jsonl
 
 
 def _later() -> Any:

@@ -22,6 +22,21 @@ class Answers:
 
 
 @struct.dataclass
+class Rollout:
+    """What is known of drawn answers beside their advantages, which are `Answers.values`.
+
+    Attributes:
+        tokens: float32 `[B, S]`, the trained tokens of an answer, on average over all answers drawn at once.
+        old_logps: float32 `[B, T]`, log-probability of each trained token by the policy that drew it; None: by the one that is trained.
+        ref_logps: float32 `[B, T]`, the same by the reference model; None: not computed before, or not needed.
+    """
+
+    tokens: Any
+    old_logps: Any = None
+    ref_logps: Any = None
+
+
+@struct.dataclass
 class Batch:
     """Rows of tokens, shape `[B, T]`, or `[A, B, T]` for A micro-batches. Leaves are numpy arrays on the host.
 
@@ -36,6 +51,7 @@ class Batch:
         parents: int32, the segment a token's own segment goes on from and sees too: a prompt that answers share. 0: none. None: nowhere.
         before: int32, the slot of the token that a token is predicted from. None: the slot before its own, as ever without parents.
         answers: of objectives about whole answers; None for others.
+        rollout: of objectives that draw the answers themselves; None for others.
     """
 
     tokens: Any
@@ -46,6 +62,7 @@ class Batch:
     parents: Any = None
     before: Any = None
     answers: Answers | None = None
+    rollout: Rollout | None = None
 
     @classmethod
     def empty(

@@ -111,6 +111,8 @@ class Encoder:
             return [replace(piece, marks=(1 + example.label,) * len(piece.spans))]
         if isinstance(example, Classified):
             return [self._whole(row, example.example)]
+        if isinstance(example, Prompt):
+            return [self._prompt(row, example)]
         if isinstance(example, Steps):
             _whole_characters(row, example.prompt, *example.steps)  # before they are tokenised, which is here
             return [steps.piece(row, example, self.tokenizer, self.config, self.ledger)]
@@ -127,6 +129,17 @@ class Encoder:
         chat = isinstance(example, Chat)
         text = self.template.render(row, with_system(example, self.data.system)) if chat else example.text
         return Piece(row, text, [(0, len(text))], special=not chat)
+
+    def _prompt(self, row: Row, example: Prompt) -> Piece:
+        """A prompt as the model reads it before it answers; turns that end with the assistant's are gone on with."""
+        prompt = example.prompt
+        if isinstance(prompt, str) and not self.data.system:
+            return Piece(row, prompt, [], special=True)
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt  # after a system turn a text is the user's
+        chat = with_system(Chat(said, 0, example.tools, example.template_kwargs), self.data.system)
+        if goes_on := chat.messages[-1]["role"] == "assistant":
+            chat = replace(chat, template_kwargs={**chat.template_kwargs, "continue_final_message": True})
+        return Piece(row, self.template.render(row, chat, generation=not goes_on), [])
 
     def _pair(self, row: Row, pair: Pair) -> list[Piece]:
         pieces = [self._piece(row, side) for side in (pair.chosen, pair.rejected)]
@@ -228,7 +241,9 @@ class Encoder:
         if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
         mask[:1] = 0
-        if not mask.any() and Classified not in self.kinds:
+        if not ids:
+            raise row.fail("the prompt is empty; remove the row")
+        if not mask.any() and not {Classified, Prompt} & set(self.kinds):
             raise row.fail("no token of the row is trained on: the answer is empty; remove the row", "no_trained_token")
         self.ledger.tokens += len(ids)
         return ids, mask
@@ -246,7 +261,7 @@ class Encoder:
             return [part for doc in docs for part in _split(doc, size)]
         if policy == "truncate":
             return [self._cut(row, doc) for doc in docs]
-        prompt = max(int(mask.argmax()) for _, mask in docs)
+        prompt = max(int(mask.argmax()) if mask.any() else len(mask) for _, mask in docs)
         what = f"its prompt alone has {prompt}" if prompt >= size else f"{prompt} of them prompt"
         choices = "drop, truncate or split" if pieces[0].splittable else "drop or truncate"
         raise row.fail(
@@ -258,6 +273,9 @@ class Encoder:
         (ids, mask), size, side = doc, self.data.max_length, self.data.truncation_side
         if len(ids) <= size:
             return doc
+        if Prompt in self.kinds:  # whatever the side: an answer follows the end
+            self.ledger.cut[row.place] = len(ids) - size
+            return ids[-size:], mask[-size:]
         keep = np.arange(size) if side == "right" else np.arange(len(ids) - size, len(ids))
         if side == "prompt" and ids[0] == self.tokenizer.bos_token_id:
             keep[0] = 0  # BOS stays in front

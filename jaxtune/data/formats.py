@@ -218,6 +218,20 @@ def _is_bool(label: Any) -> bool:
     return isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))
 
 
+def _is_function(name: str | None) -> bool:
+    return name is not None and name not in FORMATS and "." in name
+
+
+def made(row: Row, name: str | None) -> Row:
+    """The row as the function `name` makes it; as it is where the format is none."""
+    if name is None or not _is_function(name):
+        return row
+    fields = _function(name)(dict(row.fields))
+    if not isinstance(fields, dict):
+        raise row.fail(f"data.format {name} must return a dict in one of jaxtune's formats, it returned {short(fields)}")
+    return replace(row, fields=fields)
+
+
 def parse(row: Row, name: str | None) -> Example:
     """The example a row stands for: by the format `name`, by a function named by its dotted path, or by the row's own fields.
 
@@ -225,11 +239,8 @@ def parse(row: Row, name: str | None) -> Example:
     """
     if name is None:
         return FORMATS[detect(row)][1](row)
-    if name not in FORMATS and "." in name:
-        made = _function(name)(dict(row.fields))
-        if not isinstance(made, dict):
-            raise row.fail(f"data.format {name} must return a dict in one of jaxtune's formats, it returned {short(made)}")
-        return parse(replace(row, fields=made), None)
+    if _is_function(name):
+        return parse(made(row, name), None)
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, 1, 0.5)
         raise DataError(
@@ -253,7 +264,7 @@ def _function(path: str) -> Callable[[dict], Any]:
 
 def function_bytes(name: str | None) -> bytes:
     """The source of the module that holds the function `name`; empty for the formats here. For the cache: other code, other rows."""
-    if name is None or name in FORMATS or "." not in name:
+    if name is None or not _is_function(name):
         return b""
     return Path(inspect.getfile(_function(name))).read_bytes()
 

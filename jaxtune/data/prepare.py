@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.config import Source as SourceConfig
+from jaxtune.config.policy import POLICY
 from jaxtune.data import splits
 from jaxtune.data import units as unit_kinds
+from jaxtune.data.asked import Prompts
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import SFT
-from jaxtune.data.examples import Classified, Example, Labelled, Pair, Steps
+from jaxtune.data.examples import Classified, Example, Labelled, Pair, Prompt, Steps
 from jaxtune.data.files import Row
 from jaxtune.data.mixing import mixture
 from jaxtune.data.packing import make_plan, widened
@@ -26,6 +28,7 @@ from jaxtune.errors import ConfigError, DataError
 MOST_STEPS = 10_000_000  # the learning rate of each is in a table
 # objective: what its rows are. All others take preference pairs.
 KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
+KINDS |= dict.fromkeys(POLICY, (Prompt,))
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
     parts = divide(config, tokenizer, survey)
     if config.data.replay is not None:
         parts["train"] = Documents.join([parts["train"], _read((config.data.replay,), config, tokenizer, survey)])
+    if config.objective in POLICY:
+        return {name: Prompts.of(part, config, name, data_parallel) for name, part in parts.items()}
     return {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import quality
+from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import divide, load, total_steps
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
@@ -126,7 +127,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
         },
         histogram=_histogram(lengths),
         previews=_previews(data.train, config, tokenizer),
-        notes=[*_notes(compared, sum(map(_rows, sides.values())), tokenizer)],
+        notes=[*_notes(compared, sum(map(_rows, sides.values())), tokenizer), *_asked(data.train, tokenizer)],
     )
 
 
@@ -142,6 +143,21 @@ def _notes(compared: list[quality.Item], rows: int, tokenizer: Any) -> Iterator[
         )
     if len(compared) < rows:
         yield f"Of the stream, the first {len(compared):,} rows were compared with each other."
+
+
+def _asked(train: Source, tokenizer: Any) -> Iterator[str]:
+    if not isinstance(train, Prompts):
+        return
+    layout, columns = train.layout, list(train.fields[0])
+    yield (
+        f"Rows are prompts: {layout.answers} answers of up to {layout.most} tokens are drawn to each of {layout.prompts} at a time. "
+        f"Rewards see the columns {', '.join(columns) or '(none beside prompt)'}."
+    )
+    if tokenizer.chat_template and any(isinstance(prompt, str) for prompt in train.asked):
+        yield (
+            "Prompts that are texts are gone on with as they are, without the chat template that the tokenizer has; for a model that chats "
+            'write them as messages: [{"role": "user", "content": ...}].'
+        )
 
 
 def _rows(source: Source) -> int:

@@ -47,6 +47,21 @@ class Source:
         return self.units.documents
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether answers share their prompts' computation."""
+        return self.units.shared
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, prompt and answer."""
+        return self.units.longest
+
+    @property
+    def attended(self) -> float:
+        """Tokens of the unit that a token is part of, on average over the places of the rows."""
+        return float((self.units.lengths.astype(float) ** 2).sum() / self.plan.slots())
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch: those that visit each row once, or as often as the mixture says."""
         count = len(self.plan) if self.mixture is None else sum(self.mixture.quota)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.config import Source as SourceConfig
+from jaxtune.config.policy import POLICY
 from jaxtune.data import documents as store
 from jaxtune.data import files, formats, quality
 from jaxtune.data.documents import Documents, Entry
@@ -34,6 +35,7 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
     "max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality", "split_by", "stratify",
 )  # fmt: skip
+OBJECTIVE_FORMS = {"classification": "classification"} | dict.fromkeys(POLICY, "prompt")  # rows of these could be taken for others
 OBJECTIVE_KEYS = ("objective", "step_separator", "max_completion_length", "num_labels", "id2label", "problem_type")
 
 
@@ -84,7 +86,7 @@ def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, 
 
 def form_of(source: SourceConfig, config: Config) -> str | None:
     """The format of a source, where it is not left to be detected."""
-    return source.format or config.data.format or ("classification" if config.objective == "classification" else None)
+    return source.format or config.data.format or OBJECTIVE_FORMS.get(config.objective)
 
 
 def split_keys(row: files.Row, config: Config) -> tuple[int, int]:

@@ -43,26 +43,38 @@ def row_keys(key: jax.Array, places_B2: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "new"))
-def prefill(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_BT: jax.Array, new: int) -> State:
-    """The state after the first of `new` tokens, its cache just full. Logits are computed for the last position only."""
-    B, T = prompts_BT.shape
-    offsets_BT = jnp.arange(T)[None] - (T - rows.lengths_B)[:, None]
-    real_BT = offsets_BT >= 0
-    empty = decoder.init_cache(config, B, T)
-    out = decoder.hidden(config, params, prompts_BT, jnp.maximum(offsets_BT, 0), real_BT.astype(jnp.int32), cache=empty)
+def prefill(
+    config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_PT: jax.Array, new: int, prompt_B: jax.Array | None = None
+) -> State:
+    """The state after the first of `new` tokens, its cache just full. Logits are computed for the last position only.
+
+    prompt_B: the prompt of each row, where rows share them, each of which is then read once; None: each row has its own.
+    """
+    (P, T), B = prompts_PT.shape, len(rows.lengths_B)
+    lengths_P = rows.lengths_B if prompt_B is None else jnp.zeros(P, jnp.int32).at[prompt_B].max(rows.lengths_B)
+    offsets_PT = jnp.arange(T)[None] - (T - lengths_P)[:, None]
+    real_PT = offsets_PT >= 0
+    empty = decoder.init_cache(config, P, T)
+    out = decoder.hidden(config, params, prompts_PT, jnp.maximum(offsets_PT, 0), real_PT.astype(jnp.int32), cache=empty)
     assert out.cache is not None  # one was given
     seen_BV = None
     if sampling.repetition_penalty is not None:
-        seen_BV = jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts_BT].max(real_BT)
+        seen_BV = jnp.zeros((P, config.vocab_size), bool).at[jnp.arange(P)[:, None], prompts_PT].max(real_PT)
+    cache, hidden_BD = out.cache, out.hidden_BTD[:, -1]
+    if prompt_B is not None:
+        seen_BV, hidden_BD = jax.tree.map(lambda x: x[prompt_B], (seen_BV, hidden_BD))
+        cache = cache.replace(
+            k=cache.k[:, prompt_B], v=cache.v[:, prompt_B], positions=cache.positions[prompt_B], segments=cache.segments[prompt_B]
+        )
     state = State(
-        cache=out.cache,
+        cache=cache,
         tokens_BN=jnp.full((B, new), NONE, jnp.int32),
         last_B=jnp.zeros(B, jnp.int32),
         done_B=rows.lengths_B == 0,
         seen_BV=seen_BV,
         step=jnp.zeros((), jnp.int32),
     )
-    return _append(config, params, sampling, rows, state, out.hidden_BTD[:, -1])
+    return _append(config, params, sampling, rows, state, hidden_BD)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

@@ -1,4 +1,4 @@
-"""What is known to go wrong in preference tuning, told from a run's own log."""
+"""What is known to go wrong in preference and policy tuning, told from a run's own log."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ WITH_REFERENCE = ("dpo", "kto")
 WINDOW = 5  # rows of the log that are looked at together
 FALLEN = 0.1  # share of an answer's log-probability
 LONGER = 1.25  # times as long
+NO_SIGNAL, CUT_OFF, CLIPPED = 0.9, 0.8, 0.3  # shares of groups, of answers, of tokens
+FAR = 2.0  # nats
 AT_START = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), math.log(2)) | {"kto": 0.5}  # the loss of a model that is its reference
 BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of means over tokens, not of sums
 
@@ -26,6 +28,9 @@ def symptoms(config: Any, log: Sequence[dict[str, Any]]) -> dict[str, str]:
         "margin_without_accuracy": _margin_without_accuracy(first, last),
         "stuck": _stuck(config, rows[-2 * WINDOW :]),
         "length": _length(config, last),
+        "no_signal": _no_signal(config, last),
+        "cut_off": _cut_off(config, last),
+        "far": _far(last),
     }
     return {name: said for name, said in found.items() if said}
 
@@ -38,6 +43,35 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
             if value is not None:
                 values.setdefault(name, []).append(value)
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def _no_signal(config: Any, last: dict) -> str | None:
+    """Groups whose answers all have the same reward have no advantages."""
+    share = last.get("frac_reward_zero_std")
+    if share is None or share < NO_SIGNAL:
+        return None
+    return (
+        f"in {share:.0%} of the groups all answers have the same reward ({last.get('reward', 0.0):.3g} on average), so nothing is learnt "
+        "from them. Take easier or harder prompts, a reward with steps in between, more num_generations, a higher temperature"
+    )
+
+
+def _cut_off(config: Any, last: dict) -> str | None:
+    share = last.get("completions/clipped_ratio")
+    if share is None or share < CUT_OFF:
+        return None
+    return (
+        f"{share:.0%} of the answers are cut off at max_completion_length ({config.max_completion_length}) before they end. Raise it, ask "
+        "for short answers, reward them (soft_overlong_punishment), or leave them out (mask_truncated_completions: true)"
+    )
+
+
+def _far(last: dict) -> str | None:
+    kl, clipped = last.get("kl"), last.get("clip_ratio/region_mean", 0.0)
+    if (kl is None or kl < FAR or "reward" not in last) and clipped < CLIPPED:
+        return None
+    found = f"{clipped:.0%} of the ratios are clipped" if clipped >= CLIPPED else f"the KL to the reference is {kl:.2g} nats a token"
+    return f"{found}: the policy moves fast. Lower learning_rate or num_iterations, or raise beta"
 
 
 def _both_fall(config: Any, first: dict, last: dict) -> str | None:

@@ -138,11 +138,14 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+OF = {"label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo"}  # aliases of one objective's keys
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     kind = str(PATHS[ALIASES[alias]])
     value = EXAMPLES.get(alias, 2 if ("int" in kind or "float" in kind) and "Source" not in kind else "x")
-    base = {} if ALIASES[alias] == "model" else {"model": "m"} | ({"objective": "classification"} if alias == "label2id" else {})
+    base = {} if ALIASES[alias] == "model" else {"model": "m"} | ({"objective": OF[alias]} if alias in OF else {})
     with caplog.at_level(logging.WARNING, "jaxtune"):
         config = load_config(base | {alias: value})
     assert caplog.messages == [f"note: {alias} is read as {ALIASES[alias]}"]

@@ -33,8 +33,25 @@ PLANTED = {
 }
 
 
+POLICY = {
+    "reward": 0.4, "frac_reward_zero_std": 0.3, "completions/clipped_ratio": 0.1, "kl": 0.2, "clip_ratio/region_mean": 0.02,
+}  # fmt: skip
+PLANTED_IN_POLICY = {
+    "no_signal": {"frac_reward_zero_std": 0.97}, "cut_off": {"completions/clipped_ratio": 0.9}, "far": {"kl": lambda t: 4 * t},
+}  # fmt: skip
+
+
 def test_a_healthy_run_is_let_alone():
     assert symptoms(config(), series()) == {}
+    assert symptoms(config(objective="grpo"), series(**POLICY)) == {}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_POLICY)
+def test_each_failure_of_drawn_answers_is_told_by_its_name_alone(name):
+    found = symptoms(config(objective="grpo"), series(**POLICY | PLANTED_IN_POLICY[name]))
+    assert list(found) == [name]
+    clipped = symptoms(config(objective="grpo"), series(**POLICY | {"clip_ratio/region_mean": 0.5}))
+    assert list(clipped) == ["far"] and "50% of the ratios are clipped" in clipped["far"]
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -1,0 +1,97 @@
+"""The keys of objectives that draw answers and learn from their rewards (grpo, rloo): defaults, and what does not go together."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtune.config.schema import Config
+
+POLICY = ("grpo", "rloo")
+GENERATIONS = {"grpo": 8, "rloo": 2}
+AT_LEAST = {
+    "num_generations": 2, "num_generations_eval": 1, "steps_per_generation": 1, "num_iterations": 1, "max_completion_length": 1,
+    "epsilon": 0, "top_k": 0, "beta": 0,
+}  # fmt: skip
+ABOVE = dict.fromkeys(("temperature", "top_p", "repetition_penalty", "delta", "off_policy_mask_threshold", "top_entropy_quantile"), 0)
+ABOVE |= dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), 0)
+AT_MOST = {"top_p": 1, "min_p": 1, "top_entropy_quantile": 1}
+
+
+def resolve(config: "Config") -> dict[str, Any]:
+    """What the defaults of None come to."""
+    out: dict[str, Any] = {}
+    for key, value in (
+        ("num_generations", GENERATIONS[config.objective]),
+        ("num_generations_eval", config.num_generations or GENERATIONS[config.objective]),
+        ("max_completion_length", 512),
+        ("epsilon_high", config.epsilon),
+        ("steps_per_generation", config.gradient_accumulation_steps),
+    ):
+        if getattr(config, key) is None:
+            out[key] = value
+    if isinstance(config.scale_rewards, bool):
+        out["scale_rewards"] = "group" if config.scale_rewards else "none"
+    if config.metric_for_best_model in ("eval_loss", "loss"):  # which says nothing of how good the answers are
+        out["metric_for_best_model"] = "eval_reward"
+    return out
+
+
+def steps_per_rollout(config: "Config") -> int:
+    """Optimiser steps that learn from one drawing of answers."""
+    return config.steps_per_generation // config.gradient_accumulation_steps * config.num_iterations
+
+
+def check(config: "Config") -> None:
+    """Raise ConfigError for the first thing that cannot work."""
+    for table, wrong, words in (
+        (AT_LEAST, lambda value, bound: value < bound, "at least"),
+        (ABOVE, lambda value, bound: value <= bound, "above"),
+        (AT_MOST, lambda value, bound: value > bound, "at most"),
+    ):
+        for key, bound in table.items():
+            value = getattr(config, key)
+            if value is not None and (wrong(value, bound) or not math.isfinite(value)):
+                raise ConfigError(f"{key} is {value:g}, but has to be {words} {bound}.")
+    if config.loss_type == ("cispo",) and config.epsilon_high <= config.epsilon < 1:
+        raise ConfigError(
+            f"loss_type cispo caps the ratio itself at epsilon_high, and {config.epsilon_high:g} would scale every gradient down; write "
+            "epsilon_high: 5.0."
+        )
+    _shares(config)
+    _rewards(config)
+    if config.sync_ref_model and config.beta == 0:
+        raise ConfigError("sync_ref_model moves the reference model, which beta 0 does without; leave it out, or write beta above 0.")
+    if config.evaluate.metric:
+        raise ConfigError(
+            f"evaluate.metric is of answers that rows hold; objective {config.objective} measures data.eval by its own rewards "
+            "(eval_reward). Leave it out, and see jaxtune evaluate for the result."
+        )
+
+
+def _shares(config: "Config") -> None:
+    """One drawing has whole groups of answers, and is cut into whole steps."""
+    micro_batches = config.gradient_accumulation_steps
+    if config.steps_per_generation % micro_batches:
+        raise ConfigError(
+            f"steps_per_generation is {config.steps_per_generation}, but has to be a multiple of gradient_accumulation_steps "
+            f"({micro_batches}): answers are drawn for whole steps."
+        )
+
+
+def _rewards(config: "Config") -> None:
+    count = len(config.reward_funcs) + len(config.reward_model)
+    if config.reward_weights is not None and count and len(config.reward_weights) != count:
+        raise ConfigError(f"reward_weights has {len(config.reward_weights)} numbers for {count} rewards; write one for each.")
+    bounds = config.reward_clip_range
+    if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+        raise ConfigError(f"reward_clip_range is {list(bounds)}, but has to be [LOWEST, HIGHEST].")
+    if config.reward_pattern is not None:
+        try:
+            re.compile(config.reward_pattern)
+        except re.error as error:
+            raise ConfigError(f"reward_pattern {config.reward_pattern!r} is no regular expression: {error}.") from None
+    if "format" in config.reward_funcs and config.reward_pattern is None:
+        raise ConfigError("reward_funcs: format needs reward_pattern, the regular expression that the whole answer has to match.")

@@ -1,0 +1,225 @@
+"""Prompts whose answers the policy writes itself (grpo, rloo), and the rows that prompts and answers make."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxtune.config import Config
+from jaxtune.config.policy import steps_per_rollout
+from jaxtune.data import formats
+from jaxtune.data.batch import Batch, Rollout
+from jaxtune.data.documents import Documents
+from jaxtune.data.examples import Prompt
+from jaxtune.data.mixing import mixture
+from jaxtune.data.packing import Plan
+from jaxtune.data.screen import sources_of
+from jaxtune.data.source import Source
+from jaxtune.data.tokenised import examples, form_of
+from jaxtune.data.units import Answer, Cursor, Single, put_answers
+from jaxtune.errors import ConfigError, DataError
+
+SHORTEST = 32  # trained tokens that a row has room for, at least
+
+
+class Prompts(Source):
+    """The prompts of one side. What Source calls a step is a rollout here: the prompts whose answers are drawn at once.
+
+    Attributes:
+        layout: how their answers become rows.
+        fields: `[documents]`, the row of each prompt with all its columns but `prompt`, which reward functions are given.
+        asked: `[documents]`, the prompt as the row has it: a text, or a list of messages.
+    """
+
+    def __init__(self, documents: Documents, layout: "Layout", seed: int, shuffle: bool, config: Config, name: str):
+        count = len(documents)
+        plan = Plan(np.arange(count), np.arange(count + 1), np.zeros(count, np.int64), (int(documents.lengths.max()),), (0,))
+        mix = mixture(documents.part, config) if name == "train" else None
+        super().__init__(Single(documents), plan, layout.prompts, 1, seed, shuffle, mix)
+        self.layout, self.repeats = layout, layout.repeats
+        self.longest_prompt = int(documents.lengths.max())
+        self.asked, self.fields = _rows(documents, config, name)
+
+    @classmethod
+    def of(cls, documents: Documents, config: Config, name: str, data_parallel: int) -> "Prompts":
+        """The prompts of the side `name`."""
+        training = name == "train"
+        layout = Layout.of(config, data_parallel, training)
+        return cls(documents, layout, config.data_seed, training and config.data.shuffle, config, name)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether answers share their prompts' computation."""
+        return self.layout.together > 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest answer that it may be given."""
+        return self.longest_prompt + self.layout.most
+
+    @property
+    def attended(self) -> float:
+        """Tokens of the longest prompt and answer, which is what a step is planned for."""
+        return float(self.longest)
+
+    @property
+    def rollouts_per_epoch(self) -> int:
+        """Drawings of answers that ask each prompt once."""
+        return super().steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return self.rollouts_per_epoch * self.repeats
+
+    def prompts_at(self, rollout: int) -> list[int]:
+        """The numbers of the prompts of a rollout (from 0); those of an epoch's last one may be fewer."""
+        epoch, index = divmod(rollout, self.rollouts_per_epoch)
+        places = self._epoch(epoch)[index]
+        return places[places >= 0].tolist()
+
+    def rows_at(self, step: int) -> dict[str, list[int]]:
+        """The numbers of the rows whose prompts step `step` (from 0) learns from."""
+        documents, found = self.documents, {}
+        for doc in self.prompts_at(step // self.repeats):
+            found.setdefault(documents.info[documents.part[doc]]["path"], []).append(int(documents.rows[doc]))
+        return {path: sorted(rows) for path, rows in found.items()}
+
+    def ids(self, prompt: int) -> list[int]:
+        """The token ids of a prompt."""
+        return self.documents[prompt][0].tolist()
+
+    def largest(self) -> Batch:
+        """A batch of the largest shape that a step may have, every token trained."""
+        return self.layout.largest(self.longest_prompt)
+
+    def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+        """Not to be had from a step number alone: answers depend on the weights."""
+        raise NotImplementedError
+
+
+def turns(prompt: str | list[dict], config: Config) -> str | list[dict]:
+    """A prompt as it is asked: a text after a system turn (`data.system`) is the user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and config.data.system else prompt
+
+
+def _rows(documents: Documents, config: Config, name: str) -> tuple[list[Any], list[dict[str, Any]]]:
+    sources = sources_of(config, name)
+    if name == "train" and config.data.replay is not None:
+        sources = (*sources, config.data.replay)
+    if config.data.streaming:
+        raise ConfigError(f"data.streaming keeps no rows, but the rewards of objective {config.objective} look at them; leave it out")
+    asked: dict[tuple[int, int], tuple[Any, dict[str, Any]]] = {}
+    for part, source in enumerate(sources):
+        kept = set(documents.rows[documents.part == part].tolist())
+        for row, example in examples(source, config):
+            if row.index in kept and isinstance(example, Prompt):
+                fields = formats.made(row, form_of(source, config)).fields
+                asked[part, row.index] = turns(example.prompt, config), {key: value for key, value in fields.items() if key != "prompt"}
+    places = [asked[int(part), int(row)] for part, row in zip(documents.part, documents.rows, strict=True)]
+    columns = {key for _, fields in places for key in fields}
+    return [prompt for prompt, _ in places], [{key: fields.get(key) for key in columns} for _, fields in places]
+
+
+class Layout:
+    """How drawn answers become batches `[A, B, T]`.
+
+    The answers to a prompt share it in one row (`Batch.parents`), as many of them as divide both the group and a device's part of a
+    micro-batch; `data.shared_prompts: false` gives each answer a row of its own.
+
+    Attributes:
+        prompts: of a rollout. answers: to each of them. most: tokens of an answer.
+        slices: steps that a rollout is cut into; each is taken `num_iterations` times, `repeats` steps in all.
+        micro_batches, rows: A and B. together: answers in a row (S).
+        old: whether steps need the log-probabilities by the policy that drew the answers. reference: and by the reference model.
+    """
+
+    def __init__(self, config: Config, data_parallel: int, training: bool = True):
+        each, self.micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        self.answers, self.most = config.num_generations, int(config.max_completion_length or 0)
+        self.slices, self.repeats = config.steps_per_generation // self.micro_batches, steps_per_rollout(config)
+        self.together = math.gcd(self.answers, each) if config.data.shared_prompts else 1
+        self.rows = each * data_parallel // self.together
+        self.reference = config.beta != 0
+        self.old = self.repeats > 1 or (config.objective == "rloo" and self.reference)
+        self.prompts, rest = divmod(each * data_parallel * self.micro_batches * self.slices, self.answers)
+        if rest or not self.prompts:
+            raise ConfigError(
+                f"a rollout has per_device_train_batch_size ({each}) * devices ({data_parallel}) * steps_per_generation "
+                f"({config.steps_per_generation}) = {each * data_parallel * config.steps_per_generation} answers, which do not make whole "
+                f"groups of num_generations ({self.answers}); change one of them"
+            )
+        if not training:
+            self.answers = config.num_generations_eval
+            self.prompts = max(1, config.per_device_eval_batch_size * data_parallel // self.answers)
+
+    @classmethod
+    def of(cls, config: Config, data_parallel: int, training: bool = True) -> "Layout":
+        """That of a config on devices of which so many hold different rows."""
+        return cls(config, data_parallel, training)
+
+    def empty(self, size: int, trained: int, slices: int | None = None) -> Batch:
+        """Rows of `size` tokens without any, `[A, B, T]` or `[slices, A, B, T]`."""
+        shape = (self.micro_batches, self.rows, size) if slices is None else (slices, self.micro_batches, self.rows, size)
+        batch = Batch.empty(shape, trained, self.together, self.together > 1)
+        assert batch.answers is not None
+        return batch.replace(rollout=Rollout(np.zeros_like(batch.answers.values)))
+
+    def largest(self, longest: int) -> Batch:
+        """A batch of the largest shape that a step may have, where no prompt has more than `longest` tokens."""
+        batch = self.empty(self.size(longest, self.together * self.most), self.together * self.most)
+        assert batch.rollout is not None
+        known = np.zeros_like(batch.weights)
+        rollout = Rollout(batch.rollout.tokens, known if self.old else None, known if self.reference and self.old else None)
+        return batch.replace(rollout=rollout)  # type: ignore[attr-defined]
+
+    def size(self, longest: int, trained: int) -> int:
+        """Tokens of a row with room for so many trained ones: prompts have room for the longest of all, so that shapes are few."""
+        return -(-(longest + trained) // 16) * 16
+
+    def batches(
+        self, prompts: list[list[int]], answers: list[list[int]], advantages: np.ndarray, trained: np.ndarray, longest: int
+    ) -> Batch:
+        """All rows of a rollout, `[slices, A, B, T]`.
+
+        prompts: token ids of each prompt. answers: of each of their answers, those to a prompt side by side. trained: whether an answer is.
+        """
+        units = [range(first, first + self.together) for first in range(0, len(answers), self.together)]
+        most = max(sum(len(answers[n]) for n in unit) for unit in units)
+        room = min(bucket(most), self.together * self.most)
+        batch = self.empty(self.size(longest, room), room, self.slices)
+        assert batch.answers is not None and batch.rollout is not None
+        for place, unit in zip(np.ndindex(batch.tokens.shape[:-1]), units, strict=False):
+            prompt = prompts[unit[0] // self.answers]
+            put_answers(
+                batch, Cursor(place), [_answer(prompt, answers[n], advantages[n], trained[n]) for n in unit],
+                len(prompt) if self.together > 1 else 0,
+            )  # fmt: skip
+        counted = sum(len(answer) for answer, there in zip(answers, trained, strict=True) if there)
+        batch.rollout.tokens[:] = counted / len(answers)
+        return batch
+
+
+def _answer(prompt: list[int], answer: list[int], advantage: float, trained: bool) -> Answer:
+    tokens = np.array([*prompt, *answer], np.int32)
+    mask = np.zeros(len(tokens), np.uint8)
+    mask[len(prompt) :] = trained
+    return Answer(tokens, mask, len(prompt), float(advantage))
+
+
+def bucket(n: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ...: rows have few lengths, each of which is a compilation."""
+    size = SHORTEST
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def require_room(prompts: Prompts, model_config: Any) -> None:
+    """DataError where the longest prompt and an answer do not fit the model's context."""
+    most = model_config.max_position_embeddings
+    if prompts.longest > most:
+        raise DataError(
+            f"the longest prompt has {prompts.longest_prompt} tokens, and answers may have {prompts.layout.most}, but the model's "
+            f"max_position_embeddings is {most}; lower max_completion_length, or data.max_length with length_policy: drop"
+        )

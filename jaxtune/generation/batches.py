@@ -1,0 +1,109 @@
+"""Many answers, batch by batch: prompts of like length side by side, the cache growing as the answers do."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune import parallel
+from jaxtune.errors import ModelError
+from jaxtune.generation.answer import Answer
+from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.peft import compose
+from jaxtune.peft.combine import Mixed
+
+CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
+MOST_ROWS = 64  # rows of a batch, on each device that holds rows of its own, if no batch_size is given; or as many as
+MOST_BYTES = 2**30  # fit here with their cache and attention scores
+LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter, so that few shapes are compiled
+
+
+class Row(NamedTuple):
+    """One answer to be made: which sample of which prompt."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    answer: Answer
+
+
+class Run(NamedTuple):
+    """What all batches of one call share; with a mesh, its devices take the rows in turns."""
+
+    config: Any
+    params: dict
+    adapter: Any
+    sampling: Any
+    key: jax.Array
+    stops: jax.Array
+    new: int
+    watched: bool
+    mesh: Mesh | None = None
+
+    def all(self, rows: list[Row], batch_size: int | None = None) -> None:
+        """Make every answer, `batch_size` at a time."""
+        devices = 1 if self.mesh is None else parallel.data_parallel(self.mesh)
+        size = batch_size or devices * fitting_rows(self.config, max((len(row.ids) for row in rows), default=1), self.new)[0]
+        in_order = sorted(rows, key=lambda row: -len(row.ids))  # the longest first: what does not fit into memory fails at once
+        for start in range(0, len(rows), size):
+            self.batch(in_order[start : start + size], size, devices)
+
+    def batch(self, rows: list[Row], size: int, devices: int = 1) -> None:
+        """Answer a batch of prompts, padded with empty rows to a bucket of `size` at most."""
+        B = -(-min(_bucket(len(rows)), size) // devices) * devices
+        T = _bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
+        lengths_B, prompt_B = np.zeros(B, np.int32), None
+        lengths_B[: len(rows)] = [len(row.ids) for row in rows]
+        asked, own = [row.ids for row in rows], {row.prompt: row.ids for row in rows}
+        if len(own) < len(rows) and devices == 1 and not isinstance(self.adapter, Mixed):  # each prompt is read once
+            asked, place = list(own.values()), {prompt: number for number, prompt in enumerate(own)}
+            prompt_B = np.resize([place[row.prompt] for row in rows], B)
+        prompts_PT = np.zeros((B if prompt_B is None else _bucket(len(asked)), T), np.int32)
+        for number, ids in enumerate(asked):
+            prompts_PT[number, T - len(ids) :] = ids
+        places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
+        adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
+        params = compose(self.params, adapter)
+        prompts_PT, lengths_B, keys_B = self._place((prompts_PT, jnp.asarray(lengths_B), row_keys(self.key, places_B2)))
+        shared = Rows(lengths_B, keys_B, self.stops)
+        state = prefill(self.config, params, self.sampling, shared, prompts_PT, self.new, prompt_B)
+        while True:
+            tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
+            for row, tokens in zip(rows, tokens_BN, strict=False):
+                tokens = tokens[tokens != NONE].tolist()
+                if NAN in tokens:
+                    raise ModelError(
+                        f"token {len(tokens)} of the answer to prompt {row.prompt + 1} has logits that are not numbers (NaN): the weights "
+                        f"hold NaN, or {self.config.dtype} overflows; check the training run, or load with dtype=float32"
+                    )
+                row.answer.update(tokens, last=step == self.new)
+            ended = [row.answer.finish_reason is not None for row in rows]
+            if all(ended):
+                return
+            done_B = np.asarray(ended + [True] * (B - len(rows)))
+            # The cache grows as the answers do, twofold, and never beyond what max_new_tokens needs; the newest token needs no slot.
+            slots = state.cache.positions.shape[1]
+            if step == slots - T + 1:
+                slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
+                state = with_slots(state, slots)
+            until = min(slots - T + 1, step + CHUNK if self.watched else self.new)
+            state = decode(self.config, params, self.sampling, shared, state.replace(done_B=self._place(done_B)), until)
+
+    def _place(self, tree: Any) -> Any:
+        """Rows, where there is a mesh each on the device that makes their answers."""
+        return tree if self.mesh is None else jax.device_put(tree, parallel.batch_sharding(self.mesh, False))
+
+
+def _bucket(n: int, least: int = 1) -> int:
+    """The next power of two: sizes are padded to it, so that a run compiles few programs."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def fitting_rows(config: Any, prompt: int, new: int) -> tuple[int, int]:
+    """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`; and the bytes of one row's cache."""
+    prompt = _bucket(prompt, LEAST_TOKENS)
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize * (prompt + new)
+    scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
+    return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores))), cache

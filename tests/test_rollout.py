@@ -1,0 +1,257 @@
+"""Runs of grpo and rloo: drawn answers, exact resume, devices, what teaches nothing, prompts that cannot be used."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import jaxtune as jt
+from jaxtune import data, parallel
+from jaxtune.config import MeshConfig, load_config
+from jaxtune.convert import heads
+from jaxtune.errors import ConfigError, DataError
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.peft import compose, init_adapter
+from jaxtune.rewards import RewardError, find_rewards
+from jaxtune.rollout import Rollouts
+from jaxtune.runlog import RunLog
+from jaxtune.step import init_state, make_step
+from jaxtune.train import train
+
+WORDS = "one two three hello there fox dog quick".split()
+
+
+def low(completion_ids):
+    """More for tokens of the vocabulary's first half: what a few steps can teach."""
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollout")
+    tiny.write_chat_model(folder / "model", tiny.LLAMA | {"num_hidden_layers": 1})
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}.", "answer": word}) + "\n" for word in WORDS))
+    turns = ({"prompt": [{"role": "user", "content": f"Say {word}."}], "answer": word} for word in WORDS)
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """Make a config: LoRA, eight answers a step, two to a prompt."""
+
+    def make(**changes):
+        rows = {"train": str(folder / "rows.jsonl"), "max_length": 32, "cache_dir": str(folder / "cache")} | changes.pop("data", {})
+        return {
+            "model": str(folder / "model"), "objective": "grpo", "output_dir": str(tmp_path / "run"), "data": rows, "lora": {"r": 4},
+            "max_steps": 4, "per_device_train_batch_size": 1, "num_generations": 2, "max_completion_length": 8, "learning_rate": 1e-2,
+            "logging_steps": 1, "compilation_cache": False, "save_steps": 100,
+        } | changes  # fmt: skip
+
+    return make
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_raises_the_reward_and_leaves_its_folder(config, folder, tmp_path):
+    rows = {"eval": str(folder / "rows.jsonl")}
+    keys = {"per_device_train_batch_size": 4, "num_generations": 8, "lr_scheduler_type": "constant", "log_completions": True, "data": rows}
+    train(config(max_steps=25, eval_steps=25, **keys), reward_funcs=[low])
+    log = metrics(tmp_path / "run")
+    steps = [row for row in log if "loss" in row]
+    rewards = [row["reward"] for row in steps]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
+    assert {
+        "reward_std", "rewards/low/mean", "rewards/low/std", "frac_reward_zero_std", "completions/mean_length", "entropy", "grad_norm",
+        "completions/clipped_ratio", "completions/mean_terminated_length", "clip_ratio/region_mean", "num_tokens", "learning_rate",
+    } <= steps[0].keys()  # fmt: skip
+    assert "eval_reward" in log[-1] or "eval_reward" in log[-2]
+    told = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert len(told) == 25 * 32 and told[0]["step"] == 1 and told[-1].keys() == {"step", "prompt", "completion", "rewards", "advantage"}
+    assert not (tmp_path / "run" / "rollouts").exists() and (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_loss_log_holds_no_text(config, tmp_path):
+    ended = train(config(max_steps=1), reward_funcs=[lambda completions: [0.0] * len(completions)])
+    assert not (tmp_path / "run" / "completions.jsonl").exists()
+    assert all(not leaf.any() for path, leaf in _leaves(ended.trainable) if path.endswith(".b")), "equal rewards have taught something"
+    row = metrics(tmp_path / "run")[0]
+    assert row["grad_norm"] == 0 and row["loss"] == 0 and row["frac_reward_zero_std"] == 1 and row["entropy"] > 0
+
+
+def _leaves(tree):
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@pytest.mark.parametrize(
+    ("after", "keys"),
+    [
+        (2, {"lora": {"r": 4, "lora_dropout": 0.2}}),
+        # two slices of a rollout, each taken twice: stopped where the answers are those of weights that are gone
+        (2, {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "max_steps": 6}),
+        (1, {"objective": "rloo", "method": "full", "num_iterations": 2, "data": {"shared_prompts": False}}),
+    ],
+)
+def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after, keys):
+    """Law 5, where batches depend on weights."""
+    settings = config(**keys)
+    whole = train(settings | {"output_dir": str(tmp_path / "whole")}, reward_funcs=[low])
+    advance = RunLog.advance
+
+    def stop(self, step, *args):
+        advance(self, step, *args)
+        if step == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "advance", stop)
+    part = train(settings, reward_funcs=[low])
+    assert after <= part.step < settings["max_steps"] and part.interrupted
+    monkeypatch.undo()
+    resumed = train(settings | {"resume": True}, reward_funcs=[low])
+    for left, right in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(resumed.trainable), strict=True):
+        np.testing.assert_array_equal(left, right)
+    logs = [metrics(tmp_path / name) for name in ("whole", "run")]
+    timeless = [[{key: value for key, value in row.items() if key != "tokens_per_second"} for row in log] for log in logs]
+    assert timeless[0] == timeless[1]
+    assert max(row["grad_norm"] for row in logs[0]) > 0
+
+
+# ---- a rollout by itself ----
+
+
+def rollouts(folder, mesh, rewards=(low,), **keys):
+    """(rollouts, state, base) of a random adapter, on a mesh."""
+    run = load_config(keys | {"model": str(folder / "model")})
+    model = jt.load(folder / "model")
+    adapter = init_adapter(jax.random.key(1), model, run.lora)
+    adapter = jax.device_put(adapter, parallel.trainable_shardings(mesh, model.config, adapter))
+    base = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
+    rows = data.load(run, model.tokenizer, parallel.data_parallel(mesh))
+    made = Rollouts(run, model, mesh, rows, find_rewards(run, rewards), folder, 10)
+    return made, init_state(adapter, optax.sgd(1.0), 0), base
+
+
+def test_devices_draw_and_judge_the_same(config, folder):
+    """Law 4: eight devices of one answer, and one device of eight."""
+    found = []
+    for devices, each in ((1, 8), (8, 1)):
+        mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:devices])
+        made, state, base = rollouts(folder, mesh, **config(per_device_train_batch_size=each, num_iterations=2, beta=0.1))
+        batch, told = made._draw(0, 0, state, base)
+        step = jax.jit(make_step(made.config, made.model.config, OBJECTIVES["grpo"], optax.sgd(1.0), mesh=mesh))
+        moved = state.replace(trainable=jax.tree.map(lambda x: x * 1.01, state.trainable))  # so that ratios are not 1
+        after, measured = step(moved, base, parallel.put(jax.tree.map(lambda x: x[0], batch), mesh))
+        change = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.trainable, moved.trainable)
+        found.append((batch, told, change, {name: float(value) for name, value in measured.items()}))
+    (one, said, change, measured), (many, same, other, again) = found
+    assert max(np.abs(x).max() for x in jax.tree.leaves(change)) > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), change, other)
+    assert measured.pop("tokens") < again.pop("tokens")  # prompts that are shared are computed once
+    assert measured == pytest.approx(again, abs=1e-4)
+    assert one.tokens.shape[-2] == 4 and many.tokens.shape[-2] == 8  # two answers share a prompt's row, or each has its own
+    assert said == pytest.approx(same)
+    largest, drawn = (x.replace(capacity=None) for x in (made.train.largest(), jax.tree.map(lambda x: x[0], many)))
+    assert jax.tree.structure(largest) == jax.tree.structure(drawn)
+    assert all(a.shape[:2] == b.shape[:2] and a.shape >= b.shape for a, b in zip(*map(jax.tree.leaves, (largest, drawn)), strict=True))
+    order = [np.sort(x.rollout.old_logps[x.weights > 0]) for x in (one, many)]
+    np.testing.assert_allclose(*order, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(one.answers.values.ravel(), many.answers.values.ravel(), atol=1e-5)
+
+
+def test_weights_cut_over_devices_draw_the_same(config, folder):
+    """Eight answers by one device, and by eight in a mesh with every axis that rows and weights may lie along."""
+    drawn = []
+    for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
+        devices = jax.devices()[:1] if mesh == MeshConfig() else jax.devices()
+        keys = config(per_device_train_batch_size=8 // (1 if len(devices) == 1 else 4))
+        made, state, base = rollouts(folder, parallel.make_mesh(mesh, devices), **keys)
+        drawn.append([answer.tokens for answer in made._answers(made.train, [0, 3, 5, 6], (1, 2), state, base)[0]])
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 8 and len({tuple(tokens) for tokens in drawn[0]}) > 4
+
+
+def test_what_functions_see_and_a_reward_model(config, folder):
+    """Prompts of turns, the rows' columns, and a reward model beside; drawn again the answers are the same, at another step others."""
+    model = heads.attach(jt.load(folder / "model"), heads.Head(("reward",)), jax.random.key(0))
+    jt.save(model.config, model.params, folder / "judge", tokenizer=model.tokenizer)
+    seen = {}
+
+    def f(prompts, completions, completion_ids, answer):
+        seen.update(prompts=prompts, completions=completions, answer=answer)
+        return [float(len(ids)) for ids in completion_ids]
+
+    rows = {"train": str(folder / "chat.jsonl"), "max_length": 128}
+    keys = config(data=rows, reward_model=str(folder / "judge"), per_device_train_batch_size=8)
+    made, state, base = rollouts(folder, parallel.make_mesh(MeshConfig(), jax.devices()[:1]), [f], **keys)
+    batch, told = made._draw(0, 0, state, base)
+    assert seen["prompts"][0] == seen["prompts"][1] == [{"role": "user", "content": f"Say {seen['answer'][0]}."}]
+    assert [len(said) for said in seen["completions"]] == [1] * 8 and seen["completions"][0][0]["role"] == "assistant"
+    assert told["rewards/judge/std"] > 0 and told["reward"] == pytest.approx(told["rewards/f/mean"] + told["rewards/judge/mean"])
+    text = made.reader.tokenizer.decode(batch.tokens[0, 0][batch.segments[0, 0] == 1])
+    assert text.endswith("<|im_start|>assistant\n") and f"Say {seen['answer'][0]}." in text
+    drawn = [made._draw(number, number, state, base)[0].tokens for number in (0, 1)]
+    np.testing.assert_array_equal(drawn[0], batch.tokens)
+    assert drawn[1].shape != batch.tokens.shape or (drawn[1] != batch.tokens).any()
+
+
+def test_answers_are_drawn_from_the_policy(config, folder):
+    """Where the policy is moved, other answers come; log-probabilities are those of `temperature`."""
+    import jax.numpy as jnp
+
+    from jaxtune.model import decoder
+
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    made, state, base = rollouts(folder, mesh, **config(per_device_train_batch_size=8, num_iterations=2, temperature=0.5))
+    moved = state.replace(trainable=jax.tree.map(lambda x: x + 0.3, state.trainable))
+    batch = made._draw(0, 0, moved, base)[0]
+    assert (batch.tokens.shape != made._draw(0, 0, state, base)[0].tokens.shape) or (
+        batch.tokens != made._draw(0, 0, state, base)[0].tokens
+    ).any()
+    row = jax.tree.map(lambda x: x[0, 0, 0], batch)
+    first = row.segments == 2  # the first answer; its prompt is segment 1
+    document = np.concatenate([row.tokens[row.segments == 1], row.tokens[first]])
+    logits = decoder.forward(made.model.config, compose(base, moved.trainable), jnp.asarray(document[None]))[0] / 0.5
+    count = int(first.sum())
+    logp = jax.nn.log_softmax(logits)[-count - 1 : -1][np.arange(count), document[-count:]]
+    np.testing.assert_allclose(row.rollout.old_logps[first], logp, rtol=1e-4, atol=1e-4)
+
+
+# ---- what cannot be ----
+
+
+def test_a_reward_function_that_fails_stops_the_run(config, tmp_path):
+    def bad(completions):
+        return [1.0]
+
+    with pytest.raises(RewardError, match="the reward function bad must return a list with one number, or None, for each of the 8 answers"):
+        train(config(), reward_funcs=[bad])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "learns from rewards, and none is named"),
+        ({"reward_funcs": ["f1"], "num_generations": 3}, "do not make whole groups of num_generations"),
+        ({"reward_funcs": ["f1"], "num_generations": 1}, "num_generations is 1, but has to be at least 2"),
+        ({"reward_funcs": ["f1"], "temperature": 0}, "temperature is 0, but has to be above 0"),
+        ({"reward_funcs": ["f1"], "max_completion_length": 300}, "max_position_embeddings is 256; lower max_completion_length"),
+        ({"reward_funcs": ["f1"], "loss_type": "cispo"}, "write epsilon_high: 5.0"),
+        ({"reward_funcs": ["f1"], "steps_per_generation": 3, "gradient_accumulation_steps": 2}, "has to be a multiple of gradient_accumul"),
+        ({"objective": "sft", "reward_funcs": ["f1"]}, "is a key of objective (stepwise_reward or )?grpo or rloo"),
+    ],
+)
+def test_what_the_keys_may_not_be(config, keys, said):
+    with pytest.raises((ConfigError, DataError), match=said):
+        train(config(**keys))
+
+
+def test_rows_that_are_no_prompts(config, folder):
+    (folder / "other.jsonl").write_text('{"text": "one two"}\n')
+    with pytest.raises(DataError, match="the field 'prompt' is missing"):
+        train(config(reward_funcs=["f1"], data={"train": str(folder / "other.jsonl")}))

@@ -1,0 +1,36 @@
+"""Writes configs/sums/: small sums as prompts with their answers, for configs/grpo.yaml.
+
+    python tools/make_sums_data.py
+
+400 prompts, `What is a + b?` for a and b from 1 to 20, of which eval.jsonl has the 80 with 3a + b a multiple of 5.
+"""
+
+import json
+import os
+from pathlib import Path
+
+OUT = Path(__file__).parent.parent / "configs" / "sums"
+
+
+def rows() -> dict[str, list[dict]]:
+    """`train` and `eval`."""
+    found: dict[str, list[dict]] = {"train": [], "eval": []}
+    for a in range(1, 21):
+        for b in range(1, 21):
+            prompt = [{"role": "user", "content": f"What is {a} + {b}?"}]
+            found["eval" if (3 * a + b) % 5 == 0 else "train"].append({"prompt": prompt, "answer": str(a + b)})
+    return found
+
+
+def main() -> None:
+    """Write both files."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for side, made in rows().items():
+        scratch = OUT / f".{side}.{os.getpid()}.jsonl"
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+        os.replace(scratch, OUT / f"{side}.jsonl")
+        print(f"{OUT / side}.jsonl: {len(made)} rows")
+
+
+if __name__ == "__main__":
+    main()
