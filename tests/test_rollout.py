@@ -75,7 +75,8 @@ def test_a_run_raises_the_reward_and_leaves_its_folder(config, folder, tmp_path)
     assert "eval_reward" in log[-1] or "eval_reward" in log[-2]
     told = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert len(told) == 25 * 32 and told[0]["step"] == 1 and told[-1].keys() == {"step", "prompt", "completion", "rewards", "advantage"}
-    assert not (tmp_path / "run" / "rollouts").exists() and (tmp_path / "run" / "adapter").exists()
+    assert {"adapter", "reward.png", "loss.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "run" / "rollouts").exists()  # one step a rollout: nothing has to be kept
 
 
 def test_the_loss_log_holds_no_text(config, tmp_path):

@@ -188,7 +188,7 @@ DIFFERENT: dict[str, str] = {
         "accelerator_config device_map",
         _FP16: "fp16 fp16_full_eval half_precision_backend",
         _HUB: "push_to_hub hub_model_id hub_strategy hub_private_repo hub_token hub_always_push",
-        "write data.max_length, the prompt and the answer together": "max_prompt_length",
+        "write data.max_length: prompt and answer together, of grpo and rloo the prompt alone": "max_prompt_length",
         "every row is seen in every epoch, and none is left out at its end": "dataloader_drop_last",
         "packing never cuts a row; write data.packing: true, and data.length_policy for rows that are too long": "packing_strategy",
         "`jaxtune plan` finds the largest batch that fits, before the run": "auto_find_batch_size",
@@ -209,6 +209,7 @@ DIFFERENT: dict[str, str] = {
         "answers are drawn by jaxtune itself, on the devices that train": "use_vllm vllm_mode vllm_model_impl vllm_server_base_url "
         "vllm_server_host vllm_server_port",
         "write steps_per_generation": "generation_batch_size",
+        "write lora.lora_dropout: 0, which is the default": "disable_dropout",
         "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
         "the loss has no entropy bonus; write top_entropy_quantile, or epsilon_high above epsilon": "entropy_coef use_adaptive_entropy",
     }.items()
@@ -237,6 +238,7 @@ LEFT_OUT: dict[str, str] = {
         "answers are drawn by jaxtune itself": "cache_implementation vllm_gpu_memory_utilization vllm_tensor_parallel_size "
         "vllm_enable_sleep_mode vllm_importance_sampling_correction vllm_importance_sampling_mode ds3_gather_for_generation",
         "the product with the head is always taken to float32": "cast_lm_head_to_fp32",
+        "log_completions writes them all": "num_completions_to_print log_unique_prompts log_multimodal",
         "no code from a model's folder is ever run": "trust_remote_code",
         "a loss that is not finite stops the run and names the step": "logging_nan_inf_filter",
         "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model "

@@ -240,6 +240,8 @@ class Encoder:
             )
         if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
+        if Prompt in self.kinds and piece.special and ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
+            ids, mask = ids[:-1], mask[:-1]  # what some tokenizers end every text with: an answer would follow the end
         mask[:1] = 0
         if not ids:
             raise row.fail("the prompt is empty; remove the row")

@@ -84,3 +84,17 @@ def test_long_prompts(load, tokenizer):
     assert text(tokenizer, load(rows, max_length=16, length_policy="truncate")).endswith("fox ")
     with pytest.raises(ConfigError, match=r"data.streaming keeps no rows"):
         load(ROWS, streaming=True)
+
+
+def test_a_tokenizer_that_ends_every_text(tmp_path):
+    """An answer does not follow the end of the text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer("chatml")
+    ends = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {ends}", special_tokens=[(ends, tokenizer.eos_token_id)])
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    rows = {"train": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    prompts = data.load(load_config({"model": "none", "objective": "grpo", "data": rows}), tokenizer).train
+    assert tokenizer("one")["input_ids"][-1] == tokenizer.eos_token_id != prompts.ids(0)[-1]
+    assert tokenizer.decode(prompts.ids(0)) == "one two fox"
