@@ -1,9 +1,11 @@
 """Reward functions: TRL's signature, the table, and one clear error for everything that goes wrong in them."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxtune.config import load_config
 from jaxtune.errors import ConfigError
@@ -107,3 +109,14 @@ def test_weights_and_names():
     found = find_rewards(config(reward_funcs=["f1", "exact_match"], reward_weights=[0.5, 2]))
     assert [(reward.name, reward.weight) for reward in found] == [("f1", 0.5), ("exact_match", 2.0)]
     assert np.isfinite(found[0].judge(ANSWERS, {}, {})).all()
+
+
+def test_the_config_of_the_guide():
+    """The one that is shown for gsm8k is a config, and what the shipped one names is there."""
+    root = Path(__file__).parent.parent
+    shown = (root / "docs" / "rlhf.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    (found,) = find_rewards(load_config(yaml.safe_load(shown)))
+    gsm8k = ANSWERS._replace(columns={"answer": ["3 + 4 is 7\n#### 7", "#### 8", "#### 10"]})
+    assert found.name == "numeric_match" and found.judge(gsm8k, {}, {}).tolist() == [1, 1, 0]
+    own = load_config(root / "configs" / "grpo.yaml")
+    assert find_rewards(own) and all((root / source.path).is_file() for source in (*own.data.train, *own.data.eval))
