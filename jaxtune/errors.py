@@ -77,6 +77,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+leave = os._exit  # what ends an interrupted command; tests have another
 last_words: list[Callable[[int], None]] = []  # called with the exit code when a command has failed and said why
 
 
@@ -106,7 +107,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0, or 2 with `error: ...` on stderr and no traceback for a user's mistake.
 
     Ctrl-C exits 130 and a closed pipe 141 (what a shell reports for the signals), both quietly. Anything else is a bug
-    and keeps its traceback.
+    and keeps its traceback. After Ctrl-C nothing that is registered with atexit is called: where it fell into a compilation, Python's
+    own way to end is a segmentation fault.
     """
     try:
         with _interrupts_heard():
@@ -132,4 +134,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if code:
         for function in last_words:
             function(code)
+    if code == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave(code)
     sys.exit(code)

@@ -12,6 +12,11 @@ import pytest
 from jaxtune import errors
 
 
+@pytest.fixture(autouse=True)
+def stay(monkeypatch):
+    monkeypatch.setattr(errors, "leave", sys.exit)
+
+
 def exit_of(main, capsys):
     with pytest.raises(SystemExit) as caught:
         errors.run(main)
@@ -38,6 +43,20 @@ def test_success_exits_0_and_a_returned_code_is_kept(capsys):
 
 def test_interrupt_exits_130(capsys):
     assert exit_of(raising(KeyboardInterrupt()), capsys) == (130, "interrupted\n")
+
+
+def test_an_interrupted_command_ends_without_pythons_own_end():
+    """Which, where a compilation was interrupted, is a segmentation fault."""
+    program = """if True:
+    import atexit, sys
+    from jaxtune import errors
+    def main():
+        print("said")
+        raise KeyboardInterrupt
+    atexit.register(print, "late")
+    errors.run(main)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "interrupted\n")
 
 
 @pytest.mark.parametrize(
