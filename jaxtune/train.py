@@ -97,7 +97,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Calla
 
 def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callable]) -> Result:
     # ---- 1. What there is: the model's files, the rows ----
-    distributed.on_first(lambda: runfolder.check_free(config))  # refuse a folder in use before anything long is done
+    distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
     opened = open_model(config.model)
@@ -232,6 +232,13 @@ def _jitted(
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective, mesh))
 
 
+def _check_folder(config: Config) -> None:
+    """Refuse a folder that is in use, and one to resume that holds another run."""
+    runfolder.check_free(config)
+    if config.resume and (found := runfolder.differences(config, runfolder.folder_of(config))):
+        _refuse(config, f"{config.output_dir} holds another run: {'; '.join(found)}")
+
+
 def _open_folder(config: Config) -> None:
     folder = runfolder.open_run(config)
     if not config.resume:  # before anything else is in it, so that a run killed from here on can be resumed
@@ -245,28 +252,23 @@ def first_notes(rows: data.Data) -> dict[str, Any]:
 
 
 def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:
-    drift = [f"{folder} holds another run: {'; '.join(found)}"] if (found := runfolder.differences(config, folder)) else []
     if not checkpoints.steps():
-        _refuse(config, drift)
         log.info("resume: %s has no checkpoint yet, so from the start", folder)
         return state, notes
-    if drift:
-        _refuse(config, drift)  # before the state is read, which may not even fit it
     state, saved = checkpoints.restore(state)
     if saved["fingerprint"] != notes["fingerprint"]:
-        _refuse(config, [f"the training rows are not those {folder} was trained on"])
+        _refuse(config, f"the training rows are not those {folder} was trained on")
     if saved.get("rewards", {}) != notes["rewards"]:
         _refuse(config, [f"the reward functions are not those {folder} was trained with ({', '.join(notes['rewards'])} has changed)"])
     log.info("resume: at step %d", int(state.step))
     return state, notes | saved | {name: notes[name] for name in ("fingerprint", "rewards")}
 
 
-def _refuse(config: Config, drift: list[str]) -> None:
+def _refuse(config: Config, what: str) -> None:
     """CheckpointError for a run that is not the one to go on with, or where that is allowed a line that says so."""
-    for what in drift:
-        if not config.resume_allow_drift:
-            raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to go on all the same")
-        log.warning("resume_allow_drift: %s; going on all the same", what)
+    if not config.resume_allow_drift:
+        raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to go on all the same")
+    log.warning("resume_allow_drift: %s; going on all the same", what)
 
 
 def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, trainable, total_steps: int) -> None:

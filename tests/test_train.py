@@ -163,8 +163,8 @@ def test_resume_needs_a_run_and_the_same_settings(config, tmp_path):
     with pytest.raises(CheckpointError, match="no run"):
         train(config(resume=True))
     train(config(max_steps=2))
-    with pytest.raises(CheckpointError, match="learning_rate: 0.01 -> 0.02"):
-        train(config(max_steps=2, resume=True, learning_rate=0.02))
+    with pytest.raises(CheckpointError, match="learning_rate: 0.01 -> 0.02; model: .* -> nowhere"):  # before the model is read
+        train(config(max_steps=2, resume=True, learning_rate=0.02, model="nowhere"))
 
 
 def test_the_best_model_is_kept_and_loaded(config, tmp_path):
