@@ -1,6 +1,7 @@
 """From the config to the rows of a run."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise
 from jaxtune.errors import ConfigError, DataError
 
+log = logging.getLogger("jaxtune")
 MOST_STEPS = 10_000_000  # the learning rate of each is in a table
 # objective: what its rows are. All others take preference pairs.
 KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
@@ -92,20 +94,28 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
 def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: Any) -> None:
     """DataError for a row with a token that the model has not, or one longer than its table of positions, if it has one (GPT-2).
 
+    Where positions turn (all others), a row longer than the model was made for is a warning.
     Tokens are looked at where the tokenizer has more of them than the model.
     """
     unknown = max(tokenizer.get_vocab().values(), default=0) >= model_config.vocab_size
-    most = None if model_config.ropes else model_config.max_position_embeddings
+    most = model_config.max_position_embeddings
+    sources = list(sources)
     for source in sources:
         if source is None:
             continue
         if unknown:
             source.check_vocabulary(model_config.vocab_size)
-        if most is not None and source.units.longest > most:
+        if not model_config.ropes and source.units.longest > most:
             raise DataError(
                 f"the longest row has {source.units.longest} tokens, and this model's table of positions ends at {most}; "
                 f"write data.max_length: {most} (or less), with data.length_policy: drop or truncate"
             )
+    longest = max((source.units.longest for source in sources if source is not None), default=0)
+    if model_config.ropes and longest > most:
+        log.warning(
+            "the longest row has %d tokens, and this model's max_position_embeddings is %d: positions beyond it are new to the model; "
+            "write data.max_length: %d, or extend them by rope_scaling in its config.json", longest, most, most,
+        )  # fmt: skip
 
 
 def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:

@@ -246,11 +246,13 @@ def test_a_token_that_the_model_has_not(config, tokenizers):
         source.check_vocabulary(largest[2])
 
 
-def test_a_row_longer_than_a_table_of_positions(config, tokenizers):
-    """Beyond it the last position would be taken again and again."""
+def test_a_row_longer_than_a_table_of_positions(config, tokenizers, caplog):
+    """Beyond it the last position would be taken again and again; positions that turn are new to the model, which is said once."""
     source = data.load(config([{"text": "a " * 20}]), tokenizers["chatml"]).train
     most = source.units.longest
-    for ropes, positions in (((), most), (("any",), most - 1)):
+    for ropes, positions in (((), most), (("any",), most), (("any",), most - 1)):
+        assert not caplog.messages
         check_fits([source, None], tokenizers["chatml"], SimpleNamespace(vocab_size=10**6, ropes=ropes, max_position_embeddings=positions))
+    assert len(caplog.messages) == 1 and f"{most} tokens, and this model's max_position_embeddings is {most - 1}" in caplog.text
     with pytest.raises(DataError, match=f"the longest row has {most} tokens, and this model's table of positions ends at {most - 1}"):
         check_fits([source], tokenizers["chatml"], SimpleNamespace(vocab_size=10**6, ropes=(), max_position_embeddings=most - 1))
