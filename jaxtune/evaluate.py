@@ -37,7 +37,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import answer_logprobs
-from jaxtune.peft import compose
+from jaxtune.peft import compose, virtual_tokens
 from jaxtune.step import make_eval_step
 
 log = logging.getLogger("jaxtune")
@@ -238,8 +238,8 @@ def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
     return heads.keys_of_adapter(adapter) if isinstance(adapter, (str, os.PathLike)) else {}
 
 
-def _rows(config: Config, model: Model, rows: str) -> Source:
-    check_fits([source := evaluation(config, model.tokenizer, rows)], model.tokenizer, model.config)
+def _rows(config: Config, model: Model, rows: str, adapter: Any = None) -> Source:
+    check_fits([source := evaluation(config, model.tokenizer, rows)], model.tokenizer, model.config, virtual_tokens(adapter))
     return source
 
 
@@ -252,7 +252,7 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
         config = config.replace(loss_type=None)
     step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
     total = None
-    for batch in _rows(config, model, rows).batches():
+    for batch in _rows(config, model, rows, adapter).batches():
         out = step(adapter, model.params, jax.tree.map(lambda x: x[0], batch))
         total = out if total is None else jax.tree.map(jnp.add, total, out)
     loss = jax.device_get(total)

@@ -31,7 +31,7 @@ from jaxtune.convert.tensors import read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.spec import abstract
-from jaxtune.peft import compose
+from jaxtune.peft import compose, kind_of
 
 log = logging.getLogger("jaxtune")
 
@@ -156,6 +156,11 @@ def _merge(
     model = read_model(opened, stored if head and not found.quantization else found.dtype, found.quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
     adapter = load_adapter(found.adapter, model)
+    if not kind_of(adapter.config).merges:
+        raise ModelError(
+            f"{found.adapter} holds an adapter of method {adapter.config.group}: tokens before a text, no change of a matrix, so there is "
+            "nothing to merge; export it as it is"
+        )
     params = compose(model.params, adapter)
     wanted = check.logits(model.config, params, prompts)
     if pack := quantizer(opened.config, found.quantization):

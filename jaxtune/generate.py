@@ -28,6 +28,7 @@ from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import Row, Run
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
+from jaxtune.peft import virtual_tokens
 from jaxtune.peft.combine import Mixed, mix
 
 BASE = "base"  # the choice of no adapter, on the command line
@@ -91,7 +92,7 @@ def generate_tokens(
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; take it out")
-    ids = _encode(model, prompts, chat, max_new_tokens)
+    ids = _encode(model, prompts, chat, max_new_tokens, virtual_tokens(adapter))
     if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
         raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")
     reader = Reader(model.tokenizer, frozenset(stop_tokens(model)), strings)
@@ -114,19 +115,19 @@ def generate_tokens(
     return [Completion(row.prompt, row.answer.tokens, row.answer.text, str(row.answer.finish_reason)) for row in rows]
 
 
-def _encode(model: Any, prompts: Any, chat: bool | None, new: int) -> list[list[int]]:
-    """Token ids of every prompt, each with room for the answer."""
+def _encode(model: Any, prompts: Any, chat: bool | None, new: int, virtual: int) -> list[list[int]]:
+    """Token ids of every prompt, each with room for the answer, and for virtual tokens before it."""
     if model.tokenizer is None:
         raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
     ids = [token_ids(model, prompt, f"prompt {number + 1} of {len(prompts)}", chat) for number, prompt in enumerate(prompts)]
-    most = model.config.max_position_embeddings
+    most = model.config.max_position_embeddings - virtual
     for number, tokens in enumerate(ids):
         if len(tokens) + new > most:
             advice = f"max_new_tokens={most - len(tokens)} or less" if len(tokens) < most else f"a prompt of fewer than {most} tokens"
             raise DataError(
                 f"prompt {number + 1} of {len(ids)} has {len(tokens)} tokens, and {new} more are asked for, but the model's "
-                f"max_position_embeddings is {most}; use {advice}"
+                f"max_position_embeddings{f', less {virtual} virtual tokens,' if virtual else ''} is {most}; use {advice}"
             )
     return ids
 

@@ -20,6 +20,7 @@ import optax
 from jaxtune import moments
 from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
+from jaxtune.peft import METHODS
 
 STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
 
@@ -168,12 +169,12 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. Not to norms and biases, as in transformers' Trainer; to DoRA's magnitudes it does."""
+    """A tree of bool: whether weight decay applies. Not to norms and biases, as in transformers' Trainer; to an adapter's it does."""
 
     def one(path, leaf):
         name = _name(path)
         last = name.rpartition("/")[2]
-        return last == "magnitude" or _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias", last)
+        return name.startswith("params/") and "bias" not in last or _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias", last)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -316,7 +317,8 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     decay = optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity()
     # torch's SGD adds the decay to the gradient, all the others to the update
     parts = [decay, core] if config.optim == "sgd" else [core, decay]
-    return _in_float32(optax.chain(*parts, _descend(config, total_steps)))
+    chain, kind = _in_float32(optax.chain(*parts, _descend(config, total_steps))), METHODS[config.method].kind
+    return chain if kind is None else kind.around(chain, getattr(config, kind.config.group), total_steps)
 
 
 def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:

@@ -18,7 +18,8 @@ from jaxtune.model.layout import ROWS
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import Row, spec
 from jaxtune.model.weight import is_weight
-from jaxtune.peft.lora import Adapter
+from jaxtune.peft import kind_of
+from jaxtune.peft.adapter import Adapter
 from jaxtune.peft.sites import adaptable, whole_rows
 from jaxtune.tree import flatten, unflatten
 
@@ -141,23 +142,27 @@ def leaf_shardings(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
 
 
 def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
-    """Where what is trained lies: a full tree, and what an adapter trains whole, like parameters; a LoRA pair like the matrix it adapts."""
+    """Where what is trained lies: a full tree, and what an adapter trains whole, like parameters; the arrays of a matrix like it."""
     if not isinstance(trainable, Adapter):
         return param_shardings(mesh, config, trainable)
-    rows = adaptable(config)
+    rows, kind = adaptable(config), kind_of(trainable.config)
+    ranks = {site.path: max(site.ranks) for site in trainable.sites}
 
-    def pair(path: str, leaves: dict) -> dict:
+    def arrays(path: str, leaves: dict) -> dict:
+        if path not in rows:  # virtual tokens: few, and of every device
+            return {name: replicated(mesh) for name in leaves}
         *lead, out, width = rows[path].axes
-        scaled = width if path == "embed" else out  # what DoRA has a number for
-        axes = {"a": (*lead, None, width), "b": (*lead, out, None), "magnitude": (*lead, scaled), "bias": (*lead, out)}
-        return {name: sharding(mesh, f"{path}/{name}", leaf.shape, axes[name]) for name, leaf in leaves.items()}
+        along = {"out": out, "in": width, None: None}
+        parts = kind.parts(trainable.config, path, rows[path], ranks[path])
+        axes = {name: [along[axis] for axis in part.axes] for name, part in parts.items()}
+        return {name: sharding(mesh, f"{path}/{name}", leaf.shape, (*lead, *axes[name])) for name, leaf in leaves.items()}
 
     def saved(path: str, leaf: Any) -> NamedSharding:
         axes = whole_rows(config)[path].axes
         some = next(whole.numbers for whole in trainable.wholes if whole.path == path)
         return sharding(mesh, path, leaf.shape, axes if some is None else (None, *axes[1:]))
 
-    params = {path: pair(path, leaves) for path, leaves in trainable.params.items()}
+    params = {path: arrays(path, leaves) for path, leaves in trainable.params.items()}
     return trainable.replace(params=params, saved={path: saved(path, leaf) for path, leaf in trainable.saved.items()})
 
 

@@ -15,7 +15,7 @@ from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
-from jaxtune.peft import compose
+from jaxtune.peft import compose, penalty
 
 log = logging.getLogger("jaxtune")
 
@@ -124,10 +124,11 @@ def make_step(
             sums, tokens = jax.lax.psum((sums, tokens), axis_name)
         grads, loss = sums
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
+        own, grads = _with_penalty(state.trainable, grads)
         grads, grad_norm = clip_by_global_norm(grads, config.max_grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss.total / loss.weight, "grad_norm": grad_norm, "weight": loss.weight, "tokens": tokens}
+        metrics = {"loss": loss.total / loss.weight + own, "grad_norm": grad_norm, "weight": loss.weight, "tokens": tokens}
         metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN where there was nothing to measure
         reference = None if state.reference is None else _synchronised(config, state.reference, trainable, state.step + 1)
         new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, reference=reference)
@@ -139,6 +140,14 @@ def make_step(
         return new, metrics
 
     return step
+
+
+def _with_penalty(trainable, grads):
+    """What the method adds to the loss (AdaLoRA's orthogonality), and the gradient with its part."""
+    if penalty(trainable) is None:
+        return 0.0, grads
+    own, more = jax.value_and_grad(penalty)(trainable)
+    return own, jax.tree.map(jnp.add, grads, more)
 
 
 def _sum_over(function: Callable, xs):

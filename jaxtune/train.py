@@ -38,8 +38,8 @@ from jaxtune.model.quant import NF4
 from jaxtune.model.weight import is_weight
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
-from jaxtune.peft import METHODS
-from jaxtune.peft.lora import Adapter
+from jaxtune.peft import METHODS, kind_of
+from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
 from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step, say_attention
@@ -104,7 +104,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
-    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config)
+    virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
+    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
     if rewards:
         rollout.check(config, rows, opened.config)
     total_steps = data.total_steps(config, rows.train)
@@ -194,14 +195,20 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
         nf4_kernel.prove()
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)
+        if kind_of(trainable.config) is not METHODS[config.method].kind:
+            own = next(name for name, method in METHODS.items() if method.kind is kind_of(trainable.config))
+            raise ConfigError(
+                f"{config.init_adapter} holds an adapter of method {own}, and the method is {config.method}; write method: {own}"
+            )
     else:
-        trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config)
+        trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
-        beside = f", {len(trainable.wholes)} parameters trained whole" if trainable.wholes else ""
-        log.info("adapter: %d matrices matched%s, %s trainable parameters", matched, beside, f"{count(trainable):,}")
+        of = [f"{matched} matrices matched"] if matched else []
+        of += [f"{len(trainable.wholes)} parameters trained whole"] if trainable.wholes else []
+        log.info("adapter: %s trainable parameters", ", ".join([*of, f"{count(trainable):,}"]))
     else:
         log.info("full: %s trainable parameters", f"{count(trainable):,}")
     return model, trainable

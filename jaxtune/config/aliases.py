@@ -155,6 +155,10 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
     "completion_only_loss": {True: "completion", False: "all", None: DEFAULT},
     "assistant_only_loss": {True: "assistant", False: DEFAULT},
     # and values of our own keys
+    "method": {
+        "beft": "bitfit", "lntuning": "ln_tuning", "ln-tuning": "ln_tuning", "prompt-tuning": "prompt_tuning", "p-tuning": "p_tuning",
+        "ptuning": "p_tuning", "prefix-tuning": "prefix_tuning",
+    },
     "optim": dict.fromkeys(
         "adam adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision adamw_hf adamw_jax paged_adamw "
         "paged_adamw_32bit".split(),

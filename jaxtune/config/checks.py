@@ -20,17 +20,22 @@ AT_LEAST = {
     "seed": 0, "data_seed": 0, "lora.r": 1, "data.max_length": 2, "data.kfold": 2,
     "max_skipped_steps": 0, "loss_spike_sigma": 0, "distributed.initialization_timeout": 1,
     "distributed.num_processes": 1, "distributed.process_id": 0, "data.fold": 0, "data.split_seed": 0, "evaluate.max_new_tokens": 1,
-    "evaluate.limit": 1,
+    "evaluate.limit": 1, "loha.r": 1, "lokr.r": 1, "vera.r": 1, "vera.projection_prng_key": 0,
 }  # fmt: skip
 ABOVE = {
     "learning_rate": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0, "loraplus_lr_ratio": 0, "data.eval": 0,
-    "data.test": 0, "data.temperature": 0, "lora.lora_alpha": 0,
+    "data.test": 0, "data.temperature": 0, "lora.lora_alpha": 0, "loha.alpha": 0, "lokr.alpha": 0,
 }  # fmt: skip
 SEEDS = 2**63  # what jax.random.key takes
 BELOW = {
     "adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1, "data.test": 1,
+    "vera.vera_dropout": 1, "adalora.lora_dropout": 1,
     "seed": SEEDS, "data_seed": SEEDS, "data.split_seed": SEEDS,
 }  # fmt: skip
+
+# groups of keys of one method each; `lora` is of two, and is let be for the others, which it does not concern
+PROMPTS = {"prompt_tuning", "p_tuning", "prefix_tuning"}  # which put virtual tokens before a document
+GROUPS_OF_METHODS = {"lora", "ia3", "loha", "lokr", "vera", "adalora", "oft", "boft", "bitfit", "ln_tuning"} | PROMPTS
 
 
 def interval(value: float, total_steps: int) -> int:
@@ -106,10 +111,17 @@ def _method(config: "Config") -> None:
         )
     if config.method == "full" and config.init_adapter:
         raise ConfigError("init_adapter is an adapter to go on training, and method full has none; write method: lora, or leave it out.")
-    if config.method == "full" and config.loraplus_lr_ratio is not None:
-        raise ConfigError("loraplus_lr_ratio sets the learning rate of LoRA's b matrices, and method full has none; leave it out.")
     if config.method != "full" and config.param_dtype != "float32":
         raise ConfigError("param_dtype is that of full tuning; an adapter is trained in float32. Leave it out, or write method: full.")
+    if config.method in PROMPTS and config.mesh.sequence > 1:
+        raise ConfigError(f"method {config.method} puts tokens before each row, which mesh.sequence would cut elsewhere; write 1.")
+    if config.method in PROMPTS and config.attention in ("flash", "splash"):
+        raise ConfigError(f"attention {config.attention} is a kernel that knows no virtual tokens, which {config.method} has; write auto.")
+    for group in GROUPS_OF_METHODS - {"lora", config.method}:
+        if (given := getattr(config, group)) != type(given)():
+            raise ConfigError(f"{group} is given, and the method is {config.method}; write method: {group}, or leave {group} out.")
+    if config.loraplus_lr_ratio is not None and config.method not in ("lora", "qlora"):
+        raise ConfigError(f"loraplus_lr_ratio is the rate of LoRA's b matrices, and method {config.method} has none; leave it out.")
     if config.data.length_policy == "split" and config.objective != "sft":
         raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
+from jaxtune.config.checks import GROUPS_OF_METHODS
 from jaxtune.config.coerce import Group, kinds
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
@@ -212,7 +213,7 @@ def describe(config: Config) -> str:
     """The resolved values that have an effect, as `key=value` words that can be pasted back as overrides."""
     top, lines = [], []
     for key, value in config.to_dict().items():
-        if key == "lora" and config.method not in ("lora", "qlora"):
+        if key in GROUPS_OF_METHODS and key not in (config.method, config.method.removeprefix("q")):
             continue
         if f"{key}." in GROUPS:
             lines.append([f"{key}.{name}={_word(item)}" for name, item in value.items() if item not in (None, [], {})])

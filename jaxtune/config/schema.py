@@ -9,45 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from jaxtune.config import checks
+from jaxtune.config.adapters import (
+    AdaLoraConfig,
+    BeftConfig,
+    BOFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
 from jaxtune.config.coerce import Group
 from jaxtune.config.policy import POLICY
-from jaxtune.errors import ConfigError
 
 Table = tuple[tuple[str, Any], ...]  # a dict on the surface
-
-
-@dataclass(frozen=True)
-class LoraConfig(Group):
-    """PEFT's `LoraConfig`, its names and meanings; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
-
-    group: ClassVar[str] = "lora"
-
-    r: int = 16
-    lora_alpha: int | float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"  # a list of name endings, a regular expression, or all-linear
-    exclude_modules: str | tuple[str, ...] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches wins
-    alpha_pattern: tuple[tuple[str, int | float], ...] = ()
-    bias: Literal["none", "all", "lora_only"] = "none"
-    lora_bias: bool = False
-    init_lora_weights: bool | str = True
-    layers_to_transform: int | tuple[int, ...] | None = None
-    layers_pattern: str | tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] | None = None
-    target_parameters: tuple[str, ...] | None = None
-    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...] | None = None
-
-    ensure_weight_tying: bool = False  # modules_to_save of a tied model: both uses of the matrix are trained as one
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lora_bias and self.use_dora:
-            raise ConfigError("lora.lora_bias cannot be used with use_dora; leave one out.")
-        if self.init_lora_weights not in (True, "gaussian"):
-            raise ConfigError(f"lora.init_lora_weights={self.init_lora_weights!r} is not supported; write true or gaussian.")
 
 
 @dataclass(frozen=True)
@@ -231,6 +211,18 @@ class Config(ObjectiveConfig):
     resume: bool = False
     resume_allow_drift: bool = False  # go on although keys or rows have changed; what has is said
     lora: LoraConfig = LoraConfig()
+    ia3: IA3Config = IA3Config()  # a group for each method, of which the run's own counts
+    loha: LoHaConfig = LoHaConfig()
+    lokr: LoKrConfig = LoKrConfig()
+    vera: VeraConfig = VeraConfig()
+    adalora: AdaLoraConfig = AdaLoraConfig()
+    oft: OFTConfig = OFTConfig()
+    boft: BOFTConfig = BOFTConfig()
+    bitfit: BeftConfig = BeftConfig()
+    ln_tuning: LNTuningConfig = LNTuningConfig()
+    prompt_tuning: PromptTuningConfig = PromptTuningConfig()
+    p_tuning: PromptEncoderConfig = PromptEncoderConfig()
+    prefix_tuning: PrefixTuningConfig = PrefixTuningConfig()
     init_adapter: str | None = None  # a PEFT folder to go on from, instead of a fresh adapter (its own config counts, not `lora`)
     quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
     quantization_kernel: Literal["auto", "xla", "pallas"] = "auto"  # products of 4-bit matrices; auto: pallas on a TPU, else xla
@@ -303,7 +295,8 @@ class Config(ObjectiveConfig):
         own = {field.name for field in dataclasses.fields(ObjectiveConfig)}
         plain = super().to_dict()
         of = {field.name: field.metadata.get("objectives", [self.objective]) for field in dataclasses.fields(self)}
-        return {key: plain[key] for key in sorted(plain, key=lambda key: key in own) if self.objective in of[key]}
+        others = checks.GROUPS_OF_METHODS - {"lora", self.method}
+        return {key: plain[key] for key in sorted(plain, key=lambda key: key in own) if self.objective in of[key] and key not in others}
 
     def replace(self, **changes: Any) -> "Config":
         """The same run with other values, checked again."""

@@ -11,7 +11,7 @@ from jaxtune.convert.tensors import Checkpoint
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import abstract, spec
-from jaxtune.peft import compose
+from jaxtune.peft import compose, kind_of
 from jaxtune.tree import flatten, unflatten
 
 
@@ -22,11 +22,14 @@ def composed(config: ModelConfig, adapter: Any, base: Checkpoint) -> dict:
     Raises ModelError for `lora_bias` where the base has no bias to merge it into.
     """
     leaves = flatten(abstract(config))
+    kind = kind_of(adapter.config)
     biases = [f"{path}_bias" for path, pair in adapter.params.items() if "bias" in pair]
     if missing := [path for path in biases if path not in leaves]:
-        raise ModelError(f"the adapter has lora_bias, but the model has no {missing[0]} to merge it into; export the adapter as it is")
+        what = f"the adapter adds to biases (lora_bias, bitfit), but the model has no {missing[0]}"
+        raise ModelError(f"{what} to merge it into; export the adapter as it is")
     parts = [whole.path for whole in adapter.wholes if whole.numbers is not None and whole.path not in ("embed", "head")]
-    for path in dict.fromkeys(biases + parts):
+    changed = [f"{path}_bias" for path in adapter.params if kind.changes_bias and f"{path}_bias" in leaves]
+    for path in dict.fromkeys(biases + parts + changed):
         leaves[path] = hf.read_row(base, config, path)
     return compose(unflatten(leaves), adapter)
 

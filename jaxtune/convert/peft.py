@@ -1,8 +1,8 @@
-"""PEFT's LoRA folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT's adapter folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor is named `base_model.model.` + the module's name + `.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_B.bias [out]`,
-`.lora_magnitude_vector [out]` (DoRA), or for an embedding `.lora_embedding_A [r, vocabulary]`, `.lora_embedding_B [D, r]`. Experts lie
-side by side in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. What is trained whole has its own name.
+A tensor is named `base_model.model.` + the module's name + what the method calls it (`peft.adapter.Part.file`), of LoRA `.lora_A.weight
+[r, in]`. Experts lie side by side in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. What is trained
+whole has its own name.
 """
 
 import dataclasses
@@ -25,14 +25,16 @@ from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.row import Row
 from jaxtune.model.weight import dense
-from jaxtune.peft.lora import Adapter
+from jaxtune.peft import KINDS, kind_of, prompts
+from jaxtune.peft.adapter import Adapter, Constant, Kind, Part
+from jaxtune.peft.prompts import PromptKind
 from jaxtune.peft.sites import (
     HEADS,
+    AnyConfig,
     Site,
     Whole,
     adaptable,
     find_sites,
-    find_wholes,
     is_parameter,
     names,
     rank_and_scale,
@@ -44,24 +46,12 @@ from jaxtune.peft.sites import (
 log = logging.getLogger("jaxtune")
 
 PREFIX = "base_model.model."
-# our leaf -> PEFT's suffix, and whether PEFT holds it transposed
-MATRIX = {"a": ("lora_A.weight", False), "b": ("lora_B.weight", False), "bias": ("lora_B.bias", False),
-          "magnitude": ("lora_magnitude_vector", False)}  # fmt: skip
-EMBEDDING = {"b": ("lora_embedding_A", True), "a": ("lora_embedding_B", True), "magnitude": ("lora_magnitude_vector", False)}
 
 TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
 
-# fields of adapter_config.json that change the result, with the value that asks for nothing; any other value is refused by name
-NOT_HERE = {
-    "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "use_bdlora": None,
-    "velora_config": None, "kasa_config": None, "monteclora_config": None,
-}  # fmt: skip
-# the fields that are honoured, refused, or change nothing once an adapter is trained
-KNOWN = {field.name for field in dataclasses.fields(LoraConfig)} | NOT_HERE.keys() | {
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "peft_version",
-    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "qalora_group_size", "init_lora_weights",
-}  # fmt: skip
+# what PEFT writes beside a method's own fields
+USUAL = set("peft_type task_type auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out peft_version".split())
+BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
 # ways to begin that change the base too: without that base the pair means something else
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -84,15 +74,19 @@ def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterato
         yield Place(number, name, PREFIX + stem)
 
 
-def _suffixes(path: str) -> dict[str, tuple[str, bool]]:
-    return EMBEDDING if path == "embed" else MATRIX
-
-
 def _flat(leaf: str, value: np.ndarray) -> np.ndarray:
     """Experts' pairs as PEFT lays them out."""
-    if value.ndim == 2 or leaf not in ("a", "b"):
+    if value.ndim != 3 or leaf not in ("a", "b"):
         return value
     return value.reshape(-1, value.shape[-1]) if leaf == "a" else value.transpose(1, 2, 0).reshape(value.shape[1], -1)
+
+
+def _as_in_file(value: np.ndarray, leaf: str, part: Part, rank: int) -> np.ndarray:
+    """One layer's array without what is beyond its rank, and as PEFT lays it out."""
+    if part.rank is not None:
+        value = value[..., :rank, :] if part.rank == -2 else value[..., :rank]
+    value = _flat(leaf, value)
+    return np.ascontiguousarray(value.T if part.turned else value)
 
 
 def _unflat(leaf: str, value: np.ndarray, experts: int) -> np.ndarray:
@@ -107,24 +101,24 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
 
     The folder is written beside and renamed. Raises ModelError when `out` is there and not empty.
     """
-    tensors: dict[str, np.ndarray] = {}
+    kind, tensors = kind_of(adapter.config), {}
+    adapter = kind.settled(adapter)
     rows, adapted = adaptable(model.config), {site.path: site.ranks for site in adapter.sites}
     for site in adapter.sites:
-        stacked = bool(rows[site.path].layers)
-        for place in _places(site.path, rows[site.path], adapted):
+        row, values = rows[site.path], adapter.params[site.path]
+        for place in _places(site.path, row, adapted):
             if not (rank := site.ranks[place.number]):
                 continue
-            for leaf, (suffix, transposed) in _suffixes(site.path).items():
-                if leaf not in adapter.params[site.path]:
-                    continue
-                value = np.asarray(adapter.params[site.path][leaf][place.number] if stacked else adapter.params[site.path][leaf])
-                value = _flat(leaf, value[..., :rank, :] if leaf == "a" else value[..., :rank] if leaf == "b" else value)
-                tensors[f"{place.stem}.{suffix}"] = np.ascontiguousarray(value.T if transposed else value)
+            for leaf, part in kind.parts(adapter.config, site.path, row, max(site.ranks)).items():
+                if leaf in values:
+                    value = np.asarray(values[leaf][place.number] if row.layers else values[leaf])
+                    tensors[f"{place.stem}.{part.file}"] = _as_in_file(value, leaf, part, rank)
     for whole in adapter.wholes:
         row, value = whole_rows(model.config)[whole.path], np.asarray(adapter.saved[whole.path])
         for number, name in _whole_names(whole, row, model, adapter.config, adapted):
             one = value if number is None else value[number]
             tensors[name] = np.ascontiguousarray(one.T if row.transposed else one)
+    tensors |= kind.more_tensors(adapter)
     with new_folder(out) as folder:
         write_json(folder / "adapter_config.json", _config_json(adapter, model))
         plans = [Plan(name, value.dtype, value.shape) for name, value in tensors.items()]
@@ -133,13 +127,16 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
 
 
 def _whole_names(
-    whole: Whole, row: Row, model: Model, config: LoraConfig, adapted: dict[str, tuple[int, ...]]
+    whole: Whole, row: Row, model: Model, config: AnyConfig, adapted: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[int | None, str]]:
     """The tensors of a parameter that is trained whole: its place in `saved` (None: all of it) and its name."""
     if not row.layers:
         name = row.hf.removesuffix(".weight")
-        kind = ".weight" if whole.numbers is None and name != row.hf else ""
-        yield None, PREFIX + name + (".token_adapter.trainable_tokens_delta" if whole.numbers is not None else kind)
+        if whole.numbers is not None:
+            yield None, PREFIX + name + ".token_adapter.trainable_tokens_delta"
+        else:
+            module, _, kind = row.hf.rpartition(".")
+            yield None, PREFIX + (kind_of(config).whole_name(whole.path, module, kind) if kind in ("weight", "bias") else row.hf)
         if whole.path == "embed" and whole.numbers is None and config.ensure_weight_tying and model.config.tie_word_embeddings:
             yield None, PREFIX + whole_rows(model.config)["head"].hf
         return
@@ -147,12 +144,17 @@ def _whole_names(
     for place, number in enumerate(whole.numbers or range(len(row.layers))):
         name = row.hf.format(layer=row.layers[number])
         module, _, kind = name.rpartition(".")
-        yield place, f"{PREFIX}{module}{'.base_layer' if kind == 'bias' and ranks[number] else ''}.{kind}"
+        inner = ".base_layer" if kind == "bias" and ranks[number] else ""
+        yield place, PREFIX + kind_of(config).whole_name(whole.path, module + inner, kind)
 
 
 def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     """What PEFT writes; `all-linear` is spelled out, as PEFT does, and so is a regular expression where PEFT would translate it."""
-    fields, rows = adapter.config.to_dict(), adaptable(model.config)
+    kind, rows = kind_of(adapter.config), adaptable(model.config)
+    fields = kind.fields(adapter, model.config)
+    if isinstance(kind, PromptKind):
+        return fields | {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True,
+                         "base_model_name_or_path": model.source}  # fmt: skip
     targets = fields["target_modules"]
     modules = {site.path: rows[site.path] for site in adapter.sites if not is_parameter(site.path)}
     if targets == "all-linear":
@@ -165,13 +167,13 @@ def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
         fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
     task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
     return fields | {
-        "peft_type": "LORA", "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
+        "peft_type": kind.peft_type, "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
         "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
     }  # fmt: skip
 
 
 def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
-    """A PEFT LoRA folder as an adapter for `model`.
+    """A PEFT folder as an adapter for `model`.
 
     Raises ModelError for another kind of adapter, a field we cannot honour, and tensors that are missing, extra or of the wrong
     shape, naming them.
@@ -179,7 +181,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     path = Path(path).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
-    config = _read_config(read_json(path / "adapter_config.json"), path)
+    kind, config = _read_config(read_json(path / "adapter_config.json"), path)
     checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
     if model.config.model_type == "gpt_neox":  # whose head transformers 4 called embed_out
         config = settle(model.config, config)
@@ -188,31 +190,47 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     if apart:
         assert model.config.moe is not None
         checkpoint, config = PerExpert(checkpoint, model.config.moe.num_experts), settle(model.config, config)
+    if isinstance(kind, PromptKind):
+        return _read_prompt(path, checkpoint, model, kind, config)
     left = set(checkpoint.entries)
     if wrong := [name for name, entry in checkpoint.entries.items() if not is_float(entry.dtype)]:
         dtype = checkpoint.entries[wrong[0]].dtype
         raise ModelError(f"{path}: tensor {wrong[0]} is {dtype}; an adapter's must be float32, float16 or bfloat16")
+    config = kind.settle(model.config, config) if not isinstance(config, LoraConfig) else config
     params, sites = _read_pairs(path, checkpoint, left, model, config)
+    shared = _read_shared(path, checkpoint, left, model, config, sites)
     if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
         raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
-    wholes, adapted = find_wholes(model.config, config, sites), {site.path: site.ranks for site in sites}
+    wholes, adapted = kind.wholes(model.config, config, sites), {site.path: site.ranks for site in sites}
     own = {path: PREFIX + row.hf for path, row in whole_rows(model.config).items() if path in heads.PATHS}
     wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
     _ignore_copies(path, model, checkpoint, left)
-    if not left and not apart:
+    if not left and not apart and kind.stands:
         _check_complete(path, model, config, sites)
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
-    return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes)
+    return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes, shared=shared)
+
+
+def _read_prompt(path: Path, checkpoint: Checkpoint, model: Model, kind: PromptKind, config: Any) -> Adapter:
+    """The one tensor of a method of virtual tokens."""
+    name, wanted = "prompt_embeddings", (config.num_virtual_tokens, kind.width(model.config))
+    if set(checkpoint.entries) != {name}:
+        raise ModelError(f"{path}: adapter_model.safetensors holds {', '.join(sorted(checkpoint.entries)[:3])}, and has to hold {name}")
+    value = checkpoint.read(name).astype(np.float32)
+    if value.shape != wanted:
+        raise ModelError(f"{path}: {name} is {value.shape}, but this model and its config ask for {wanted}")
+    return Adapter({prompts.PATH: {"embeddings": jnp.asarray(value)}}, (), config)
 
 
 def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[Site, ...]) -> None:
     """The file has the pairs that its config names and no others: PEFT leaves out what only one of the two knows, with a warning."""
     rows = adaptable(model.config)
     found = {name for site in sites for name, rank in zip(names(site.path, rows[site.path]), site.ranks, strict=True) if rank}
-    wanted = targeted(model.config, config)
+    config = kind_of(config).settle(model.config, config)
+    wanted = {name for name in targeted(model.config, config) if rank_and_scale(name, config)[0]}
     if not wanted and not config.target_modules:
         wanted = found  # no targets are written down: the file says them
     if missing := sorted(wanted - found):
@@ -223,39 +241,63 @@ def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[S
         raise ModelError(f"{path}: adapter_model.safetensors holds no tensors, so there is nothing to add to the model")
 
 
-def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, config: LoraConfig) -> tuple[dict, tuple[Site, ...]]:
+def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, config: AnyConfig) -> tuple[dict, tuple[Site, ...]]:
     """The pairs that the file holds; the names of their tensors are taken out of `left`."""
     params, sites = {}, []
     rows = adaptable(model.config)
     wanted = find_sites(model.config, config) if config.target_parameters else ()
     experts = {site.path: site.ranks for site in wanted if is_parameter(site.path)}
+    kind, stems = kind_of(config), {name.rsplit(".", dots)[0] for name in left for dots in (1, 2)}
     for name, row in rows.items():
         places = list(_places(name, row, experts))
-        suffixes = _suffixes(name)
-        found = [{leaf: f"{place.stem}.{suffix}" for leaf, (suffix, _) in suffixes.items()} for place in places]
-        found = [{leaf: tensor for leaf, tensor in tensors.items() if tensor in left} for tensors in found]
-        if not any(found) or is_parameter(name) and name not in experts:
+        there = [place.stem in stems for place in places]
+        if not any(there) or is_parameter(name) and name not in experts:
             continue
-        ranks, scales, layers = [], [], []
-        for place, tensors in zip(places, found, strict=True):
-            rank, scale = rank_and_scale(place.name, config) if tensors else (0, 0.0)
+        count = row.shape[1] if row.is_experts else None
+        sizes = [rank_and_scale(place.name, config) if own else (0, 0.0) for place, own in zip(places, there, strict=True)]
+        kind.check(config, name, row)
+        full, layers = kind.parts(config, name, row, max(rank for rank, _ in sizes)), []
+        for number, (place, (rank, _)) in enumerate(zip(places, sizes, strict=True)):
+            parts = kind.parts(config, name, row, rank) if there[number] else {}
+            tensors = {leaf: f"{place.stem}.{part.file}" for leaf, part in parts.items()}
+            tensors = {leaf: tensor for leaf, tensor in tensors.items() if tensor in left}
+            if not tensors:  # what begins like this is another's
+                layers.append({})
+                sizes[number] = 0, 0.0
+                continue
             values = {leaf: checkpoint.read(tensor).astype(np.float32) for leaf, tensor in tensors.items()}
-            values = {leaf: x.T if suffixes[leaf][1] else x for leaf, x in values.items()}
-            count = row.shape[1] if row.is_experts else None
-            _check(path, place.name, values, _shapes(name, row, rank, count))
-            for leaf, asked in (("magnitude", config.use_dora), ("bias", config.lora_bias)):
-                if tensors and asked and leaf in suffixes and leaf not in tensors:
-                    tensor = f"{place.stem}.{suffixes[leaf][0]}"
-                    raise ModelError(f"{path}: tensor {tensor} is missing; adapter_config.json says that there is one")
-            values = {leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values
-            ranks, scales, layers = [*ranks, rank], [*scales, scale], [*layers, values]
+            values = {leaf: x.T if parts[leaf].turned else x for leaf, x in values.items()}
+            _check(path, place, values, parts)
+            layers.append({leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values)
             left -= set(tensors.values())
-        params[name] = _stack(layers, row, _shapes(name, row, max(ranks)))
-        sites.append(Site(name, tuple(ranks), tuple(scales)))
+        if any(layers):
+            params[name] = _stack(layers, row, full, count)
+            sites.append(Site(name, tuple(rank for rank, _ in sizes), tuple(scale for _, scale in sizes)))
     return params, tuple(sites)
 
 
-def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, model: Model, config: LoraConfig, adapted: dict):
+def _read_shared(
+    path: Path, checkpoint: Checkpoint, left: set, model: Model, config: AnyConfig, sites: tuple[Site, ...]
+) -> tuple[Constant, ...]:
+    """What all matrices share: as the file has it, or made anew where it says so."""
+    kind, found = kind_of(config), []
+    if not sites or not (made := kind.constants(model.config, config, sites)):
+        return ()
+    for constant, name in zip(made, kind.shared_files, strict=True):
+        if name not in left:
+            if getattr(config, "save_projection", False):
+                raise ModelError(f"{path}: tensor {name} is missing; adapter_config.json says that there is one")
+            found.append(constant)
+            continue
+        left.discard(name)
+        value = checkpoint.read(name).astype(np.float32)
+        if value.ndim != 2 or any(size < least for size, least in zip(value.shape, constant.value.shape, strict=True)):
+            raise ModelError(f"{path}: {name} is {value.shape}, but this model and its config ask for {constant.value.shape}")
+        found.append(Constant(value))
+    return tuple(found)
+
+
+def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, model: Model, config: AnyConfig, adapted: dict):
     """A parameter that is trained whole; the names are taken out of `left`."""
     row = whole_rows(model.config)[whole.path]
     shape = row.shape[bool(row.layers) :] if row.layers or whole.numbers is None else (len(whole.numbers), *row.shape[1:])
@@ -290,10 +332,11 @@ def _ignore_copies(path: Path, model: Model, checkpoint: Checkpoint, left: set) 
             raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
 
 
-def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
-    if saved.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; LORA is what can be opened")
-    for field, nothing in NOT_HERE.items():
+def _read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
+    kind = BY_TYPE.get(str(saved.get("peft_type")))
+    if kind is None:
+        raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened")
+    for field, nothing in kind.refused.items():
         if saved.get(field) not in (None, nothing, [], {}):
             raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
     if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
@@ -302,45 +345,42 @@ def _read_config(saved: dict[str, Any], path: Path) -> LoraConfig:
             f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
         )
-    if unknown := sorted(key for key in saved.keys() - KNOWN if saved[key] not in (None, False, [], {})):
+    own = {field.name for field in dataclasses.fields(kind.config)}
+    known = own | USUAL | kind.refused.keys() | kind.ignored
+    if unknown := sorted(key for key in saved.keys() - known if saved[key] not in (None, False, [], {})):
         what = ", ".join(f"{key}={saved[key]!r}" for key in unknown)
         log.warning("%s/adapter_config.json has %s, which is not known here and changes nothing", path, what)
-    ours = {field.name for field in dataclasses.fields(LoraConfig)} & saved.keys() - NOT_HERE.keys()
-    kept = {name: saved[name] for name in ours if saved[name] is not None and name != "init_lora_weights"}
+    kept = {name: saved[name] for name in own & saved.keys() - kind.refused.keys() if saved[name] is not None}
     try:
-        return LoraConfig(**({"r": 8, "lora_alpha": 8, "target_modules": ()} | kept))  # PEFT's defaults, where the file leaves them out
+        return kind, kind.config(**kind.read_fields(kept))
     except ConfigError as error:
         raise ModelError(f"{path}/adapter_config.json: {error}") from error
 
 
-def _shapes(name: str, row: Row, rank: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Of what a pair is at one layer; DoRA scales an embedding's columns, and the rows of any other matrix."""
-    out, width = row.shape[-2:]
-    joint = rank * (experts or 1)
-    return {"a": (joint, width), "b": (out, joint), "magnitude": (width if name == "embed" else out,), "bias": (out,)}
-
-
-def _check(path: Path, module: str, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]]) -> None:
-    if not tensors:
-        return
-    for leaf in ("a", "b"):
-        if leaf not in tensors:
-            raise ModelError(f"{path}: the adapter of {module} lacks its {leaf.upper()} matrix")
-    for leaf, tensor in tensors.items():
-        if tensor.shape != wanted[leaf]:
-            raise ModelError(f"{path}: {leaf.upper()} of {module} is {tensor.shape}, but this model and its config ask for {wanted[leaf]}")
-
-
-def _stack(layers: list[dict[str, np.ndarray]], row: Row, full: dict[str, tuple[int, ...]]) -> dict:
-    """Per-layer pairs, padded with zeros to the shapes of one rank, stacked in front."""
-    lead = row.shape[:-2] if row.layers else (1,)
-    leaves = {}
-    for leaf, own in full.items():
-        if not any(leaf in tensors for tensors in layers):
+def _check(path: Path, place: Place, values: dict[str, np.ndarray], parts: dict[str, Part]) -> None:
+    """All arrays of a matrix are there, and of the shapes that the model and the config ask for."""
+    for leaf, part in parts.items():
+        if leaf in values:
             continue
+        if leaf in ("a", "b"):
+            raise ModelError(f"{path}: the adapter of {place.name} lacks its {leaf.upper()} matrix")
+        raise ModelError(f"{path}: tensor {place.stem}.{part.file} is missing; adapter_config.json says that there is one")
+    for leaf, value in values.items():
+        if value.shape != parts[leaf].shape:
+            wanted = parts[leaf].shape
+            raise ModelError(f"{path}: {leaf.upper()} of {place.name} is {value.shape}, but this model and its config ask for {wanted}")
+
+
+def _stack(layers: list[dict[str, np.ndarray]], row: Row, full: dict[str, Part], experts: int | None) -> dict:
+    """Per-layer arrays, padded with zeros to the shapes of one rank, stacked in front."""
+    lead, leaves = row.shape[:-2] if row.layers else (1,), {}
+    for leaf, part in full.items():
+        own = list(part.shape)
+        if experts and part.rank is not None:  # each has its part of the joint rank
+            own[part.rank] //= experts
         stack = np.zeros((*lead, *own), np.float32)
-        for number, tensors in enumerate(layers):
-            if leaf in tensors:
-                stack[(number, *(slice(size) for size in tensors[leaf].shape))] = tensors[leaf]
+        for number, values in enumerate(layers):
+            if leaf in values:
+                stack[(number, *(slice(size) for size in values[leaf].shape))] = values[leaf]
         leaves[leaf] = jnp.asarray(stack if row.layers else stack[0])
     return leaves

@@ -91,14 +91,15 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
     return {name: _source(part, config, name == "train", data_parallel) for name, part in parts.items()}
 
 
-def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: Any) -> None:
-    """DataError for a row with a token that the model has not, or one longer than its table of positions, if it has one (GPT-2).
+def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: Any, virtual: int = 0) -> None:
+    """DataError for a row with a token that the model has not, or one longer than its table of positions, if it has one (GPT-2), of
+    which `virtual` tokens take the first.
 
     Where positions turn (all others), a row longer than the model was made for is a warning.
     Tokens are looked at where the tokenizer has more of them than the model.
     """
     unknown = max(tokenizer.get_vocab().values(), default=0) >= model_config.vocab_size
-    most = model_config.max_position_embeddings
+    most = model_config.max_position_embeddings - virtual
     sources = list(sources)
     for source in sources:
         if source is None:
@@ -106,8 +107,9 @@ def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: A
         if unknown:
             source.check_vocabulary(model_config.vocab_size)
         if not model_config.ropes and source.units.longest > most:
+            ends = f"has room for {most} beside {virtual} virtual tokens" if virtual else f"ends at {most}"
             raise DataError(
-                f"the longest row has {source.units.longest} tokens, and this model's table of positions ends at {most}; "
+                f"the longest row has {source.units.longest} tokens, and this model's table of positions {ends}; "
                 f"write data.max_length: {most} (or less), with data.length_policy: drop or truncate"
             )
     longest = max((source.units.longest for source in sources if source is not None), default=0)

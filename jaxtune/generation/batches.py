@@ -11,6 +11,7 @@ from jaxtune import parallel
 from jaxtune.errors import ModelError
 from jaxtune.generation.answer import Answer
 from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.model import virtual
 from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
 
@@ -66,6 +67,7 @@ class Run(NamedTuple):
         places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
         adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
         params = compose(self.params, adapter)
+        T += virtual.count(params)  # which take slots as prompts do
         prompts_PT, lengths_B, keys_B = self._place((prompts_PT, jnp.asarray(lengths_B), row_keys(self.key, places_B2)))
         shared = Rows(lengths_B, keys_B, self.stops)
         state = prefill(self.config, params, self.sampling, shared, prompts_PT, self.new, prompt_B)

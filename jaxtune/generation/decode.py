@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxtune.generation.sampling import Sampling, choose
-from jaxtune.model import decoder
+from jaxtune.model import decoder, virtual
 from jaxtune.model.families import ModelConfig
 
 NONE, NAN = -1, -2  # in `tokens_BN`: no token, the row had ended; no token, the logits are not numbers
@@ -54,8 +54,8 @@ def prefill(
     lengths_P = rows.lengths_B if prompt_B is None else jnp.zeros(P, jnp.int32).at[prompt_B].max(rows.lengths_B)
     offsets_PT = jnp.arange(T)[None] - (T - lengths_P)[:, None]
     real_PT = offsets_PT >= 0
-    empty = decoder.init_cache(config, P, T)
-    out = decoder.hidden(config, params, prompts_PT, jnp.maximum(offsets_PT, 0), real_PT.astype(jnp.int32), cache=empty)
+    empty = decoder.init_cache(config, P, T + virtual.count(params))
+    out = decoder.hidden(config, params, prompts_PT, jnp.maximum(offsets_PT, 0), real_PT.astype(jnp.int32), cache=empty, first=True)
     assert out.cache is not None  # one was given
     seen_BV = None
     if sampling.repetition_penalty is not None:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.errors import ModelError
+
 SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
 _MANY = 2**30
 UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
@@ -34,12 +36,14 @@ class Keys(NamedTuple):
     """Where keys (or queries) stand: slot in the row, position in the document, segment; int32 `[B, T]`.
 
     `parents`, where given, is the segment that a token's own segment goes on from (0: none): a prompt that several answers share.
+    `common`, of keys: bool, whether every segment sees it (virtual tokens).
     """
 
     slots: jax.Array
     positions: jax.Array
     segments: jax.Array
     parents: jax.Array | None = None
+    common: jax.Array | None = None
 
 
 def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
@@ -48,6 +52,8 @@ def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
     same = queries.segments[:, :, None] == keys.segments[:, None, :]
     if queries.parents is not None:
         same |= queries.parents[:, :, None] == keys.segments[:, None, :]
+    if keys.common is not None:
+        same |= keys.common[:, None, :]
     seen = same & (keys.segments[:, None, :] > 0) & (queries.slots[:, :, None] >= keys.slots[:, None, :])
     return seen & ((window == 0) | (distance < window))
 
@@ -71,6 +77,8 @@ def attend(
     q = checkpoint_name(q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4), "attention")
     k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
     if form != "xla":
+        if keys.common is not None:
+            raise ModelError(f"attention {form} is a kernel that knows no virtual tokens (prompt and prefix tuning); write attention: xla")
         q, queries = (_whole(x, _kernel(form).block(T), T) for x in (q, queries))
         k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
     elif T > tile.queries and S > tile.keys:
@@ -280,9 +288,11 @@ def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax
     parents = own if queries.parents is None else jnp.where(queries.parents > 0, queries.parents, own)
     q_least, q_most = ((lambda x, f=f: f(x, ours, q_block)[:, :, None]) for f in (least, most))
     k_least, k_most = ((lambda x, f=f: f(x, theirs, k_block)[:, None]) for f in (least, most))
-    seen = k_least(keys.slots) <= q_most(queries.slots)
-    seen &= k_most(keys.segments) >= q_least(jnp.minimum(own, parents))
+    seen = k_most(keys.segments) >= q_least(jnp.minimum(own, parents))
     seen &= k_least(keys.segments) <= q_most(jnp.maximum(own, parents))
+    if keys.common is not None:
+        seen |= keys.common.reshape(keys.common.shape[0], 1, -1, k_block).any(-1)
+    seen &= k_least(keys.slots) <= q_most(queries.slots)
     return seen & ((window == 0) | (q_least(queries.positions) - k_most(keys.positions) < window))
 
 

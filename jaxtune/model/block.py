@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, attend
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layers import ACTIVATIONS, NORMS
@@ -64,6 +65,8 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     q, k, v = projections(config, w, x_BTD)
     q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
     q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+    if "prefix" in w:
+        k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:
         start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
         kv = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv, (k, v), strict=True))
@@ -161,7 +164,8 @@ def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
 def feed_forward(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
     """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts."""
     if "router" in w:
-        return mixture(config, w, x_BTD, place.queries.segments > 0)
+        segments = place.queries.segments
+        return mixture(config, w, x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
     act = ACTIVATIONS[config.hidden_act]
     if "gate_up" in w:
         gate, up = jnp.split(linear(w["gate_up"], x_BTD, w.get("gate_up_bias")), 2, axis=-1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxtune.errors import ModelError
+from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import norm
 from jaxtune.model.families import ModelConfig
@@ -63,29 +64,40 @@ def hidden(
     cache: Cache | None = None,
     embeds_BTD: jax.Array | None = None,
     parents_BT: jax.Array | None = None,
+    first: bool | None = None,
 ) -> Output:
     """Hidden states after the final norm.
 
     Positions default to 0, 1, 2, ... and segments to 1 (no padding). With `cache`, the tokens follow those in it.
     `embeds_BTD` stands in for the token embeddings (noise, soft prompts). `parents_BT`: the segment that a token's own segment goes on
-    from, which it sees too (0: none); its positions then go on from there.
+    from, which it sees too (0: none); its positions then go on from there. `first`: virtual tokens come before these, where the tree has
+    some (None: where there is no cache).
     """
-    B, T = tokens_BT.shape
+    (B, T), given = tokens_BT.shape, positions_BT is not None
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) + (0 if cache is None else cache.length)
+    x_BTD = embed(config, params, tokens_BT) if embeds_BTD is None else embeds_BTD.astype(config.dtype)
+    P, first = virtual.count(params), cache is None if first is None else first
+    if P and (first or given):  # else the cache's length counts them
+        positions_BT = positions_BT + P
+    if P and first:
+        x_BTD, T = virtual.before(params, x_BTD), T + P
+        positions_BT = virtual.widened(params, positions_BT, jnp.arange(P))
+        segments_BT = virtual.widened(params, segments_BT, virtual.SEGMENT)
+        parents_BT = None if parents_BT is None else virtual.widened(params, parents_BT, 0)
     start = 0 if cache is None else cache.length
     queries = Keys(jnp.broadcast_to(jnp.arange(T) + start, (B, T)), positions_BT, segments_BT, parents_BT)
-    keys = queries._replace(parents=None)
+    keys = queries._replace(parents=None, common=segments_BT == virtual.SEGMENT if P else None)
     if cache is not None:
         cache = cache.replace(
             positions=jax.lax.dynamic_update_slice(cache.positions, positions_BT, (0, start)),
             segments=jax.lax.dynamic_update_slice(cache.segments, segments_BT, (0, start)),
         )
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.k.shape[2]), cache.positions.shape), cache.positions, cache.segments)
+        keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
 
-    x_BTD = embed(config, params, tokens_BT) if embeds_BTD is None else embeds_BTD.astype(config.dtype)
     if config.embedding_multiplier != 1.0:
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
@@ -95,11 +107,13 @@ def hidden(
 
     kv, routed, shared = None if cache is None else (cache.k, cache.v), [], Shared(cos, sin, queries, keys)
     for stack in range(len(config.stacks)):
-        x_BTD, kv, sums = run(config, stack, params["layers"][str(stack)], x_BTD, shared, kv)
+        weights = virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)]
+        x_BTD, kv, sums = run(config, stack, weights, x_BTD, shared, kv)
         routed += [sums] if sums is not None else []
     if cache is not None and kv is not None:
         cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
+    x_BTD = x_BTD[:, P:] if P and first else x_BTD
     return Output(norm(config, params, "norm", x_BTD), cache, aux)
 
 

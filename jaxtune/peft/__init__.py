@@ -3,27 +3,33 @@
 `METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` makes plain arrays of it.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune.errors import ConfigError
 from jaxtune.model.weight import dense, is_weight
-from jaxtune.peft import lora
+from jaxtune.peft import adalora, biases, ia3, loha, lokr, lora, norms, oft, prompts, vera
+from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.combine import Mixed, compose_rows
 from jaxtune.tree import flatten, unflatten
 
 
 class Method(NamedTuple):
-    """`init(key, model_config, base, config) -> trainable`; `quantized`: whether the base may be packed, and is by default."""
+    """How the method adapts (None: it trains the parameters themselves), and how the base is packed by default."""
 
-    init: Callable
+    kind: Kind | None
     quantization: str | None = None
     summary: str = ""
 
+    def init(self, key: jax.Array, model_config: Any, base: dict, config: Any, tokenizer: Any = None) -> Any:
+        """What a run with this config trains, as it begins."""
+        if self.kind is None:
+            return _init_full(base, config)
+        return self.kind.init(key, model_config, base, getattr(config, self.kind.config.group), tokenizer)
 
-def _init_full(key, model_config, base, config):
+
+def _init_full(base: dict, config: Any) -> dict:
     if any(is_weight(leaf) for leaf in flatten(base).values()):
         raise ConfigError(
             f"method full trains the weights themselves, and those of {config.model} are packed; write method: qlora, or give the model "
@@ -32,41 +38,73 @@ def _init_full(key, model_config, base, config):
     return base
 
 
-def _init_lora(key, model_config, base, config):
-    return lora.init(key, model_config, base, config.lora)
-
-
 METHODS = {
-    "full": Method(_init_full, summary="every parameter"),
-    "lora": Method(_init_lora, summary="low-rank pairs beside frozen matrices"),
-    "qlora": Method(_init_lora, quantization="nf4-dq", summary="LoRA over a 4-bit base"),
+    "full": Method(None, summary="every parameter"),
+    "lora": Method(lora.KIND, summary="low-rank pairs beside frozen matrices"),
+    "qlora": Method(lora.KIND, quantization="nf4-dq", summary="LoRA over a 4-bit base"),
+    "ia3": Method(ia3.KIND, summary="one number for each input or output of a matrix"),
+    "loha": Method(loha.KIND, summary="the element-wise product of two low-rank matrices"),
+    "lokr": Method(lokr.KIND, summary="a Kronecker product"),
+    "vera": Method(vera.KIND, summary="two vectors around one random pair that all matrices share"),
+    "adalora": Method(adalora.KIND, summary="singular values, the least of which training takes away"),
+    "oft": Method(oft.KIND, summary="inputs turned block by block"),
+    "boft": Method(oft.BOFT, summary="inputs turned block by block, outputs scaled"),
+    "bitfit": Method(biases.KIND, summary="biases"),
+    "ln_tuning": Method(norms.KIND, summary="norms"),
+    "prompt_tuning": Method(prompts.PROMPT, summary="embeddings of virtual tokens before each document"),
+    "p_tuning": Method(prompts.ENCODER, summary="such embeddings, made by a small network"),
+    "prefix_tuning": Method(prompts.PREFIX, summary="keys and values of virtual tokens in every layer"),
 }
+KINDS: dict[type, Kind] = {method.kind.config: method.kind for method in METHODS.values() if method.kind}
 
 
-def init_adapter(key: jax.Array, model, config) -> lora.Adapter:
-    """A fresh adapter for `model` (a `jaxtune.Model`), by a `LoraConfig`; it changes nothing until it is trained."""
-    return lora.init(key, model.config, model.params, config)
+def kind_of(config: Any) -> Kind:
+    """The method that a config is of."""
+    return KINDS[type(config)]
 
 
-def compose(base: dict, trainable, key: jax.Array | None = None) -> dict:
+def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
+    """A fresh adapter for `model` (a `jaxtune.Model`), by a `LoraConfig`, `IA3Config`, ...; it changes nothing until it is trained."""
+    if type(config) not in KINDS:
+        known = ", ".join(kind.__name__ for kind in KINDS)
+        raise ConfigError(f"an adapter is made by one of {known}, and {type(config).__name__} was given")
+    return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)
+
+
+def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
     """The parameter tree to compute with: `base` with an adapter's leaves in place, or a fully trained tree as it is.
 
     O(1): swaps leaves, computes nothing; call it inside jit. `key` switches dropout on.
     """
     if trainable is None:
         return base
-    if isinstance(trainable, lora.Adapter):
-        return lora.compose(base, trainable, key)
+    if isinstance(trainable, Adapter):
+        return kind_of(trainable.config).compose(base, trainable, key)
     if isinstance(trainable, Mixed):
         return compose_rows(base, trainable)
     return trainable
 
 
-def merge(base: dict, trainable=None, dtype=None) -> dict:
+def virtual_tokens(trainable: Any) -> int:
+    """How many positions the adapter takes before each text."""
+    return getattr(trainable.config, "num_virtual_tokens", 0) if isinstance(trainable, Adapter) else 0
+
+
+def penalty(trainable: Any) -> jax.Array | None:
+    """What the method adds to a step's loss, float32 `[]`; None where it adds nothing."""
+    return kind_of(trainable.config).penalty(trainable) if isinstance(trainable, Adapter) else None
+
+
+def merge(base: dict, trainable: Any = None, dtype: Any = None) -> dict:
     """Plain arrays: adapters multiplied in, packed matrices dequantised, in `dtype` (by default the embedding's)."""
+    if isinstance(trainable, Adapter) and not kind_of(trainable.config).merges:
+        raise ConfigError(
+            f"an adapter of method {trainable.config.group} is tokens before a text, no change of a matrix, so there is nothing to merge; "
+            "use it as it is"
+        )
     own = flatten(base)
     dtype = dtype or dense(base["embed"]).dtype
-    saved = trainable.saved if isinstance(trainable, lora.Adapter) else {}
+    saved = trainable.saved if isinstance(trainable, Adapter) else {}
 
     def plain(path: str, leaf):
         if is_weight(leaf):

@@ -16,7 +16,7 @@ from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig, heads
 from jaxtune.model.weight import Matrix, Weight, linear, rows
-from jaxtune.peft.lora import Adapter
+from jaxtune.peft.adapter import Adapter
 from jaxtune.peft.sites import Site, adaptable, is_parameter, names
 from jaxtune.tree import flatten, unflatten
 
@@ -79,6 +79,12 @@ def _stack(layers: Sequence[Any], shape: tuple[int, ...], rank: int, stacked: bo
 
 
 def _refuse(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        if not isinstance(adapter.config, LoraConfig):
+            raise ConfigError(
+                f"an adapter of method {adapter.config.group} is no sum of low-rank products, so it cannot be added to another or mixed; "
+                "use it alone, or merge it into the base"
+            )
     if any("magnitude" in pair for adapter in adapters for pair in adapter.params.values()):
         raise ConfigError("a DoRA adapter scales the whole matrix, so it cannot be added to another; merge it into the base instead")
     for adapter in adapters:

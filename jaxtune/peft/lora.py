@@ -6,6 +6,7 @@ any optimiser.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import numpy as np
 from flax import struct
 
 from jaxtune.config import LoraConfig
-from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.spec import Row
 from jaxtune.model.weight import Matrix, Weight, dense, grouped, linear, rows
-from jaxtune.peft.sites import Site, Whole, adaptable, find_sites, find_wholes, settle
+from jaxtune.peft.adapter import Adapter, Kind, Part, dropout_keys, dropped, kaiming, own_values, put_saved, zeros
+from jaxtune.peft.sites import adaptable, find_sites, find_wholes, settle
 from jaxtune.tree import flatten, unflatten
 
 
@@ -32,14 +34,7 @@ class LoRA(Weight):
 
     def apply(self, x: jax.Array) -> jax.Array:
         """`W x + scale * b (a x)`, with dropout on the x of the second term."""
-        return _adapted(self.base, x, self._dropped(x), self.a, self.b, self.scale)
-
-    def _dropped(self, x: jax.Array) -> jax.Array | None:
-        """x with some elements dropped, where that is another than x."""
-        if self.key is None or self.rate == 0:
-            return None
-        keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        return adapted(self.base, x, dropped(x, self.key, self.rate), self.a, self.b, self.scale)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """Experts: `a [E, R, in]`, `b [E, out, R]`, `scale [E]`, each row of x through its own expert's."""
@@ -58,7 +53,7 @@ class LoRA(Weight):
 
 
 @jax.custom_vjp
-def _adapted(base, x, dropped, a, b, scale):
+def adapted(base, x, dropped, a, b, scale):
     """`W x + scale * b (a x)`, the second x being `dropped` where there is one.
 
     The barriers, here and in the backward pass, are for memory: each sum is made as soon as its parts are there, the small product after
@@ -69,7 +64,7 @@ def _adapted(base, x, dropped, a, b, scale):
 
 
 def _adapted_fwd(base, x, dropped, a, b, scale):
-    return _adapted(base, x, dropped, a, b, scale), (base, x, dropped, a, b, scale)
+    return adapted(base, x, dropped, a, b, scale), (base, x, dropped, a, b, scale)
 
 
 def _adapted_bwd(residuals, dy):
@@ -93,7 +88,7 @@ def _adapted_bwd(residuals, dy):
     return None, *jax.lax.optimization_barrier((dx, ddropped)), da, db, None
 
 
-_adapted.defvjp(_adapted_fwd, _adapted_bwd)
+adapted.defvjp(_adapted_fwd, _adapted_bwd)
 
 
 class DoRA(LoRA):
@@ -133,42 +128,6 @@ class DoRAEmbedding(DoRA):
         return (LoRA.dense(self, jnp.float32) * self._ratio(0)).astype(dtype)
 
 
-class TokenRows(Weight):
-    """A matrix `[V, D]` whose rows `ids` are others, `values [k, D]`: tokens that are trained alone."""
-
-    base: Matrix
-    values: jax.Array
-    ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
-
-    def apply(self, x: jax.Array) -> jax.Array:
-        """Logits of a tied head: those of `ids` by the values."""
-        return linear(self.base, x).at[..., np.asarray(self.ids)].set(linear(self.values, x))
-
-    def dense(self, dtype) -> jax.Array:
-        """The whole matrix."""
-        return dense(self.base, dtype).at[np.asarray(self.ids)].set(self.values.astype(dtype))
-
-    def rows(self, ids: jax.Array, dtype) -> jax.Array:
-        """Rows of the embedding."""
-        same = ids[..., None] == np.asarray(self.ids)
-        own = self.values.astype(dtype)[same.argmax(-1)]
-        return jnp.where(same.any(-1)[..., None], own, rows(self.base, ids, dtype))
-
-
-class Adapter(struct.PyTreeNode):
-    """A LoRA adapter: all that is trained, in float32, and what it is, static.
-
-    params  by row path `{"a", "b"[, "magnitude"][, "bias"]}`: the pairs, where `sites` say
-    saved   by row path the parameters that are trained themselves, where `wholes` say
-    """
-
-    params: dict[str, dict[str, jax.Array]]
-    sites: tuple[Site, ...] = struct.field(pytree_node=False)
-    config: LoraConfig = struct.field(pytree_node=False)
-    saved: dict[str, jax.Array] = struct.field(default_factory=dict)
-    wholes: tuple[Whole, ...] = struct.field(pytree_node=False, default=())
-
-
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
     """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), of an
     embedding normal with deviation 1; `b` zeros; parameters that are trained whole begin as the base's."""
@@ -196,7 +155,7 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
             pair["magnitude"] = _norms(leaves.get(site.path, leaves["embed"]), axis=-2 if site.path == "embed" else -1)
         tree[site.path] = pair
     wholes = find_wholes(model_config, config, sites)
-    saved = {whole.path: _own(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
+    saved = {whole.path: own_values(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
     return Adapter(params=tree, sites=sites, config=config, saved=saved, wholes=wholes)
 
 
@@ -204,25 +163,16 @@ def _norms(w: Matrix, axis: int) -> jax.Array:
     return jnp.linalg.norm(dense(w, jnp.float32), axis=axis)
 
 
-def _own(whole: Whole, leaf: Matrix, config: LoraConfig) -> jax.Array:
-    """A copy of what is to be trained of a leaf of the base."""
-    if isinstance(leaf, Weight):
-        raise ConfigError(f"lora.modules_to_save names {whole.path}, which is packed in 4 or 8 bits and cannot be trained; take it out")
-    return jnp.array(leaf if whole.numbers is None else leaf[np.asarray(whole.numbers)], jnp.float32)
-
-
 def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
     """The tree with its adapted leaves replaced by `LoRA(base, a, b)`; computes next to nothing. `key` switches dropout on."""
     leaves = flatten(base)
-    _put_saved(leaves, adapter)
+    put_saved(leaves, adapter)
     for number, site in enumerate(adapter.sites):
         pair = adapter.params[site.path]
         stacked = pair["a"].ndim > 2
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
-        rate, keys = adapter.config.lora_dropout, None
-        if key is not None and rate > 0:
-            keys = jax.random.fold_in(key, number)
-            keys = jax.random.split(keys, len(site.scales)) if stacked else keys
+        rate = adapter.config.lora_dropout
+        keys = dropout_keys(key, rate, number, len(site.scales) if stacked else None)
         if site.path == "embed" and "head" not in leaves and "score" not in leaves:
             leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head alone
         for path, part in _parts(site.path, pair, scale).items():
@@ -235,20 +185,6 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
     return unflatten(leaves)
 
 
-def _put_saved(leaves: dict, adapter: Adapter) -> None:
-    """Put the parameters in that are trained themselves. What is trained of a tied matrix is one of its uses, tokens aside."""
-    for whole in adapter.wholes:
-        value, path = adapter.saved[whole.path], whole.path
-        if path in ("embed", "head") and whole.numbers is not None:
-            leaves[path] = TokenRows(leaves[path], value, whole.numbers)
-        elif whole.numbers is not None:
-            leaves[path] = leaves[path].astype(jnp.float32).at[np.asarray(whole.numbers)].set(value)
-        else:
-            if path == "embed" and not adapter.config.ensure_weight_tying and "score" not in leaves:
-                leaves.setdefault("head", leaves["embed"])
-            leaves[path] = value
-
-
 def _parts(path: str, pair: dict[str, jax.Array], scale: jax.Array) -> dict[str, dict[str, jax.Array]]:
     """The leaves that a pair stands at, with its part for each: two for the experts' gate and up, which it adapts as one matrix."""
     part = {name: pair[name] for name in ("a", "b", "magnitude") if name in pair} | {"scale": scale}
@@ -259,3 +195,52 @@ def _parts(path: str, pair: dict[str, jax.Array], scale: jax.Array) -> dict[str,
     gate, up = jnp.split(part["b"], 2, axis=-2)
     stack = path.removesuffix("experts_gate_up")
     return {f"{stack}experts_gate": part | {"b": gate}, f"{stack}experts_up": part | {"b": up}}
+
+
+class LoRAKind(Kind):
+    """LoRA stands at embeddings, routers and experts too, so it begins and composes its own way."""
+
+    config = LoraConfig
+    peft_type = "LORA"
+    refused = {
+        "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "use_bdlora": None,
+        "velora_config": None, "kasa_config": None, "monteclora_config": None,
+    }  # fmt: skip
+    ignored = frozenset(
+        "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config runtime_config qalora_group_size "
+        "init_lora_weights".split()
+    )
+
+    def settle(self, model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
+        return settle(model_config, config)
+
+    def parts(self, config: LoraConfig, path: str, row: Row, rank: int) -> dict[str, Part]:
+        """PEFT's pair of an embedding `[V, D]` is that of its transpose; experts lie side by side in one pair."""
+        out, width = row.shape[-2:]
+        rank *= row.shape[1] if row.is_experts else 1
+        if path == "embed":
+            found = {"b": Part((out, rank), ("out", None), "lora_embedding_A", zeros, -1, turned=True),
+                     "a": Part((rank, width), (None, "in"), "lora_embedding_B", zeros, -2, turned=True)}  # fmt: skip
+            size, axis = width, "in"
+        else:
+            found = {"a": Part((rank, width), (None, "in"), "lora_A.weight", kaiming, -2),
+                     "b": Part((out, rank), ("out", None), "lora_B.weight", zeros, -1)}  # fmt: skip
+            size, axis = out, "out"
+        if config.lora_bias:
+            found["bias"] = Part((out,), ("out",), "lora_B.bias", zeros)
+        if config.use_dora:
+            found["magnitude"] = Part((size,), (axis,), "lora_magnitude_vector", zeros)
+        return found
+
+    def read_fields(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """With PEFT's defaults, where the file leaves them out."""
+        return {"r": 8, "lora_alpha": 8, "target_modules": ()} | {name: saved[name] for name in saved if name != "init_lora_weights"}
+
+    def init(self, key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig, tokenizer: Any = None) -> Adapter:
+        return init(key, model_config, params, config)
+
+    def compose(self, base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
+        return compose(base, adapter, key)
+
+
+KIND = LoRAKind()

@@ -1,15 +1,16 @@
 """Which parameters of a model a `LoraConfig` names, by PEFT's rules: where pairs stand, and what is trained whole beside them."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtune.config import LoraConfig
+from jaxtune.config import LoraConfig, MatrixConfig
 from jaxtune.errors import ConfigError
 from jaxtune.model.families import FAMILIES, ModelConfig, heads
 from jaxtune.model.spec import Row, spec
+
+AnyConfig = LoraConfig | MatrixConfig
 
 
 class Site(NamedTuple):
@@ -101,7 +102,13 @@ def settle(model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, target_modules=modules, target_parameters=tuple(sorted(parameters)) or None, **patterns)
 
 
-def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...]:
+def _rows_for(model_config: ModelConfig, config: AnyConfig) -> dict[str, Row]:
+    """The rows that the config's method can stand at: LoRA at all, the others at linear layers."""
+    rows = adaptable(model_config)
+    return rows if isinstance(config, LoraConfig) else {path: row for path, row in rows.items() if row.is_matrix or path == "head"}
+
+
+def find_sites(model_config: ModelConfig, config: AnyConfig) -> tuple[Site, ...]:
     """Which rows and layers the (settled) config's `target_modules` and `target_parameters` name, with ranks and scales.
 
     A list matches a module's full name or its end (`q_proj`), a string is a regular expression for the full name, "all-linear" is
@@ -109,33 +116,33 @@ def find_sites(model_config: ModelConfig, config: LoraConfig) -> tuple[Site, ...
     be combined with expert layers.
     """
     sites, matched = [], set()
-    rows = adaptable(model_config)
+    rows = _rows_for(model_config, config)
     for path, row in rows.items():
         hits = [_matches(path, name, row, config) for name in names(path, row)]
         matched.update(hit for hit in hits if hit)
         if any(hits):
             pairs = [rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(names(path, row), hits, strict=True)]
             sites.append(Site(path, tuple(r for r, _ in pairs), tuple(s for _, s in pairs)))
-    _check_targets("target_modules", config.target_modules, matched, [p for p in rows if rows[p].is_matrix], rows)
-    _check_targets("target_parameters", config.target_parameters or (), matched, [p for p in rows if is_parameter(p)], rows)
-    _check_kinds(config, [site.path for site in sites])
+    _check_targets(config, "target_modules", config.target_modules, matched, [p for p in rows if rows[p].is_matrix], rows)
+    _check_targets(config, "target_parameters", config.target_parameters or (), matched, [p for p in rows if is_parameter(p)], rows)
+    if isinstance(config, LoraConfig):
+        _check_kinds(config, [site.path for site in sites])
     return tuple(sites)
 
 
-def targeted(model_config: ModelConfig, config: LoraConfig) -> set[str]:
-    """PEFT's names of the modules and parameters that a config names, whether or not each of its targets names one."""
-    config = settle(model_config, config)
-    return {name for path, row in adaptable(model_config).items() for name in names(path, row) if _matches(path, name, row, config)}
+def targeted(model_config: ModelConfig, config: AnyConfig) -> set[str]:
+    """PEFT's names of the modules and parameters that a (settled) config names, whether or not each of its targets names one."""
+    return {name for path, row in _rows_for(model_config, config).items() for name in names(path, row) if _matches(path, name, row, config)}
 
 
-def _check_targets(key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
+def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
     wanted = {targets} if isinstance(targets, str) else set(targets)
     if missing := sorted(wanted - matched):
         there = sorted({name.rsplit(".", 1)[-1] if key == "target_modules" else EXPERTS[path.rpartition("/")[2]]
                         for path in paths for name in names(path, rows[path])})  # fmt: skip
         what = "linear layer" if key == "target_modules" else "parameter of experts"
         there = f"there are {', '.join(there)}" if there else "there is none"
-        raise ConfigError(f"lora.{key}: {', '.join(missing)} matches no {what} of this model; {there}")
+        raise ConfigError(f"{config.group}.{key}: {', '.join(missing)} matches no {what} of this model; {there}")
 
 
 def _check_kinds(config: LoraConfig, paths: list[str]) -> None:
@@ -147,23 +154,23 @@ def _check_kinds(config: LoraConfig, paths: list[str]) -> None:
         raise ConfigError("lora.lora_bias cannot be used where the embedding or the output head is adapted; leave it out")
 
 
-def _matches(path: str, name: str, row: Row, config: LoraConfig) -> str | None:
+def _matches(path: str, name: str, row: Row, config: AnyConfig) -> str | None:
     """The target that names this module or parameter, or None."""
     if is_parameter(path):
-        return _named(name, config.target_parameters or ())
-    if config.exclude_modules and _named(name, config.exclude_modules):
+        return named(name, config.target_parameters or ())
+    if config.exclude_modules and named(name, config.exclude_modules):
         return None
     if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()):
         return None
     if config.target_modules == "all-linear":
         return "all-linear" if row.is_matrix else None
-    hit = _named(name, config.target_modules)
+    hit = named(name, config.target_modules)
     if hit and hit != name and config.layers_to_transform is not None and not isinstance(config.target_modules, str):
         return hit if _in_layers(name, config) else None
     return hit
 
 
-def _in_layers(name: str, config: LoraConfig) -> bool:
+def _in_layers(name: str, config: AnyConfig) -> bool:
     patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
     found = next(filter(None, (_compiled(expression).match(name) for expression in expressions)), None)
@@ -178,22 +185,24 @@ def _compiled(expression: str) -> re.Pattern:
         raise ConfigError(f"lora: {expression!r} is not a regular expression: {error}") from error
 
 
-def _named(name: str, targets) -> str | None:
+def named(name: str, targets) -> str | None:
+    """Which of the targets names a module: its full name or its end; or the regular expression that matches it."""
     if isinstance(targets, str):
         return targets if _compiled(targets).fullmatch(name) else None
     return next((t for t in targets if name == t or name.endswith("." + t)), None)
 
 
-def rank_and_scale(name: str, config: LoraConfig) -> tuple[int, float]:
+def rank_and_scale(name: str, config: AnyConfig) -> tuple[int, float]:
     """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
 
     def pattern(patterns, default):
         return next((value for key, value in dict(patterns).items() if _compiled(rf"(.*\.)?({key})").fullmatch(name)), default)
 
-    rank, alpha = pattern(config.rank_pattern, config.r), pattern(config.alpha_pattern, config.lora_alpha)
-    if rank < 1:
-        raise ConfigError(f"lora: the rank of {name} is {rank}; it has to be 1 or more")
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    rank, alpha = config.rank_and_alpha
+    rank, alpha = pattern(config.rank_pattern, rank), pattern(config.alpha_pattern, alpha)
+    if rank < config.least_rank:
+        raise ConfigError(f"{config.group}: the rank of {name} is {rank}; it has to be 1 or more")
+    return rank, config.scaling(rank, alpha)
 
 
 # ---- parameters that are trained whole ----
@@ -206,7 +215,7 @@ def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
     return {path: found.get(path, row) for path, row in rows.items() if not row.is_experts}
 
 
-def find_wholes(model_config: ModelConfig, config: LoraConfig, sites: tuple[Site, ...]) -> tuple[Whole, ...]:
+def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site, ...]) -> tuple[Whole, ...]:
     """What `bias`, `modules_to_save` and `trainable_token_indices` name, and a scoring head.
 
     `ConfigError` for a name that is not there, or that clashes with another.
@@ -225,17 +234,18 @@ def find_wholes(model_config: ModelConfig, config: LoraConfig, sites: tuple[Site
 
     if config.bias == "all":
         choose(lambda path, i, name: name.endswith(".bias"))
-    elif config.bias == "lora_only":
+    elif config.bias != "none":  # lora_only, vera_only, ...
         choose(lambda path, i, name: name.endswith(".bias") and bool(ranks.get(path.removesuffix("_bias"), (0,) * (i + 1))[i]))
     experts = [name for path, row in adaptable(model_config).items() if is_parameter(path) and row.is_experts for name in names(path, row)]
     for module in config.modules_to_save or ():
         if model_config.num_labels and module in HEADS:
             continue  # trained anyway
         if any(part.endswith(module) for name in experts for part in _ancestors(name)):
-            raise ConfigError(f"lora.modules_to_save: {module} holds experts, which are not trained whole; name them in target_parameters")
+            key = f"{config.group}.modules_to_save"
+            raise ConfigError(f"{key}: {module} holds experts, which are not trained whole; name them in target_parameters")
         if not choose(lambda path, i, name, module=module: any(part.endswith(module) for part in _ancestors(name))):
             there = sorted({row.hf.rsplit(".", 2)[-2] for row in rows.values()})
-            raise ConfigError(f"lora.modules_to_save: {module} is no module of this model; there are {', '.join(there)}")
+            raise ConfigError(f"{config.group}.modules_to_save: {module} is no module of this model; there are {', '.join(there)}")
     if tied and config.ensure_weight_tying and {"embed", "head"} & chosen.keys():
         chosen["embed"] = chosen.pop("head", {0})
     wholes = [Whole(path, None if len(found) == max(1, len(rows[path].layers)) else tuple(sorted(found))) for path, found in chosen.items()]
@@ -254,7 +264,7 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
-def _token_indices(model_config: ModelConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _token_indices(model_config: ModelConfig, config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """`embed` and `head` -> token ids; a tied head follows the embedding, as in PEFT."""
     given: Any = config.trainable_token_indices
     if not given:

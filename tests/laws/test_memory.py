@@ -12,7 +12,8 @@ import tiny
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from jaxtune.config import LoraConfig, load_config
+from jaxtune import peft
+from jaxtune.config import LoHaConfig, LoraConfig, OFTConfig, VeraConfig, load_config
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
 from jaxtune.model.decoder import forward, hidden
@@ -31,14 +32,18 @@ EXPERTS = SHAPE | {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1,
     "intermediate_size": 64,
 }  # fmt: skip
+LORA = LoraConfig(r=2)
+METHODS = [LoHaConfig(r=2), VeraConfig(r=2), OFTConfig(oft_block_size=4)]  # whose leaves have backward passes of their own
 TOKENS = 8  # few, so that weights are what takes memory
 
 
-def temporaries(layers: int, remat: str, quantization: str | None, shape: dict, tokens: int = TOKENS, **how) -> int:
-    """Bytes of temporaries of one LoRA step on a model of so many layers."""
+def temporaries(
+    layers: int, remat: str, quantization: str | None, shape: dict, tokens: int = TOKENS, adapter=LORA, **how
+) -> int:
+    """Bytes of temporaries of one adapter's step on a model of so many layers."""
     config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat, **how)
     loop = dict(max_grad_norm=1.0, max_skipped_steps=0)
-    run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, loss_type=None, lora=LoraConfig(r=2))
+    run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, loss_type=None)
     flat = {}
     for path, row in spec(config).items():
         if row.can_be_packed and quantization:
@@ -49,7 +54,7 @@ def temporaries(layers: int, remat: str, quantization: str | None, shape: dict, 
             flat[path] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
     base = unflatten(flat)
     optimizer = optax.sgd(1.0)
-    state = jax.eval_shape(lambda p: init_state(lora.init(jax.random.key(0), config, p, run.lora), optimizer, 0), base)
+    state = jax.eval_shape(lambda p: init_state(peft.kind_of(adapter).init(jax.random.key(0), config, p, adapter), optimizer, 0), base)
     numbers = jnp.arange(tokens, dtype=jnp.int32)[None, None]
     batch = Batch(numbers, (numbers > 0).astype(jnp.float32), numbers, jnp.ones_like(numbers))
     step = jax.jit(make_step(run, config, OBJECTIVES["sft"], optimizer))
@@ -61,14 +66,20 @@ def dense_layer(shape: dict) -> int:
     return sum(4 * int(np.prod(row.shape[1:])) for row in rows if row.can_be_packed)
 
 
-def growth(remat: str, quantization: str | None = "nf4-dq", shape: dict = SHAPE) -> float:
+def growth(remat: str, quantization: str | None = "nf4-dq", shape: dict = SHAPE, adapter=LORA) -> float:
     """Temporaries that one more layer takes, in dense layers."""
-    return (temporaries(10, remat, quantization, shape) - temporaries(2, remat, quantization, shape)) / 8 / dense_layer(shape)
+    ten, two = (temporaries(layers, remat, quantization, shape, adapter=adapter) for layers in (10, 2))
+    return (ten - two) / 8 / dense_layer(shape)
 
 
 @pytest.mark.parametrize(("kind", "remat"), [("nf4-dq", "none"), ("nf4-dq", "dots"), ("nf4-dq", "full"), ("int8", "none")])
 def test_a_layer_leaves_no_dense_copy(kind, remat):
     assert growth(remat, kind) < 0.2
+
+
+@pytest.mark.parametrize("adapter", METHODS, ids=lambda config: config.group)
+def test_no_method_leaves_a_dense_copy(adapter):
+    assert growth("none", "int8", adapter=adapter) < 0.2
 
 
 def test_a_long_row_takes_memory_by_its_length():
@@ -87,7 +98,7 @@ def test_experts_leave_no_dense_copy():
 def test_the_measure_sees_a_dense_copy(monkeypatch):
     """Autodiff through the plain product keeps what it multiplied by: this law's failure, made on purpose."""
     monkeypatch.setattr(quant.NF4, "apply", Weight.apply)
-    monkeypatch.setattr(lora, "_adapted", lambda base, x, dropped, a, b, scale: linear(base, x) + linear(b, linear(a, x)) * scale)
+    monkeypatch.setattr(lora, "adapted", lambda base, x, dropped, a, b, scale: linear(base, x) + linear(b, linear(a, x)) * scale)
     assert growth("none") > 0.9
 
 

@@ -1,0 +1,142 @@
+"""The other parameter-efficient methods: folders open in PEFT with the same logits, PEFT's open here, and training takes the same steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft_library = pytest.importorskip("peft")
+import references  # noqa: E402
+import tiny  # noqa: E402
+from methods import CASES, stir  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from jaxtune import optim, peft  # noqa: E402
+from jaxtune.config import load_config  # noqa: E402
+from jaxtune.convert.load import load  # noqa: E402
+from jaxtune.convert.peft import load_adapter, save_adapter  # noqa: E402
+from jaxtune.data.batch import Batch  # noqa: E402
+from jaxtune.model.decoder import forward  # noqa: E402
+from jaxtune.objectives import OBJECTIVES  # noqa: E402
+from jaxtune.step import init_state, make_step  # noqa: E402
+
+TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int64)
+_forward = jax.jit(forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny.write(root / "llama", tiny.LLAMA, tiny.hf_tensors(tiny.LLAMA))
+    for kind in ("gpt2", "gemma2"):
+        golden = references.load(kind)
+        tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+def theirs(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def ours(folder, adapter_of):
+    model = load(folder)
+    params = peft.compose(model.params, adapter_of(model))
+    return np.asarray(_forward(model.config, params, jnp.asarray(TOKENS, jnp.int32)))
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()[:, -TOKENS.shape[1] :]  # without the virtual tokens'
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_ours_opens_in_peft(folders, tmp_path, name):
+    case = CASES[name]
+    folder = folders[case.model]
+    model = load(folder)
+    adapter = stir(peft.init_adapter(jax.random.key(0), model, case.config()), model)
+    save_adapter(adapter, model, tmp_path / "adapter")
+    opened = peft_library.PeftModel.from_pretrained(theirs(folder), tmp_path / "adapter").eval()
+    expected = _logits(opened)
+    assert np.abs(expected - _logits(theirs(folder))).max() > 1e-2
+    np.testing.assert_allclose(ours(folder, lambda _: adapter), expected, atol=1e-4)
+    np.testing.assert_allclose(ours(folder, lambda model: load_adapter(tmp_path / "adapter", model)), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_pefts_opens_here(folders, tmp_path, name):
+    torch.manual_seed(0)
+    case = CASES[name]
+    folder = folders[case.model]
+    made = peft_library.get_peft_model(theirs(folder), case.theirs(peft_library)).eval()
+    with torch.no_grad():
+        for parameter in (parameter for parameter in made.parameters() if parameter.requires_grad):
+            parameter += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path / "adapter")
+    expected = _logits(made)
+    assert np.abs(expected - _logits(theirs(folder))).max() > 1e-2
+    np.testing.assert_allclose(ours(folder, lambda model: load_adapter(tmp_path / "adapter", model)), expected, atol=1e-4)
+
+
+TRAINED = {
+    "ia3": ("IA3Config", {}, {}),
+    "loha": ("LoHaConfig", {"r": 3, "target_modules": ["q_proj", "down_proj"]}, {}),
+    "vera": ("VeraConfig", {"r": 6, "target_modules": ["q_proj", "down_proj"]}, {}),
+    "adalora": ("AdaLoraConfig", {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 6,
+                                  "target_modules": ["q_proj", "down_proj"]}, {"weight_decay": 0.1}),
+    "oft": ("OFTConfig", {"oft_block_size": 4, "target_modules": ["q_proj"]}, {}),
+}  # fmt: skip
+STEPS, RATE = 6, 0.02
+
+
+def _their_steps(folder, out, name, settings, weight_decay):
+    """Losses of torch's AdamW over PEFT's adapter, which is saved first."""
+    torch.manual_seed(0)
+    made = peft_library.get_peft_model(theirs(folder), getattr(peft_library, name)(**settings, task_type="CAUSAL_LM")).train()
+    with torch.no_grad():
+        for parameter in (parameter for parameter in made.parameters() if parameter.requires_grad):
+            parameter += 0.1 * torch.randn_like(parameter)
+    made.save_pretrained(out)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=RATE, weight_decay=weight_decay)
+    losses = []
+    for step in range(STEPS):
+        loss = made(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss
+        loss.backward()
+        optimizer.step()
+        if name == "AdaLoraConfig":
+            made.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", TRAINED)
+def test_steps_are_those_of_peft_and_torch(folders, tmp_path, method):
+    name, settings, keys = TRAINED[method]
+    wanted = _their_steps(folders["llama"], tmp_path / "a", name, settings, keys.get("weight_decay", 0.0))
+    model = load(folders["llama"])
+    run = load_config({"model": "m", "method": method, method: settings, "learning_rate": RATE, "lr_scheduler_type": "constant",
+                       "max_grad_norm": 0, "max_steps": STEPS} | keys)  # fmt: skip
+    optimizer = optim.optimizer(run, STEPS)
+    step = jax.jit(make_step(run, model.config, OBJECTIVES["sft"], optimizer))
+    state = init_state(load_adapter(tmp_path / "a", model), optimizer, 0)
+    tokens = TOKENS.astype(np.int32)[None]
+    batch = Batch.empty(tokens.shape)
+    batch = dataclasses.replace(batch, tokens=tokens, weights=np.ones(tokens.shape, np.float32), segments=np.ones_like(tokens),
+                                positions=np.broadcast_to(np.arange(tokens.shape[2], dtype=np.int32), tokens.shape))  # fmt: skip
+    batch.weights[..., 0] = 0
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state, model.params, batch)
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    assert wanted[-1] < wanted[0] - 1e-2
+    if method == "adalora":
+        kept = [np.count_nonzero(state.trainable.params[path]["e"]) for path in state.trainable.params]
+        assert sum(kept) == 2 * 6  # target_r for each of six matrices

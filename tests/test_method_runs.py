@@ -1,0 +1,115 @@
+"""Whole runs of the methods that are not LoRA: over a packed base and a mesh, resumed, merged from disk to disk, and their errors."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from methods import CASES, stir
+
+import jaxtune as jt
+from jaxtune.config import load_config
+from jaxtune.convert.tensors import Safetensors
+from jaxtune.errors import ConfigError
+from jaxtune.export import export
+from jaxtune.train import train
+
+ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in "one two three hello there fox dog quick".split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    tiny.write_chat_model(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def config(folder, out, **changes):
+    return {
+        "model": str(folder / "model"), "output_dir": str(out), "data": {"train": str(folder / "rows.jsonl"), "max_length": 32},
+        "max_steps": 4, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2,
+        "compilation_cache": False,
+    } | changes  # fmt: skip
+
+
+def tensors(folder):
+    files = Safetensors(folder, stem="adapter_model")
+    return {name: files.read(name) for name in files.entries}
+
+
+def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path):
+    """AdaLoRA has the most state: importance of each number, which values live, and a step that it starts from."""
+    run = config(folder, tmp_path / "run", method="adalora", adalora={"init_r": 4, "target_r": 2, "tfinal": 1}, quantization="int8",
+                 mesh={"data": 2, "fsdp": 2, "tensor": 2}, zero_stage=1)  # fmt: skip
+    train(run)
+    wanted = tensors(tmp_path / "run" / "adapter")
+    described = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert sum(map(sum, described["rank_pattern"].values())) == 2 * len(described["rank_pattern"])
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    train(run | {"resume": True})
+    again = tensors(tmp_path / "run" / "adapter")
+    assert wanted.keys() == again.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+@pytest.mark.parametrize("name", ["ia3", "boft of some layers"])
+def test_merged_from_disk_to_disk(folder, tmp_path, name):
+    """What the merged folder holds is compared with base and adapter before it gets its name."""
+    model = jt.load(folder / "model")
+    adapter = stir(jt.init_adapter(jax.random.key(0), model, CASES[name].config()), model)
+    jt.save_adapter(adapter, model, tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True)
+    assert np.abs(jt.load(tmp_path / "merged").params["layers"]["0"]["o_bias"] - model.params["layers"]["0"]["o_bias"]).max() >= 0
+
+
+def test_an_adapter_of_another_method_is_not_gone_on_from(folder, tmp_path):
+    model = jt.load(folder / "model")
+    jt.save_adapter(jt.init_adapter(jax.random.key(0), model, jt.IA3Config()), model, tmp_path / "ia3")
+    with pytest.raises(ConfigError, match="holds an adapter of method ia3, and the method is vera; write method: ia3"):
+        train(config(folder, tmp_path / "run", method="vera", init_adapter=str(tmp_path / "ia3")))
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"method": "lora", "ia3": {"target_modules": ["q_proj"]}}, "ia3 is given, and the method is lora; write method: ia3"),
+    ({"method": "vera", "loraplus_lr_ratio": 4}, "method vera has none"),
+    ({"method": "oft", "oft": {"r": 4}}, "one of them has to be above 0, the other 0"),
+    ({"method": "boft", "boft": {"boft_n_butterfly_factor": 2}}, "without its CUDA kernel"),
+    ({"method": "adalora", "adalora": {"target_r": 20}}, "from 1 to adalora.init_r, 12"),
+    ({"method": "vera", "vera": {"d_initail": 1}}, "did you mean vera.d_initial"),
+])  # fmt: skip
+def test_keys_that_do_not_go_together(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config({"model": "m"} | keys)
+
+
+def test_a_config_keeps_the_group_of_its_method():
+    run = load_config({"model": "m", "method": "vera", "vera": {"r": 8}})
+    assert load_config(run.to_dict()) == run and "ia3" not in run.to_dict() and run.to_dict()["vera"]["r"] == 8
+
+
+@pytest.mark.parametrize("name", ["prompt tuning", "prefix tuning"])
+def test_generation_goes_on_from_the_virtual_tokens(folder, name):
+    """Each token is the likeliest after the text so far, read anew without a cache; rows of unlike length share a batch."""
+    model = jt.load(folder / "model")
+    adapter = stir(jt.init_adapter(jax.random.key(0), model, CASES[name].config()), model)
+    prompts = [[15, 9, 33], [12, 71, 18, 40, 12, 13, 77]]
+    answers = jt.generate_tokens(model, prompts, adapter, max_new_tokens=4)
+    params = jt.compose(model.params, adapter)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = np.asarray([prompt + answer.tokens], np.int32)
+        likeliest = np.asarray(jt.forward(model.config, params, text))[0].argmax(-1)
+        assert answer.tokens == likeliest[len(prompt) - 1 : -1].tolist()
+    plain = jt.generate_tokens(model, prompts, None, max_new_tokens=4)
+    assert [one.tokens for one in plain] != [one.tokens for one in answers]
+
+
+def test_adapters_that_are_no_sums_are_not_mixed(folder):
+    model = jt.load(folder / "model")
+    adapter = jt.init_adapter(jax.random.key(0), model, jt.OFTConfig())
+    with pytest.raises(ConfigError, match="method oft is no sum of low-rank products"):
+        jt.mix({"a": adapter}, ["a"])
