@@ -42,7 +42,9 @@ def tensors(folder):
 
 def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path):
     """AdaLoRA has the most state: importance of each number, which values live, and a step that it starts from."""
-    run = config(folder, tmp_path / "run", method="adalora", adalora={"init_r": 4, "target_r": 2, "tfinal": 1}, quantization="int8",
+    ranks = {"init_r": 4, "target_r": 2, "tfinal": 1, "target_modules": ["q_proj"]}
+    run = config(folder, tmp_path / "run", method="adalora", adalora=ranks,
+                 quantization="int8",
                  mesh={"data": 2, "fsdp": 2, "tensor": 2}, zero_stage=1)  # fmt: skip
     train(run)
     wanted = tensors(tmp_path / "run" / "adapter")

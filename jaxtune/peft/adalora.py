@@ -45,7 +45,7 @@ class Allocation(NamedTuple):
     count: jax.Array
     sensitivity: Adapter
     uncertainty: Adapter
-    live: dict[str, jax.Array]
+    live: dict[str, jax.Array]  # uint8, 0 or 1
 
 
 class AdaLoRAKind(Kind):
@@ -152,7 +152,7 @@ def _allocating(chain: optax.GradientTransformation, config: AdaLoraConfig, tota
 
     def init(adapter: Adapter) -> Allocation:
         nothing = jax.tree.map(jnp.zeros_like, adapter.replace(saved={}, wholes=()))
-        live = {path: jnp.ones(arrays["e"].shape, bool) for path, arrays in adapter.params.items()}
+        live = {path: jnp.ones(arrays["e"].shape, jnp.uint8) for path, arrays in adapter.params.items()}
         return Allocation(chain.init(adapter), jnp.zeros((), jnp.int32), nothing, nothing, live)
 
     def update(grads: Adapter, state: Allocation, adapter: Adapter | None = None):
@@ -166,7 +166,7 @@ def _allocating(chain: optax.GradientTransformation, config: AdaLoraConfig, tota
         due = jnp.where(early, due, step == end) & (budget < _total(adapter))
         live = {path: jnp.where(due, masks[path], state.live[path]) for path in masks}
         cut = due | (step > end)
-        e = {path: jnp.where(cut & ~live[path], -adapter.params[path]["e"], updates.params[path]["e"]) for path in live}
+        e = {path: jnp.where(cut & (live[path] == 0), -adapter.params[path]["e"], updates.params[path]["e"]) for path in live}
         params = {path: arrays | {"e": e[path]} for path, arrays in updates.params.items()}
         return updates.replace(params=params), Allocation(inner, step + 1, sensitivity, uncertainty, live)
 
@@ -204,7 +204,7 @@ def _budget(config: AdaLoraConfig, adapter: Adapter, end: int, step: jax.Array) 
 
 
 def _masks(adapter: Adapter, sensitivity: Adapter, uncertainty: Adapter, budget: jax.Array) -> dict[str, jax.Array]:
-    """By path which values are among the `budget` most important ones."""
+    """By path which values, 1 or 0, are among the `budget` most important ones."""
     scores, all_live = {}, []
     for site in adapter.sites:
         mean, spread = sensitivity.params[site.path], uncertainty.params[site.path]
@@ -214,7 +214,7 @@ def _masks(adapter: Adapter, sensitivity: Adapter, uncertainty: Adapter, budget:
         all_live.append(scores[site.path].reshape(live.shape)[live])
     ordered = jnp.sort(jnp.concatenate(all_live))
     threshold = ordered[jnp.maximum(len(ordered) - budget - 1, 0)]  # as many values as are too many are not above it
-    return {path: score > threshold for path, score in scores.items()}
+    return {path: (score > threshold).astype(jnp.uint8) for path, score in scores.items()}
 
 
 KIND: Any = AdaLoRAKind()
