@@ -27,6 +27,7 @@ class Case(NamedTuple):
         return getattr(library, self.name)(**self.settings, task_type="CAUSAL_LM")
 
 
+TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int32)
 QD = ["q_proj", "down_proj"]
 CASES = {
     "ia3": Case("ia3", "IA3Config", {}),
@@ -42,7 +43,8 @@ CASES = {
     ),
     "vera of gpt2": Case("vera", "VeraConfig", {"r": 6, "target_modules": ["c_attn", "mlp.c_proj"]}, "gpt2"),
     "adalora": Case("adalora", "AdaLoraConfig", {"init_r": 5, "target_r": 3, "lora_alpha": 12, "total_step": 10, "target_modules": QD}),
-    "adalora of gpt2": Case("adalora", "AdaLoraConfig", {"total_step": 10, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only"},
+    "adalora of gpt2": Case("adalora", "AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["c_attn", "c_fc"],
+                                                         "bias": "lora_only"},
                             "gpt2"),
     "oft": Case("oft", "OFTConfig", {"oft_block_size": 8, "target_modules": QD, "layers_to_transform": [0, 2]}),
     "oft by inverse": Case("oft", "OFTConfig", {"r": 4, "oft_block_size": 0, "block_share": True, "use_cayley_neumann": False,
