@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import moments
+from jaxtune import moments, peft
 from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
-from jaxtune.peft import METHODS
 
 STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
 
@@ -169,7 +168,7 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. Not to norms and biases, as in transformers' Trainer; to an adapter's it does."""
+    """A tree of bool: whether weight decay applies. Not to norms and biases, as in HF's Trainer; to an adapter's arrays it does."""
 
     def one(path, leaf):
         name = _name(path)
@@ -317,8 +316,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     decay = optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity()
     # torch's SGD adds the decay to the gradient, all the others to the update
     parts = [decay, core] if config.optim == "sgd" else [core, decay]
-    chain, kind = _in_float32(optax.chain(*parts, _descend(config, total_steps))), METHODS[config.method].kind
-    return chain if kind is None else kind.around(chain, getattr(config, kind.config.group), total_steps)
+    return peft.METHODS[config.method].around(_in_float32(optax.chain(*parts, _descend(config, total_steps))), config, total_steps)
 
 
 def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:

@@ -109,7 +109,9 @@ def _override(text: str) -> tuple[str, Any]:
 
 def _unknown(path: str) -> ConfigError:
     """Names the nearest key, over the keys and their aliases: `lora.rank` is LLaMA-Factory's `lora_rank`, so lora.r."""
-    names = {known: known for known in PATHS} | ALIASES
+    group = path.partition(".")[0]
+    others = GROUPS_OF_METHODS - {"lora", group}  # whose keys are like each other's
+    names = {known: known for known in PATHS if known.partition(".")[0] not in others} | ALIASES
     asked = _words(path)
 
     def likeness(name: str) -> float:

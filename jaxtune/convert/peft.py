@@ -5,7 +5,6 @@ A tensor is named `base_model.model.` + the module's name + what the method call
 whole has its own name.
 """
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -19,14 +18,15 @@ from jaxtune.config import LoraConfig
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
+from jaxtune.convert.peft_config import config_json, read_config
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
 from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
-from jaxtune.errors import ConfigError, ModelError
+from jaxtune.errors import ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.row import Row
 from jaxtune.model.weight import dense
-from jaxtune.peft import KINDS, kind_of, prompts
-from jaxtune.peft.adapter import Adapter, Constant, Kind, Part
+from jaxtune.peft import kind_of, prompts
+from jaxtune.peft.adapter import Adapter, Constant, Part
 from jaxtune.peft.prompts import PromptKind
 from jaxtune.peft.sites import (
     HEADS,
@@ -46,15 +46,6 @@ from jaxtune.peft.sites import (
 log = logging.getLogger("jaxtune")
 
 PREFIX = "base_model.model."
-
-TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
-
-# what PEFT writes beside a method's own fields
-USUAL = set("peft_type task_type auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out peft_version".split())
-BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
-# ways to begin that change the base too: without that base the pair means something else
-OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 class Place(NamedTuple):
     """One layer of an adapted row in the file: its number in the stack, PEFT's name of it, the start of its tensors' names."""
@@ -120,7 +111,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
             tensors[name] = np.ascontiguousarray(one.T if row.transposed else one)
     tensors |= kind.more_tensors(adapter)
     with new_folder(out) as folder:
-        write_json(folder / "adapter_config.json", _config_json(adapter, model))
+        write_json(folder / "adapter_config.json", config_json(adapter, model))
         plans = [Plan(name, value.dtype, value.shape) for name, value in tensors.items()]
         write_file(folder / "adapter_model.safetensors", plans, tensors.__getitem__)
     return Path(out)
@@ -148,30 +139,6 @@ def _whole_names(
         yield place, PREFIX + kind_of(config).whole_name(whole.path, module + inner, kind)
 
 
-def _config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
-    """What PEFT writes; `all-linear` is spelled out, as PEFT does, and so is a regular expression where PEFT would translate it."""
-    kind, rows = kind_of(adapter.config), adaptable(model.config)
-    fields = kind.fields(adapter, model.config)
-    if isinstance(kind, PromptKind):
-        return fields | {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True,
-                         "base_model_name_or_path": model.source}  # fmt: skip
-    targets = fields["target_modules"]
-    modules = {site.path: rows[site.path] for site in adapter.sites if not is_parameter(site.path)}
-    if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for path, row in modules.items() for name in names(path, row)})
-    elif isinstance(targets, str) and model.config.moe:
-        ranks = {site.path: site.ranks for site in adapter.sites}
-        targets = [name for path, row in modules.items() for name, rank in zip(names(path, row), ranks[path], strict=True) if rank]
-    scorers = {whole_rows(model.config)[whole.path].hf.rsplit(".", 1)[0] for whole in adapter.wholes if whole.path in heads.PATHS}
-    if scorers:
-        fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
-    task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
-    return fields | {
-        "peft_type": kind.peft_type, "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
-        "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
-    }  # fmt: skip
-
-
 def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     """A PEFT folder as an adapter for `model`.
 
@@ -181,7 +148,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     path = Path(path).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
-    kind, config = _read_config(read_json(path / "adapter_config.json"), path)
+    kind, config = read_config(read_json(path / "adapter_config.json"), path)
     checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
     if model.config.model_type == "gpt_neox":  # whose head transformers 4 called embed_out
         config = settle(model.config, config)
@@ -330,31 +297,6 @@ def _ignore_copies(path: Path, model: Model, checkpoint: Checkpoint, left: set) 
         saved = checkpoint.read(tensor).astype(np.float32)
         if saved.shape != own.shape or not np.allclose(saved, own, rtol=1e-2, atol=1e-4):
             raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
-
-
-def _read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
-    kind = BY_TYPE.get(str(saved.get("peft_type")))
-    if kind is None:
-        raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened")
-    for field, nothing in kind.refused.items():
-        if saved.get(field) not in (None, nothing, [], {}):
-            raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
-    if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
-        start = saved["init_lora_weights"]
-        raise ModelError(
-            f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
-            "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
-        )
-    own = {field.name for field in dataclasses.fields(kind.config)}
-    known = own | USUAL | kind.refused.keys() | kind.ignored
-    if unknown := sorted(key for key in saved.keys() - known if saved[key] not in (None, False, [], {})):
-        what = ", ".join(f"{key}={saved[key]!r}" for key in unknown)
-        log.warning("%s/adapter_config.json has %s, which is not known here and changes nothing", path, what)
-    kept = {name: saved[name] for name in own & saved.keys() - kind.refused.keys() if saved[name] is not None}
-    try:
-        return kind, kind.config(**kind.read_fields(kept))
-    except ConfigError as error:
-        raise ModelError(f"{path}/adapter_config.json: {error}") from error
 
 
 def _check(path: Path, place: Place, values: dict[str, np.ndarray], parts: dict[str, Part]) -> None:

@@ -28,6 +28,10 @@ class Method(NamedTuple):
             return _init_full(base, config)
         return self.kind.init(key, model_config, base, getattr(config, self.kind.config.group), tokenizer)
 
+    def around(self, chain: Any, config: Any, total_steps: int) -> Any:
+        """The run's optimiser, with what the method does after an update."""
+        return chain if self.kind is None else self.kind.around(chain, getattr(config, self.kind.config.group), total_steps)
+
 
 def _init_full(base: dict, config: Any) -> dict:
     if any(is_weight(leaf) for leaf in flatten(base).values()):

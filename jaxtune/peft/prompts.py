@@ -18,6 +18,7 @@ from jaxtune.model.rope import BY_LENGTH
 from jaxtune.model.weight import rows
 from jaxtune.peft.adapter import Adapter, Kind
 
+NETWORKS = {"MLP": jax.nn.relu}  # by p-tuning's name, what is between its layers
 PATH = "prompt"  # where the arrays are in `Adapter.params`
 
 
@@ -129,7 +130,8 @@ class PromptEncoderKind(PromptKind):
 
     def embeddings(self, adapter: Adapter) -> jax.Array:
         arrays = adapter.params[PATH]
-        return arrays["embeddings"] if "embeddings" in arrays else _through(arrays, jax.nn.relu)
+        act = NETWORKS[adapter.config.encoder_reparameterization_type]
+        return arrays["embeddings"] if "embeddings" in arrays else _through(arrays, act)
 
 
 class PrefixTuningKind(PromptKind):

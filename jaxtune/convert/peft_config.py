@@ -1,0 +1,74 @@
+"""adapter_config.json, both ways."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from jaxtune.convert.load import Model
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.model.families import heads
+from jaxtune.peft import KINDS, kind_of
+from jaxtune.peft.adapter import Adapter, Kind
+from jaxtune.peft.prompts import PromptKind
+from jaxtune.peft.sites import AnyConfig, adaptable, is_parameter, names, whole_rows
+
+log = logging.getLogger("jaxtune")
+
+TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
+
+# what PEFT writes beside a method's own fields
+USUAL = set("peft_type task_type auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out peft_version".split())
+BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
+# ways to begin that change the base too: without that base the pair means something else
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
+    """What PEFT writes; `all-linear` is spelled out, as PEFT does, and so is a regular expression where PEFT would translate it."""
+    kind, rows = kind_of(adapter.config), adaptable(model.config)
+    fields = kind.fields(adapter, model.config)
+    if isinstance(kind, PromptKind):
+        return fields | {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True,
+                         "base_model_name_or_path": model.source}  # fmt: skip
+    targets = fields["target_modules"]
+    modules = {site.path: rows[site.path] for site in adapter.sites if not is_parameter(site.path)}
+    if targets == "all-linear":
+        targets = sorted({name.rsplit(".", 1)[-1] for path, row in modules.items() for name in names(path, row)})
+    elif isinstance(targets, str) and model.config.moe:
+        ranks = {site.path: site.ranks for site in adapter.sites}
+        targets = [name for path, row in modules.items() for name, rank in zip(names(path, row), ranks[path], strict=True) if rank]
+    scorers = {whole_rows(model.config)[whole.path].hf.rsplit(".", 1)[0] for whole in adapter.wholes if whole.path in heads.PATHS}
+    if scorers:
+        fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
+    task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
+    return fields | {
+        "peft_type": kind.peft_type, "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
+        "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
+    }  # fmt: skip
+
+
+def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
+    """The method and its config. ModelError for a type that is not known, and for what cannot be honoured, by name."""
+    kind = BY_TYPE.get(str(saved.get("peft_type")))
+    if kind is None:
+        raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened")
+    for field, nothing in kind.refused.items():
+        if saved.get(field) not in (None, nothing, [], {}):
+            raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
+    if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
+        start = saved["init_lora_weights"]
+        raise ModelError(
+            f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
+            "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
+        )
+    own = {field.name for field in dataclasses.fields(kind.config)}
+    known = own | USUAL | kind.refused.keys() | kind.ignored
+    if unknown := sorted(key for key in saved.keys() - known if saved[key] not in (None, False, [], {})):
+        what = ", ".join(f"{key}={saved[key]!r}" for key in unknown)
+        log.warning("%s/adapter_config.json has %s, which is not known here and changes nothing", path, what)
+    kept = {name: saved[name] for name in own & saved.keys() - kind.refused.keys() if saved[name] is not None}
+    try:
+        return kind, kind.config(**kind.read_fields(kept))
+    except ConfigError as error:
+        raise ModelError(f"{path}/adapter_config.json: {error}") from error
