@@ -44,7 +44,7 @@ class Prompts(Source):
     def of(cls, documents: Documents, config: Config, name: str, data_parallel: int) -> "Prompts":
         """The prompts of the side `name`."""
         training = name == "train"
-        layout = Layout.of(config, data_parallel, training)
+        layout = Layout(config, data_parallel, training)
         return cls(documents, layout, config.data_seed, training and config.data.shuffle, config, name)
 
     @property
@@ -152,11 +152,6 @@ class Layout:
         if not training:
             self.answers = config.num_generations_eval
             self.prompts = max(1, config.per_device_eval_batch_size * data_parallel // self.answers)
-
-    @classmethod
-    def of(cls, config: Config, data_parallel: int, training: bool = True) -> "Layout":
-        """That of a config on devices of which so many hold different rows."""
-        return cls(config, data_parallel, training)
 
     def empty(self, size: int, trained: int, slices: int | None = None) -> Batch:
         """Rows of `size` tokens without any, `[A, B, T]` or `[slices, A, B, T]`."""
