@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +52,7 @@ class Loop:
     def __call__(self, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> tuple[TrainState, dict[str, float]]:
         """All steps that are left. Returns the state (the best one, if so configured) and the last metrics by name."""
         start = int(state.step)
-        # Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the step to stop at.
-        numbers = (signal.SIGINT, *HANGUP, *((signal.SIGTERM,) if jax.process_count() == 1 else ()))
-        handlers = {
-            number: signal.signal(number, self._interrupt)
-            for number in numbers
-            if signal.getsignal(number) != signal.SIG_IGN  # nohup
-        }
+        handlers = {number: signal.signal(number, self._interrupt) for number in _heard()}
         self.log = RunLog(self.folder, self.total, start, self.config.report_to) if distributed.is_first() else None
         try:
             state = self._run(start, state, base, step, eval_step)
@@ -249,6 +244,14 @@ class Loop:
             log.info("%s has not improved for %d evaluations: stopping at step %d", config.metric_for_best_model, patience, number)
             return True, gain > 0
         return False, gain > 0
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that end a run with a checkpoint: not those that the process ignores (nohup), and none but in the main thread, which
+    alone may set a handler. Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the step to stop at."""
+    numbers = [signal.SIGINT, *HANGUP, *((signal.SIGTERM,) if jax.process_count() == 1 else ())]
+    main = threading.current_thread() is threading.main_thread()
+    return [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _mean(values: list[float]) -> float | None:
