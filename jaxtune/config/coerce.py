@@ -6,10 +6,14 @@ Inside a config everything is hashable: a list is a tuple, a table (`{q_proj: 8}
 
 import dataclasses
 import difflib
+import enum
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Union
+
+import numpy as np
 
 from jaxtune.errors import ConfigError
 
@@ -18,6 +22,19 @@ SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 class Mismatch(Exception):
     """The value is not of this kind; another member of a union may still take it."""
+
+
+def plain(value: Any) -> Any:
+    """What Python calls hand over, as YAML would have it: a path its text, a numpy number the number, an enum's member its value."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def freeze(value: Any) -> Any:
@@ -70,7 +87,7 @@ def _literal(value: Any, choices: tuple) -> Any:
 
 def coerce(value: Any, kind: Any) -> Any:
     """The value as `kind`, or Mismatch. Nothing is guessed: a string is not a number, 8.0 is the whole number 8."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args, value = typing.get_origin(kind), typing.get_args(kind), plain(value)
     if kind is Any:
         return freeze(value)
     if origin in (Union, types.UnionType):

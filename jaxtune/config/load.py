@@ -12,7 +12,7 @@ import yaml
 
 from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
 from jaxtune.config.checks import GROUPS_OF_METHODS
-from jaxtune.config.coerce import Group, kinds
+from jaxtune.config.coerce import Group, kinds, plain
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
 
@@ -87,7 +87,7 @@ def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> value, down to the keys that exist; a table under one of those stays whole."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
-        path = prefix + str(key)
+        path, value = prefix + str(key), value.to_dict() if isinstance(value, Group) else value
         known = path in PATHS or path in ALIASES or path in DIFFERENT or path in LEFT_OUT
         if isinstance(value, Mapping) and not known:
             flat |= _flatten(value, path + ".")
@@ -199,7 +199,7 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
         config = config.to_dict()
     if not isinstance(config, (str, os.PathLike, Mapping)):
         raise ConfigError(f"the config is {config!r}; give the path of a YAML file, or its keys as a dict.")
-    raw = dict(config) if isinstance(config, Mapping) else read_yaml(config)
+    raw = plain(config) if isinstance(config, Mapping) else read_yaml(config)
     flat = _canonical(_flatten(raw)) | _canonical(_flatten(dict(map(_override, overrides))))
     nested: dict[str, Any] = {}
     for path, value in flat.items():

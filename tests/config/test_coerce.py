@@ -1,6 +1,8 @@
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from jaxtune.config.coerce import Group, Mismatch, coerce, expected, freeze, thaw
@@ -16,6 +18,8 @@ from jaxtune.errors import ConfigError
         (False, Literal["no", "steps"], "no"), ({"a": [1, {"b": 2}]}, Any, (("a", (1, (("b", 2),))),)),
         ({"e": [1, 2]}, tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...], (("e", (1, 2)),)),
         ([1, 2], tuple[tuple[str, tuple[int, ...]], ...] | tuple[int, ...], (1, 2)),
+        (Path("a/b"), str, "a/b"), ([Path("a")], tuple[str, ...], ("a",)), (np.float64(1e-3), float, 1e-3), (np.int32(8), int, 8),
+        (np.bool_(True), bool, True), ({"end": np.float32(0.5)}, Any, (("end", 0.5),)),
     ],
 )  # fmt: skip
 def test_values_become_their_kind(value, kind, result):

@@ -3,6 +3,7 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -34,6 +35,11 @@ def test_plain_data_loads_to_an_equal_hashable_config(raw):
     plain = config.to_dict()
     assert load_config(yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))) == config
     assert hash(load_config(plain)) == hash(config)
+
+
+def test_what_python_hands_over_is_read_as_yaml_would_be():
+    given = load_config({"model": Path("m"), "lora": LoraConfig(r=4), "learning_rate": np.float64(1e-3), "resume_from_checkpoint": np.True_})
+    assert given == load_config({"model": "m", "lora": {"r": 4}, "learning_rate": 1e-3, "resume": True})
 
 
 def test_tables_and_groups_are_dicts_on_the_surface():
