@@ -26,7 +26,7 @@ from jaxtune.generation.batches import Row, Run
 from jaxtune.generation.prompts import stop_tokens
 from jaxtune.generation.sampling import Sampling
 from jaxtune.objectives.advantages import ADVANTAGES, spread
-from jaxtune.objectives.grpo import logps_of, reference_logps_of
+from jaxtune.objectives.grpo import has_kl_term, logps_of, reference_logps_of
 from jaxtune.peft import compose
 from jaxtune.rewards import Answers, Reward
 from jaxtune.step import TrainState, with_reference
@@ -96,7 +96,8 @@ class Rollouts:
             one = parallel.put(jax.tree.map(lambda x: x[number], batch), self.mesh)  # noqa: B023
             found.append(jax.device_get(self.score(state.trainable, base, one)))
         old, ref = (None if found[0][n] is None else np.stack([one[n] for one in found]) for n in range(2))
-        batch = batch.replace(rollout=dataclasses.replace(batch.rollout, old_logps=old, ref_logps=ref))
+        kept = ref if has_kl_term(self.config) else None
+        batch = batch.replace(rollout=dataclasses.replace(batch.rollout, old_logps=old, ref_logps=kept))
         if ref is None:
             return batch, None
         apart = (old - ref) * (batch.weights != 0)

@@ -166,6 +166,24 @@ def test_devices_draw_and_judge_the_same(config, folder):
     np.testing.assert_allclose(one.answers.values.ravel(), many.answers.values.ravel(), atol=1e-5)
 
 
+def test_rloo_takes_the_reference_into_the_reward(config, folder):
+    """`advantage = r - beta log(p / p_ref)` less the mean of that over the other answers; on the base itself there is no difference."""
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    made, state, base = rollouts(folder, mesh, **config(objective="rloo", beta=0.5, per_device_train_batch_size=8))
+    moved = state.replace(trainable=jax.tree.map(lambda x: x + 0.1, state.trainable))
+    batch, told = made._draw(0, 0, moved, base)
+    assert batch.rollout.ref_logps is None and abs(told["kl"]) > 1e-3
+    assert jax.tree.structure(batch.replace(capacity=None)) == jax.tree.structure(made.train.largest().replace(capacity=None))
+    old, ref = jax.device_get(made.score(moved.trainable, base, parallel.put(jax.tree.map(lambda x: x[0], batch), mesh)))
+    numbers, tokens = batch.answers.numbers[0], batch.tokens[0]
+    judged = [
+        [low([tokens[0, row][here].tolist()])[0] - 0.5 * (old - ref)[0, row][here].sum() for here in (numbers[0, row] == n for n in (1, 2))]
+        for row in range(4)
+    ]
+    want = [[a - b, b - a] for a, b in judged]
+    np.testing.assert_allclose(batch.answers.values[0, 0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_cut_over_devices_draw_the_same(config, folder):
     """Eight answers by one device, and by eight in a mesh with every axis that rows and weights may lie along."""
     drawn = []

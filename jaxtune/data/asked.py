@@ -131,7 +131,8 @@ class Layout:
         prompts: of a rollout. answers: to each of them. most: tokens of an answer.
         slices: steps that a rollout is cut into; each is taken `num_iterations` times, `repeats` steps in all.
         micro_batches, rows: A and B. together: answers in a row (S).
-        old: whether steps need the log-probabilities by the policy that drew the answers. reference: and by the reference model.
+        old: whether steps need the log-probabilities by the policy that drew the answers. reference: whether there is a reference model.
+        kept: whether steps are given its log-probabilities (RLOO's are part of the reward).
     """
 
     def __init__(self, config: Config, data_parallel: int, training: bool = True):
@@ -142,6 +143,7 @@ class Layout:
         self.rows = each * data_parallel // self.together
         self.reference = config.beta != 0
         self.old = self.repeats > 1 or (config.objective == "rloo" and self.reference)
+        self.kept = self.old and self.reference and config.objective == "grpo"
         self.prompts, rest = divmod(each * data_parallel * self.micro_batches * self.slices, self.answers)
         if rest or not self.prompts:
             raise ConfigError(
@@ -165,7 +167,7 @@ class Layout:
         batch = self.empty(self.size(longest, self.together * self.most), self.together * self.most)
         assert batch.rollout is not None
         known = np.zeros_like(batch.weights)
-        rollout = Rollout(batch.rollout.tokens, known if self.old else None, known if self.reference and self.old else None)
+        rollout = Rollout(batch.rollout.tokens, known if self.old else None, known if self.kept else None)
         return batch.replace(rollout=rollout)  # type: ignore[attr-defined]
 
     def size(self, longest: int, trained: int) -> int:

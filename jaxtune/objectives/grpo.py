@@ -93,9 +93,10 @@ def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, toke
     """The batch's answers under a policy's log-probabilities; what was computed before the step is taken from the batch."""
     rollout, S = batch.rollout, batch.answers.values.shape[1]
     at = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, tokens.index_BN, axis=1)  # noqa: E731
-    ref_BN = at(rollout.ref_logps)
-    if ref_BN is None and has_kl_term(config):
-        ref_BN = reference_logps_of(config, model_config, base, batch)
+    ref_BN = None
+    if has_kl_term(config):
+        known_BN = at(rollout.ref_logps)
+        ref_BN = reference_logps_of(config, model_config, base, batch) if known_BN is None else known_BN
     return Drawn(
         logp_BN=tokens.logp_BN,
         entropy_BN=tokens.entropy_BN,

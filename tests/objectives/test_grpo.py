@@ -132,6 +132,18 @@ def test_the_kl_term_is_that_of_the_reference(model):
     assert value_and_gradient(config, model, batch)[0] == 0  # the policy is its own reference
 
 
+def test_the_kl_of_rloo_is_in_the_reward_alone(model):
+    """A batch that has the reference's log-probabilities gives the same loss and gradient as one without."""
+    batch = batch_of(run(objective="rloo"))
+    old = jnp.where(batch.weights > 0, -4.5, 0.0)
+    (a, grad), (b, other) = (
+        value_and_gradient(run(objective="rloo", beta=0.5), model, batch.replace(rollout=Rollout(batch.rollout.tokens, old, ref)))
+        for ref in (None, old - 1)
+    )
+    assert a == b and abs(a) > 1e-3
+    assert_like(grad, other)
+
+
 # ---- layout ----
 
 
