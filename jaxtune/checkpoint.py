@@ -35,7 +35,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry), "notes": ocp.JsonCheckpointHandler()}
+        one_file = "[" not in str(folder.absolute())  # Orbax finds the parts of one by glob, to which that means something else
+        state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=one_file)
+        handlers = {"state": state, "notes": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:

@@ -12,6 +12,7 @@ the adapter that it names: --use (one for each --prompt, or one for all), or a r
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import cli, errors
+from jaxtune.convert.peft import load_adapter
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import Row, Run
@@ -69,7 +71,7 @@ def generate_tokens(
     """Answers to prompts, in their order; `num_return_sequences` of each, one after another.
 
     prompts      one or a list of: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; token ids
-    adapter      as `jt.load_adapter` or training gives it; or `jt.mix` of several, chosen or weighted prompt by prompt
+    adapter      as `jt.load_adapter` or training gives it, or its folder; or `jt.mix` of several, chosen or weighted prompt by prompt
     temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but a generation
                  config's own sampling settings are not taken over: what is not said here is off
     seed         the answer to a prompt depends on the seed and on the prompt's number, not on what it is batched with
@@ -92,6 +94,8 @@ def generate_tokens(
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; take it out")
+    if isinstance(adapter, (str, os.PathLike)):
+        adapter = load_adapter(adapter, model)
     ids = _encode(model, prompts, chat, max_new_tokens, virtual_tokens(adapter))
     if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
         raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")
@@ -198,8 +202,6 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
     """What answers the prompts: None, the one adapter of all, or several mixed; and each prompt's choice."""
-    from jaxtune.convert.peft import load_adapter
-
     folders = dict(_name_and_folder(text) for text in arguments.adapter)
     if len(folders) < len(arguments.adapter):
         raise ConfigError(f"{len(arguments.adapter)} adapters need as many names; write --adapter first=DIR --adapter second=DIR")

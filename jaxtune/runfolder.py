@@ -56,6 +56,8 @@ def open_run(config: Config) -> Path:
     folder = folder_of(config)
     if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is {'a file' if folder.exists() else 'a link to nowhere'}; name a folder")
+    if "\\" in str(folder.absolute()) and os.sep != "\\":
+        raise CheckpointError(f"output_dir {folder}: checkpoints cannot be written under a name with a backslash; name another folder")
     if not config.resume:
         if folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):  # what a kill at the start leaves
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")

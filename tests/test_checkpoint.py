@@ -88,6 +88,17 @@ def test_onto_another_mesh_and_the_same_bytes(model_folder, tmp_path):
     assert len(digests) == 1 and arrays[0] == arrays[1] == arrays[2]
 
 
+def test_a_folder_whose_name_is_a_pattern(tmp_path):
+    for name, later in (("[lr=1]*", "plain"), ("other", "[a]")):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints")
+        checkpoints.prove(1, {"x": jax.numpy.arange(4.0)}, NOTES, keep=True)
+        checkpoints.close()
+        (tmp_path / name).rename(tmp_path / later)
+        checkpoints = Checkpoints(tmp_path / later / "checkpoints")
+        np.testing.assert_array_equal(checkpoints.restore({"x": jax.numpy.zeros(4)})[0]["x"], [0, 1, 2, 3])
+        checkpoints.close()
+
+
 def damage(folder, share=0.5):
     """Flip bytes of the largest file of a checkpoint, from that share of it on."""
     file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

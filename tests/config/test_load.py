@@ -38,8 +38,8 @@ def test_plain_data_loads_to_an_equal_hashable_config(raw):
 
 
 def test_what_python_hands_over_is_read_as_yaml_would_be():
-    given = load_config({"model": Path("m"), "lora": LoraConfig(r=4), "learning_rate": np.float64(1e-3), "resume_from_checkpoint": np.True_})
-    assert given == load_config({"model": "m", "lora": {"r": 4}, "learning_rate": 1e-3, "resume": True})
+    given = {"model": Path("m"), "lora": LoraConfig(r=4), "learning_rate": np.float64(1e-3), "resume_from_checkpoint": np.True_}
+    assert load_config(given) == load_config({"model": "m", "lora": {"r": 4}, "learning_rate": 1e-3, "resume": True})
 
 
 def test_tables_and_groups_are_dicts_on_the_surface():

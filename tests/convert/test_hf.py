@@ -158,7 +158,7 @@ def test_experts_are_packed_too(tmp_path):
 
 def test_packed_leaves_are_written_as_what_they_stand_for(tmp_path):
     tiny.write(tmp_path / "in", tiny.LLAMA | {"hidden_size": 64})
-    model = load(tmp_path / "in", dtype="bfloat16", quantization="nf4")
+    model = load(tmp_path / "in", dtype=jnp.bfloat16, quantization="nf4")
     hf.save(model.config, model.params, tmp_path / "out")
     wanted = dense(model.params["layers"]["0"]["gate"], jnp.bfloat16)
     np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["model.layers.2.mlp.gate_proj.weight"], wanted[2])
@@ -170,6 +170,8 @@ def test_packed_leaves_are_written_as_what_they_stand_for(tmp_path):
 def test_unknown_dtype_and_quantization():
     with pytest.raises(ConfigError, match="dtype 'bf16' is not one of float32"):
         load("x", dtype="bf16")
+    with pytest.raises(ConfigError, match="dtype .* is not one of float32"):
+        load("x", dtype=jnp.int8)
     with pytest.raises(ConfigError, match="quantization 'q4' is not one of nf4"):
         load("x", quantization="q4")
 
