@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxtune.config import Config
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
 from jaxtune.model.stack import groups
 from jaxtune.reference import beforehand, compares
-from jaxtune.tree import flatten
 
 
 def per_device(tree: Any) -> int:
@@ -21,15 +21,14 @@ def per_device(tree: Any) -> int:
 
 def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak: int) -> dict[str, int]:
     """Bytes of one device by cause; see `Plan.bytes`."""
-    leaves = flatten(base)
-    scales = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
-    packed = sum(per_device(leaf.codes) for leaf in scales.values())
+    scales = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_packed) if _is_packed(leaf)]
+    packed = sum(per_device(leaf.codes) for leaf in scales)
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
     residual = inputs_kept(model_config) * rows * length * model_config.hidden_size * itemsize
     causes = {
-        "weights": per_device(base) - sum(per_device(leaf) for leaf in scales.values()) + packed,
-        "scales": sum(per_device(leaf) for leaf in scales.values()) - packed,
+        "weights": per_device(base) - sum(per_device(leaf) for leaf in scales) + packed,
+        "scales": sum(per_device(leaf) for leaf in scales) - packed,
         "trainable": per_device(state.trainable),
         "optimizer": per_device(state.opt_state),
         "batch": per_device(batch),
@@ -44,6 +43,10 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
         causes[name] = max(0, min(size, left))
         left -= causes[name]
     return causes | {"other": max(0, left)}
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, NF4 | Int8)
 
 
 def inputs_kept(model_config: ModelConfig) -> int:

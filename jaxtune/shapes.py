@@ -19,7 +19,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
-from jaxtune.peft import METHODS
+from jaxtune.peft import METHODS, beginnings
 from jaxtune.reference import beforehand, compares
 from jaxtune.step import check_attention, how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
@@ -84,6 +84,8 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     state = _with_shardings(state, shardings)
     step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
     base = {} if config.method == "full" else params
+    if beginnings.moves(getattr(trainable, "config", None)):
+        base = beginnings.moved(params, _with_shardings(trainable, own))
     own = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if own and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights

@@ -37,8 +37,8 @@ from jaxtune.model import nf4_kernel
 from jaxtune.model.quant import NF4
 from jaxtune.model.weight import is_weight
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.answers import check_shared_prompts
-from jaxtune.peft import METHODS, kind_of
+from jaxtune.objectives.answers import REFERENCE, check_shared_prompts
+from jaxtune.peft import METHODS, beginnings, kind_of
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
@@ -117,6 +117,10 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     # ---- 2. The weights, and what is trained of them ----
     model, trainable = load_for_training(config, opened, mesh)
     base = reference.prepare(config, opened, model, trainable, rows, mesh)
+    initial = None
+    if beginnings.moves(getattr(trainable, "config", None)):
+        initial = jax.tree.map(lambda x: x.copy(), trainable)  # the step donates what is trained
+        base = {REFERENCE: model.params} | base | beginnings.moved(model.params, initial)
 
     # ---- 3. The step ----
     state = _place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
@@ -140,13 +144,16 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     state, metrics = run(state, base, step, eval_step)
 
     # ---- 6. The result ----
+    trainable = state.trainable
+    if initial is not None:
+        trainable = beginnings.over_the_base(model.config, *parallel.fetch((trainable, initial)))
     if not run.interrupted:
-        save_result(config, model, state.trainable, folder)
+        save_result(config, model, trainable, folder)
     scoring = heads.head_of(config) is not None and (config.data.eval is not None or config.data.test is not None)
     if not run.interrupted and (config.evaluate.metric or scoring):
-        of_run(config, model, state.trainable, folder).show()
+        of_run(config, model, trainable, folder).show()
         log.info("%s; the loss: %s", folder / ("predictions.jsonl" if config.evaluate.metric else "evaluation.json"), folder / "loss.png")
-    return Result(folder, int(state.step), metrics, state.trainable, model, run.interrupted)
+    return Result(folder, int(state.step), metrics, trainable, model, run.interrupted)
 
 
 def _say_rows(rows: data.Source, total_steps: int) -> None:

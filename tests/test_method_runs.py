@@ -10,10 +10,14 @@ import tiny
 from methods import CASES, stir
 
 import jaxtune as jt
+from jaxtune import parallel
 from jaxtune.config import load_config
+from jaxtune.convert.load import open_model
 from jaxtune.convert.tensors import Safetensors
+from jaxtune.costs import by_cause
 from jaxtune.errors import ConfigError
 from jaxtune.export import export
+from jaxtune.shapes import abstract_step
 from jaxtune.train import train
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in "one two three hello there fox dog quick".split()]
@@ -115,3 +119,36 @@ def test_adapters_that_are_no_sums_are_not_mixed(folder):
     adapter = jt.init_adapter(jax.random.key(0), model, jt.OFTConfig())
     with pytest.raises(ConfigError, match="method oft is no sum of low-rank products"):
         jt.mix({"a": adapter}, ["a"])
+
+
+def test_a_run_that_begins_with_singular_vectors(folder, tmp_path):
+    """The base is moved for the run alone: the adapter on disk, of twice the rank, is over the base as it was, which DPO compares with."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in ROWS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    run = config(folder, tmp_path / "run", objective="dpo", data={"train": str(tmp_path / "pairs.jsonl"), "max_length": 32}, max_steps=2,
+                 lora={"r": 3, "init_lora_weights": "pissa_niter_4", "target_modules": ["q_proj", "down_proj"]}, quantization="int8",
+                 save_strategy="no", mesh={"data": 1, "fsdp": 8})  # fmt: skip
+    result = train(run)
+    model = jt.load(folder / "model", quantization="int8")
+    adapter = jt.load_adapter(tmp_path / "run" / "adapter", model)
+    assert {rank for site in adapter.sites for rank in site.ranks} == {6}
+    tokens = np.asarray([[15, 6, 27, 18]], np.int32)
+    found = [jt.forward(model.config, jt.compose(model.params, one), tokens) for one in (adapter, result.trainable, None)]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row.get("step") == 1)
+    assert abs(first["loss"] - np.log(2)) < 1e-3  # policy and reference are one model before the first step
+    with pytest.raises(ConfigError, match="moves the base beside the adapter, which jt.train does for a run"):
+        jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(init_lora_weights="pissa"))
+
+
+def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
+    def weights(**start):
+        run = load_config(config(folder, tmp_path / "run", quantization="nf4", lora={"r": 2, "target_modules": ["q_proj"]} | start))
+        mesh = parallel.make_mesh(run.mesh)
+        _, (state, base, batch), model_config = abstract_step(run, open_model(run.model).config, mesh)
+        return by_cause(run, model_config, state, base, batch, 2**30)["weights"]
+
+    pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers
+    assert weights(init_lora_weights="pissa") - weights() == pairs

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -44,8 +45,13 @@ class LoraConfig(Group):
         super().__post_init__()
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora.lora_bias cannot be used with use_dora; leave one out.")
-        if self.init_lora_weights not in (True, "gaussian"):
-            raise ConfigError(f"lora.init_lora_weights={self.init_lora_weights!r} is not supported; write true or gaussian.")
+        start = self.init_lora_weights
+        if start not in (True, "gaussian", "pissa", "olora") and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+            raise ConfigError(f"lora.init_lora_weights={start!r} is not supported; write true, gaussian, pissa, pissa_niter_16 or olora.")
+        others = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+        given = [key for key in others if getattr(self, key)] + (["bias"] if self.bias != "none" else [])
+        if given and start not in (True, "gaussian"):
+            raise ConfigError(f"lora.init_lora_weights={start} moves the base, which goes with pairs alone; leave out {given[0]}.")
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:

@@ -9,7 +9,7 @@ import jax
 
 from jaxtune.errors import ConfigError
 from jaxtune.model.weight import dense, is_weight
-from jaxtune.peft import adalora, biases, ia3, loha, lokr, lora, norms, oft, prompts, vera
+from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, prompts, vera
 from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.combine import Mixed, compose_rows
 from jaxtune.tree import flatten, unflatten
@@ -72,6 +72,11 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
     if type(config) not in KINDS:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise ConfigError(f"an adapter is made by one of {known}, and {type(config).__name__} was given")
+    if beginnings.moves(config):
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights} moves the base beside the adapter, which jt.train does for a run; write True or "
+            "gaussian here"
+        )
     return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)
 
 

@@ -299,8 +299,8 @@ def test_values_mean_what_they_look_like(override, key, value):
 
 
 def test_a_beginning_that_is_not_offered_is_refused_at_once():
-    with pytest.raises(ConfigError, match="lora.init_lora_weights='pissa' is not supported; write true or gaussian"):
-        load_config({"model": "m"}, ["lora.init_lora_weights=pissa"])
+    with pytest.raises(ConfigError, match="lora.init_lora_weights='eva' is not supported; write true, gaussian, pissa"):
+        load_config({"model": "m"}, ["lora.init_lora_weights=eva"])
 
 
 def test_a_seed_that_is_too_large():

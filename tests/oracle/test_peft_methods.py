@@ -121,11 +121,21 @@ def test_steps_are_those_of_peft_and_torch(folders, tmp_path, method):
     name, settings, keys = TRAINED[method]
     wanted = _their_steps(folders["llama"], tmp_path / "a", name, settings, keys.get("weight_decay", 0.0))
     model = load(folders["llama"])
-    run = load_config({"model": "m", "method": method, method: settings, "learning_rate": RATE, "lr_scheduler_type": "constant",
-                       "max_grad_norm": 0, "max_steps": STEPS} | keys)  # fmt: skip
+    adapter = load_adapter(tmp_path / "a", model)
+    losses, trained = _our_steps(model, model.params, adapter, {"method": method, method: settings} | keys)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    assert wanted[-1] < wanted[0] - 1e-2
+    if method == "adalora":
+        kept = [np.count_nonzero(trained.params[path]["e"]) for path in trained.params]
+        assert sum(kept) == 2 * 6  # target_r for each of six matrices
+
+
+def _our_steps(model, base, adapter, keys):
+    """Losses of the same steps by the train step, and what was trained."""
+    run = load_config({"model": "m", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": STEPS} | keys)
     optimizer = optim.optimizer(run, STEPS)
     step = jax.jit(make_step(run, model.config, OBJECTIVES["sft"], optimizer))
-    state = init_state(load_adapter(tmp_path / "a", model), optimizer, 0)
+    state = init_state(adapter, optimizer, 0)
     tokens = TOKENS.astype(np.int32)[None]
     batch = Batch.empty(tokens.shape)
     batch = dataclasses.replace(batch, tokens=tokens, weights=np.ones(tokens.shape, np.float32), segments=np.ones_like(tokens),
@@ -133,10 +143,34 @@ def test_steps_are_those_of_peft_and_torch(folders, tmp_path, method):
     batch.weights[..., 0] = 0
     losses = []
     for _ in range(STEPS):
-        state, metrics = step(state, model.params, batch)
+        state, metrics = step(state, base, batch)
         losses.append(float(metrics["loss"]))
+    return losses, state.trainable
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_beginning_that_moves_the_base(folders, tmp_path, start):
+    """The same losses as PEFT's; the result over the base as it was, in PEFT, has the logits of both."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": start}
+    made = peft_library.get_peft_model(theirs(folders["llama"]), peft_library.LoraConfig(**settings, task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    wanted = []
+    for _ in range(STEPS):
+        loss = made(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(float(loss.detach()))
+    model = load(folders["llama"])
+    run = load_config({"model": "m", "lora": settings})
+    fresh = peft.METHODS["lora"].init(jax.random.key(0), model.config, model.params, run)
+    base = peft.beginnings.moved(model.params, fresh)
+    np.testing.assert_allclose(_forward(model.config, peft.compose(base, fresh), TOKENS), _forward(model.config, model.params, TOKENS),
+                               atol=1e-4)  # fmt: skip
+    losses, trained = _our_steps(model, base, fresh, {"lora": settings})
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
-    assert wanted[-1] < wanted[0] - 1e-2
-    if method == "adalora":
-        kept = [np.count_nonzero(state.trainable.params[path]["e"]) for path in state.trainable.params]
-        assert sum(kept) == 2 * 6  # target_r for each of six matrices
+    save_adapter(peft.beginnings.over_the_base(model.config, trained, fresh), model, tmp_path / "a")
+    opened = peft_library.PeftModel.from_pretrained(theirs(folders["llama"]), tmp_path / "a").eval()
+    np.testing.assert_allclose(_logits(opened), _forward(model.config, peft.compose(base, trained), TOKENS), atol=1e-4)
+    np.testing.assert_allclose(_logits(opened), _logits(made.eval()), atol=2e-3)

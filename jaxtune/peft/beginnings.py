@@ -1,0 +1,107 @@
+"""LoRA that begins with a part of the matrix: PiSSA (arXiv 2404.02948), its largest singular vectors, and OLoRA (2406.01775), its QR.
+
+The base is moved by what the pair begins with, `W - scale * b0 a0`, so that a fresh adapter changes nothing; training goes on from there.
+What is written is `scale * (b a - b0 a0)` as LoRA of twice the rank, over the base as it was (PEFT's
+`path_initial_model_for_weight_conversion`).
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.config import LoraConfig
+from jaxtune.errors import ConfigError
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
+from jaxtune.peft.adapter import Adapter
+from jaxtune.peft.combine import combine
+from jaxtune.peft.sites import Site, is_parameter
+from jaxtune.tree import flatten, unflatten
+
+
+class Moved(Weight):
+    """`W - b a`, all of it frozen."""
+
+    base: Matrix
+    a: jax.Array  # [R, in]
+    b: jax.Array  # [out, R]
+
+    def apply(self, x: jax.Array) -> jax.Array:
+        """`W x - b (a x)`."""
+        return linear(self.base, x) - linear(self.b, linear(self.a, x))
+
+    def dense(self, dtype) -> jax.Array:
+        """The matrix itself, in float32."""
+        return (dense(self.base, jnp.float32) - self.b @ self.a).astype(dtype)
+
+    def rows(self, ids: jax.Array, dtype) -> jax.Array:
+        """Rows of the matrix."""
+        return rows(self.base, ids, dtype) - linear(self.a.T, self.b[ids].astype(dtype))
+
+
+def moves(config: Any) -> bool:
+    """Whether adapters of this config begin with a part of the base."""
+    return isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian")
+
+
+def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dict[str, jax.Array]:
+    """`a` and `b` of all layers of a site, the largest rank wide; what is beyond a layer's own rank is zero. ConfigError for experts and
+    embeddings."""
+    if is_parameter(site.path) or site.path == "embed":
+        raise ConfigError(f"lora.init_lora_weights={config.init_lora_weights} is for linear layers, and {site.path} is none; leave it out")
+    rank, stacked = max(site.ranks), site.path.startswith("layers/")
+    of = _olora if config.init_lora_weights == "olora" else _pissa
+
+    def one(layer):
+        leaf, own, scale, key = layer
+        a, b = of(dense(leaf, jnp.float32), rank, scale, key, str(config.init_lora_weights))
+        live = jnp.arange(rank) < own
+        return {"a": a * live[:, None], "b": b * live}
+
+    keys = jax.random.split(key, len(site.ranks))
+    scales = jnp.asarray([scale or 1.0 for scale in site.scales], jnp.float32)
+    if not stacked:
+        return one((w, jnp.asarray(site.ranks[0]), scales[0], keys[0]))
+    return jax.lax.map(one, (w, jnp.asarray(site.ranks), scales, keys))
+
+
+def _pissa(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
+    steps = re.fullmatch(r"pissa_niter_(\d+)", how)
+    u, s, v = _largest(w, rank, int(steps[1]), key) if steps else jnp.linalg.svd(w, full_matrices=False)
+    root = jnp.sqrt(s[:rank] / scale)
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def _largest(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest singular values, nearly, by so many power iterations (arXiv 0909.4061)."""
+    q, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank)))
+    for _ in range(steps):
+        q, _ = jnp.linalg.qr(w.T @ q)
+        q, _ = jnp.linalg.qr(w @ q)
+    u, s, v = jnp.linalg.svd(q.T @ w, full_matrices=False)
+    return q @ u, s, v
+
+
+def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
+    q, r = jnp.linalg.qr(w)
+    return r[:rank], q[:, :rank]
+
+
+def moved(base: dict, initial: Adapter | None) -> dict:
+    """The base less what `initial` adds; as it is where there is none."""
+    if initial is None:
+        return base
+    leaves = flatten(base)
+    for site in initial.sites:
+        pair, stacked = initial.params[site.path], site.path.startswith("layers/")
+        scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
+        target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
+        leaves[site.path] = Moved(target, pair["a"], scale[..., None, None] * pair["b"])
+    return unflatten(leaves)
+
+
+def over_the_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
+    """The adapter of the base as it was, of twice the rank; `adapter` itself where the base was not moved."""
+    return adapter if initial is None else combine(model_config, [adapter, initial], [1.0, -1.0])
