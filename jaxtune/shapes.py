@@ -86,11 +86,16 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     base = {} if config.method == "full" else params
     if beginnings.moves(getattr(trainable, "config", None)):
         base = beginnings.moved(params, _with_shardings(trainable, own))
+        base = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _everywhere(x, mesh), base)  # its scales
     own = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if own and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
     batch = abstract_batch(config, mesh, rows)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config
+
+
+def _everywhere(x: jax.Array, mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(mesh))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
+from jaxtune.model.weight import Matrix, Weight, dense, linear
 from jaxtune.peft.adapter import Adapter
 from jaxtune.peft.combine import combine
 from jaxtune.peft.sites import Site, is_parameter
@@ -22,23 +22,20 @@ from jaxtune.tree import flatten, unflatten
 
 
 class Moved(Weight):
-    """`W - b a`, all of it frozen."""
+    """`W - scale * b a`, all of it frozen."""
 
     base: Matrix
     a: jax.Array  # [R, in]
     b: jax.Array  # [out, R]
+    scale: jax.Array  # []
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """`W x - b (a x)`."""
-        return linear(self.base, x) - linear(self.b, linear(self.a, x))
+        """`W x - scale * b (a x)`."""
+        return linear(self.base, x) - linear(self.b, linear(self.a, x) * self.scale.astype(x.dtype))
 
     def dense(self, dtype) -> jax.Array:
         """The matrix itself, in float32."""
-        return (dense(self.base, jnp.float32) - self.b @ self.a).astype(dtype)
-
-    def rows(self, ids: jax.Array, dtype) -> jax.Array:
-        """Rows of the matrix."""
-        return rows(self.base, ids, dtype) - linear(self.a.T, self.b[ids].astype(dtype))
+        return (dense(self.base, jnp.float32) - self.scale * (self.b @ self.a)).astype(dtype)
 
 
 def moves(config: Any) -> bool:
@@ -98,7 +95,7 @@ def moved(base: dict, initial: Adapter | None) -> dict:
         pair, stacked = initial.params[site.path], site.path.startswith("layers/")
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
         target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
-        leaves[site.path] = Moved(target, pair["a"], scale[..., None, None] * pair["b"])
+        leaves[site.path] = Moved(target, pair["a"], pair["b"], scale)
     return unflatten(leaves)
 
 
