@@ -97,8 +97,7 @@ class Report:
 
 
 def _number(value: float, share: bool, signed: bool) -> str:
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f} %" if share else f"{value:{sign}.4g}"
+    return format(100 * value, "+.1f" if signed else ".1f") + " %" if share else format(value, "+.4g" if signed else ".4g")
 
 
 def _sample(sample: dict[str, Any]) -> Text:
@@ -248,8 +247,7 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
 
     Of a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; of one with a scoring head its objective's.
     """
-    if config.objective == "sft":  # perplexity is of the likelihood, whatever was trained on
-        config = config.replace(loss_type=None)
+    config = config.replace(loss_type=None) if config.objective == "sft" else config  # perplexity is of the likelihood, trained or not
     step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
     total = None
     for batch in _rows(config, model, rows, adapter).batches():
