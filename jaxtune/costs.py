@@ -35,7 +35,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     }
     left = peak - sum(causes.values())
     estimates = {
-        "gradients": sum(x.size * 4 for x in jax.tree.leaves(state.trainable)) if config.method != "full" else per_device(state.trainable),
+        "gradients": gradients(config, state.trainable),
         "activations": residual,
         "logits": 0 if model_config.num_labels else min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
     }
@@ -47,6 +47,16 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
 
 def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, NF4 | Int8)
+
+
+def gradients(config: Config, trainable: Any) -> int:
+    """Bytes of gradients that exist at one time on one device."""
+    if config.method != "full":
+        return sum(x.size * 4 for x in jax.tree.leaves(trainable))
+    if not config.optimizer_in_bwd:
+        return per_device(trainable)
+    outside = per_device({name: leaf for name, leaf in trainable.items() if name != "layers"})
+    return outside + max(per_device(stack) // jax.tree.leaves(stack)[0].shape[0] for stack in trainable["layers"].values())
 
 
 def inputs_kept(model_config: ModelConfig) -> int:

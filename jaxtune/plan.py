@@ -235,11 +235,18 @@ def _candidates(config: Config, devices: Sequence):
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
     batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
-    yield "a smaller micro-batch", [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
+    if not config.optimizer_in_bwd:
+        yield "a smaller micro-batch", [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
     if len(devices) > 1 and config.mesh.fsdp == 1:
         yield "weights over the devices", [{"mesh.data": 1, "mesh.fsdp": -1}]
     if config.method == "lora" and config.quantization is None:
         yield "a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq"}]
+    if config.method == "full" and config.optim in ("adamw", "lion"):
+        yield "moments in 8 bits", [{"optim": f"{config.optim}_8bit"}]
+    if config.method == "full" and steps == 1 and not config.optimizer_in_bwd:
+        remat = "full" if config.gradient_checkpointing in (False, "dots") else config.gradient_checkpointing
+        without = {"max_grad_norm": 0.0, "zero_stage": 0, "max_skipped_steps": 0, "gradient_checkpointing": remat}
+        yield "each layer updated in the backward pass, without clipping", [{"optimizer_in_bwd": True, **without}]
     if config.method == "full":
         rate = config.learning_rate * 10 if config.learning_rate else None
         yield "LoRA", [{"method": "lora", "learning_rate": rate}]

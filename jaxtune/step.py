@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from jaxtune import in_backward
 from jaxtune.errors import ConfigError
 from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
@@ -56,7 +57,8 @@ def _synchronised(config, reference, trainable, step: jax.Array):
 def how_to_compute(config, model_config, platform: str):
     """The model's config with the run's way to compute it: the dtype, what the backward pass computes again, how many tokens have
     logits at one time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long each as 128)."""
-    auto = "dots" if platform == "cpu" else "full"  # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
+    # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
+    auto = "dots" if platform == "cpu" and not config.optimizer_in_bwd else "full"
     remat = {True: "full", False: "none", "auto": auto}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
     form = "xla" if config.attention == "auto" else config.attention
@@ -104,6 +106,8 @@ def make_step(
     With `max_skipped_steps`, a step whose loss or gradient is no number changes nothing but the step's number.
     """
     model_config = dataclasses.replace(model_config, mesh=mesh)
+    if config.optimizer_in_bwd and axis_name is not None:
+        raise ConfigError("optimizer_in_bwd goes with a mesh, not with pmap; leave axis_name out, or the key.")
 
     def step(state: TrainState, base: dict, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 2 * batch.tokens.shape[0])
@@ -119,15 +123,21 @@ def make_step(
             grads, loss = jax.grad(total, has_aux=True)(state.trainable, micro, key_pair)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss
 
-        sums, tokens = _sum_over(one, (batch, keys.reshape(-1, 2))), jnp.count_nonzero(batch.segments)
-        if axis_name is not None:
-            sums, tokens = jax.lax.psum((sums, tokens), axis_name)
-        grads, loss = sums
-        grads = jax.tree.map(lambda g: g / loss.weight, grads)
-        own, grads = _with_penalty(state.trainable, grads)
-        grads, grad_norm = clip_by_global_norm(grads, config.max_grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        xs, tokens = (batch, keys.reshape(-1, 2)), jnp.count_nonzero(batch.segments)
+        if config.optimizer_in_bwd:
+            micro = jax.tree.map(lambda x: x[0], xs)
+            descend = in_backward.update(lambda trainable: total(trainable, *micro), state.trainable, state.opt_state, optimizer)
+            (trainable, opt_state, loss, grad_norm), own = descend, 0.0
+        else:
+            sums = _sum_over(one, xs)
+            if axis_name is not None:
+                sums, tokens = jax.lax.psum((sums, tokens), axis_name)
+            grads, loss = sums
+            grads = jax.tree.map(lambda g: g / loss.weight, grads)
+            own, grads = _with_penalty(state.trainable, grads)
+            grads, grad_norm = clip_by_global_norm(grads, config.max_grad_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss.total / loss.weight + own, "grad_norm": grad_norm, "weight": loss.weight, "tokens": tokens}
         metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN where there was nothing to measure
         reference = None if state.reference is None else _synchronised(config, state.reference, trainable, state.step + 1)

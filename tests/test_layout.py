@@ -15,7 +15,7 @@ LEVELS = (
     {"errors", "cli", "config", "tree", "locks", "disk"},
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
-    {"convert", "checkpoint", "compilation", "runlog", "runfolder", "step", "generation"},
+    {"convert", "checkpoint", "compilation", "runlog", "runfolder", "in_backward", "step", "generation"},
     {"loop", "generate", "reference", "folds", "score", "best_of", "rewards", "rollout"},
     {"train", "evaluate", "export", "plan", "costs", "shapes"},
     {"__main__", "__init__"},

@@ -111,6 +111,8 @@ def _method(config: "Config") -> None:
         )
     if config.method == "full" and config.init_adapter:
         raise ConfigError("init_adapter is an adapter to go on training, and method full has none; write method: lora, or leave it out.")
+    if config.optimizer_in_bwd:
+        _in_backward(config)
     if config.method != "full" and config.param_dtype != "float32":
         raise ConfigError("param_dtype is that of full tuning; an adapter is trained in float32. Leave it out, or write method: full.")
     if config.method in PROMPTS and config.mesh.sequence > 1:
@@ -124,6 +126,23 @@ def _method(config: "Config") -> None:
         raise ConfigError(f"loraplus_lr_ratio is the rate of LoRA's b matrices, and method {config.method} has none; leave it out.")
     if config.data.length_policy == "split" and config.objective != "sft":
         raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
+
+
+def _in_backward(config: "Config") -> None:
+    """What cannot go with optimizer_in_bwd, which never has the whole gradient."""
+    said = "optimizer_in_bwd updates each layer before the next one's gradient is known, so"
+    if config.method != "full":
+        raise ConfigError(f"optimizer_in_bwd saves full tuning's gradients, and those of method {config.method} are small; leave it out.")
+    if config.max_grad_norm:
+        raise ConfigError(f"{said} there is no norm of the whole gradient to clip by; write max_grad_norm: 0.")
+    if config.gradient_accumulation_steps > 1:
+        raise ConfigError(f"{said} gradients cannot be added up; write gradient_accumulation_steps: 1.")
+    if config.max_skipped_steps:
+        raise ConfigError(f"{said} a bad step cannot be taken back; leave max_skipped_steps out.")
+    if config.zero_stage:
+        raise ConfigError("optimizer_in_bwd needs a layer's moments beside its weights, and zero_stage cuts them apart; write mesh.fsdp.")
+    if config.gradient_checkpointing in (False, "none", "dots"):
+        raise ConfigError(f"{said} layers have to be computed again in the backward pass; write gradient_checkpointing: full.")
 
 
 def _splits(config: "Config") -> None:

@@ -245,6 +245,7 @@ class Config(ObjectiveConfig):
     warmup_steps: int | float = 0  # below 1: a share of all steps
     optim: Literal["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "sgd", "muon"] = "adamw"
     optim_args: Table = ()
+    optimizer_in_bwd: bool = False  # full tuning: each layer's step as soon as its gradient is there, which nobody then keeps
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -2,7 +2,8 @@
 
 Where layers are computed again, the backward pass is written here, not derived: it goes through groups of layers, last first, from the
 input of each group (Chen et al., arXiv 1604.06174), makes the inputs of its layers again, then each layer itself. A layer's weights are
-cut out of the stack where they are used, and only gradients that somebody asked for take memory.
+cut out of the stack where they are used, and only gradients that somebody asked for take memory. With an `Update` none do: the optimiser's
+step is then part of the backward pass.
 
 | remat     | kept                                        | computed again                            |
 |-----------|---------------------------------------------|-------------------------------------------|
@@ -14,7 +15,7 @@ cut out of the stack where they are used, and only gradients that somebody asked
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +40,30 @@ class Shared(NamedTuple):
     keys: Keys
 
 
+class Update(struct.PyTreeNode):
+    """The optimiser's step of a stack's layers, taken in the backward pass as soon as a layer's gradient is there; beside the layers'
+    weights as `weights["update"]`, if all of them are trained and their backward pass is the one written here.
+
+    weights  references (`jax.new_ref`) to the stack's weights `[L, ...]` by name, which the backward pass leaves as they are after the step
+    state    references to the optimiser's state of these layers, `[L, ...]`, and values that are not of one layer
+    square   reference to float32 []; the sum of squares of the gradients is added
+    apply    `(weights, grads, state) -> (weights, state)` of one layer, `[1, ...]`
+    taken    one more entry for each backward pass that is traced; there may be one
+    """
+
+    weights: dict
+    state: Any
+    square: Any
+    apply: Callable = struct.field(pytree_node=False)
+    taken: list = struct.field(pytree_node=False)
+
+
 def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared, kv):
     """`x_BTD` after all layers of that stack, the cache's (k, v), and the sums of its routers (None without experts)."""
     sums: Any  # the routers' of each layer
     if kv is None and config.remat in RECOMPUTED:
-        x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared)
+        weights = dict(weights)
+        x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared, weights.pop("update", None))
     else:
 
         weights, whole = _opened(config, stack, weights)
@@ -76,7 +96,7 @@ def _layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Arr
 class _Layer(Mapping):
     """One layer's weights by name, each cut out of the stack where it is asked for: cut ahead of a checkpoint, they would be kept for it.
 
-    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`.
+    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`, such as `q` or `q/a`.
     """
 
     def __init__(self, config: ModelConfig, stack: int, weights: dict, number: jax.Array, own: dict[str, jax.Array] | None = None):
@@ -86,7 +106,7 @@ class _Layer(Mapping):
         stacked, whole = _opened(self.config, self.stack, {name: self.weights[name]})
 
         def cut(path, leaf):
-            own = self.own.get(jax.tree_util.keystr(path))
+            own = self.own.get(_name(path))
             return _cut(leaf, self.number) if own is None else own
 
         return whole(jax.tree_util.tree_map_with_path(cut, stacked), self.number)[name]
@@ -96,6 +116,10 @@ class _Layer(Mapping):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _cut(leaf: jax.Array, number: jax.Array) -> jax.Array:
@@ -144,6 +168,7 @@ class _Kept(struct.PyTreeNode):
     weights: dict
     shared: Shared
     inputs: list[jax.Array]
+    update: Update | None
     trained: tuple[bool, ...] = struct.field(pytree_node=False)  # by leaf of `weights`
 
 
@@ -158,7 +183,7 @@ def groups(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recomputed(config, stack, weights, x_BTD, shared):
+def _recomputed(config, stack, weights, x_BTD, shared, update):
     def layer(x_BTD, number):
         x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
         return x_BTD, sums
@@ -166,10 +191,11 @@ def _recomputed(config, stack, weights, x_BTD, shared):
     return jax.lax.scan(layer, x_BTD, jnp.arange(len(config.stacks[stack])))
 
 
-def _recomputed_fwd(config, stack, weights, x_BTD, shared):
+def _recomputed_fwd(config, stack, weights, x_BTD, shared, update):
     trained = tuple(leaf.perturbed for leaf in jax.tree.leaves(weights))
     assert not any(leaf.perturbed for leaf in jax.tree.leaves(shared)), "places have no gradient"
-    weights, x_BTD, shared = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared))
+    assert update is None or not any(trained), "gradients and an update of the same weights"
+    weights, x_BTD, shared, update = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared, update))
 
     def layer(x_BTD, number):
         x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
@@ -185,13 +211,14 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared):
         x_BTD, (kept, of_part) = jax.lax.scan(group, x_BTD, _numbers(*part))
         inputs.append(kept)
         sums.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_part))
-    return (x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), *sums)), _Kept(weights, shared, inputs, trained)
+    return (x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), *sums)), _Kept(weights, shared, inputs, update, trained)
 
 
 def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
     dx_BTD, dsums = jax.tree.map(_number, cotangents, is_leaf=_is_zero)
     leaves, tree = jax.tree_util.tree_flatten_with_path(kept.weights)
-    trained = {jax.tree_util.keystr(path): leaf for (path, leaf), yes in zip(leaves, kept.trained, strict=True) if yes}
+    trained = {_name(path): leaf for (path, leaf), yes in zip(leaves, kept.trained, strict=True) if yes}
+    found = _Gradients(trained) if kept.update is None else _Updates(kept.update)
 
     def forward(x_BTD, number, own=None):
         w = _Layer(config, stack, kept.weights, number, own)
@@ -199,15 +226,15 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         return x_BTD, sums
 
     def layer(carry, scanned):
-        (dx_BTD, grads), (number, x_BTD, dsums) = carry, scanned
+        (dx_BTD, so_far), (number, x_BTD, dsums) = carry, scanned
 
         def of(x_BTD, own):
             return forward(x_BTD, number, own)
 
         # under a checkpoint, whose own backward pass leaves out what no gradient needs; the result itself is dropped here
-        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, {path: _cut(leaf, number) for path, leaf in trained.items()})
+        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, found.weights(number))
         dx_BTD, own = pull((dx_BTD, dsums))
-        return (dx_BTD, {path: grad.at[number].set(own[path]) for path, grad in grads.items()}), None
+        return (dx_BTD, found.add(so_far, number, own)), None
 
     def group(carry, scanned):
         numbers, x_BTD, dsums = scanned
@@ -217,12 +244,12 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         inputs = jnp.zeros((numbers.shape[0], *x_BTD.shape), x_BTD.dtype).at[0].set(x_BTD)
 
         def again(i, inputs):
-            return inputs.at[i + 1].set(forward(inputs[i], numbers[i])[0])
+            return inputs.at[i + 1].set(forward(inputs[i], numbers[i], found.weights(numbers[i]))[0])
 
         inputs = jax.lax.fori_loop(0, numbers.shape[0] - 1, again, inputs)
         return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
-    carry: Any = (dx_BTD, jax.tree.map(jnp.zeros_like, trained))
+    carry: Any = (dx_BTD, found.none())
     for (first, number, size), inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
 
         def by_group(x, first=first, number=number, size=size):
@@ -231,7 +258,52 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         scanned = _numbers(first, number, size), inputs, jax.tree.map(by_group, dsums)
         carry, _ = jax.lax.scan(group, carry, scanned, reverse=True)
     dx_BTD, grads = carry
-    return tree.unflatten([grads.get(jax.tree_util.keystr(path)) for path, _ in leaves]), dx_BTD, None
+    return tree.unflatten([grads.get(_name(path)) for path, _ in leaves]), dx_BTD, None, None
+
+
+class _Gradients:
+    """What the backward pass gathers of a stack's weights, by path: their gradients."""
+
+    def __init__(self, trained: dict[str, jax.Array]):
+        self.trained = trained
+
+    def none(self):
+        return jax.tree.map(jnp.zeros_like, self.trained)
+
+    def weights(self, number):
+        """A layer's own."""
+        return {path: _cut(leaf, number) for path, leaf in self.trained.items()}
+
+    def add(self, so_far, number, own):
+        return {path: grad.at[number].set(own[path]) for path, grad in so_far.items()}
+
+
+class _Updates(_Gradients):
+    """Or nothing: what an `Update` refers to is changed instead."""
+
+    def __init__(self, update: Update):
+        super().__init__({})
+        self.update = update
+        update.taken.append(self)
+
+    def weights(self, number):
+        return {name: ref[number] for name, ref in self.update.weights.items()}
+
+    def add(self, so_far, number, own):
+        refs = self.update.weights, self.update.state
+        weights, state = jax.tree.map(lambda leaf: leaf[number][None] if is_ref(leaf) else leaf, refs)
+        grads = {name: grad[None] for name, grad in own.items()}
+        new = self.update.apply(weights, grads, state)
+        for leaf, after in zip(jax.tree.leaves(refs), jax.tree.leaves(new), strict=True):
+            if is_ref(leaf):
+                leaf[number] = after[0]
+        self.update.square[...] += sum(jnp.square(grad.astype(jnp.float32)).sum() for grad in grads.values())
+        return so_far
+
+
+def is_ref(leaf) -> bool:
+    """Whether a leaf is a reference, not an array."""
+    return isinstance(jax.typeof(leaf), jax.ref.AbstractRef)
 
 
 _recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)

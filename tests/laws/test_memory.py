@@ -42,7 +42,7 @@ def temporaries(
 ) -> int:
     """Bytes of temporaries of one adapter's step on a model of so many layers."""
     config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat, **how)
-    loop = dict(max_grad_norm=1.0, max_skipped_steps=0)
+    loop = dict(max_grad_norm=1.0, max_skipped_steps=0, optimizer_in_bwd=False)
     run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, loss_type=None)
     flat = {}
     for path, row in spec(config).items():

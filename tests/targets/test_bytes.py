@@ -58,6 +58,14 @@ def test_offload_leaves_the_gradients(peak, target):
     assert growth < 1.25 * 4 * 4 * (4 * 1024 + 3 * 2560)
 
 
+@pytest.mark.parametrize("target", ["v5e-1", "h100"])
+def test_a_step_in_the_backward_pass_leaves_one_layers_gradients(peak, target):
+    """Full tuning: the float32 gradients of the others are not there. (A TPU's compiler keeps its bfloat16 copy of all weights.)"""
+    keys = {"method": "full", "max_grad_norm": 0.0, "gradient_checkpointing": "full"}
+    plain, fused = ((peak(target, 12, **own) - peak(target, 4, **own)) / 8 for own in (keys, keys | {"optimizer_in_bwd": True}))
+    assert plain - fused > 0.9 * 2 * DENSE
+
+
 @pytest.mark.parametrize("target, tokens", [("v5e-1", 2048), ("h100", ROW)])  # a v5e has shorter rows in its VMEM, whatever is kept
 def test_groups_leave_the_inputs_of_groups(peak, target, tokens):
     """Of 12 layers 4 groups of 3: 4 inputs, and 3 of the group at hand, instead of 12."""
