@@ -134,6 +134,8 @@ def _group(value: Any, kind: Any) -> Any:
     if not isinstance(value, Mapping):
         raise Mismatch
     names = [field.name for field in dataclasses.fields(kind)]
+    if kind.shorthand and not difflib.get_close_matches(kind.shorthand, map(str, value), 1, 0.5):
+        raise ConfigError(f"{kind.group} {str(value)[:80]} has no {kind.shorthand}; {kind.without}")
     for key in value:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1, 0.5)
@@ -172,7 +174,8 @@ class Group:
     """
 
     group: ClassVar[str] = ""  # the dotted prefix in error messages
-    shorthand: ClassVar[str | None] = None  # the field that a bare string stands for
+    shorthand: ClassVar[str | None] = None  # the field that a bare string stands for, and that has to be there
+    without: ClassVar[str] = ""  # what to write where it is missing
 
     def __post_init__(self):
         for name, kind in kinds(type(self)).items():

@@ -36,6 +36,7 @@ class Source(Group):
 
     group: ClassVar[str] = "source"
     shorthand: ClassVar[str | None] = "path"
+    without: ClassVar[str] = "name a file, folder, glob or hub id (rows in memory go into a .jsonl file first)"
 
     path: str
     name: str | None = None  # the subset of a hub data set

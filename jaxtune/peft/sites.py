@@ -142,7 +142,8 @@ def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: li
                         for path in paths for name in names(path, rows[path])})  # fmt: skip
         what = "linear layer" if key == "target_modules" else "parameter of experts"
         there = f"there are {', '.join(there)}" if there else "there is none"
-        raise ConfigError(f"{config.group}.{key}: {', '.join(missing)} matches no {what} of this model; {there}")
+        whole = "; a text is a regular expression for a whole name: write a list, [NAME, ...]" if isinstance(targets, str) else ""
+        raise ConfigError(f"{config.group}.{key}: {', '.join(missing)} matches no {what} of this model; {there}{whole}")
 
 
 def _check_kinds(config: LoraConfig, paths: list[str]) -> None:

@@ -70,6 +70,8 @@ def test_an_unknown_key_names_the_nearest(given, meant):
 def test_a_key_like_no_other_gets_no_suggestion():
     with pytest.raises(ConfigError, match="^xyzzy is not a key.$"):
         load_config({"model": "m", "xyzzy": 1})
+    with pytest.raises(ConfigError, match="has no path; name a file, folder, glob or hub id .rows in memory"):
+        load_config({"model": "m", "data": {"train": [{"prompt": "a", "completion": "b"}]}})
     with pytest.raises(ConfigError, match=r"source.pth is not a key; did you mean source.path\?"):
         load_config({"model": "m", "data": {"train": [{"pth": "x"}]}})
 

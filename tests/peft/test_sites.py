@@ -66,6 +66,7 @@ def test_both_uses_of_a_tied_matrix_are_trained_as_one_where_asked():
 WRONG = {
     "dense": (tiny.LLAMA, {"target_parameters": ("mlp.experts.down_proj",)}, "matches no parameter of experts.*; there is none"),
     "no such": (MOE, {"target_parameters": ("w9",)}, "w9 matches no parameter of experts.*mlp.experts.gate_up_proj"),
+    "text": (tiny.LLAMA, {"target_modules": "q_proj,v_proj"}, r"there are .*a text is a regular expression.*write a list, \[NAME"),
     "half": (MOE, {"target_modules": ("gate_proj",)}, "gate_proj without up_proj"),
     "dropout": (MOE, {"lora_dropout": 0.1}, "lora.lora_dropout cannot be used where experts are adapted"),
     "dora": (MOE, {"use_dora": True}, "lora.use_dora cannot be used where experts are adapted"),
