@@ -36,7 +36,8 @@ CASES = {
     "ia3 of gpt2": Case("ia3", "IA3Config", {"modules_to_save": ["ln_f"]}, "gpt2"),
     "loha": Case("loha", "LoHaConfig", {"r": 3, "alpha": 6, "target_modules": QD, "rank_pattern": {"layers.1.self_attn.q_proj": 5}}),
     "lokr": Case("lokr", "LoKrConfig", {"r": 2, "alpha": 3, "target_modules": QD}),
-    "lokr of both": Case("lokr", "LoKrConfig", {"r": 1, "target_modules": "all-linear", "decompose_both": True, "decompose_factor": 5}),
+    "lokr of both": Case("lokr", "LoKrConfig", {"r": 1, "target_modules": ["k_proj", "up_proj"], "decompose_both": True,
+                                                "decompose_factor": 5}),
     "vera": Case("vera", "VeraConfig", {"r": 6, "projection_prng_key": 3, "target_modules": QD}),
     "vera without its pair": Case(
         "vera", "VeraConfig", {"r": 6, "target_modules": QD, "save_projection": False, "bias": "vera_only", "layers_to_transform": [1]}
@@ -48,7 +49,7 @@ CASES = {
                             "gpt2"),
     "oft": Case("oft", "OFTConfig", {"oft_block_size": 8, "target_modules": QD, "layers_to_transform": [0, 2]}),
     "oft by inverse": Case("oft", "OFTConfig", {"r": 4, "oft_block_size": 0, "block_share": True, "use_cayley_neumann": False,
-                                                "target_modules": "all-linear"}),
+                                                "target_modules": ["k_proj", "up_proj"]}),
     "oft of another size": Case("oft", "OFTConfig", {"oft_block_size": 7, "num_cayley_neumann_terms": 3, "target_modules": ["up_proj"]}),
     "bitfit": Case("bitfit", "BeftConfig", {"target_modules": ["q_proj", "o_proj"]}),
     "bitfit of some layers": Case("bitfit", "BeftConfig", {"target_modules": r".*layers\.1\..*_proj"}),

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from jaxtune import peft
-from jaxtune.config import LoHaConfig, LoraConfig, OFTConfig, VeraConfig, load_config
+from jaxtune.config import LoHaConfig, LoraConfig, OFTConfig, load_config
 from jaxtune.data.batch import Batch
 from jaxtune.model import quant
 from jaxtune.model.decoder import forward, hidden
@@ -33,7 +33,7 @@ EXPERTS = SHAPE | {
     "intermediate_size": 64,
 }  # fmt: skip
 LORA = LoraConfig(r=2)
-METHODS = [LoHaConfig(r=2), VeraConfig(r=2), OFTConfig(oft_block_size=4)]  # whose leaves have backward passes of their own
+METHODS = [LoHaConfig(r=2), OFTConfig(oft_block_size=4)]  # whose leaves make large things for a product
 TOKENS = 8  # few, so that weights are what takes memory
 
 
