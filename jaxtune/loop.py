@@ -98,7 +98,7 @@ class Loop:
                 state = self.checkpoints.prove(number, state, self.notes, keep=save)
             elif save:
                 self.checkpoints.save(number, state, self.notes)
-            if save and self.rollouts:
+            if self.rollouts and self.rollouts.train.repeats > 1:
                 self.rollouts.forget(min(self.checkpoints.steps(), default=number))
             if stop:
                 break

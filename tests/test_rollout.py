@@ -122,6 +122,8 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after
     timeless = [[{key: value for key, value in row.items() if key != "tokens_per_second"} for row in log] for log in logs]
     assert timeless[0] == timeless[1]
     assert max(row["grad_norm"] for row in logs[0]) > 0
+    kept = [int(path.stem) for path in (tmp_path / "whole" / "rollouts").glob("*.npz")]
+    assert all(number >= settings["max_steps"] // 4 for number in kept)  # of the last checkpoint's time, and not those before it
 
 
 # ---- a rollout by itself ----
