@@ -10,6 +10,7 @@ cores; the first two steps, which compile, are left out of the seconds of a step
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -85,18 +86,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--answers", type=int, default=32, help="of a step")
     parser.add_argument("--completions", type=int, default=16, help="tokens of an answer, at most")
+    parser.add_argument("--only", choices=("jaxtune", "trl"))
     given = parser.parse_args()
-    for by in ("jaxtune", "trl"):
+    for by in [given.only] if given.only else ["jaxtune", "trl"]:
         with tempfile.TemporaryDirectory() as work:
             job = {**vars(given), "by": by, "work": work, "out": f"{work}/out.json"}
-            began = time.monotonic()
+            began, used = time.monotonic(), _processor()
             done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{by}: {done.stderr[-2000:]}")
             whole, found = time.monotonic() - began, json.loads(Path(job["out"]).read_text())
         times, rewards = found["times"], found["rewards"]
         step = (times[-1] - times[1]) / (len(times) - 2)
-        print(f"{by:8} {step:6.2f} s a step, {whole:6.1f} s in all; reward {' '.join(f'{r:.2f}' for r in rewards)}", flush=True)
+        said = f"{step:6.2f} s a step, {whole:6.1f} s in all, {_processor() - used:6.1f} s of a processor"
+        print(f"{by:8} {said}; reward {' '.join(f'{r:.2f}' for r in rewards)}", flush=True)
+
+
+def _processor() -> float:
+    """Seconds that processors have worked for the jobs so far, which other work on the machine disturbs less than the clock."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
