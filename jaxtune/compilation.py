@@ -1,15 +1,18 @@
-"""The cache of compiled programs, which makes the second start quick.
+"""What programs are compiled with, and the cache of compiled ones, which makes the second start quick.
 
 jax writes an entry in place. One that is cut off (by a kill, by a full disk) is never written again: every start warns of it and compiles
 anew. So what the last runs have written is looked through at the start, and what is not whole goes.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -22,9 +25,21 @@ except ImportError:
 else:
     DAMAGED = (zlib.error, zstandard.ZstdError)
 
+F = TypeVar("F", bound=Callable)
 log = logging.getLogger("jaxtune")
 CHECKED = ".checked"  # its time: entries older than it are known to be whole
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+
+def in_32_bits(function: F) -> F:
+    """The function without `jax_enable_x64`, which would widen every number that is given no dtype."""
+
+    @functools.wraps(function)
+    def narrow(*args, **kwargs):
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return narrow  # type: ignore[return-value]
 
 
 def enable_cache(config: Config) -> None:

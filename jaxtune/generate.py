@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import cli, errors
+from jaxtune.compilation import in_32_bits
 from jaxtune.convert.peft import load_adapter
 from jaxtune.errors import ConfigError, DataError, ModelError
 from jaxtune.generation.answer import Answer, Reader
@@ -50,6 +51,7 @@ def generate(model: Any, prompts: Any, adapter: Any = None, **settings: Any) -> 
     return [completion.text for completion in generate_tokens(model, prompts, adapter, **settings)]
 
 
+@in_32_bits
 def generate_tokens(
     model: Any,
     prompts: Any,

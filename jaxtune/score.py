@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxtune import cli, errors
+from jaxtune.compilation import in_32_bits
 from jaxtune.convert import heads, load_adapter
 from jaxtune.data import Batch, files, formats
 from jaxtune.data.examples import Chat, Completion, Steps, Text
@@ -31,6 +32,7 @@ MOST_TOKENS, MOST_ROWS = 16384, 64  # of a batch
 LEAST_TOKENS = 16  # texts are padded to powers of two from here on, so that few shapes are compiled
 
 
+@in_32_bits
 def score(
     model: Any, texts: Any, adapter: Any = None, *, step_separator: str = "\n", batch_size: int | None = None
 ) -> np.ndarray | list[np.ndarray]:

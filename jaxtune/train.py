@@ -60,6 +60,7 @@ class Result:
     interrupted: bool = False
 
 
+@compilation.in_32_bits
 def train(
     config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = (), *, reward_funcs: Sequence[Callable] = ()
 ) -> Result | CrossValidation:

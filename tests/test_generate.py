@@ -76,7 +76,9 @@ def test_greedy_with_packed_weights(model, folder, endless, kind):
 
 
 def test_an_adapter_is_composed(model, endless, tmp_path):
-    adapter = jt.init_adapter(jax.random.key(0), model, LoraConfig(r=4, lora_alpha=8))
+    with jax.enable_x64(True):
+        adapter = jt.init_adapter(jax.random.key(0), model, LoraConfig(r=4, lora_alpha=8))
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
     assert _tokens(model, _prompts(model), adapter) == _tokens(model, _prompts(model))  # fresh: changes nothing
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
     merged = dataclasses.replace(model, params=jt.merge(model.params, adapter))

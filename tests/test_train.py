@@ -123,10 +123,15 @@ def test_what_is_trained_whole_is_trained_saved_and_resumed(config, folder, tmp_
 
 
 def test_resume_of_a_finished_run_changes_nothing(config):
-    """In a thread beside the main one, as a notebook's or a server's: no signal can be handled there."""
+    """In a thread beside the main one, as a notebook's or a server's, where no signal can be handled; and with x64 on."""
     first = train(config())
+
+    def resume():
+        with jax.enable_x64(True):
+            return train(config(resume=True))
+
     with ThreadPoolExecutor(1) as pool:
-        again = pool.submit(train, config(resume=True)).result()
+        again = pool.submit(resume).result()
     for left, right in zip(jax.tree.leaves(first.trainable), jax.tree.leaves(again.trainable), strict=True):
         np.testing.assert_array_equal(left, right)
 

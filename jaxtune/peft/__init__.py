@@ -77,7 +77,8 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
             f"init_lora_weights={config.init_lora_weights} moves the base beside the adapter, which jt.train does for a run; write True or "
             "gaussian here"
         )
-    return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)
+    with jax.enable_x64(False):  # else it would be float64 where the caller has that on
+        return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)
 
 
 def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
