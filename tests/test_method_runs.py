@@ -15,7 +15,7 @@ from jaxtune.config import load_config
 from jaxtune.convert.load import open_model
 from jaxtune.convert.tensors import Safetensors
 from jaxtune.costs import by_cause
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, ModelError
 from jaxtune.export import export
 from jaxtune.shapes import abstract_step
 from jaxtune.train import train
@@ -152,3 +152,14 @@ def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
 
     pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers, and a scale of each
     assert weights(init_lora_weights="pissa") - weights() == pairs + 3 * 4
+
+
+def test_virtual_tokens_are_exported_as_they_are(folder, tmp_path):
+    model = jt.load(folder / "model")
+    adapter = jt.init_adapter(jax.random.key(0), model, jt.PrefixTuningConfig(num_virtual_tokens=3))
+    jt.save_adapter(adapter, model, tmp_path / "prefix")
+    with pytest.raises(ModelError, match="method prefix_tuning: tokens before a text.*export it as it is"):
+        export(tmp_path / "prefix", tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    again = jt.load_adapter(export(tmp_path / "prefix", tmp_path / "copy"), model)
+    np.testing.assert_array_equal(again.params["prompt"]["embeddings"], adapter.params["prompt"]["embeddings"])

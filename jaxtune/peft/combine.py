@@ -83,7 +83,7 @@ def _refuse(adapters: Sequence[Adapter]) -> None:
         if not isinstance(adapter.config, LoraConfig):
             raise ConfigError(
                 f"an adapter of method {adapter.config.group} is no sum of low-rank products, so it cannot be added to another or mixed; "
-                "use it alone, or merge it into the base"
+                "use it alone"
             )
     if any("magnitude" in pair for adapter in adapters for pair in adapter.params.values()):
         raise ConfigError("a DoRA adapter scales the whole matrix, so it cannot be added to another; merge it into the base instead")

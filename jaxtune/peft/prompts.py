@@ -27,7 +27,8 @@ class PromptKind(Kind):
 
     merges: ClassVar[bool] = False
     ignored = frozenset(
-        "task_type num_transformer_submodules tokenizer_name_or_path tokenizer_kwargs init_weights modules_to_save encoder_dropout".split()
+        "task_type num_transformer_submodules tokenizer_name_or_path tokenizer_kwargs init_weights modules_to_save encoder_dropout "
+        "encoder_num_layers token_dim num_attention_heads num_layers".split()
     )
 
     def init(self, key: jax.Array, model_config: ModelConfig, params: dict, config: Any, tokenizer: Any = None) -> Adapter:

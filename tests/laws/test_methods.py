@@ -39,7 +39,7 @@ def test_every_method_has_a_case():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fresh_and_merged_and_written(models, tmp_path, name):
+def test_fresh_and_merged_and_written(models, tmp_path, name, caplog):
     case = CASES[name]
     model = models[case.model]
     fresh = peft.init_adapter(jax.random.key(0), model, case.config())
@@ -55,6 +55,7 @@ def test_fresh_and_merged_and_written(models, tmp_path, name):
             peft.merge(model.params, adapter)
     save_adapter(adapter, model, tmp_path / "a")
     again = load_adapter(tmp_path / "a", model)
+    assert not caplog.records
     assert [site[:2] for site in again.sites] == [site[:2] for site in adapter.sites] and again.shared == adapter.shared
     for site in adapter.sites:
         live = np.flatnonzero(site.ranks)
