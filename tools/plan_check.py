@@ -29,6 +29,7 @@ RUNS: list[tuple[str, str, int, int, dict[str, Any]]] = [  # method, dtype, rows
     ("qlora", "float32", 4, 512, {}),
     ("qlora", "bfloat16", 2, 1024, {"gradient_accumulation_steps": 2}),
     ("full", "float32", 2, 512, {}),
+    ("full", "float32", 2, 512, {"optimizer_in_bwd": True, "max_grad_norm": 0}),
     ("full", "bfloat16", 4, 256, {"param_dtype": "bfloat16", "optim": "adamw_8bit"}),
 ]
 
