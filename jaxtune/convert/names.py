@@ -51,10 +51,12 @@ def match_names(source: Checkpoint, table: list[Cell]) -> dict[str, str]:
     where = sorted({str(entry.file) for entry in entries.values()})
     where = where[0] if len(where) == 1 else os.path.commonpath(where) if where else "the checkpoint"
     if missing := [name for name, found in names.items() if found is None]:
-        raise ModelError(f"{where}: tensor {missing[0]} is missing{_more(missing)}; config.json describes a model that has it")
+        hint = "config.json describes a model that has it: fetch the file again, or put its own config.json there"
+        raise ModelError(f"{where}: tensor {missing[0]} is missing{_more(missing)}; {hint}")
     used = set(names.values())
     if extra := sorted(name for name in entries if name not in used and not HARMLESS.fullmatch(name)):
-        raise ModelError(f"{where}: tensor {extra[0]} is not part of the model that config.json describes{_more(extra)}")
+        hint = "put the config.json of this checkpoint there, or take out what is not the model's"
+        raise ModelError(f"{where}: tensor {extra[0]} is not part of the model that config.json describes{_more(extra)}; {hint}")
     found = {name: found for name, found in names.items() if found is not None}
     for cell in table:
         _check(entries[found[cell.name]], found[cell.name], cell.shape)
