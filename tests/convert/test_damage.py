@@ -192,7 +192,9 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder):
         (dict(lora_bias=True), f"tensor {PAIR}B.bias is missing"),
         (dict(modules_to_save=["lm_head"]), "tensor base_model.model.lm_head.weight is missing"),
         (dict(use_qalora=True), "use_qalora=True"),
-        *((dict(peft_type=kind), f"of type {kind}") for kind in ("IA3", "PREFIX_TUNING", "ADALORA", "VERA", None)),
+        *((dict(peft_type=kind), f"of type {kind}") for kind in ("HRA", "POLY", None)),
+        *((dict(peft_type=kind), "fit no module of this model") for kind in ("IA3", "ADALORA", "VERA")),
+        (dict(peft_type="PREFIX_TUNING"), "has to hold prompt_embeddings"),
     ],
 )
 def test_adapter_configs(made, tmp_path, change, said):
