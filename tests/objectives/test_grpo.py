@@ -1,5 +1,6 @@
 """GRPO and RLOO: TRL's numbers (goldens), the policy gradient, and rows in which answers share a prompt."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -61,14 +62,17 @@ def batch_of(config, advantages=ADVANTAGE):
     return jax.tree.map(lambda x: jnp.asarray(x[0, 0]), batch)
 
 
-def value_and_gradient(config, model, batch, base=None):
-    objective = OBJECTIVES[config.objective]
-
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compiled(config, model_config, params, base, batch):
     def loss(params):
-        made = objective(config, model[0], params, model[1] if base is None else base, batch)
+        made = OBJECTIVES[config.objective](config, model_config, params, base, batch)
         return made.total / made.weight
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(model[1])
+    return jax.value_and_grad(loss)(params)
+
+
+def value_and_gradient(config, model, batch, base=None):
+    value, gradient = compiled(config, model[0], model[1], model[1] if base is None else base, batch)
     return float(value), gradient
 
 
