@@ -247,11 +247,13 @@ class Loop:
 
 
 def _heard() -> list[signal.Signals]:
-    """The signals that end a run with a checkpoint: not those that the process ignores (nohup), and none but in the main thread, which
-    alone may set a handler. Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the step to stop at."""
-    numbers = [signal.SIGINT, *HANGUP, *((signal.SIGTERM,) if jax.process_count() == 1 else ())]
-    main = threading.current_thread() is threading.main_thread()
-    return [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]
+    """The signals that end a run with a checkpoint: a hangup only if the process does not ignore it (nohup), and none but in the main
+    thread, which alone may set a handler. Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the
+    step to stop at."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    hangups = [number for number in HANGUP if signal.getsignal(number) != signal.SIG_IGN]
+    return [signal.SIGINT, *hangups, *((signal.SIGTERM,) if jax.process_count() == 1 else ())]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -60,7 +60,7 @@ def measure(kind: str, folder: Path) -> dict[str, float]:
     result = 0.0
     if kind == "merge":
         opened = open_model(folder / "model")
-        model = argparse.Namespace(config=opened.config, params={})
+        model = argparse.Namespace(config=opened.config, params={}, tokenizer=None)
         adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(r=16))
         params = composed(opened.config, adapter, opened.checkpoint)
         hf.save(opened.config, params, folder / f"merged-{time.time_ns()}", base=opened.checkpoint)
