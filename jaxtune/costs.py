@@ -55,7 +55,7 @@ def gradients(config: Config, trainable: Any) -> int:
         return sum(x.size * 4 for x in jax.tree.leaves(trainable))
     if not config.optimizer_in_bwd:
         return per_device(trainable)
-    outside = per_device({name: leaf for name, leaf in trainable.items() if name != "layers"})
+    outside = per_device(trainable) - per_device(trainable["layers"])
     return outside + max(per_device(stack) // jax.tree.leaves(stack)[0].shape[0] for stack in trainable["layers"].values())
 
 

@@ -87,8 +87,8 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     if beginnings.moves(getattr(trainable, "config", None)):
         base = beginnings.moved(params, _with_shardings(trainable, own))
         base = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _everywhere(x, mesh), base)  # its scales
-    own = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
-    if own and compares(config) and not beforehand(config):
+    apart = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
+    if apart and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
     batch = abstract_batch(config, mesh, rows)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config

@@ -126,8 +126,8 @@ def make_step(
         xs, tokens = (batch, keys.reshape(-1, 2)), jnp.count_nonzero(batch.segments)
         if config.optimizer_in_bwd:
             micro = jax.tree.map(lambda x: x[0], xs)
-            descend = in_backward.update(lambda trainable: total(trainable, *micro), state.trainable, state.opt_state, optimizer)
-            (trainable, opt_state, loss, grad_norm), own = descend, 0.0
+            down, own = (lambda trainable: total(trainable, *micro)), 0.0
+            trainable, opt_state, loss, grad_norm = in_backward.update(down, state.trainable, state.opt_state, optimizer)
         else:
             sums = _sum_over(one, xs)
             if axis_name is not None:
