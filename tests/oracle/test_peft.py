@@ -1,7 +1,6 @@
 """Law 9: adapters written here open in PEFT with the same logits, and PEFT's open here."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,15 +8,13 @@ torch = pytest.importorskip("torch")
 peft_library = pytest.importorskip("peft")
 import references  # noqa: E402
 import tiny  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from oracle.peft_logits import TOKENS, ours, theirs  # noqa: E402
 
 from jaxtune import peft  # noqa: E402
 from jaxtune.config import LoraConfig  # noqa: E402
 from jaxtune.convert.load import load  # noqa: E402
 from jaxtune.convert.peft import load_adapter, save_adapter  # noqa: E402
-from jaxtune.model.decoder import forward  # noqa: E402
 
-TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int64)
 SUM = {"a": {"r": 4, "target_modules": ["q_proj", "down_proj"]}, "b": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"]}}
 VARIANTS = {
     "all-linear": {"r": 4, "target_modules": "all-linear"},
@@ -93,19 +90,6 @@ def folders(tmp_path_factory):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     return {folder.name: folder for folder in root.iterdir()}
-
-
-_forward = jax.jit(forward, static_argnums=0)
-
-
-def theirs(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def ours(folder, adapter_of):
-    model = load(folder)
-    params = peft.compose(model.params, adapter_of(model))
-    return np.asarray(_forward(model.config, params, jnp.asarray(TOKENS, jnp.int32)))
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and of embeddings it saves whole

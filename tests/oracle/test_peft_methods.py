@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,19 +11,15 @@ peft_library = pytest.importorskip("peft")
 import references  # noqa: E402
 import tiny  # noqa: E402
 from methods import CASES, stir  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from oracle.peft_logits import TOKENS, jitted, ours, theirs  # noqa: E402
 
 from jaxtune import optim, peft  # noqa: E402
 from jaxtune.config import load_config  # noqa: E402
 from jaxtune.convert.load import load  # noqa: E402
 from jaxtune.convert.peft import load_adapter, save_adapter  # noqa: E402
 from jaxtune.data.batch import Batch  # noqa: E402
-from jaxtune.model.decoder import forward  # noqa: E402
 from jaxtune.objectives import OBJECTIVES  # noqa: E402
 from jaxtune.step import init_state, make_step  # noqa: E402
-
-TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int64)
-_forward = jax.jit(forward, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +30,6 @@ def folders(tmp_path_factory):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     return {folder.name: folder for folder in root.iterdir()}
-
-
-def theirs(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def ours(folder, adapter_of):
-    model = load(folder)
-    params = peft.compose(model.params, adapter_of(model))
-    return np.asarray(_forward(model.config, params, jnp.asarray(TOKENS, jnp.int32)))
 
 
 def _logits(model):
@@ -166,11 +151,11 @@ def test_a_beginning_that_moves_the_base(folders, tmp_path, start):
     run = load_config({"model": "m", "lora": settings})
     fresh = peft.METHODS["lora"].init(jax.random.key(0), model.config, model.params, run)
     base = peft.beginnings.moved(model.params, fresh)
-    np.testing.assert_allclose(_forward(model.config, peft.compose(base, fresh), TOKENS), _forward(model.config, model.params, TOKENS),
+    np.testing.assert_allclose(jitted(model.config, peft.compose(base, fresh), TOKENS), jitted(model.config, model.params, TOKENS),
                                atol=1e-4)  # fmt: skip
     losses, trained = _our_steps(model, base, fresh, {"lora": settings})
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
     save_adapter(peft.beginnings.over_the_base(model.config, trained, fresh), model, tmp_path / "a")
     opened = peft_library.PeftModel.from_pretrained(theirs(folders["llama"]), tmp_path / "a").eval()
-    np.testing.assert_allclose(_logits(opened), _forward(model.config, peft.compose(base, trained), TOKENS), atol=1e-4)
+    np.testing.assert_allclose(_logits(opened), jitted(model.config, peft.compose(base, trained), TOKENS), atol=1e-4)
     np.testing.assert_allclose(_logits(opened), _logits(made.eval()), atol=2e-3)
