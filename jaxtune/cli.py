@@ -42,7 +42,9 @@ def callable_module(name: str, function: Callable) -> None:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The help with its default, where there is one to speak of."""
+        return action.help if action.default in (None, False, [], {}) else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +74,19 @@ def config_parser(verb: str, description: str | None = None) -> argparse.Argumen
 def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse, letting `key=value` stand before, between or after the options (plain argparse takes them only together)."""
     return the_parser.parse_intermixed_args(argv)
+
+
+def add_columns(the_parser: argparse.ArgumentParser) -> None:
+    """`--columns prompt=question,completion=answer`: the config's `data.columns`, as a dict."""
+    names = "where the rows' fields have other names than ours: prompt=question,completion=answer"
+    the_parser.add_argument("--columns", type=_columns, default={}, metavar="OURS=THEIRS,...", help=names)
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if any(len(pair) != 2 or not all(name.strip() for name in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names no columns; write OURS=THEIRS,...: prompt=question,completion=answer")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
 
 def log_to_terminal() -> None:

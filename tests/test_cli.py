@@ -64,3 +64,11 @@ def test_what_is_wrong_with_the_arguments(arguments, said, capsys):
     with pytest.raises(SystemExit):
         cli.parse(cli.config_parser("train"), arguments)
     assert said in capsys.readouterr().err
+
+
+def test_columns_on_the_command_line(capsys):
+    cli.add_columns(parser := cli.parser("score"))
+    assert cli.parse(parser, ["--columns", "prompt=question, completion=a=b"]).columns == {"prompt": "question", "completion": "a=b"}
+    with pytest.raises(SystemExit):
+        cli.parse(parser, ["--columns", "prompt"])
+    assert "'prompt' names no columns; write OURS=THEIRS" in capsys.readouterr().err and "None" not in parser.format_help()

@@ -149,8 +149,8 @@ def test_a_narrow_terminal_shows_every_number():
 
 
 def test_metric_none_measures_text_alone(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.jsonl").write_text('{"text": "The quick brown fox"}\n{"text": "hello there"}\n')
-    arguments = [folder / "model", "--data", tmp_path / "text.jsonl", "--json"]
+    (tmp_path / "text.jsonl").write_text('{"body": "The quick brown fox"}\n{"body": "hello there"}\n')
+    arguments = [folder / "model", "--data", tmp_path / "text.jsonl", "--json", "--columns", "text=body"]
     found = json.loads(run([*arguments, "--metric", "none"], monkeypatch, capsys))
     assert found["tuned"] is None and found["base"].keys() == {"loss", "perplexity", "mean_token_accuracy"}
     with pytest.raises(DataError, match="nothing can be asked"):

@@ -4,13 +4,11 @@
 table (what it lacks is passed on, for the key's own check to judge) or by a function. Using an alias prints a one-line note.
 """
 
-import ast
-from collections.abc import Callable
 from typing import Any
 
+from jaxtune.config import foreign
+from jaxtune.config.foreign import DEFAULT
 from jaxtune.errors import ConfigError
-
-DEFAULT = object()  # the value asks for what is the default anyway
 
 ALIASES: dict[str, str] = {
     alias: path
@@ -18,6 +16,12 @@ ALIASES: dict[str, str] = {
         "model": "base_model model_name_or_path model_name pretrained_model_name_or_path",
         "method": "finetuning_type adapter use_peft full_finetuning",
         "objective": "stage rl",
+        "loss_type": "pref_loss dpo_loss_type",
+        "beta": "rl_beta pref_beta",
+        "desirable_weight": "kto_chosen_weight kto_desirable_weight",
+        "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
+        "init_adapter": "adapter_name_or_path lora_model_dir",
+        "seed": "random_state",
         "resume": "resume_from_checkpoint",
         "dtype": "torch_dtype bnb_4bit_compute_dtype compute_dtype bf16",
         "per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_gpu_train_batch_size",
@@ -27,15 +31,20 @@ ALIASES: dict[str, str] = {
         "learning_rate": "lr",
         "lr_scheduler_type": "lr_scheduler scheduler",
         "warmup_steps": "warmup_ratio num_warmup_steps",
-        "optim": "optimizer",
-        "max_grad_norm": "gradient_clipping grad_clip",
-        "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing activation_offloading",
+        "optim": "optimizer adafactor",
+        "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm",
+        "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing activation_offloading "
+        "enable_activation_checkpointing enable_activation_offloading disable_gradient_checkpointing",
         "attention": "attn_implementation",
         "eval_strategy": "evaluation_strategy",
+        "eval_steps": "run_val_every_n_steps",
+        "save_steps": "save_every_n_steps",
+        "evaluate.max_new_tokens": "eval_max_new_tokens",
         "logging_steps": "log_every_n_steps",
-        "lora.r": "lora_r lora_rank",
+        "lora.r": "lora_r lora_rank r",
         "lora.lora_alpha": "lora_alpha",
-        "lora.lora_dropout": "lora_dropout",
+        "lora.lora_dropout": "lora_dropout disable_dropout",
+        "lora.bias": "bias",
         "lora.target_modules": "lora_target lora_target_modules lora_target_linear target_modules",
         "lora.use_rslora": "use_rslora peft_use_rslora",
         "lora.use_dora": "use_dora peft_use_dora",
@@ -43,19 +52,21 @@ ALIASES: dict[str, str] = {
         "lora.rank_pattern": "lora_rank_pattern",
         "lora.alpha_pattern": "lora_alpha_pattern",
         "lora.target_parameters": "lora_target_parameters",
-        "lora.init_lora_weights": "peft_init_lora_weights init_lora_weights",
+        "lora.init_lora_weights": "peft_init_lora_weights init_lora_weights pissa_init",
         "lora.trainable_token_indices": "peft_trainable_token_indices trainable_token_indices",
-        "data.train": "dataset datasets train_file train_dataset dataset_name train_data",
-        "data.eval": "val_set_size val_size validation_file eval_dataset eval_file test_datasets",
-        "data.columns": "dataset_text_field",
+        "data.train": "dataset datasets train_file train_dataset dataset_name train_data pretraining_dataset",
+        "data.eval": "val_set_size val_size validation_file eval_dataset eval_file test_datasets test_split_size",
+        "data.columns": "dataset_text_field column_map",
         "data.max_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size",
         "data.length_policy": "excess_length_strategy",
         "data.truncation_side": "truncation_mode",
-        "data.packing": "packing sample_packing group_by_length train_sampling_strategy",
-        "data.train_on": "train_on_inputs train_on_prompt mask_history completion_only_loss assistant_only_loss",
-        "data.shuffle": "shuffle_dataset",
+        "data.packing": "packing sample_packing packed group_by_length train_sampling_strategy",
+        "data.train_on": "train_on_inputs train_on_input train_on_prompt masking_strategy mask_history completion_only_loss "
+        "assistant_only_loss",
+        "data.shuffle": "shuffle_dataset shuffle shuffle_merged_datasets",
         "data.chat_template": "chat_template chat_template_path",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
+        "data.system": "default_system new_system_prompt",
         "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
         "reward_model": "reward_model_name_or_path reward_model_path",
@@ -64,91 +75,36 @@ ALIASES: dict[str, str] = {
 }
 
 
-def _warmup_ratio(value: Any) -> Any:
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(
-            f"warmup_ratio is {value!r}, but has to be a share of all steps, from 0 to below 1; write warmup_steps for their number."
-        )
-    return value
-
-
-def _resume(value: Any) -> Any:
-    if isinstance(value, str) and value not in ("last", "latest", "auto"):
-        raise ConfigError(
-            f"resume_from_checkpoint is {value!r}, but a run resumes from its own newest checkpoint; write its output_dir and resume: true."
-        )
-    return bool(value)
-
-
-def _target(value: Any) -> Any:
-    """LLaMA-Factory's `all` and comma-separated names."""
-    if value == "all":
-        return "all-linear"
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
-
-
-def _optim_args(value: Any) -> Any:
-    """HF's `"momentum=0.9,nesterov=True"`; a table is passed on."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return {name.strip(): ast.literal_eval(text.strip()) for name, text in (pair.split("=", 1) for pair in value.split(","))}
-    except (ValueError, SyntaxError):
-        raise ConfigError(f"optim_args is {value!r}; write optim_args: {{NAME: NUMBER}}.") from None
-
-
-def _label_names(value: Any) -> Any:
-    """HF's `{0: negative, 1: positive}` as names in order."""
-    if not isinstance(value, dict):
-        return value
-    names = {str(number): name for number, name in value.items()}
-    if sorted(names) != sorted(str(number) for number in range(len(names))):
-        raise ConfigError(f"id2label is {value!r}, but has to number the classes 0, 1, 2, ...; write id2label: [negative, positive].")
-    return [names[str(number)] for number in range(len(names))]
-
-
-def _label_numbers(value: Any) -> Any:
-    """HF's `{negative: 0, positive: 1}`, turned round."""
-    return {number: name for name, number in value.items()} if isinstance(value, dict) else value
-
-
-_AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "sharegpt": "sharegpt"}
-
-
-def _datasets(value: Any) -> Any:
-    """Axolotl's list of {path, type, ...}: `type` is our `format`."""
-    sources = []
-    for entry in value if isinstance(value, list) else [value]:
-        if isinstance(entry, dict) and "type" in entry:
-            kind = entry["type"]
-            if not isinstance(kind, str) or kind not in _AXOLOTL_TYPES:
-                raise ConfigError(
-                    f"the type of a data set is {kind!r}, but only {', '.join(_AXOLOTL_TYPES)} are understood; "
-                    "write data.train with format and columns."
-                )
-            entry = {key: item for key, item in entry.items() if key != "type"} | {"format": _AXOLOTL_TYPES[kind]}
-        sources.append(entry)
-    return sources
-
-
-TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
+TRANSLATE: dict[str, foreign.Translation] = {
     "adapter": {None: "full"},
     "use_peft": {True: "lora", False: "full"},
     "full_finetuning": {True: "full", False: DEFAULT},
     "bf16": {True: "bfloat16", False: DEFAULT, "auto": "auto"},
     "stage": {"pt": "sft", "rm": "reward"},
-    "resume_from_checkpoint": _resume,
-    "warmup_ratio": _warmup_ratio,
-    "lora_target": _target,
-    "lora_target_modules": _target,
+    "resume_from_checkpoint": foreign.resume,
+    "warmup_ratio": foreign.warmup_ratio,
+    "lora_target": foreign.target,
+    "lora_target_modules": foreign.target,
     "lora_target_linear": {True: "all-linear", False: DEFAULT},
-    "datasets": _datasets,
-    "test_datasets": _datasets,
+    "datasets": foreign.datasets,
+    "test_datasets": foreign.datasets,
+    "pretraining_dataset": foreign.datasets,
+    "dataset": foreign.names,
+    "eval_dataset": foreign.names,
+    "column_map": foreign.column_map,
     "dataset_text_field": lambda value: {"text": value},
     "excess_length_strategy": {"raise": "error"},
     "truncation_mode": {"keep_start": "right", "keep_end": "left"},
     "group_by_length": {True: "group", False: DEFAULT},
-    "train_sampling_strategy": {"group_by_length": "group", "random": DEFAULT},
+    "train_sampling_strategy": foreign.sampling,
+    "masking_strategy": {"train_on_all": "all", "train_on_assistant": "assistant", "train_on_last": "last"},
+    "train_on_input": {True: "all", False: "completion"},
+    "pref_loss": foreign.pref_loss,
+    "adafactor": {True: "adafactor", False: DEFAULT},
+    "disable_dropout": {True: 0.0, False: DEFAULT},
+    "pissa_init": {True: "pissa", False: DEFAULT},
+    "disable_gradient_checkpointing": {True: False, False: DEFAULT},
+    "enable_activation_offloading": {True: "offload", False: DEFAULT},
     "train_on_inputs": {True: "all", False: "completion"},
     "train_on_prompt": {True: "all", False: "completion"},
     "mask_history": {True: "last", False: "assistant"},
@@ -166,9 +122,9 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
     )
     | {"lion_32bit": "lion", "paged_lion_32bit": "lion", "paged_lion_8bit": "lion_8bit"}
     | dict.fromkeys("adamw_bnb_8bit paged_adamw_8bit adamw8bit".split(), "adamw_8bit"),
-    "optim_args": _optim_args,
-    "id2label": _label_names,
-    "label2id": _label_numbers,
+    "optim_args": foreign.optim_args,
+    "id2label": foreign.label_names,
+    "label2id": foreign.label_numbers,
     "lr_scheduler_type": {"wsd": "warmup_stable_decay"},
     "dtype": {"bf16": "bfloat16", "fp32": "float32", "torch.bfloat16": "bfloat16", "torch.float32": "float32"},
     "attention": dict.fromkeys("sdpa eager flash_attention_2 flash_attention_3 flex_attention".split(), "auto"),
@@ -177,7 +133,21 @@ TRANSLATE: dict[str, dict[Any, Any] | Callable[[Any], Any]] = {
     "chat_template": {"tokenizer_default": DEFAULT},
     "val_set_size": {0: DEFAULT},
     "val_size": {0: DEFAULT},
-    "report_to": {"none": [], None: [], "all": ["tensorboard"]},
+    "report_to": foreign.report_to,
+    # and of keys that work differently: these ask for nothing
+    "model_revision": {"main": DEFAULT},
+    "dataset_train_split": {"train": DEFAULT},
+    "dataset_test_split": {"test": DEFAULT},
+    "packing_strategy": {"bfd": DEFAULT},
+    "fp16_opt_level": {"O1": DEFAULT},
+    "half_precision_backend": {"auto": DEFAULT},
+    "fp16_backend": {"auto": DEFAULT},
+    "mixed_precision": {"bf16": DEFAULT},
+    "logging_strategy": {"steps": DEFAULT},
+    "mix_strategy": {"concat": DEFAULT},
+    "quantization_method": {"bnb": DEFAULT, "bitsandbytes": DEFAULT},
+    "eos_token": {"<EOS_TOKEN>": DEFAULT},  # what HF's to_dict() writes for any token
+    "special_tokens": foreign.special_tokens,
 }
 
 _MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tensor: 1}, with fsdp above 1 to share the weights out"
@@ -189,33 +159,63 @@ DIFFERENT: dict[str, str] = {
     key: here
     for here, keys in {
         _MESH: "fsdp fsdp_config fsdp_version deepspeed parallelism_config tensor_parallel_size context_parallel_size num_processes "
-        "accelerator_config device_map",
-        _FP16: "fp16 fp16_full_eval half_precision_backend",
-        _HUB: "push_to_hub hub_model_id hub_strategy hub_private_repo hub_token hub_always_push",
+        "device_map fsdp_transformer_layer_cls_to_wrap sharded_ddp",
+        _FP16: "fp16 fp16_full_eval half_precision_backend fp16_backend fp16_opt_level",
+        _HUB: "push_to_hub hub_model_id push_to_hub_model_id log_completions_hub_repo",
+        "write dtype: bfloat16 or float32": "mixed_precision",
+        "write dtype: bfloat16, and with method: full also param_dtype: bfloat16": "pure_bf16 pure_fp16",
+        "write data.train: {path: ID, name: SUBSET, split: SPLIT}, and data.eval likewise": "dataset_config dataset_train_split "
+        "dataset_test_split",
+        "write data.train: [{path: ID, weight: SHARE, split: SPLIT}, ...]": "dataset_mixer dataset_splits interleave_probs mix_strategy",
+        "write data.train: FILE, the file of the rows itself": "dataset_dir dataset_info",
+        "write data.quality: {exact_duplicate: drop}": "dataset_exact_deduplication",
+        "write lora: {r: 16, lora_alpha: 32, ...} itself": "peft_config",
+        "write quantization: nf4, nf4-dq or int8": "quantization_config quantization_method",
+        "write method: qlora": "quantize_base",
+        "write lora.target_modules: [q_proj, v_proj, ...], or all-linear": "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
+        "write lora.init_lora_weights: pissa, olora, gaussian or true": "loftq_config",
+        "write method: full or an adapter's (docs/adapters.md)": "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules "
+        "freeze_extra_modules",
+        "init_adapter goes on with it, and saves it; to have a new one beside, export --merge the first": "create_new_adapter",
+        "write optim: adamw, adamw_8bit, adafactor, lion, lion_8bit, sgd or muon": "use_galore use_apollo use_badam use_adam_mini use_muon "
+        "optim_target_modules",
+        "write lr_scheduler_type: cosine_with_min_lr and lr_scheduler_kwargs: {min_lr_rate: SHARE}": "cosine_min_lr_ratio",
+        "write logging_steps, a number of steps or a share of them": "logging_strategy",
+        "write max_steps, of the whole run": "max_steps_per_epoch",
+        "write evaluate.metric: exact_match, or a function of yours": "predict_with_generate generate_during_eval include_for_metrics "
+        "include_inputs_for_metrics label_names",
+        "rows are made by data.columns, or data.format: my_module.my_function": "formatting_func dataset_kwargs",
+        "write chat_template_kwargs into the rows": "enable_thinking chat_template_kwargs",
+        "the reference is the base under the adapter; write ref_model: FOLDER for another, and objective: orpo, cpo or simpo for "
+        "none": "reference_free force_use_ref_model model_adapter_name ref_adapter_name ref_model_adapters",
+        "set variables of the environment in the shell": "env",
+        "what liger and cut cross-entropy do is done anyway; other plugins are not offered": "plugins",
+        "PPO is not offered; write objective: grpo": "ppo_epochs num_ppo_epochs vf_coef cliprange",
+        "write the tokens into the rows' prompt_completion texts, or take the tokenizer's chat template": "response_template "
+        "instruction_template",
         "write data.max_length: prompt and answer together, of grpo and rloo the prompt alone": "max_prompt_length",
         "every row is seen in every epoch, and none is left out at its end": "dataloader_drop_last",
         "packing never cuts a row; write data.packing: true, and data.length_policy for rows that are too long": "packing_strategy",
         "`jaxtune plan` finds the largest batch that fits, before the run": "auto_find_batch_size",
         "a folder that holds a run is never overwritten; write another output_dir, or resume: true": "overwrite_output_dir",
-        "the tokenizer's own chat template is used; write data.chat_template: FILE.jinja for another": "template",
-        "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]": "rpo_alpha",
+        "the tokenizer's own chat template is used; write data.chat_template: FILE.jinja for another": "template tool_format",
+        "write loss_type: [sigmoid, sft] and loss_weights: [1, ALPHA]": "rpo_alpha pref_ftx",
         "it is offered for preference losses only, as label_smoothing": "label_smoothing_factor",
-        "write report_to: tensorboard; metrics.jsonl is always written": "use_wandb use_swanlab",
-        "write eval_steps: SHARE, a part of all steps such as 0.25": "evals_per_epoch",
-        "write save_steps: SHARE, a part of all steps such as 0.25": "saves_per_epoch",
+        "write report_to: tensorboard; metrics.jsonl is always written": "use_wandb use_swanlab enable_wandb use_mlflow use_comet",
+        "write eval_steps: SHARE, a part of all steps: 1 / (evals_per_epoch x num_train_epochs)": "evals_per_epoch",
+        "write save_steps: SHARE, a part of all steps: 1 / (saves_per_epoch x num_train_epochs)": "saves_per_epoch",
         "write data.train: {path: FILE, limit: ROWS}": "max_samples",
         "the model's own tokenizer is used; put another into the model's folder": "tokenizer tokenizer_name tokenizer_name_or_path",
         "the tokenizer's own special tokens are used, and padding needs none; change them in its tokenizer_config.json": "eos_token "
         "special_tokens",
         "write the keys themselves (dtype, quantization, attention)": "model_init_kwargs",
-        "write model: NAME@REVISION": "model_revision hub_revision",
+        "write model: NAME@REVISION": "model_revision",
         "rows are judged from the first evaluation on; write eval_steps": "eval_delay",
-        "answers are drawn by jaxtune itself, on the devices that train": "use_vllm vllm_mode vllm_model_impl vllm_server_base_url "
-        "vllm_server_host vllm_server_port",
         "write steps_per_generation": "generation_batch_size",
-        "write lora.lora_dropout: 0, which is the default": "disable_dropout",
         "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
         "the loss has no entropy bonus; write top_entropy_quantile, or epsilon_high above epsilon": "entropy_coef use_adaptive_entropy",
+        "an answer is drawn at one go, without tools": "tools max_tool_calling_iterations",
+        "answers are free text; write reward_funcs: format and reward_pattern": "vllm_structured_outputs_regex vllm_guided_decoding_regex",
     }.items()
     for key in keys.split()
 }
@@ -225,22 +225,39 @@ LEFT_OUT: dict[str, str] = {
     key: why
     for why, keys in {
         "every step is compiled by XLA": "torch_compile torch_compile_backend torch_compile_mode jit_mode_eval tf32 use_unsloth "
-        "no_cuda use_cpu",
+        "no_cuda use_cpu compile device use_mps_device use_ipex torchdynamo mp_parameters",
         "batches are a pure function of the step number, and no loader runs": "dataloader_num_workers dataloader_pin_memory "
-        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns ignore_data_skip length_column_name",
+        "dataloader_prefetch_factor dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order "
+        "remove_unused_columns no_remove_unused_columns ignore_data_skip length_column_name buffer_size skip_prepare_dataset",
         "packed rows are kept apart by every kind of attention": "flash_attention padding_free neat_packing xformers_attention "
         "sdp_attention flash_attn eval_packing eval_sample_packing",
-        "the loss is always computed in chunks": "use_liger_kernel use_liger liger_kernel_config eval_accumulation_steps "
-        "prediction_loss_only",
+        "the loss is always computed in chunks": "use_liger_kernel use_liger enable_liger_kernel liger_kernel_config liger_rope "
+        "liger_rms_norm liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy cut_cross_entropy num_output_chunks "
+        "eval_accumulation_steps prediction_loss_only eval_do_concat_batches batch_eval_metrics eval_use_gather_object",
+        "XLA writes the kernels": "lora_mlp_kernel lora_qkv_kernel lora_o_kernel",
+        "norms and the loss are always taken in float32": "upcast_layernorm upcast_lmhead_output bf16_full_eval",
+        "mean_token_accuracy is always measured": "compute_accuracy",
+        "a loss that is no number stops the run, and loss_spike_sigma tells of jumps": "loss_watchdog_threshold loss_watchdog_patience",
+        "adapters are saved by themselves": "save_adapter_weights_only",
+        "batches of the reference are those of the evaluation": "precompute_ref_batch_size",
         "the loss is always divided by the tokens of the whole batch": "average_tokens_across_devices",
         "rows are tokenised on all cores, once": "dataset_num_proc preprocessing_num_workers dataset_processes overwrite_cache",
-        "rows are padded to data.max_length only": "pad_to_sequence_len pad_to_multiple_of",
+        "rows are padded to data.max_length only": "pad_to_sequence_len pad_to_multiple_of pad_token",
         "one program runs over all devices": "ddp ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "
-        "ddp_broadcast_buffers local_rank",
-        "gradient_checkpointing says all of it": "gradient_checkpointing_kwargs",
+        "ddp_broadcast_buffers ddp_static_graph local_rank accelerator_config split_batches dispatch_batches "
+        "ray_scope custom_sharded_layers",
+        "gradient_checkpointing says all of it": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+        "PEFT's files say it themselves": "lora_fan_in_fan_out fan_in_fan_out",
         "it is for torch's storage of packed weights": "bnb_4bit_quant_storage",
-        "answers are drawn by jaxtune itself": "cache_implementation vllm_gpu_memory_utilization vllm_tensor_parallel_size "
-        "vllm_enable_sleep_mode vllm_importance_sampling_correction vllm_importance_sampling_mode ds3_gather_for_generation",
+        "answers are drawn by jaxtune itself, on the devices that train": "use_vllm vllm_mode vllm_model_impl vllm_server_base_url "
+        "vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_max_model_length vllm_max_model_len "
+        "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode vllm_importance_sampling_correction "
+        "vllm_importance_sampling_mode vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+        "cache_implementation ds3_gather_for_generation use_cache use_transformers_paged use_transformers_continuous_batching "
+        "transformers_continuous_batching_config",
+        "it is of entropy_coef alone": "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
+        "nothing is uploaded": "hub_strategy hub_private_repo hub_token hub_always_push hub_revision push_to_hub_organization "
+        "push_to_hub_token",
         "the product with the head is always taken to float32": "cast_lm_head_to_fp32",
         "log_completions writes them all": "num_completions_to_print log_unique_prompts log_multimodal",
         "no code from a model's folder is ever run": "trust_remote_code",
@@ -249,10 +266,12 @@ LEFT_OUT: dict[str, str] = {
         "is_mistral_derived_model",
         "data.train and data.eval say what is done": "do_train do_eval do_predict",
         "loss.png, metrics.jsonl and the terminal always have it": "plot_loss logging_first_step include_num_input_tokens_seen "
-        "disable_tqdm log_level wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id",
+        "disable_tqdm log_level log_level_replica log_on_each_node logging_dir use_tensorboard eval_table_size log_peak_memory_stats "
+        "project trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_name wandb_watch "
+        "wandb_log_model wandb_run_id wandb_mode",
         "checkpoints hold all that a resume needs, and results are safetensors": "save_only_model save_safetensors enable_jit_checkpoint "
-        "full_determinism",
-        "it changes no number": "skip_memory_metrics torch_empty_cache_steps strict debug",
+        "full_determinism save_first_step save_on_each_node restore_callback_states_from_checkpoint",
+        "it changes no number": "skip_memory_metrics torch_empty_cache_steps strict debug past_index use_legacy_prediction_loop",
     }.items()
     for key in keys.split()
 }

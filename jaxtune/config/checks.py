@@ -168,7 +168,12 @@ def _evaluation(config: "Config") -> None:
     if not evaluated and config.data.kfold is not None:
         raise ConfigError("data.kfold is there to evaluate, and eval_strategy is no; leave eval_strategy out.")
     if config.eval_steps is not None and config.eval_strategy != "steps":
-        raise ConfigError(f"eval_steps is {config.eval_steps:g}, but eval_strategy is {config.eval_strategy}; write eval_strategy: steps.")
+        nothing = config.data.eval is None and config.data.kfold is None
+        raise ConfigError(
+            f"eval_steps is {config.eval_steps:g}, but "
+            + ("there is nothing to evaluate on; write data.eval: a file, or a share of the training rows such as 0.05, or leave it out."
+               if nothing else f"eval_strategy is {config.eval_strategy}; write eval_strategy: steps.")
+        )  # fmt: skip
     for key in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, key) and not evaluated:
             raise ConfigError(f"{key} needs an evaluation to go by; write data.eval and eval_strategy: steps or epoch.")

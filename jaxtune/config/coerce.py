@@ -180,11 +180,15 @@ class Group:
     def __post_init__(self):
         for name, kind in kinds(type(self)).items():
             value = getattr(self, name)
-            if value is None and self.__dataclass_fields__[name].default is None:
+            default = self.__dataclass_fields__[name].default
+            if value is None and default is None:
                 continue
             try:
                 object.__setattr__(self, name, coerce(value, kind))
             except Mismatch:
+                if value is None and default is not dataclasses.MISSING:  # an empty key, where null is no value of its own
+                    object.__setattr__(self, name, default)
+                    continue
                 path = f"{self.group}.{name}" if self.group else name
                 raise ConfigError(f"{path} is {value!r}, but has to be {expected(kind)}.{_nearest(value, kind)}") from None
 

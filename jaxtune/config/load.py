@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
-from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DEFAULT, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
+from jaxtune.config import foreign
+from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
 from jaxtune.config.checks import GROUPS_OF_METHODS
 from jaxtune.config.coerce import Group, kinds, plain
+from jaxtune.config.foreign import DEFAULT
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
 
@@ -55,6 +57,7 @@ def _groups(kind: type = Config, prefix: str = "") -> dict[str, dict[str, Any]]:
 
 
 GROUPS = _groups()
+ELSEWHERE = ("trl", "training", "logging")  # groups of Axolotl and Unsloth whose keys are flat here
 PATHS = {prefix + name: kind for prefix, fields in GROUPS.items() for name, kind in fields.items() if f"{prefix}{name}." not in GROUPS}
 
 
@@ -88,8 +91,8 @@ def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         path, value = prefix + str(key), value.to_dict() if isinstance(value, Group) else value
-        known = path in PATHS or path in ALIASES or path in DIFFERENT or path in LEFT_OUT
-        if isinstance(value, Mapping) and not known:
+        known = any(_plainly(path) in names for names in (PATHS, ALIASES, DIFFERENT, LEFT_OUT))
+        if isinstance(value, Mapping) and not known and "_component_" not in value:
             flat |= _flatten(value, path + ".")
         elif f"{path}." in GROUPS:
             if value is not None:
@@ -98,6 +101,14 @@ def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
         else:
             flat[path] = value
     return flat
+
+
+def _plainly(path: str) -> str:
+    """The key without a group of other tools (Axolotl's `trl.beta`), or without ours where it is an alias (`lora.lora_r`)."""
+    group, _, name = path.partition(".")
+    if group in ELSEWHERE or (path not in PATHS and ALIASES.get(name, "").startswith(f"{group}.")):
+        return name
+    return path
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -142,10 +153,11 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
     """Aliases as the keys they stand for.
 
     Raises:
-        ConfigError: an unknown key, a torch tool's key that is done differently here, or one key under two names.
+        ConfigError: an unknown key, a torch tool's key that is done differently here, or one key under two names; all of them at once.
     """
     out: dict[str, Any] = {}
     said: dict[str, str] = {}
+    wrong: list[str] = []
 
     def put(path: str, value: Any, name: str) -> None:
         if value is DEFAULT:
@@ -155,21 +167,34 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{said[path]} and {name} both set {path}, to {_word(out[path])} and to {_word(value)}; leave one.")
         out[path], said[path] = value, name
 
-    for name, value in flat.items():
+    def take(given: str, value: Any) -> None:
+        name = _plainly(given)
+        if isinstance(value, Mapping) and "_component_" in value:
+            raise foreign.component(name)
         if name in PATHS:
-            put(name, value, name)
+            put(name, value, given)
+            if name != given:
+                log.warning("note: %s is read as %s", given, name)
         elif name in ALIASES:
             meant = _translate(name, value)
-            put(ALIASES[name], DEFAULT if value is None and meant is None else meant, name)
-            log.warning("note: %s is read as %s", name, ALIASES[name])
+            put(ALIASES[name], DEFAULT if value is None and meant is None else meant, given)
+            log.warning("note: %s is read as %s", given, ALIASES[name])
         elif name in LEFT_OUT:
-            log.warning("note: %s is left out: %s", name, LEFT_OUT[name])
+            log.warning("note: %s is left out: %s", given, LEFT_OUT[name])
         elif name in DIFFERENT:
-            if value not in (None, False, "", "no", "none", [], {}):
-                raise ConfigError(f"{name} is a key of torch tools that works differently here: {DIFFERENT[name]}.")
-            log.warning("note: %s=%s asks for nothing here and is left out", name, _word(value))
+            if value not in (None, False, "", "no", "none", [], {}) and _translate(name, value) is not DEFAULT:
+                raise ConfigError(f"{given} is a key of torch tools that works differently here: {DIFFERENT[name]}.")
+            log.warning("note: %s=%s asks for nothing here and is left out", given, _word(value))
         elif name not in BITSANDBYTES:
             _entry(out, name, value)
+
+    for given, value in flat.items():
+        try:
+            take(given, value)
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} keys cannot be read:", *wrong]))
     given = {name: value for name, value in flat.items() if name in BITSANDBYTES}
     quantization = bitsandbytes(given)
     if quantization:

@@ -58,7 +58,8 @@ def check(config: "Config") -> None:
         value = getattr(config, field.name)
         if objectives and config.objective not in objectives and value != field.default:
             raise ConfigError(
-                f"{field.name} is a key of objective {' or '.join(objectives)}, but objective is {config.objective}; leave it out."
+                f"{field.name} is a key of objective {' or '.join(objectives)}, but objective is {config.objective}; "
+                f"write objective: {objectives[0]}, or leave it out."
             )
     losses, weights = config.loss_type or (), config.loss_weights
     if weights is not None and len(weights) != len(losses):

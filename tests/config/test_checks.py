@@ -69,7 +69,7 @@ def test_data_seed_is_seed_unless_given():
         ({"objective": "reward", "loss_type": "sigmoid"}, "loss_type sigmoid is not one of objective reward; leave it out"),
         ({"objective": "dpo", "neftune_noise_alpha": 5}, "neftune_noise_alpha is a key of objective sft"),
         ({"eval_strategy": "steps"}, "nothing to evaluate on"),
-        ({"eval_steps": 5}, "eval_strategy is no"),
+        ({"eval_steps": 5}, "nothing to evaluate on"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end needs an evaluation"),
         ({"early_stopping_patience": 2}, "early_stopping_patience needs an evaluation"),
         ({"eval_on_start": True}, "eval_on_start needs an evaluation"),

@@ -140,13 +140,20 @@ EXAMPLES = {
     "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True,
     "activation_offloading": True, "resume_from_checkpoint": True,
     "use_rslora": True, "peft_use_rslora": True, "use_dora": True, "peft_use_dora": True, "shuffle_dataset": False,
-    "label2id": {"bad": 0, "good": 1},
+    "label2id": {"bad": 0, "good": 1}, "pref_loss": "hinge", "dpo_loss_type": "ipo", "adafactor": True, "disable_dropout": True,
+    "bias": "all", "r": 4, "pissa_init": True, "pretraining_dataset": [{"path": "x", "type": "pretrain"}], "test_split_size": 0.1,
+    "column_map": {"input": "q", "output": "a"}, "packed": True, "train_on_input": True, "masking_strategy": "train_on_last",
+    "shuffle": False, "shuffle_merged_datasets": False, "default_system": "x", "new_system_prompt": "x",
+    "enable_activation_checkpointing": True, "enable_activation_offloading": True, "disable_gradient_checkpointing": True,
     "streaming": True, "dataset_streaming": True,
     "init_lora_weights": True, "peft_init_lora_weights": "gaussian", "num_epochs": 2, "dataset_text_field": "body",
 }  # fmt: skip
 
 
-OF = {"label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo"}  # aliases of one objective's keys
+OF = {
+    "label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo", "kto_chosen_weight": "kto",
+    "kto_desirable_weight": "kto", "kto_rejected_weight": "kto", "kto_undesirable_weight": "kto",
+} | dict.fromkeys(("pref_loss", "dpo_loss_type", "rl_beta", "pref_beta"), "dpo")  # fmt: skip  # aliases of one objective's keys
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -154,6 +161,7 @@ def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     kind = str(PATHS[ALIASES[alias]])
     value = EXAMPLES.get(alias, 2 if ("int" in kind or "float" in kind) and "Source" not in kind else "x")
     base = {} if ALIASES[alias] == "model" else {"model": "m"} | ({"objective": OF[alias]} if alias in OF else {})
+    base |= {"data": {"eval": 0.1}} if ALIASES[alias] == "eval_steps" else {}
     with caplog.at_level(logging.WARNING, "jaxtune"):
         config = load_config(base | {alias: value})
     assert caplog.messages == [f"note: {alias} is read as {ALIASES[alias]}"]
@@ -164,7 +172,7 @@ def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     asks_for_the_default = {"lora_target_linear", "full_finetuning", "completion_only_loss", "evaluation_strategy", "packing",
                             "sample_packing", "attn_implementation",
                             "finetuning_type", "stage", "use_peft", "optimizer", "excess_length_strategy",
-                            "init_lora_weights"}  # fmt: skip
+                            "init_lora_weights", "packed", "disable_dropout"}  # fmt: skip
     assert (here == there) == (alias in asks_for_the_default)
 
 
@@ -172,7 +180,7 @@ def test_aliases_stand_for_real_keys_and_hide_none():
     assert set(ALIASES.values()) <= set(PATHS)
     names = [*ALIASES, *DIFFERENT, *LEFT_OUT, *PATHS]
     assert len(names) == len(set(names))
-    assert set(TRANSLATE) <= set(ALIASES) | set(PATHS)
+    assert set(TRANSLATE) <= set(ALIASES) | set(PATHS) | set(DIFFERENT)
 
 
 @pytest.mark.parametrize("key", DIFFERENT)
@@ -214,6 +222,16 @@ def test_bitsandbytes_keys(given, quantization):
         ({"warmup_ratio": 10}, "warmup_ratio is 10"),
         ({"resume_from_checkpoint": "out/checkpoint-5"}, "resumes from its own newest checkpoint"),
         ({"datasets": [{"path": "x", "type": "chatml.intel"}]}, "the type of a data set is 'chatml.intel'"),
+        ({"datasets": [{"path": "x", "type": {"field_instruction": "q", "no_input_format": "Q: {x}"}}]}, "write data.train: {path"),
+        ({"datasets": [{"path": "x", "type": "chat_template", "roles_to_train": ["user"]}]}, "is {'user'}; write data.train_on"),
+        ({"train_sampling_strategy": "sequential"}, "write data.shuffle: false"),
+        ({"pref_loss": "simpo"}, "write objective: simpo"),
+        ({"report_to": ["wandb", "tensorboard"]}, "nothing is sent to wandb; write report_to: tensorboard"),
+        ({"optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3}}, "optimizer is a torchtune group (_component_), which is flat"),
+        ({"special_tokens": {"bos_token": "<s>"}}, "the tokenizer's own special tokens"),
+        ({"reward_funcs": "format"}, "objective is sft; write objective: grpo, or leave it out"),
+        ({"eval_steps": 0.1}, "there is nothing to evaluate on"),
+        ({"xyzzy": 1, "fp16": True, "lora": {"r": "x"}}, "2 keys cannot be read:\n  xyzzy is not a key.\n  fp16 is a key of torch"),
         ({"optim_args": "nonsense"}, "optim_args is 'nonsense'"),
         ({"optim": "galore_adamw"}, "optim is 'galore_adamw'"),
     ],
@@ -252,6 +270,30 @@ def test_other_tools_configs_load():
     config = load_config(llama_factory)
     assert config.lora.target_modules == ("q_proj", "v_proj") and config.dtype == "bfloat16" and not config.resume
     assert config.optim_args == (("b1", 0.9),)
+
+
+def test_data_sets_of_other_tools_load():
+    given = [
+        {"path": "a", "type": "chat_template", "field_messages": "talk", "roles": {"user": ["u"]}, "train_on_eos": "turn"},
+        {"path": "json", "ds_type": "json", "data_files": ["b", "c"], "type": {"field_instruction": "q", "field_output": "a"}},
+        {"path": "d", "type": "chat_template.default", "field_messages": "talk", "split": "train[:9]"},
+        {"path": "e", "columns": ["text"]}, "f",
+    ]  # fmt: skip
+    alpaca = {"format": "alpaca", "columns": (("instruction", "q"), ("output", "a"))}
+    assert load_config({"model": "m", "datasets": given}).data.train == (
+        Source(path="a", format="messages", columns=(("messages", "talk"),)), Source(path="b", **alpaca), Source(path="c", **alpaca),
+        Source(path="d", format="preference", columns=(("prompt", "talk"),), split="train[:9]"),
+        Source(path="e", columns=(("text", "text"),)), Source(path="f"),
+    )  # fmt: skip
+    assert load_config({"model": "m", "dataset": "a,b"}).data.train == (Source(path="a"), Source(path="b"))
+
+
+def test_groups_of_other_tools_are_flat_and_an_empty_key_is_its_default(caplog):
+    config = load_config({"model": "m", "rl": "grpo", "trl": {"reward_funcs": ["f1"], "beta": 0.1}, "seed": None})
+    assert (config.beta, config.reward_funcs, config.seed) == (0.1, ("f1",), 42) and "trl.beta is read as beta" in caplog.text
+    assert load_config({"model": "m", "lora": {"lora_r": 4}, "data": {"max_seq_length": 9}}, ["lora.r=null"]).lora.r == 16
+    with pytest.raises(ConfigError, match="beta and trl.beta both set beta"):
+        load_config({"model": "m", "beta": 0.2, "trl": {"beta": 0.1}})
 
 
 def test_the_description_says_what_was_resolved_and_can_be_pasted_back():
