@@ -153,7 +153,8 @@ def _merge(
     assert found.adapter is not None
     prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
     base, stored = opened.checkpoint, stored_dtype(opened)
-    model = read_model(opened, stored if head and not found.quantization else found.dtype, found.quantization)
+    # as the file has it, whatever the run rounded it to: that is what the adapter is merged into
+    model = read_model(opened, found.dtype if found.quantization else "auto", found.quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
     adapter = load_adapter(found.adapter, model)
     if not kind_of(adapter.config).merges:

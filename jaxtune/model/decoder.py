@@ -48,8 +48,10 @@ class Output(NamedTuple):
 
 
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them."""
+    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them: its padding token gets no gradient."""
     x_BTD = rows(params["embed"], tokens_BT, config.dtype)
+    if config.padding_idx is not None:
+        x_BTD = jnp.where((tokens_BT == config.padding_idx)[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
     x_BTD = constrain(config.mesh, x_BTD, "groups", "tokens", "width")  # rows then come together by an exchange
     return x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, config.dtype)  # rounded first, as Gemma does
 
@@ -124,7 +126,8 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
 
 def logits(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
     """float32 logits `[..., V]` of hidden states `[..., D]`."""
-    return logits_transform(config, linear(output_head(params), hidden_D).astype(jnp.float32))
+    head = output_head(params)
+    return logits_transform(config, linear(head["head"], hidden_D, head.get("head_bias")).astype(jnp.float32))
 
 
 def scores(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
@@ -139,8 +142,12 @@ def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
     return softcap(raw_logits, config.logits_softcap)
 
 
-def output_head(params: dict):
-    """The matrix `[V, D]` that makes logits: the embedding itself where the head is tied. ModelError for a model that scores instead."""
+def output_head(params: dict) -> dict:
+    """What makes logits: the matrix `head [V, D]`, the embedding itself where it is tied, and `head_bias [V]` where an adapter has one.
+
+    Raises ModelError for a model that scores instead.
+    """
     if "score" in params:
         raise ModelError("the model has a scoring head in place of the vocabulary's, so it writes no text; score texts with jt.score")
-    return params["head"] if "head" in params else params["embed"]
+    head = {"head": params["head"] if "head" in params else params["embed"]}
+    return head | {"head_bias": params["head_bias"]} if "head_bias" in params else head

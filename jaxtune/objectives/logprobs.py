@@ -50,7 +50,7 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
     return TokenLogprobs(logp * live, weights_BN, entropy, correct, index_BN, collision, mean_logit, aux)
 
 
-def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: jax.Array):
+def head_logprobs(config: ModelConfig, head: dict, hidden_BND: jax.Array, targets_BN: jax.Array):
     """`(logp, entropy, correct, collision, mean logit)`, float32 `[B, N]`, of targets, `config.logits_chunk` tokens at a time."""
     B, N, D = hidden_BND.shape
     size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
@@ -63,7 +63,7 @@ def head_logprobs(config: ModelConfig, head, hidden_BND: jax.Array, targets_BN: 
 
 def _logits(config, head, hidden):
     hidden = constrain(config.mesh, hidden, "rows", None, None)
-    return decoder.logits(config, {"head": head}, hidden)
+    return decoder.logits(config, head, hidden)
 
 
 def _statistics(config, head, hidden, targets):

@@ -151,8 +151,8 @@ def _check_kinds(config: LoraConfig, paths: list[str]) -> None:
     for key, nothing in (("lora_dropout", 0.0), ("use_dora", False), ("lora_bias", False)):
         if getattr(config, key) != nothing and any(is_parameter(path) for path in paths):
             raise ConfigError(f"lora.{key} cannot be used where experts are adapted; leave it out, or name the attention's modules alone")
-    if config.lora_bias and {"embed", "head"} & set(paths):
-        raise ConfigError("lora.lora_bias cannot be used where the embedding or the output head is adapted; leave it out")
+    if config.lora_bias and "embed" in paths:
+        raise ConfigError("lora.lora_bias cannot be used where the embedding is adapted; leave it out")
 
 
 def _matches(path: str, name: str, row: Row, config: AnyConfig) -> str | None:

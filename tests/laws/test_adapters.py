@@ -29,6 +29,7 @@ VARIANTS = {
     "all biases": LoraConfig(r=4, bias="all", target_modules=("q_proj",)),
     "biases of some layers": LoraConfig(r=4, bias="lora_only", target_modules=("k_proj", "o_proj"), layers_to_transform=(0, 2)),
     "biases of its own": LoraConfig(r=4, lora_bias=True, target_modules=("q_proj", "o_proj"), layers_to_transform=(1,)),
+    "bias of the head": LoraConfig(r=4, lora_bias=True, target_modules=("lm_head", "o_proj")),
     "modules": LoraConfig(r=4, target_modules=("q_proj",), modules_to_save=("lm_head", "embed_tokens", "norm", "layers.1.mlp")),
     "tokens": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices=(3, 9, 60)),
     "tokens of the head": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices={"lm_head": (3, 9, 60)}),

@@ -28,7 +28,7 @@ VARIANTS = {
         "alpha_pattern": {"up_proj": 64}, "use_rslora": True,
     },
     "DoRA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
-    "head": {"r": 4, "target_modules": ["lm_head", "o_proj"]},
+    "head": {"r": 4, "target_modules": ["lm_head", "o_proj"], "lora_bias": True},
     "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
     "DoRA of the ends": {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "all biases": {"r": 4, "bias": "all", "target_modules": ["q_proj", "o_proj"]},

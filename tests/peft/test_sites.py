@@ -70,7 +70,7 @@ WRONG = {
     "half": (MOE, {"target_modules": ("gate_proj",)}, "gate_proj without up_proj"),
     "dropout": (MOE, {"lora_dropout": 0.1}, "lora.lora_dropout cannot be used where experts are adapted"),
     "dora": (MOE, {"use_dora": True}, "lora.use_dora cannot be used where experts are adapted"),
-    "bias": (tiny.LLAMA, {"lora_bias": True, "target_modules": ("lm_head",)}, "lora.lora_bias cannot be used where"),
+    "bias": (tiny.LLAMA, {"lora_bias": True, "target_modules": ("embed_tokens",)}, "lora.lora_bias cannot be used where"),
     "module": (tiny.LLAMA, {"modules_to_save": ("classifier",)}, "classifier is no module of this model; there are .*lm_head"),
     "experts": (MOE, {"modules_to_save": ("mlp",), "target_modules": ("q_proj",)}, "mlp holds experts, which are not trained whole"),
     "token": (tiny.LLAMA, {"trainable_token_indices": (96,)}, "96 is there twice, or is no token of a vocabulary of 96"),

@@ -57,7 +57,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
-    return dataclasses.replace(family.config({**family.defaults, **hf}), **heads.fields(hf), hf_json=json.dumps(hf))
+    settings = {**family.defaults, **hf}
+    config, padding = family.config(settings), settings.get("pad_token_id")
+    if family.pads and type(padding) is int:
+        config = dataclasses.replace(config, padding_idx=padding % config.vocab_size if padding < 0 else padding)
+    return dataclasses.replace(config, **heads.fields(settings), hf_json=json.dumps(hf))
 
 
 _LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")  # whose tensors are listed one by one

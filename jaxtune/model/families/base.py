@@ -61,6 +61,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of what attention and feed-forward add
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
     moe: Moe | None = None
+    padding_idx: int | None = None  # the token whose embedding is looked up without a gradient
     initializer_range: float = 0.02
     # a scoring head in place of the vocabulary's (families/heads.py)
     num_labels: int = 0  # its outputs; 0: a language model
@@ -93,6 +94,7 @@ class Family(NamedTuple):
     defaults  what transformers takes for keys that config.json leaves out; `required` are those it must hold
     refused   key -> the values that change nothing; any other is a switch that is not implemented
     ends      the rows outside the layers -> their Hugging Face names
+    pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
     """
 
     config: Callable[[dict[str, Any]], ModelConfig]
@@ -102,6 +104,7 @@ class Family(NamedTuple):
     required: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     prefix: str = "model.layers.{layer}."
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    pads: bool = True
 
 
 def common(hf: Mapping[str, Any], **changes) -> ModelConfig:

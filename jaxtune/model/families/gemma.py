@@ -15,6 +15,7 @@ DEFAULTS = dict(
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     attention_bias=False,
+    pad_token_id=0,
 )
 REFUSED = {"use_bidirectional_attention": (None, False)}
 

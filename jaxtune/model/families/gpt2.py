@@ -53,4 +53,5 @@ GPT2 = Family(
     required=("vocab_size", "n_embd", "n_layer", "n_head"),
     prefix="transformer.h.{layer}.",
     ends={"embed": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"},
+    pads=False,
 )

@@ -47,4 +47,5 @@ GPT_NEOX = Family(
     ),
     prefix="gpt_neox.layers.{layer}.",
     ends={"embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out"},
+    pads=False,
 )

@@ -102,6 +102,7 @@ SMOLLM3 = Family(
         use_sliding_window=False,
         sliding_window=None,
         no_rope_layer_interval=4,
+        pad_token_id=128004,
     ),
 )
 
@@ -121,7 +122,7 @@ def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
     yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
 
 
-OLMO2 = Family(_olmo2, _olmo2_layer, DEFAULTS | dict(rms_norm_eps=1e-5))
+OLMO2 = Family(_olmo2, _olmo2_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=1))
 
 
 # ---- Granite: multipliers ----
@@ -173,4 +174,6 @@ def _phi3_layer(c: ModelConfig, layer: int) -> Rows:
     yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down")
 
 
-PHI3 = Family(_phi3, _phi3_layer, DEFAULTS | dict(max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=None))
+PHI3 = Family(
+    _phi3, _phi3_layer, DEFAULTS | dict(max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=None, pad_token_id=32000)
+)
