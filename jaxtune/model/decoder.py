@@ -48,7 +48,7 @@ class Output(NamedTuple):
 
 
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them: its padding token gets no gradient."""
+    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them; padding gets no gradient."""
     x_BTD = rows(params["embed"], tokens_BT, config.dtype)
     if config.padding_idx is not None:
         x_BTD = jnp.where((tokens_BT == config.padding_idx)[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
