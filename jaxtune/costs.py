@@ -1,7 +1,7 @@
 """What a step needs by cause, from shapes: bytes of one device, floating-point operations."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
 from jaxtune.model.stack import groups
+from jaxtune.objectives.distill import TEACHER
 from jaxtune.reference import beforehand, compares
 
 
@@ -21,6 +22,7 @@ def per_device(tree: Any) -> int:
 
 def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak: int) -> dict[str, int]:
     """Bytes of one device by cause; see `Plan.bytes`."""
+    teacher, base = base.get(TEACHER), {name: leaf for name, leaf in base.items() if name != TEACHER}
     scales = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_packed) if _is_packed(leaf)]
     packed = sum(per_device(leaf.codes) for leaf in scales)
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
@@ -29,15 +31,17 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     causes = {
         "weights": per_device(base) - sum(per_device(leaf) for leaf in scales) + packed,
         "scales": sum(per_device(leaf) for leaf in scales) - packed,
+        **({"teacher": per_device(teacher)} if teacher else {}),
         "trainable": per_device(state.trainable),
         "optimizer": per_device(state.opt_state),
         "batch": per_device(batch),
     }
     left = peak - sum(causes.values())
+    vocabularies = (0 if model_config.num_labels else model_config.vocab_size) + (teacher.config.vocab_size if teacher else 0)
     estimates = {
         "gradients": gradients(config, state.trainable),
         "activations": residual,
-        "logits": 0 if model_config.num_labels else min(rows * length, model_config.logits_chunk) * model_config.vocab_size * 4,
+        "logits": min(rows * length, model_config.logits_chunk) * vocabularies * 4,
     }
     for name, size in estimates.items():
         causes[name] = max(0, min(size, left))
@@ -72,35 +76,55 @@ def _groups(model_config: ModelConfig) -> list[tuple[int, int]]:
     return [part[1:] for stack in range(len(model_config.stacks)) for part in groups(model_config, stack)]
 
 
+class _Products(NamedTuple):
+    """Multiplications of one token's forward pass: of the layers' matrices, those of them that remat repeats, the head, attention."""
+
+    layers: float
+    repeated: float
+    head: float
+    attention: float
+
+    @property
+    def all(self) -> float:
+        """Those of one pass."""
+        return self.layers + self.head + self.attention
+
+
+def _products(model_config: ModelConfig, length: int, trained: int | None, attended: float | None) -> _Products:
+    layers = repeated = 0.0
+    for path, row in spec(model_config).items():
+        if not (row.is_matrix or row.is_experts):
+            continue
+        share = model_config.moe.experts_per_token / model_config.moe.num_experts if row.is_experts and model_config.moe else 1.0
+        layers += share * math.prod(row.shape)
+        repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
+    outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
+    seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
+    spans = sum(min(seen, 2 * window or seen) for window in model_config.layer_windows)
+    return _Products(layers, repeated, outputs * model_config.hidden_size, model_config.num_heads * model_config.head_dim * spans)
+
+
 def flops(
     config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None,
-    rows: int | None = None,
+    rows: int | None = None, teacher: ModelConfig | None = None,
 ) -> float:  # fmt: skip
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
-    `rows`: those of a micro-batch; None: as many as `per_device_train_batch_size`.
+    `rows`: those of a micro-batch; None: as many as `per_device_train_batch_size`. `teacher`: that of objective distill.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
     products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None:
     all); a token is in a document of `attended` tokens (None: the row).
     """
     tokens = config.gradient_accumulation_steps * (rows or config.per_device_train_batch_size) * length
-    active = repeated = 0.0
-    for path, row in spec(model_config).items():
-        if not (row.is_matrix or row.is_experts):
-            continue
-        share = model_config.moe.experts_per_token / model_config.moe.num_experts if row.is_experts and model_config.moe else 1.0
-        active += share * math.prod(row.shape)
-        repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
-    outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
-    head = outputs * model_config.hidden_size
-    seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
-    spans = sum(min(seen, 2 * window or seen) for window in model_config.layer_windows)
-    attention = model_config.num_heads * model_config.head_dim * spans
+    own = _products(model_config, length, trained, attended)
     full = config.method == "full"
     passes = 3 if full else 2
     again = 0 if model_config.remat in ("none", "dots") else 1
     twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers  # layers that groups go through once more
-    reference = compares(config) and not beforehand(config)  # one more forward pass
-    layers = active * (passes + twice + reference) + repeated * again + attention * (3 + again + twice + reference)
-    return 2.0 * tokens * (layers + head * (passes + full + reference))
+    layers = own.layers * (passes + twice) + own.repeated * again + own.attention * (3 + again + twice)
+    beside = own.all if compares(config) and not beforehand(config) else 0.0  # the reference's forward pass
+    if teacher is not None:
+        theirs = _products(teacher, length, trained, attended)
+        beside += theirs.all + theirs.head * full  # its logits once more, for the gradient of the student's head
+    return 2.0 * tokens * (layers + own.head * (passes + full) + beside)

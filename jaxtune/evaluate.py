@@ -27,6 +27,7 @@ from rich.text import Text
 
 from jaxtune import cli, errors, metrics
 from jaxtune.config import Config, load_config
+from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.convert import Model, heads, load, load_adapter
 from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import check_fits, evaluation
@@ -142,7 +143,6 @@ def evaluate(
     judges = metrics.find_all([metric] if isinstance(metric, str) or callable(metric) else metric)
     _refuse_old(predictions)
     scoring = _scoring(model, tuned, adapter)
-    judges = [] if scoring else judges
     config = load_config({"objective": objective} | scoring | {
         "model": (model.source if isinstance(model, Model) else os.fspath(model)) or "model",
         "data": {"test": os.fspath(data) if isinstance(data, os.PathLike) else data, **options},
@@ -163,7 +163,7 @@ def evaluate(
         if tuned is not None:
             yield "tuned", opened(tuned), None
 
-    return compare(config, sides(), "test", judges, predictions)
+    return compare(config, sides(), "test", {} if scoring else judges, predictions)
 
 
 def compare(
@@ -184,8 +184,7 @@ def compare(
         for side, model, adapter in sides:
             if judges and not asked:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
-            # the rows of preference objectives are pairs, of which one half is not to be learnt
-            measured = config.objective == "sft" or heads.head_of(config) is not None
+            measured = config.objective in ON_TOKENS or heads.head_of(config) is not None  # not pairs: one half is not to be learnt
             values[side] = loss_metrics(config, model, adapter, rows) if measured else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
             if config.objective == "dpo":
@@ -247,8 +246,9 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
 
     Of a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; of one with a scoring head its objective's.
     """
-    config = config.replace(loss_type=None) if config.objective == "sft" else config  # perplexity is of the likelihood, trained or not
-    step = jax.jit(make_eval_step(config, model.config, OBJECTIVES[config.objective]))
+    language = config.objective in ON_TOKENS  # whose perplexity is of the likelihood, trained or not
+    config = config.replace(loss_type=None) if language else config
+    step = jax.jit(make_eval_step(config, model.config, OBJECTIVES["sft" if language else config.objective]))
     total = None
     for batch in _rows(config, model, rows, adapter).batches():
         out = step(adapter, model.params, jax.tree.map(lambda x: x[0], batch))
@@ -256,7 +256,7 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
     loss = jax.device_get(total)
     total, weight = float(loss.total), float(loss.weight)
     found = {name: float(value / count) for name, (value, count) in loss.metrics.items() if count}
-    if config.objective == "sft":
+    if language:
         found = {"perplexity": metrics.perplexity(total, weight), "mean_token_accuracy": found["mean_token_accuracy"]}
     return {"loss": total / weight} | found
 

@@ -34,6 +34,7 @@ from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.generation.batches import fitting_rows
 from jaxtune.largest import largest
 from jaxtune.model.families import ModelConfig
+from jaxtune.objectives.distill import TEACHER
 from jaxtune.planned import Plan, show, side_by_side
 from jaxtune.shapes import abstract_step
 from jaxtune.targets import Target, errors_bytes, find_target
@@ -116,7 +117,7 @@ def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None
 def _compile(config: Config, model_config: ModelConfig, where: Target, rows: data.Source | None = None) -> Plan:
     mesh = parallel.make_mesh(config.mesh, where.devices)
     needed, causes, flops = _needs(config, model_config, mesh, rows)
-    moved = sum(causes[name] for name in ("weights", "scales", "trainable", "optimizer")) + 2 * causes["activations"]
+    moved = sum(causes.get(name, 0) for name in ("weights", "scales", "teacher", "trainable", "optimizer")) + 2 * causes["activations"]
     chip = where.chip
     seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip.flops and chip.bandwidth else None
     steps = data.total_steps(config, rows) if rows else config.max_steps if config.max_steps > 0 else None
@@ -155,7 +156,8 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
             raise
     attended = rows.attended if rows else None
     each = batch.tokens.shape[1] // parallel.data_parallel(mesh)
-    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended, each)
+    teacher = base[TEACHER].config if TEACHER in base else None
+    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended, each, teacher)
     flops /= mesh.size / parallel.data_parallel(mesh)
     return needed, costs.by_cause(config, model_config, state, base, batch, needed), flops
 

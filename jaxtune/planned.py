@@ -17,8 +17,8 @@ class Plan:
     Attributes:
         fits: whether `peak_bytes` is within the device's memory; None where that is not known.
         peak_bytes: arguments + temporaries + outputs - what they share, from the compiled program: exact.
-        bytes: peak_bytes by cause. Weights, scales, trainable, optimizer and batch are exact; gradients, activations and
-            logits are computed from shapes, and `other` is what is left of the temporaries.
+        bytes: peak_bytes by cause. Weights, scales, teacher (where there is one), trainable, optimizer and batch are exact; gradients,
+            activations and logits are computed from shapes, and `other` is what is left of the temporaries.
         flops: of a step on one device, computed from shapes (products only).
         seconds_at_least: flops or bytes over the chip's published rates, whichever takes longer; None where not known.
         steps: of the whole run; None where neither `max_steps` nor the rows are known.
@@ -47,7 +47,7 @@ class Plan:
 
     def of(self, *causes: str) -> int:
         """Bytes of several causes together."""
-        return sum(self.bytes[cause] for cause in causes)
+        return sum(self.bytes.get(cause, 0) for cause in causes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
@@ -89,7 +89,7 @@ def side_by_side(plans: Mapping[str, Plan | str], console: Console) -> None:
         console.print(f"[bold]{one.target}[/], memory of each of {one.devices} device(s){of}", soft_wrap=True)
     table = Table("method", "", "needs", "frozen", "trained", "the rest", "a step", "the run", box=None)
     for name, one in able.items():
-        frozen, trained = one.of("weights", "scales"), one.of("trainable", "optimizer", "gradients")
+        frozen, trained = one.of("weights", "scales", "teacher"), one.of("trainable", "optimizer", "gradients")
         rest = one.peak_bytes - frozen - trained
         times = (one.seconds_at_least, one.hours_at_least and 3600 * one.hours_at_least)
         table.add_row(name, VERDICT[one.fits], *map(size, (one.peak_bytes, frozen, trained, rest)), *(time(t) if t else "?" for t in times))

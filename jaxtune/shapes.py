@@ -11,6 +11,7 @@ from jaxtune import data, optim, parallel
 from jaxtune.config import Config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert.bitsandbytes import packed_as
+from jaxtune.convert.load import open_config
 from jaxtune.data import units
 from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
@@ -19,6 +20,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
+from jaxtune.objectives.distill import TEACHER, Teacher
 from jaxtune.peft import METHODS, beginnings
 from jaxtune.reference import beforehand, compares
 from jaxtune.step import check_attention, how_to_compute, init_state, make_step
@@ -90,8 +92,19 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     apart = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if apart and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
+    if config.teacher is not None:
+        base = base | {TEACHER: _abstract_teacher(config, mesh)}
     batch = abstract_batch(config, mesh, rows)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config
+
+
+def _abstract_teacher(config: Config, mesh) -> Teacher:
+    """The teacher as jaxtune/teacher.py reads it."""
+    teacher = open_config(config.teacher)
+    check_attention(config, teacher, mesh)
+    teacher = how_to_compute(config, teacher, mesh.devices.flat[0].platform)
+    params = abstract_params(teacher, config.dtype, config.teacher_quantization)
+    return Teacher(_with_shardings(params, parallel.param_shardings(mesh, teacher, params)), teacher)
 
 
 def _everywhere(x: jax.Array, mesh) -> jax.ShapeDtypeStruct:

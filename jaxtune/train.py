@@ -25,7 +25,7 @@ from jaxtune.config import Config, describe, load_config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
-from jaxtune.convert.load import Model, open_model, read_model
+from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
 from jaxtune.disk import write_text
@@ -43,6 +43,7 @@ from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
 from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step, say_attention
+from jaxtune.teacher import open_teacher, read_teacher
 from jaxtune.tree import count, nbytes
 
 log = logging.getLogger("jaxtune")
@@ -107,6 +108,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
     virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
     check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
+    teacher = open_teacher(config, opened, rows, mesh)
     if rewards:
         rollout.check(config, rows, opened.config)
     total_steps = data.total_steps(config, rows.train)
@@ -117,7 +119,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
     # ---- 2. The weights, and what is trained of them ----
     model, trainable = load_for_training(config, opened, mesh)
-    base = reference.prepare(config, opened, model, trainable, rows, mesh)
+    base = reference.prepare(config, opened, model, trainable, rows, mesh) | read_teacher(config, teacher, mesh)
     initial = None
     if beginnings.moves(getattr(trainable, "config", None)):
         initial = jax.tree.map(lambda x: x.copy(), trainable)  # the step donates what is trained
@@ -137,7 +139,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     if distributed.is_first():
         if config.resume:  # whose keys of what is kept and said may be others
             runfolder.write_config(folder, config)
-        _write_run_json(folder, config, mesh, opened.path, rows, state.trainable, total_steps)
+        _write_run_json(folder, config, mesh, opened, teacher, rows, state.trainable, total_steps)
 
     # ---- 5. The loop ----
     rollouts = Rollouts(config, model, mesh, rows, rewards, folder, total_steps) if rewards else None
@@ -286,10 +288,11 @@ def _refuse(config: Config, what: str) -> None:
     log.warning("resume_allow_drift: %s; going on all the same", what)
 
 
-def _write_run_json(folder: Path, config: Config, mesh, path: Path, rows, trainable, total_steps: int) -> None:
+def _write_run_json(folder: Path, config: Config, mesh, opened: Opened, teacher: Opened | None, rows, trainable, total_steps: int) -> None:
+    models = {"model": opened} | ({"teacher": teacher} if teacher else {})
     run = runfolder.provenance(mesh) | {
         "seed": config.seed,
-        "model": {"source": config.model, "sha256": runfolder.file_hashes(path)},
+        **{name: {"source": one.source, "sha256": runfolder.file_hashes(one.path)} for name, one in models.items()},
         "data": {"fingerprint": rows.train.fingerprint, "ledger": rows.ledger},
         "reward_files": hashes(config),
         "counts": {

@@ -16,7 +16,7 @@ LEVELS = (
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "runlog", "runfolder", "in_backward", "step", "generation"},
-    {"loop", "generate", "reference", "folds", "score", "best_of", "rewards", "rollout"},
+    {"loop", "generate", "reference", "teacher", "folds", "score", "best_of", "rewards", "rollout"},
     {"train", "evaluate", "export", "plan", "costs", "shapes"},
     {"__main__", "__init__"},
 )

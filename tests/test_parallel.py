@@ -19,6 +19,7 @@ from jaxtune.data.batch import Answers, Batch
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import answer_logprobs
+from jaxtune.objectives.distill import TEACHER, Teacher
 from jaxtune.step import init_state, make_step
 
 DENSE = tiny.LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 64, "hidden_size": 512, "head_dim": 8}
@@ -31,6 +32,7 @@ CASES = {
     ("moe", "qlora", "sft"): [(8, 1, 1, 1)],
     ("moe", "full", "sft"): [(2, 2, 2, 1)],
     ("moe", "lora", "dpo"): [(1, 2, 2, 2)],
+    ("dense", "full", "distill"): [(1, 2, 2, 2)],
 }
 if os.environ.get("JAXTUNE_ALL_MESHES"):  # minutes
     meshes = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 1, 4), (1, 2, 2, 2)]
@@ -85,7 +87,7 @@ class Case:
     def __init__(self, folder, kind, method, objective):
         self.config = load_config(
             {"model": str(folder / kind), "method": method, "objective": objective, "data": {"train": "none"}, "max_grad_norm": 0}
-            | ({"beta": 0.5} if objective == "dpo" else {})
+            | {"dpo": {"beta": 0.5}, "distill": {"teacher": "its start", "kd_ratio": 0.7}}.get(objective, {})
         )
         model = read_model(open_model(folder / kind), quantization=self.config.quantization)
         self.params = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == np.float32 else x, model.params)
@@ -102,6 +104,8 @@ class Case:
             base = parallel.place(base, parallel.param_shardings(mesh, self.model_config, base))
             trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, self.model_config, trainable))
             batch = parallel.put(batch, mesh)
+        if self.config.objective == "distill":
+            return trainable, {TEACHER: Teacher(base, self.model_config)}, batch
         if self.config.method != "full":
             return trainable, base, batch
         if batch.answers is not None:  # what it began with is computed beforehand, as jaxtune/reference.py does

@@ -31,7 +31,8 @@ ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},
     "stepwise_reward": {"prompt": "one", "completions": ["two"], "labels": [True]}, "classification": {"text": "one", "label": [0.5, 1.5]},
 }  # fmt: skip
-KEYS = {"classification": {"num_labels": 2, "problem_type": "regression"}}
+KEYS = {"classification": {"num_labels": 2, "problem_type": "regression"}, "distill": {"teacher": "t"}}
+ROWS["distill"] = ROWS["sft"]
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +238,14 @@ class Seen(Exception):
     [
         {"method": "qlora", "gradient_accumulation_steps": 2, "data.packing": False}, {"method": "full", "optim": "adamw_8bit"},
         {"objective": "dpo", "method": "lora", "zero_stage": 1}, {"objective": "reward", "method": "full", "mesh.fsdp": 2},
+        {"objective": "distill", "method": "full", "teacher_quantization": "nf4-dq", "mesh.fsdp": 2},
     ],
     ids=lambda keys: keys.get("objective", "sft"),
 )  # fmt: skip
 def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, keys):
     """Letter for letter, so that its bytes are those of the run and its compilation serves both."""
-    row = PAIR if "objective" in keys else {"prompt": "one", "completion": " two three"}
+    row = PAIR if keys.get("objective") in ("dpo", "reward") else {"prompt": "one", "completion": " two three"}
+    keys = keys | ({"teacher": str(folder)} if keys.get("objective") == "distill" else {})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"one {n}"}) + "\n" for n in range(20)))
     data = {"train": str(tmp_path / "rows.jsonl"), "max_length": 64, "cache_dir": str(tmp_path / "cache")}
     config = load_config({"model": str(folder), "data": data, "output_dir": str(tmp_path / "run"), "report_to": []} | OWN,

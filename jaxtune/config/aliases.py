@@ -69,6 +69,8 @@ ALIASES: dict[str, str] = {
         "data.system": "default_system new_system_prompt",
         "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
+        "teacher": "teacher_model_name_or_path teacher_model",
+        "temperature": "kd_temperature",
         "reward_model": "reward_model_name_or_path reward_model_path",
     }.items()
     for alias in names.split()
@@ -81,6 +83,7 @@ TRANSLATE: dict[str, foreign.Translation] = {
     "full_finetuning": {True: "full", False: DEFAULT},
     "bf16": {True: "bfloat16", False: DEFAULT, "auto": "auto"},
     "stage": {"pt": "sft", "rm": "reward"},
+    "objective": {"gkd": "distill", "kd": "distill"},
     "resume_from_checkpoint": foreign.resume,
     "warmup_ratio": foreign.warmup_ratio,
     "lora_target": foreign.target,

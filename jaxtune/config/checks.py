@@ -124,7 +124,7 @@ def _method(config: "Config") -> None:
             raise ConfigError(f"{group} is given, and the method is {config.method}; write method: {group}, or leave {group} out.")
     if config.loraplus_lr_ratio is not None and config.method not in ("lora", "qlora"):
         raise ConfigError(f"loraplus_lr_ratio is the rate of LoRA's b matrices, and method {config.method} has none; leave it out.")
-    if config.data.length_policy == "split" and config.objective != "sft":
+    if config.data.length_policy == "split" and config.objective not in objectives.ON_TOKENS:
         raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.config import policy
@@ -24,7 +25,8 @@ LOSS_TYPES = {
     "rloo": ("rloo",),
 }  # fmt: skip
 SFT_LOSSES = ("nll", "dft")
-BETA = dict.fromkeys(LOSS_TYPES, 0.1) | {"grpo": 0.0, "rloo": 0.05}
+BETA = dict.fromkeys(LOSS_TYPES, 0.1) | {"grpo": 0.0, "rloo": 0.05, "distill": 0.5}
+ON_TOKENS = ("sft", "distill")  # objectives that learn the rows' tokens, one by one
 SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary's
 ON_ANSWERS = ("dpo", "cpo", "simpo", "orpo", "kto", "reward")  # objectives that compare whole answers of the rows
 # The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's two (TRL).
@@ -69,6 +71,8 @@ def check(config: "Config") -> None:
         _preferences(config, losses)
     if config.objective in policy.POLICY:
         policy.check(config)
+    if config.objective == "distill":
+        _distilling(config)
     if config.objective in ON_ANSWERS and config.data.train_on not in ("completion", "last"):
         raise ConfigError(
             f"data.train_on is {config.data.train_on}, but objective {config.objective} compares answers to one prompt; leave it out."
@@ -85,6 +89,17 @@ def check(config: "Config") -> None:
         raise ConfigError(f"max_completion_length is {config.max_completion_length}, but has to be at least 1.")
     if not config.step_separator:
         raise ConfigError("step_separator is empty, but a step is judged at its last token; write one, such as a line break.")
+
+
+def _distilling(config: "Config") -> None:
+    if config.teacher is None:
+        raise ConfigError("teacher is missing; write teacher: a hub id, a folder, or a .gguf file of a model with the same tokenizer.")
+    if config.beta is not None and not 0 <= config.beta <= 1:
+        raise ConfigError(f"beta is {config.beta:g}, but goes from 0 (forward KL) to 1 (reverse KL).")
+    if not 0 < config.kd_ratio <= 1:
+        raise ConfigError(f"kd_ratio is {config.kd_ratio:g}, but has to be above 0 and at most 1; without a teacher it is objective: sft.")
+    if not 0 < config.temperature < math.inf:
+        raise ConfigError(f"temperature is {config.temperature:g}, but has to be above 0.")
 
 
 def _labels(config: "Config") -> None:

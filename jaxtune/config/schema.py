@@ -130,7 +130,7 @@ class ObjectiveConfig(Group):
 
     loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
-    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *POLICY)
+    beta: float | None = _of("distill", "dpo", "kto", "orpo", "cpo", "simpo", *POLICY)
     label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
     f_alpha_divergence_coef: float = _of("dpo", default=0.5)
@@ -154,7 +154,12 @@ class ObjectiveConfig(Group):
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
-    router_aux_loss_coef: float = _of("sft", default=0.001)  # of mixtures of experts
+    router_aux_loss_coef: float = _of("sft", "distill", default=0.001)  # of mixtures of experts
+
+    # ---- distill: a teacher's distribution is learnt ----
+    teacher: str | None = _of("distill")  # whatever `model` takes
+    teacher_quantization: Literal["nf4", "nf4-dq", "int8"] | None = _of("distill")
+    kd_ratio: float = _of("distill", default=1.0)  # the divergence's part of the loss; the rest is the rows' own tokens
 
     # ---- grpo, rloo: answers are drawn, judged, and learnt from ----
     reward_funcs: tuple[str, ...] = _of(*POLICY, default=())  # of rewards.REWARDS, or module.function, path/file.py:function, which are run
@@ -164,7 +169,7 @@ class ObjectiveConfig(Group):
     reward_pattern: str | None = _of(*POLICY)  # what reward `format` looks for: a regular expression that the whole answer matches
     num_generations: int = _of(*POLICY)  # answers to a prompt; None: 8, rloo 2
     num_generations_eval: int = _of(*POLICY)  # None: num_generations
-    temperature: float = _of(*POLICY, default=1.0)
+    temperature: float = _of("distill", *POLICY, default=1.0)
     top_p: float = _of(*POLICY, default=1.0)
     top_k: int = _of(*POLICY, default=0)
     min_p: float | None = _of(*POLICY)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.config import Source as SourceConfig
+from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.config.policy import POLICY
 from jaxtune.data import splits
 from jaxtune.data import units as unit_kinds
@@ -29,7 +30,8 @@ from jaxtune.errors import ConfigError, DataError
 log = logging.getLogger("jaxtune")
 MOST_STEPS = 10_000_000  # the learning rate of each is in a table
 # objective: what its rows are. All others take preference pairs.
-KINDS: dict[str, tuple[type, ...]] = {"sft": SFT, "kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
+KINDS: dict[str, tuple[type, ...]] = {"kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
+KINDS |= dict.fromkeys(ON_TOKENS, SFT)
 KINDS |= dict.fromkeys(POLICY, (Prompt,))
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.config import Config
+from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.data.batch import Batch
 from jaxtune.data.documents import Documents
 from jaxtune.errors import DataError
@@ -231,7 +232,7 @@ Units = Single | Pairs | Mismatched
 def make(documents: Documents, config: Config, training: bool = True) -> Units:
     """What rows are made of under the config's objective."""
     objective, share = config.objective, config.data.shared_prompts
-    if objective == "sft":
+    if objective in ON_TOKENS:
         return Single(documents)
     if objective == "stepwise_reward":
         return Stepwise(documents, config.train_on_last_step_only and training)
@@ -258,8 +259,8 @@ def least(config: Config) -> tuple[int, bool]:
     For the planner; a step's answer or two more in a row are a few bytes.
     """
     objective, share = config.objective, config.data.shared_prompts
-    if objective in ("sft", "classification", "stepwise_reward") or config.loss_type == ("apo_zero_unpaired",):
-        return int(objective != "sft"), False
+    if objective in (*ON_TOKENS, "classification", "stepwise_reward") or config.loss_type == ("apo_zero_unpaired",):
+        return int(objective not in ON_TOKENS), False
     return (4 if objective == "kto" else 2), share
 
 

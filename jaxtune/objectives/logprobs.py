@@ -5,7 +5,8 @@ log-probability to its hidden state (`[B, N, D]`), so that the backward pass of 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,18 @@ class TokenLogprobs(NamedTuple):
     aux: RouterSums | None = None  # where the routers sent the tokens (None without experts)
 
 
-def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
-    """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
+class TrainedStates(NamedTuple):
+    """Of each row's trained tokens, padded to N: the hidden state that predicts it, the token, its weight (0: padding), its place."""
+
+    hidden_BND: jax.Array
+    targets_BN: jax.Array
+    weights_BN: jax.Array
+    index_BN: jax.Array
+    aux: RouterSums | None = None
+
+
+def trained_states(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TrainedStates:
+    """Every token whose weight is not 0, as the decoder predicts it; N is `batch.capacity` (or T)."""
     hidden_BTD, _, aux = decoder.hidden(
         config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD, parents_BT=batch.parents
     )
@@ -44,31 +55,20 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
     # the state that predicts a token is that of the token before it
     before_BN = jnp.maximum(index_BN - 1, 0) if batch.before is None else jnp.take_along_axis(batch.before, index_BN, axis=1)
     hidden_BND = jnp.take_along_axis(hidden_BTD, before_BN[..., None], axis=1)
-    logp, *of_prediction = head_logprobs(config, decoder.output_head(params), hidden_BND, targets_BN)
-    live = (weights_BN != 0).astype(jnp.float32)
+    return TrainedStates(hidden_BND, targets_BN, weights_BN, index_BN, aux)
+
+
+def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
+    """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
+    out = trained_states(config, params, batch, embeds_BTD)
+    logp, *of_prediction = by_chunks(config, target_statistics, decoder.output_head(params), out.hidden_BND, out.targets_BN)
+    live = (out.weights_BN != 0).astype(jnp.float32)
     entropy, correct, collision, mean_logit = (x * live for x in of_prediction)
-    return TokenLogprobs(logp * live, weights_BN, entropy, correct, index_BN, collision, mean_logit, aux)
+    return TokenLogprobs(logp * live, out.weights_BN, entropy, correct, out.index_BN, collision, mean_logit, out.aux)
 
 
-def head_logprobs(config: ModelConfig, head: dict, hidden_BND: jax.Array, targets_BN: jax.Array):
-    """`(logp, entropy, correct, collision, mean logit)`, float32 `[B, N]`, of targets, `config.logits_chunk` tokens at a time."""
-    B, N, D = hidden_BND.shape
-    size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
-    pad = -N % size
-    hidden = jnp.pad(hidden_BND, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
-    targets = jnp.pad(targets_BN, ((0, 0), (0, pad))).reshape(B, -1, size).swapaxes(0, 1)
-    out: tuple[jax.Array, ...] = _chunked(config, head, hidden, targets)  # type: ignore[assignment]
-    return tuple(x.swapaxes(0, 1).reshape(B, N + pad)[:, :N] for x in out)
-
-
-def _logits(config, head, hidden):
-    hidden = constrain(config.mesh, hidden, "rows", None, None)
-    return decoder.logits(config, head, hidden)
-
-
-def _statistics(config, head, hidden, targets):
+def target_statistics(logits, targets, fixed=None):
     """logp, entropy, correct, collision, mean logit, and the logits' derivative of logp, of one chunk."""
-    logits = _logits(config, head, hidden)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     shifted = logits - top
     unscaled = jnp.exp(shifted)
@@ -83,33 +83,64 @@ def _statistics(config, head, hidden, targets):
     return (target - logz)[..., 0], entropy, correct, collision, mean, dlogits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(config, head, hidden, targets):
-    return jax.lax.map(lambda chunk: _statistics(config, head, *chunk)[:-1], (hidden, targets))
+# ---- chunk by chunk ----
 
 
-def _chunked_fwd(config, head, hidden, targets):
+def by_chunks(config: ModelConfig, statistics: Callable, head: dict, hidden_BND: jax.Array, beside: Any, fixed: Any = None):
+    """Numbers of the predictions `[B, N]`, `config.logits_chunk` tokens at a time.
+
+    `statistics(logits, beside, fixed) -> (first, *others, dlogits)`, of one chunk: `first` alone carries a gradient, to the hidden states
+    and the head, and `dlogits` is its derivative by the logits. `beside`: arrays `[B, N, ...]` cut like the states; `fixed`: whole.
+    """
+    B, N = hidden_BND.shape[:2]
+    size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
+    pad = -N % size
+
+    def cut(x_BN: jax.Array) -> jax.Array:
+        rest = x_BN.shape[2:]
+        return jnp.pad(x_BN, ((0, 0), (0, pad), *((0, 0) for _ in rest))).reshape(B, -1, size, *rest).swapaxes(0, 1)
+
+    out: tuple[jax.Array, ...] = _chunked(config, statistics, head, cut(hidden_BND), jax.tree.map(cut, beside), fixed)  # type: ignore
+    return tuple(x.swapaxes(0, 1).reshape(B, N + pad)[:, :N] for x in out)
+
+
+def chunk_logits(config: ModelConfig, head: dict, hidden: jax.Array) -> jax.Array:
+    """float32 logits of one chunk of states."""
+    hidden = constrain(config.mesh, hidden, "rows", None, None)
+    return decoder.logits(config, head, hidden)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(config, statistics, head, hidden, beside, fixed):
+    def chunk(args):
+        h, y = args
+        return statistics(chunk_logits(config, head, h), y, fixed)[:-1]
+
+    return jax.lax.map(chunk, (hidden, beside))
+
+
+def _chunked_fwd(config, statistics, head, hidden, beside, fixed):
     head_perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(head))
-    head, hidden, targets = jax.tree.map(lambda primal: primal.value, (head, hidden, targets))
+    head, hidden, beside, fixed = jax.tree.map(lambda primal: primal.value, (head, hidden, beside, fixed))
 
     def chunk(args):
         h, y = args
-        *out, dlogits = _statistics(config, head, h, y)
-        _, pull = jax.vjp(lambda h: _logits(config, head, h), h)
+        logits, pull = jax.vjp(lambda h: chunk_logits(config, head, h), h)
+        *out, dlogits = statistics(logits, y, fixed)
         return tuple(out), pull(dlogits)[0]
 
-    out, dhidden = jax.lax.map(chunk, (hidden, targets))
-    return out, (dhidden, (head, hidden, targets) if head_perturbed else None)
+    out, dhidden = jax.lax.map(chunk, (hidden, beside))
+    return out, (dhidden, (head, hidden, beside, fixed) if head_perturbed else None)
 
 
-def _chunked_bwd(config, residuals, cotangents):
+def _chunked_bwd(config, statistics, residuals, cotangents):
     dhidden, recompute = residuals
     g = cotangents[0]
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     dhead = None
     if recompute is not None:
-        head, hidden, targets = recompute
+        head, hidden, beside, fixed = recompute
         leaves, tree = jax.tree.flatten(head)
         moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]  # not the key of an adapter's dropout
 
@@ -119,15 +150,15 @@ def _chunked_bwd(config, residuals, cotangents):
 
         def chunk(total, args):
             h, y, g = args
-            _, pull = jax.vjp(lambda floats: _logits(config, of(floats), h), floats)
-            (dfloats,) = pull(_statistics(config, head, h, y)[-1] * g[..., None])
+            logits, pull = jax.vjp(lambda floats: chunk_logits(config, of(floats), h), floats)
+            (dfloats,) = pull(statistics(logits, y, fixed)[-1] * g[..., None])
             return jax.tree.map(jnp.add, total, dfloats), None
 
         floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-        dfloats, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, floats), (hidden, targets, g))
+        dfloats, _ = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, floats), (hidden, beside, g))
         dfloats = iter(dfloats)
         dhead = tree.unflatten([next(dfloats) if moves else None for moves in moving])
-    return dhead, (dhidden * g[..., None]).astype(dhidden.dtype), None
+    return dhead, (dhidden * g[..., None]).astype(dhidden.dtype), None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.moe import load_balancing_loss
+from jaxtune.model.moe import RouterSums, load_balancing_loss
 from jaxtune.objectives.logprobs import token_logprobs
 from jaxtune.objectives.loss import Loss
 
@@ -29,9 +29,14 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
     count = (out.weights_BN != 0).astype(jnp.float32).sum()
     metrics = {"mean_token_accuracy": (out.correct_BN.sum(), count), "entropy": (out.entropy_BN.sum(), count)}
     trust_BN = jax.lax.stop_gradient(jnp.exp(out.logp_BN)) if config.loss_type == ("dft",) else 1.0
-    total, weight = -(out.logp_BN * trust_BN * out.weights_BN).sum(), out.weights_BN.sum()
-    if out.aux is not None:
-        balance = load_balancing_loss(out.aux)
-        total += config.router_aux_loss_coef * balance * weight
-        metrics["aux_loss"] = (balance * weight, weight)
-    return Loss(total, weight, metrics)
+    loss = Loss(-(out.logp_BN * trust_BN * out.weights_BN).sum(), out.weights_BN.sum(), metrics)
+    return balanced(config, loss, out.aux)
+
+
+def balanced(config, loss: Loss, aux: RouterSums | None) -> Loss:
+    """The loss with `router_aux_loss_coef` times that of the routers (`aux`: what they did), where there are any."""
+    if aux is None:
+        return loss
+    of_routers = load_balancing_loss(aux) * loss.weight
+    metrics = loss.metrics | {"aux_loss": (of_routers, loss.weight)}
+    return Loss(loss.total + config.router_aux_loss_coef * of_routers, loss.weight, metrics)

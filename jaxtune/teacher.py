@@ -1,0 +1,58 @@
+"""The teacher of objective distill: a model of its own beside the student, frozen, over the same mesh."""
+
+import logging
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtune import data
+from jaxtune.config import Config
+from jaxtune.convert.load import Opened, open_model, read_model
+from jaxtune.data.prepare import check_fits
+from jaxtune.errors import ConfigError
+from jaxtune.objectives.distill import TEACHER, Teacher
+from jaxtune.step import check_attention, how_to_compute
+from jaxtune.tree import nbytes
+
+log = logging.getLogger("jaxtune")
+
+
+def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -> Opened | None:
+    """The files of the run's teacher; None where the objective has none.
+
+    Raises ConfigError for a teacher whose tokens are not the student's, DataError for rows that it cannot take.
+    """
+    if config.teacher is None:
+        return None
+    opened = open_model(config.teacher)
+    check_attention(config, opened.config, mesh)
+    check_tokens(config, student.tokenizer, opened.tokenizer)
+    check_fits((rows.train, rows.eval, rows.test), student.tokenizer, opened.config)
+    return opened
+
+
+def check_tokens(config: Config, student: Any, teacher: Any) -> None:
+    """ConfigError where a token's number is another token's with the teacher; one of the two may have more tokens, behind the others."""
+    if teacher is None:
+        raise ConfigError(
+            f"teacher {config.teacher} holds no tokenizer, so nothing tells whether its tokens are those of {config.model}; put its "
+            "tokenizer's files beside it"
+        )
+    own, theirs = ({number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
+    other = [number for number in own.keys() & theirs.keys() if own[number] != theirs[number]]
+    if other:
+        first = min(other)
+        raise ConfigError(
+            f"teacher {config.teacher} has another tokenizer than {config.model}: {len(other):,} of {len(own):,} tokens differ, such as "
+            f"{first}, {theirs[first]!r} and {own[first]!r}. Predictions are compared token by token; take a teacher of the student's "
+            "family, or train on answers that the teacher has written (objective: sft)"
+        )
+
+
+def read_teacher(config: Config, opened: Opened | None, mesh: Mesh) -> dict[str, Teacher]:
+    """What the teacher adds to the step's base: its weights on the mesh, computing in the run's way; nothing where there is none."""
+    if opened is None:
+        return {}
+    model = read_model(opened, config.dtype, config.teacher_quantization, mesh)
+    log.info("teacher: %s, %.2f GB of weights", model.config.model_type, nbytes(model.params) / 1e9)
+    return {TEACHER: Teacher(model.params, how_to_compute(config, model.config, mesh.devices.flat[0].platform))}
