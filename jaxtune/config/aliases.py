@@ -70,7 +70,6 @@ ALIASES: dict[str, str] = {
         "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
         "teacher": "teacher_model_name_or_path teacher_model",
-        "temperature": "kd_temperature",
         "reward_model": "reward_model_name_or_path reward_model_path",
     }.items()
     for alias in names.split()
@@ -216,6 +215,10 @@ DIFFERENT: dict[str, str] = {
         "rows are judged from the first evaluation on; write eval_steps": "eval_delay",
         "write steps_per_generation": "generation_batch_size",
         "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
+        "the teacher judges the rows' answers; draw others first (jaxtune.generate) and train on those": "lmbda seq_kd",
+        "write teacher_quantization": "teacher_model_init_kwargs",
+        "write kd_ratio, the divergence's part of the loss": "kd_ce_alpha kd_alpha",
+        "write temperature": "kd_temperature",
         "the loss has no entropy bonus; write top_entropy_quantile, or epsilon_high above epsilon": "entropy_coef use_adaptive_entropy",
         "an answer is drawn at one go, without tools": "tools max_tool_calling_iterations",
         "answers are free text; write reward_funcs: format and reward_pattern": "vllm_structured_outputs_regex vllm_guided_decoding_regex",

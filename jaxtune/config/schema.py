@@ -130,7 +130,7 @@ class ObjectiveConfig(Group):
 
     loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
-    beta: float | None = _of("distill", "dpo", "kto", "orpo", "cpo", "simpo", *POLICY)
+    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *POLICY, "distill")
     label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
     f_alpha_divergence_coef: float = _of("dpo", default=0.5)

@@ -52,7 +52,7 @@ def test_data_seed_is_seed_unless_given():
         ({"method": "full", "loraplus_lr_ratio": 16}, "method full has none"),
         ({"param_dtype": "bfloat16"}, "write method: full"),
         ({"objective": "distill"}, "teacher is missing"),
-        ({"objective": "distill", "teacher": "t", "beta": 1.5}, "from 0 .forward KL. to 1"),
+        ({"objective": "distill", "teacher": "t", "beta": 1.5}, "from 0 (forward KL) to 1"),
         ({"objective": "distill", "teacher": "t", "kd_ratio": 0.0}, "objective: sft"),
         ({"objective": "distill", "teacher": "t", "temperature": 0.0}, "above 0"),
         ({"teacher": "t"}, "teacher is a key of objective distill"),

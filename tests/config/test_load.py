@@ -154,6 +154,7 @@ OF = {
     "label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo", "kto_chosen_weight": "kto",
     "kto_desirable_weight": "kto", "kto_rejected_weight": "kto", "kto_undesirable_weight": "kto",
 } | dict.fromkeys(("pref_loss", "dpo_loss_type", "rl_beta", "pref_beta"), "dpo")  # fmt: skip  # aliases of one objective's keys
+OF |= {"teacher_model_name_or_path": "distill", "teacher_model": "distill"}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
