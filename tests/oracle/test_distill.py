@@ -23,4 +23,4 @@ def test_the_divergence_is_trls(beta, temperature):
     value, derivative = jax.jit(divergence, static_argnums=(0, 1))(beta, temperature, student, teacher)
     assert float((value * live).sum() / live.sum()) == pytest.approx(want.item(), rel=1e-5)
     np.testing.assert_allclose(derivative * live[..., None] / live.sum(), logits.grad, atol=2e-7)
-    assert logits.grad.abs().max() > 1e-3
+    assert logits.grad.abs().max() > 5e-4
