@@ -12,6 +12,7 @@ from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
 from jaxtune.model.stack import groups
 from jaxtune.objectives.distill import TEACHER
+from jaxtune.peft import partial
 from jaxtune.reference import beforehand, compares
 
 
@@ -27,7 +28,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     packed = sum(per_device(leaf.codes) for leaf in scales)
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    residual = inputs_kept(model_config) * rows * length * model_config.hidden_size * itemsize
+    residual = inputs_kept(config, model_config) * rows * length * model_config.hidden_size * itemsize
     causes = {
         "weights": per_device(base) - sum(per_device(leaf) for leaf in scales) + packed,
         "scales": sum(per_device(leaf) for leaf in scales) - packed,
@@ -63,17 +64,31 @@ def gradients(config: Config, trainable: Any) -> int:
     return outside + max(per_device(stack) // jax.tree.leaves(stack)[0].shape[0] for stack in trainable["layers"].values())
 
 
-def inputs_kept(model_config: ModelConfig) -> int:
+def inputs_kept(config: Config, model_config: ModelConfig) -> int:
     """How many layers' inputs are on the device at one time in the backward pass."""
     if model_config.remat == "offload":
         return 1  # the others are in the host's memory
-    largest = max(size for _, size in _groups(model_config))
-    return sum(number for number, _ in _groups(model_config)) + (largest if largest > 1 else 0)
+    first = partial.lowest(model_config, config.trainable_parameters)
+    kept = _groups(model_config, first)
+    largest = max((size for _, size in kept), default=0)
+    return sum(number for number, _ in kept) + (largest if largest > 1 else 0)
 
 
-def _groups(model_config: ModelConfig) -> list[tuple[int, int]]:
-    """`(number of groups, layers of each)` of the whole model."""
-    return [part[1:] for stack in range(len(model_config.stacks)) for part in groups(model_config, stack)]
+def _groups(model_config: ModelConfig, first: int = 0) -> list[tuple[int, int]]:
+    """`(number of groups, layers of each)` of the model from the stack of layer `first` on."""
+    stacks = [number for number, layers in enumerate(model_config.stacks) if layers[-1] >= first]
+    return [part[1:] for stack in stacks for part in groups(model_config, stack)]
+
+
+def _shares(config: Config, model_config: ModelConfig) -> tuple[float, float, bool]:
+    """The share of layers that a gradient goes through, that of their matrices that is trained, and whether the head is."""
+    if config.method != "full":
+        return 1.0, 0.0, False
+    rows, taken = spec(model_config), partial.trained_paths(model_config, config.trainable_parameters)
+    sizes = {path: math.prod(row.shape) for path, row in rows.items() if row.is_matrix or row.is_experts}
+    ours = sum(size for path, size in sizes.items() if path in taken) / sum(sizes.values())
+    through = 1 - partial.lowest(model_config, config.trainable_parameters) / model_config.num_layers
+    return through, ours, not taken.isdisjoint({"head", "score"} & rows.keys() or {"embed"})
 
 
 class _Products(NamedTuple):
@@ -113,18 +128,18 @@ def flops(
     `rows`: those of a micro-batch; None: as many as `per_device_train_batch_size`. `teacher`: that of objective distill.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
-    products, one more, and groups of layers another forward pass of all but their last. `trained` places of a row have logits (None:
-    all); a token is in a document of `attended` tokens (None: the row).
+    products, one more, and groups of layers another forward pass of all but their last; layers below the lowest that is trained the
+    forward pass alone. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
     """
     tokens = config.gradient_accumulation_steps * (rows or config.per_device_train_batch_size) * length
     own = _products(model_config, length, trained, attended)
-    full = config.method == "full"
-    passes = 3 if full else 2
+    through, ours, head = _shares(config, model_config)
     again = 0 if model_config.remat in ("none", "dots") else 1
     twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers  # layers that groups go through once more
-    layers = own.layers * (passes + twice) + own.repeated * again + own.attention * (3 + again + twice)
+    forward, backward = own.layers + own.attention, own.layers + 2 * own.attention
+    layers = forward + own.layers * ours + through * (backward + forward * twice + (own.repeated + own.attention) * again)
     beside = own.all if compares(config) and not beforehand(config) else 0.0  # the reference's forward pass
     if teacher is not None:
         theirs = _products(teacher, length, trained, attended)
-        beside += theirs.all + theirs.head * full  # its logits once more, for the gradient of the student's head
-    return 2.0 * tokens * (layers + own.head * (passes + full) + beside)
+        beside += theirs.all + theirs.head * head  # its logits once more, for the gradient of the student's head
+    return 2.0 * tokens * (layers + own.head * (2 + 2 * head) + beside)

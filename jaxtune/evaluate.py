@@ -213,7 +213,7 @@ def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report
     def sides() -> Iterator[Side]:
         if config.method == "full":
             yield "base", heads.attach(load(config.model, dtype=config.dtype), heads.head_of(config), jax.random.key(config.seed)), None
-            yield "tuned", dataclasses.replace(model, params=trainable), None
+            yield "tuned", dataclasses.replace(model, params=compose(model.params, trainable)), None
         else:
             yield from (("base", model, None), ("tuned", model, trainable))
 

@@ -69,6 +69,9 @@ def plan(
     return result
 
 
+WHOLE = {"trainable_parameters": ()}  # of an adapter there are none
+
+
 def compare(config: Config, target: str) -> dict[str, Plan | str]:
     """The same run by full tuning, LoRA and QLoRA; a reason where a method cannot be used."""
     where, model_config = find_target(target), _model(config)
@@ -76,7 +79,7 @@ def compare(config: Config, target: str) -> dict[str, Plan | str]:
     found: dict[str, Plan | str] = {}
     for method, quantization in (("full", None), ("lora", None), ("qlora", config.quantization or "nf4-dq")):
         try:
-            changed = _changed(config, {"method": method, "quantization": quantization})
+            changed = _changed(config, {"method": method, "quantization": quantization} | ({} if method == "full" else WHOLE))
             found[method] = one = _compile(changed, model_config, where, rows)
             one.notes += [unknown] if unknown else []
         except JaxtuneError as error:
@@ -91,7 +94,7 @@ def _model(config: Config) -> ModelConfig:
     if head is not None:
         with contextlib.suppress(ModelError):  # it is not here: which token pads is then not known, and costs nothing
             tokenizer = open_tokenizer(config.model, fetch=False)
-    return heads.headed(open_config(config.model), head, tokenizer)
+    return heads.headed(heads.cut(config, open_config(config.model)), head, tokenizer)
 
 
 def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:
@@ -245,14 +248,14 @@ def _candidates(config: Config, devices: Sequence):
         yield "a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq"}]
     if config.method == "full" and config.optim in ("adamw", "lion"):
         yield "moments in 8 bits", [{"optim": f"{config.optim}_8bit"}]
-    if config.method == "full" and steps == 1 and not config.optimizer_in_bwd:
+    if config.method == "full" and steps == 1 and not config.optimizer_in_bwd and not config.trainable_parameters:
         remat = "full" if config.gradient_checkpointing in (False, "dots") else config.gradient_checkpointing
         without = {"max_grad_norm": 0.0, "zero_stage": 0, "max_skipped_steps": 0, "gradient_checkpointing": remat}
         yield "each layer updated in the backward pass, without clipping", [{"optimizer_in_bwd": True, **without}]
     if config.method == "full":
         rate = config.learning_rate * 10 if config.learning_rate else None
-        yield "LoRA", [{"method": "lora", "learning_rate": rate}]
-        yield "LoRA over a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq", "learning_rate": rate}]
+        yield "LoRA", [{"method": "lora", "learning_rate": rate} | WHOLE]
+        yield "LoRA over a 4-bit base", [{"method": "qlora", "quantization": "nf4-dq", "learning_rate": rate} | WHOLE]
     yield "shorter rows", [{"data.max_length": config.data.max_length >> n, "gradient_checkpointing": True} for n in (1, 2, 3)]
 
 

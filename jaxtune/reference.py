@@ -8,6 +8,7 @@
 reference model's files: later runs over the same rows load neither the reference nor spend a forward pass on it.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -29,17 +30,18 @@ from jaxtune.errors import ConfigError
 from jaxtune.model.families.base import HOW
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
 from jaxtune.objectives.watch import WITH_REFERENCE
-from jaxtune.peft import compose
+from jaxtune.peft import compose, partial
 
 log = logging.getLogger("jaxtune")
 
 
 def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: data.Data, mesh: jax.sharding.Mesh) -> dict:
-    """The `base` of the step: the frozen tree (nothing in full tuning), with the reference model in it where that is another tree.
+    """The `base` of the step: the frozen tree (in full tuning what is not trained, if anything), with the reference model in it where that
+    is another tree.
 
     Where log-probabilities are computed beforehand they go into the rows. Raises ConfigError for a reference model that cannot serve.
     """
-    base = {} if config.method == "full" else model.params
+    base = partial.rest(model.params, trainable) if config.method == "full" else model.params
     if not compares(config):
         return base
     if not beforehand(config):
@@ -75,13 +77,14 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
         start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter else None  # the step donates what is trained
         if config.method == "full":  # of answers that are not there yet nothing can be computed beforehand
             log.info("reference: a copy of the starting weights is kept, because beta is not 0; an adapter (method: lora) needs none")
-            return jax.tree.map(jnp.copy, trainable)
+            return compose(model.params, jax.tree.map(jnp.copy, trainable))
         return compose(model.params, start)
     path = Path(config.ref_model).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         adapter = peft_files.load_adapter(path, model)
         return compose(model.params, parallel.place(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
     opened = open_model(config.ref_model)
+    opened.config = dataclasses.replace(opened.config, cuts=model.config.cuts)
     if opened.config != _comparable(model.config, opened.config):
         raise ConfigError(
             f"ref_model {config.ref_model} is not built as the model ({_difference(opened.config, model.config)}); "

@@ -1,6 +1,7 @@
 """The step that a run would take as shapes alone: parameters, state and batch where their arrays would be."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,24 +22,24 @@ from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.objectives.distill import TEACHER, Teacher
-from jaxtune.peft import METHODS, beginnings
+from jaxtune.peft import METHODS, beginnings, param_dtypes, partial
 from jaxtune.reference import beforehand, compares
 from jaxtune.step import check_attention, how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
 
-def abstract_params(config: ModelConfig, dtype: str, quantization: str | None) -> dict:
-    """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it."""
+def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:
+    """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it (`dtype`: of a path, or of all)."""
     kind = packed_as(json.loads(config.hf_json or "{}")) or quantization
 
-    def leaf(row):
+    def leaf(path, row):
         if kind is None or not row.can_be_packed:
-            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
+            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype if isinstance(dtype, str) else dtype(path)))
         *lead, out, width = row.shape
         packed = quant.abstract(kind, (out, width))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), packed)
 
-    return unflatten({path: leaf(row) for path, row in spec(config).items()})
+    return unflatten({path: leaf(path, row) for path, row in spec(config).items()})
 
 
 def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Batch:
@@ -76,7 +77,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
         config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
     check_attention(config, model_config, mesh)
     model_config = how_to_compute(config, model_config, platform)
-    params = abstract_params(model_config, config.param_dtype if config.method == "full" else config.dtype, config.quantization)
+    params = abstract_params(model_config, param_dtypes(config, model_config), config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
     trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
     own = parallel.trainable_shardings(mesh, model_config, trainable)
@@ -85,7 +86,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     shardings = parallel.state_shardings(mesh, state, trainable, own, config.zero_stage)
     state = _with_shardings(state, shardings)
     step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
-    base = {} if config.method == "full" else params
+    base = partial.rest(params, trainable) if config.method == "full" else params
     if beginnings.moves(getattr(trainable, "config", None)):
         base = beginnings.moved(params, _with_shardings(trainable, own))
         base = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _everywhere(x, mesh), base)  # its scales

@@ -38,7 +38,7 @@ from jaxtune.model.quant import NF4
 from jaxtune.model.weight import is_weight
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE, check_shared_prompts
-from jaxtune.peft import METHODS, beginnings, kind_of
+from jaxtune.peft import METHODS, beginnings, compose, kind_of, param_dtypes
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
@@ -103,6 +103,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
     opened = open_model(config.model)
+    opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
@@ -196,8 +197,7 @@ def _settle(config: Config) -> Config:
 def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
     """The model on the mesh, ready to train, and a fresh trainable part; says how many matrices it has."""
     started = time.monotonic()
-    dtype = config.param_dtype if config.method == "full" else config.dtype
-    model = read_model(opened, dtype, config.quantization, mesh)
+    model = read_model(opened, param_dtypes(config, opened.config), config.quantization, mesh)
     model = heads.attach(model, heads.head_of(config), jax.random.key(config.seed), mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
     packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(model.params, is_leaf=is_weight))
@@ -220,7 +220,7 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
         of += [f"{len(trainable.wholes)} parameters trained whole"] if trainable.wholes else []
         log.info("adapter: %s trainable parameters", ", ".join([*of, f"{count(trainable):,}"]))
     else:
-        log.info("full: %s trainable parameters", f"{count(trainable):,}")
+        log.info("full: %s of %s parameters are trained", f"{count(trainable):,}", f"{count(model.params):,}")
     return model, trainable
 
 
@@ -315,12 +315,13 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     if isinstance(trainable, Adapter):
         trainable = parallel.fetch(trainable)
     elif not distributed.is_first():
-        hf.take_part(model.config, trainable)
+        hf.take_part(model.config, compose(model.params, trainable))
     if distributed.is_first():
         if isinstance(trainable, Adapter):
             peft_files.save_adapter(trainable, model, scratch)
         else:
-            hf.save(model.config, trainable, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
+            whole = compose(model.params, trainable)
+            hf.save(model.config, whole, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
         if out.exists():  # aside first: what is there is at no moment half of one
             os.replace(out, old)
         os.replace(scratch, out)

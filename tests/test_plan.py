@@ -237,6 +237,7 @@ class Seen(Exception):
     "keys",
     [
         {"method": "qlora", "gradient_accumulation_steps": 2, "data.packing": False}, {"method": "full", "optim": "adamw_8bit"},
+        {"method": "full", "trainable_parameters": "[layers.0.mlp., model.norm]", "dtype": "bfloat16"},
         {"objective": "dpo", "method": "lora", "zero_stage": 1}, {"objective": "reward", "method": "full", "mesh.fsdp": 2},
         {"objective": "distill", "method": "full", "teacher_quantization": "nf4-dq", "mesh.fsdp": 2},
     ],

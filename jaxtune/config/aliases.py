@@ -69,6 +69,7 @@ ALIASES: dict[str, str] = {
         "data.system": "default_system new_system_prompt",
         "data.streaming": "streaming dataset_streaming",
         "id2label": "label2id",
+        "trainable_parameters": "unfrozen_parameters",
         "teacher": "teacher_model_name_or_path teacher_model",
         "reward_model": "reward_model_name_or_path reward_model_path",
     }.items()
@@ -216,6 +217,8 @@ DIFFERENT: dict[str, str] = {
         "write steps_per_generation": "generation_batch_size",
         "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
         "the teacher judges the rows' answers; draw others first (jaxtune.generate) and train on those": "lmbda seq_kd",
+        "write method: full and trainable_parameters: [model.layers.(30|31)., lm_head], regexes of tensor names": "freeze_trainable_layers "
+        "freeze_trainable_modules freeze_extra_modules finetune_last_n_layers",
         "write teacher_quantization": "teacher_model_init_kwargs",
         "write kd_ratio, the divergence's part of the loss": "kd_ce_alpha kd_alpha",
         "write temperature": "kd_temperature",

@@ -111,6 +111,11 @@ def _method(config: "Config") -> None:
         )
     if config.method == "full" and config.init_adapter:
         raise ConfigError("init_adapter is an adapter to go on training, and method full has none; write method: lora, or leave it out.")
+    if config.method != "full" and config.trainable_parameters:
+        raise ConfigError(
+            f"trainable_parameters are trained themselves, and method {config.method} trains an adapter; write method: full, or of LoRA "
+            "lora.modules_to_save for what is to be trained whole beside it."
+        )
     if config.optimizer_in_bwd:
         _in_backward(config)
     if config.method != "full" and config.param_dtype != "float32":
@@ -133,6 +138,8 @@ def _in_backward(config: "Config") -> None:
     said = "optimizer_in_bwd updates each layer before the next one's gradient is known, so"
     if config.method != "full":
         raise ConfigError(f"optimizer_in_bwd saves full tuning's gradients, and those of method {config.method} are small; leave it out.")
+    if config.trainable_parameters:
+        raise ConfigError("optimizer_in_bwd saves the gradients of all layers, and trainable_parameters has few; leave one of the two out.")
     if config.max_grad_norm:
         raise ConfigError(f"{said} there is no norm of the whole gradient to clip by; write max_grad_norm: 0.")
     if config.gradient_accumulation_steps > 1:

@@ -229,6 +229,7 @@ class Config(ObjectiveConfig):
     prompt_tuning: PromptTuningConfig = PromptTuningConfig()
     p_tuning: PromptEncoderConfig = PromptEncoderConfig()
     prefix_tuning: PrefixTuningConfig = PrefixTuningConfig()
+    trainable_parameters: tuple[str, ...] = ()  # full tuning: regexes over Hugging Face's tensor names; those that match none are frozen
     init_adapter: str | None = None  # a PEFT folder to go on from, instead of a fresh adapter (its own config counts, not `lora`)
     quantization: Literal["nf4", "nf4-dq", "int8"] | None = None
     quantization_kernel: Literal["auto", "xla", "pallas"] = "auto"  # products of 4-bit matrices; auto: pallas on a TPU, else xla

@@ -19,7 +19,7 @@ from jaxtune.convert.tensors import Safetensors, read_json
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import ModelConfig, heads
 from jaxtune.model.spec import spec
-from jaxtune.peft import compose
+from jaxtune.peft import compose, partial
 
 log = logging.getLogger("jaxtune")
 
@@ -83,6 +83,11 @@ def headed(config: ModelConfig, head: Head | None, tokenizer: Any = None) -> Mod
     if head is None or own:
         return config
     return heads.with_head(config, head.labels, head.of, padding(tokenizer), head.problem_type)
+
+
+def cut(config: Config, model_config: ModelConfig) -> ModelConfig:
+    """The model's config with its layers in stacks that the run trains whole or not at all (`trainable_parameters`)."""
+    return dataclasses.replace(model_config, cuts=partial.cuts(headed(model_config, head_of(config)), config.trainable_parameters))
 
 
 def padding(tokenizer: Any) -> int | None:

@@ -32,12 +32,16 @@ Quantize = Callable[[str, jax.Array], Matrix]
 
 
 def load_params(
-    source: Checkpoint, config: ModelConfig, dtype: str = "float32", quantize: Quantize | None = None, shards: Shards | None = None
+    source: Checkpoint,
+    config: ModelConfig,
+    dtype: str | Callable[[str], str] = "float32",
+    quantize: Quantize | None = None,
+    shards: Shards | None = None,
 ) -> dict:
     """The parameter tree of a checkpoint.
 
     source    its tensors under Hugging Face's names; read one at a time
-    dtype     of every plain leaf; "auto" keeps what the file has
+    dtype     of every plain leaf, or a function of its path; "auto" keeps what the file has
     quantize  `(path, matrix) -> leaf`, called for every tensor after the cast, layer by layer
     shards    reads (and packs) in its stead, onto a mesh, where the tree is to lie on several devices
 
@@ -50,7 +54,8 @@ def load_params(
     tree: dict[str, Any] = {}
     for cell in table:
         name, row = names[cell.name], rows[cell.path]
-        leaf = shards.leaf(name, cell, row, dtype) if shards else _leaf(source, name, cell, dtype, quantize)
+        own = dtype if isinstance(dtype, str) else dtype(cell.path)
+        leaf = shards.leaf(name, cell, row, own) if shards else _leaf(source, name, cell, own, quantize)
         if not cell.index:
             tree[cell.path] = leaf
             continue

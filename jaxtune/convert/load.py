@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | 
     return read_model(open_model(source), dtype, quantization)
 
 
-def read_model(opened: Opened, dtype: str = "float32", quantization: str | None = None, mesh: Mesh | None = None) -> Model:
-    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given."""
-    compute = stored_dtype(opened) if dtype == "auto" else dtype
+def read_model(
+    opened: Opened, dtype: str | Callable[[str], str] = "float32", quantization: str | None = None, mesh: Mesh | None = None
+) -> Model:
+    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given.
+
+    `dtype` may be a function of a leaf's path; the dtype of the computation is then left to the caller.
+    """
+    compute = stored_dtype(opened) if dtype == "auto" else dtype if isinstance(dtype, str) else opened.config.dtype
     config = dataclasses.replace(opened.config, dtype=compute)
     packed = isinstance(opened.checkpoint, Bitsandbytes)  # what the file has packed stays packed, and the rest was left dense on purpose
     quantization = None if packed else quantization

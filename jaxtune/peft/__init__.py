@@ -3,13 +3,14 @@
 `METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` makes plain arrays of it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune.errors import ConfigError
 from jaxtune.model.weight import dense, is_weight
-from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, prompts, vera
+from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, partial, prompts, vera
 from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.combine import Mixed, compose_rows
 from jaxtune.tree import flatten, unflatten
@@ -25,7 +26,7 @@ class Method(NamedTuple):
     def init(self, key: jax.Array, model_config: Any, base: dict, config: Any, tokenizer: Any = None) -> Any:
         """What a run with this config trains, as it begins."""
         if self.kind is None:
-            return _init_full(base, config)
+            return _init_full(model_config, base, config)
         return self.kind.init(key, model_config, base, getattr(config, self.kind.config.group), tokenizer)
 
     def around(self, chain: Any, config: Any, total_steps: int) -> Any:
@@ -33,13 +34,20 @@ class Method(NamedTuple):
         return chain if self.kind is None else self.kind.around(chain, getattr(config, self.kind.config.group), total_steps)
 
 
-def _init_full(base: dict, config: Any) -> dict:
+def param_dtypes(config: Any, model_config: Any) -> str | Callable[[str], str]:
+    """What dtype the parameters of a run are read in: what is trained in full tuning in `param_dtype`, what is frozen in `dtype`."""
+    if config.method != "full" or not config.trainable_parameters:
+        return config.param_dtype if config.method == "full" else config.dtype
+    return partial.dtypes(model_config, config.trainable_parameters, config.param_dtype, config.dtype)
+
+
+def _init_full(model_config: Any, base: dict, config: Any) -> dict:
     if any(is_weight(leaf) for leaf in flatten(base).values()):
         raise ConfigError(
             f"method full trains the weights themselves, and those of {config.model} are packed; write method: qlora, or give the model "
             "that they were packed from"
         )
-    return base
+    return partial.chosen(model_config, base, config.trainable_parameters, config.param_dtype) if config.trainable_parameters else base
 
 
 METHODS = {
@@ -82,7 +90,7 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
 
 
 def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
-    """The parameter tree to compute with: `base` with an adapter's leaves in place, or a fully trained tree as it is.
+    """The parameter tree to compute with: `base` with an adapter's leaves in place, or those of a tree that is trained, whole or in part.
 
     O(1): swaps leaves, computes nothing; call it inside jit. `key` switches dropout on.
     """
@@ -92,7 +100,7 @@ def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
         return kind_of(trainable.config).compose(base, trainable, key)
     if isinstance(trainable, Mixed):
         return compose_rows(base, trainable)
-    return trainable
+    return partial.over(base, trainable)
 
 
 def virtual_tokens(trainable: Any) -> int:

@@ -51,6 +51,8 @@ def test_data_seed_is_seed_unless_given():
         ({"method": "full", "quantization": "nf4"}, "write method: qlora"),
         ({"method": "full", "loraplus_lr_ratio": 16}, "method full has none"),
         ({"param_dtype": "bfloat16"}, "write method: full"),
+        ({"method": "lora", "trainable_parameters": ["norm"]}, "write method: full, or of LoRA lora.modules_to_save"),
+        ({"method": "full", "trainable_parameters": ["norm"], "optimizer_in_bwd": True}, "leave one of the two out"),
         ({"objective": "distill"}, "teacher is missing"),
         ({"objective": "distill", "teacher": "t", "beta": 1.5}, "from 0 (forward KL) to 1"),
         ({"objective": "distill", "teacher": "t", "kd_ratio": 0.0}, "objective: sft"),

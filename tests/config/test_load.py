@@ -153,16 +153,17 @@ EXAMPLES = {
 OF = {
     "label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo", "kto_chosen_weight": "kto",
     "kto_desirable_weight": "kto", "kto_rejected_weight": "kto", "kto_undesirable_weight": "kto",
+    "teacher_model_name_or_path": "distill", "teacher_model": "distill",
 } | dict.fromkeys(("pref_loss", "dpo_loss_type", "rl_beta", "pref_beta"), "dpo")  # fmt: skip  # aliases of one objective's keys
-OF |= {"teacher_model_name_or_path": "distill", "teacher_model": "distill"}
+NEEDED = {alias: {"objective": name} for alias, name in OF.items()}
+NEEDED |= {"unfrozen_parameters": {"method": "full"}, "run_val_every_n_steps": {"data": {"eval": 0.1}}}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     kind = str(PATHS[ALIASES[alias]])
     value = EXAMPLES.get(alias, 2 if ("int" in kind or "float" in kind) and "Source" not in kind else "x")
-    base = {} if ALIASES[alias] == "model" else {"model": "m"} | ({"objective": OF[alias]} if alias in OF else {})
-    base |= {"data": {"eval": 0.1}} if ALIASES[alias] == "eval_steps" else {}
+    base = {} if ALIASES[alias] == "model" else {"model": "m"} | NEEDED.get(alias, {})
     with caplog.at_level(logging.WARNING, "jaxtune"):
         config = load_config(base | {alias: value})
     assert caplog.messages == [f"note: {alias} is read as {ALIASES[alias]}"]

@@ -14,7 +14,7 @@ from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
 # the fields of a ModelConfig that say how to compute it: two configs that differ in them alone are of one model
-HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh")
+HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class ModelConfig:
     logits_chunk: int = 512  # tokens whose logits exist at one time, in training
     mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
     quantization_kernel: str = "xla"  # xla | pallas: how 4-bit matrices are multiplied by (model/nf4_kernel.py)
+    cuts: tuple[int, ...] = ()  # layers with which a stack begins, beside those where the kind of layer changes (peft/partial.py)
     mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
@@ -83,7 +84,11 @@ class ModelConfig:
     def stacks(self) -> tuple[tuple[int, ...], ...]:
         """Layer numbers of each stack: consecutive layers with the same rows, scanned together."""
         sparse = set(self.moe.layers) if self.moe else set()
-        return tuple(tuple(run) for _, run in itertools.groupby(range(self.num_layers), key=lambda layer: layer in sparse))
+
+        def kind(layer: int) -> tuple[bool, int]:
+            return layer in sparse, sum(cut <= layer for cut in self.cuts)
+
+        return tuple(tuple(run) for _, run in itertools.groupby(range(self.num_layers), key=kind))
 
 
 class Family(NamedTuple):
