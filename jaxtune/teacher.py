@@ -1,6 +1,7 @@
 """The teacher of objective distill: a model of its own beside the student, frozen, over the same mesh."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from jaxtune.config import Config
 from jaxtune.convert.load import Opened, open_model, read_model
 from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError
+from jaxtune.model import nf4_kernel
 from jaxtune.objectives.distill import TEACHER, Teacher
 from jaxtune.step import check_attention, how_to_compute
 from jaxtune.tree import nbytes
@@ -24,6 +26,12 @@ def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -
     """
     if config.teacher is None:
         return None
+    path = Path(config.teacher).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"teacher {path} is an adapter, and a teacher is a whole model; write it whole (python -m jaxtune.export {path} OUT --merge) "
+            "and take teacher: OUT"
+        )
     opened = open_model(config.teacher)
     check_attention(config, opened.config, mesh)
     check_tokens(config, student.tokenizer, opened.tokenizer)
@@ -55,4 +63,6 @@ def read_teacher(config: Config, opened: Opened | None, mesh: Mesh) -> dict[str,
         return {}
     model = read_model(opened, config.dtype, config.teacher_quantization, mesh)
     log.info("teacher: %s, %.2f GB of weights", model.config.model_type, nbytes(model.params) / 1e9)
-    return {TEACHER: Teacher(model.params, how_to_compute(config, model.config, mesh.devices.flat[0].platform))}
+    model.config = how_to_compute(config, model.config, mesh.devices.flat[0].platform)
+    nf4_kernel.prove_for(model.config, model.params)
+    return {TEACHER: Teacher(model.params, model.config)}

@@ -34,8 +34,6 @@ from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
 from jaxtune.model import nf4_kernel
-from jaxtune.model.quant import NF4
-from jaxtune.model.weight import is_weight
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE, check_shared_prompts
 from jaxtune.peft import METHODS, beginnings, compose, kind_of, param_dtypes
@@ -200,9 +198,7 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     model = read_model(opened, param_dtypes(config, opened.config), config.quantization, mesh)
     model = heads.attach(model, heads.head_of(config), jax.random.key(config.seed), mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
-    packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(model.params, is_leaf=is_weight))
-    if packed and model.config.quantization_kernel == "pallas":
-        nf4_kernel.prove()
+    nf4_kernel.prove_for(model.config, model.params)
     if config.init_adapter:
         trainable = peft_files.load_adapter(config.init_adapter, model)
         if kind_of(trainable.config) is not METHODS[config.method].kind:

@@ -15,8 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune.errors import ConfigError, JaxtuneError
+from jaxtune.model.families import ModelConfig
 from jaxtune.model.layout import each_part, partition, split
 from jaxtune.model.quant import CODES, NF4, Packed, quantize
+from jaxtune.model.weight import is_weight
 
 LANES, SUBLANES_8BIT = 128, 32  # of a TPU's registers, which memory is laid out for
 TOKENS_BYTES = 4096  # bytes of a column of x that are there at one time: 2048 tokens in bfloat16
@@ -87,6 +89,13 @@ def prove() -> None:
     forward, back = (held.product(jnp.eye(side, dtype=jnp.bfloat16), back) for side, back in ((256, False), (128, True)))
     if not bool((forward == dense.T).all() & (back == dense).all()):
         raise JaxtuneError("the 4-bit kernel gives other numbers than it should on this device; write quantization_kernel: xla")
+
+
+def prove_for(config: ModelConfig, params: dict) -> None:
+    """`prove`, for a model that the kernel will multiply by."""
+    packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(params, is_leaf=is_weight))
+    if packed and config.quantization_kernel == "pallas":
+        prove()
 
 
 def hold(layers, mesh: Mesh | None = None):
