@@ -177,8 +177,6 @@ DIFFERENT: dict[str, str] = {
         "write method: qlora": "quantize_base",
         "write lora.target_modules: [q_proj, v_proj, ...], or all-linear": "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
         "write lora.init_lora_weights: pissa, olora, gaussian or true": "loftq_config",
-        "write method: full or an adapter's (docs/adapters.md)": "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules "
-        "freeze_extra_modules",
         "init_adapter goes on with it, and saves it; to have a new one beside, export --merge the first": "create_new_adapter",
         "write optim: adamw, adamw_8bit, adafactor, lion, lion_8bit, sgd or muon": "use_galore use_apollo use_badam use_adam_mini use_muon "
         "optim_target_modules",
