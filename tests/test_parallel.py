@@ -32,11 +32,10 @@ CASES = {
     ("moe", "qlora", "sft"): [(8, 1, 1, 1)],
     ("moe", "full", "sft"): [(2, 2, 2, 1)],
     ("moe", "lora", "dpo"): [(1, 2, 2, 2)],
-    ("dense", "full", "distill"): [(1, 2, 2, 2)],
 }
 if os.environ.get("JAXTUNE_ALL_MESHES"):  # minutes
     meshes = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 1, 4), (1, 2, 2, 2)]
-    CASES = {case: meshes for case in itertools.product(("dense", "moe"), ("full", "lora", "qlora"), ("sft", "dpo"))}
+    CASES = {case: meshes for case in itertools.product(("dense", "moe"), ("full", "lora", "qlora"), ("sft", "dpo", "distill"))}
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

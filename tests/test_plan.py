@@ -31,8 +31,7 @@ ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},
     "stepwise_reward": {"prompt": "one", "completions": ["two"], "labels": [True]}, "classification": {"text": "one", "label": [0.5, 1.5]},
 }  # fmt: skip
-KEYS = {"classification": {"num_labels": 2, "problem_type": "regression"}, "distill": {"teacher": "t"}}
-ROWS["distill"] = ROWS["sft"]
+KEYS = {"classification": {"num_labels": 2, "problem_type": "regression"}}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES.keys() - set(POLICY)))  # the answers of those: tests/test_rollout.py
+# the answers of POLICY: tests/test_rollout.py; distill's are the rows of sft
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES.keys() - {*POLICY, "distill"}))
 def test_the_planned_batch_is_that_of_a_run(folder, tmp_path, objective):
     rows = [ROWS.get(objective, PAIR) | {"id": n} for n in range(2 if objective == "kto" else 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,10 +236,10 @@ class Seen(Exception):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"method": "qlora", "gradient_accumulation_steps": 2, "data.packing": False}, {"method": "full", "optim": "adamw_8bit"},
-        {"method": "full", "trainable_parameters": "[layers.0.mlp., model.norm]", "dtype": "bfloat16"},
+        {"method": "full", "optim": "adamw_8bit", "trainable_parameters": "[layers.0.mlp., model.norm]", "dtype": "bfloat16"},
         {"objective": "dpo", "method": "lora", "zero_stage": 1}, {"objective": "reward", "method": "full", "mesh.fsdp": 2},
-        {"objective": "distill", "method": "full", "teacher_quantization": "nf4-dq", "mesh.fsdp": 2},
+        {"objective": "distill", "teacher_quantization": "nf4-dq", "method": "qlora", "gradient_accumulation_steps": 2,
+         "data.packing": False},
     ],
     ids=lambda keys: keys.get("objective", "sft"),
 )  # fmt: skip

@@ -44,7 +44,7 @@ def plain(config, student, teacher):
 
 
 def test_loss_and_gradients_are_those_of_all_logits():
-    """A teacher of another shape, whose embedding is not padded; the head trained, and frozen; none of it moves the teacher.
+    """A teacher of another shape, whose embedding is not padded, and which none of it moves.
 
     (Every beta: tests/oracle/test_distill.py.)
     """
@@ -52,10 +52,10 @@ def test_loss_and_gradients_are_those_of_all_logits():
     (own, params), (theirs, teacher) = model(0), model(1, hidden_size=16, vocab_size=80)
 
     def loss(tree, teacher):
-        return distill(config, own, params | tree, {TEACHER: Teacher(teacher, theirs)}, BATCH).total
+        return distill(config, own, tree, {TEACHER: Teacher(teacher, theirs)}, BATCH).total
 
     def expected(tree):
-        return plain(config, (own, params | tree), (theirs, teacher))
+        return plain(config, (own, tree), (theirs, teacher))
 
     value, (grads, of_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, teacher)
     right, right_grads = jax.jit(jax.value_and_grad(expected))(params)
@@ -64,8 +64,6 @@ def test_loss_and_gradients_are_those_of_all_logits():
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(right_grads), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * scale)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_teacher))
-    frozen_head = jax.jit(jax.grad(loss))({"norm": params["norm"]}, teacher)
-    np.testing.assert_allclose(frozen_head["norm"], right_grads["norm"], atol=1e-5 * scale)
 
 
 @pytest.fixture(scope="module")
