@@ -1,5 +1,6 @@
 """Tokenizers, without torch: from a folder by transformers, from a GGUF file by rebuilding what llama.cpp stored of them."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from jaxtune.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -33,6 +35,12 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
         return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
         reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        models = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+        if models and not (folder / "tokenizer.json").is_file() and not importlib.util.find_spec("sentencepiece"):
+            reason = (
+                f"there is no tokenizer.json, and {models[0]} is read by the package sentencepiece; pip install sentencepiece, or put the "
+                "tokenizer.json there that transformers saves where it is installed"
+            )
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from jaxtune.data import labels, steps
 from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row, RowError
 from jaxtune.data.ledger import Ledger
-from jaxtune.data.masks import Piece, same_text, trained_tokens, trained_turns
+from jaxtune.data.masks import Piece, added_after, same_text, trained_tokens, trained_turns
 from jaxtune.data.templates import Template
 from jaxtune.errors import DataError
 
@@ -57,7 +57,7 @@ class Encoder:
             raise DataError("the tokenizer has no EOS token to end rows with; set data.add_eos: false")
         self.data, self.tokenizer, self.ledger = data, tokenizer, ledger
         self.kinds, self.objective, self.config = kinds, config.objective, config
-        self._override = template
+        self._override, self._after = template, added_after(tokenizer)
         self._template: Template | None = None
 
     @property
@@ -209,18 +209,21 @@ class Encoder:
         backend.no_padding()
         backend.no_truncation()
         ids: list[list[int]] = [piece.ids or [] for piece in pieces]
+        tails: list[list[int]] = [[]] * len(pieces)
         offsets: list[list[tuple[int, int]]] = [[]] * len(pieces)
         for special in (True, False):
             numbers = [n for n, piece in enumerate(pieces) if piece.special == special and piece.ids is None]
             for n, encoding in zip(
                 numbers, backend.encode_batch([pieces[n].text for n in numbers], add_special_tokens=special), strict=True
             ):
-                ids[n], offsets[n] = encoding.ids, encoding.offsets
+                size = len(encoding.ids) - self._after * special
+                ids[n], offsets[n], tails[n] = encoding.ids[:size], encoding.offsets[:size], encoding.ids[size:]
         masked = [trained_tokens(piece, row_offsets) for piece, row_offsets in zip(pieces, offsets, strict=True)]
         runs = [ids[n][lo:hi] for n, (_, places) in enumerate(masked) for lo, hi, _ in places]
         decoded = iter(backend.decode_batch(runs, skip_special_tokens=False))
         for n, (mask, places) in enumerate(masked):
-            yield list(ids[n]), mask, [(text, next(decoded)) for _, _, text in places]
+            tail = [] if pieces[n].eos else tails[n]  # EOS is put where it belongs, once, by _finish
+            yield ids[n] + tail, np.append(mask, np.zeros(len(tail), np.uint8)), [(text, next(decoded)) for _, _, text in places]
 
     def _finish(self, piece: Piece, ids: list[int], mask: np.ndarray, runs: list[tuple[str, str]]) -> Doc:
         """The document with its EOS, checked."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import zstandard
 
-from jaxtune.data import jsonfile
+from jaxtune.data import jsonfile, sniff
 from jaxtune.errors import DataError
 
 KINDS = {
@@ -70,8 +70,8 @@ class RowError(DataError):
         self.row, self.reason, self.name, self.policy = row, reason, name, policy
 
 
-def find(path: str) -> list[Path] | None:
-    """The files that a path, folder or glob names, sorted; None when it can only be a hub id."""
+def find(path: str, split: str | None = None) -> list[Path] | None:
+    """The files that a path, folder (those of `split`) or glob names, sorted; None when it can only be a hub id."""
     if not path.strip():
         raise DataError("the path of the data is empty; name a file, folder, glob or hub id")
     here = Path(path).expanduser()
@@ -80,15 +80,17 @@ def find(path: str) -> list[Path] | None:
     if here.is_dir():
         if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
             return [here]
-        files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith("."))
+        files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith((".", "dataset_infos.json")))
         if not files:
             raise DataError(f"{path}: the folder holds none of {', '.join(KINDS)} files; name a file")
-        return files
+        return sniff.of_split(here, files, split)
     if glob.has_magic(path):
         files = sorted(Path(p) for p in glob.glob(str(here), recursive=True) if Path(p).is_file())
         if not files:
             raise DataError(f"{path}: no file matches; check the pattern and the folder the command is run in")
         return files
+    if "://" in path:
+        raise DataError(f"{path}: rows are read from files here and from data sets of the hub (org/name), not from addresses; download it")
     if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise DataError(f"{path}: no such file; check the path, which is taken from the folder the command is run in ({Path.cwd()})")
     return None
@@ -96,7 +98,7 @@ def find(path: str) -> list[Path] | None:
 
 def rows(path: str, name: str | None = None, split: str | None = None, streaming: bool = False) -> Iterator[Row]:
     """The rows of a source: files here, or a data set of the hub with its subset and split, downloaded first unless `streaming`."""
-    paths = find(path)
+    paths = find(path, split)
     return read_hub(path, name, split, streaming) if paths is None else read(paths)
 
 
@@ -125,6 +127,8 @@ def _read(path: Path) -> Iterator[Row]:
     kind = "folder" if path.is_dir() else _kind(path)
     if kind is None:
         raise DataError(f"{path}: cannot tell the format from the name; use one of {', '.join(KINDS)}, also with .gz or .zst")
+    if kind != "folder":
+        sniff.check_sign(path)
     empty = True
     for number, fields in READERS[kind](path):
         empty = False
@@ -265,6 +269,9 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
                 f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: save it as CSV or TSV"
             )
         for fields in reader:
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise DataError(f"{path}: the header names {twice!r} twice; give one of the columns another name, or take it out")
             if None in fields or None in fields.values():
                 raise DataError(f"{path}, line {reader.line_num}: the row has not as many fields as the header, which names {len(names)}")
             yield reader.line_num, fields
@@ -291,9 +298,16 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
     import datasets
+    import pyarrow
 
     try:
-        rows = datasets.Dataset.from_file(str(path)) if path.is_file() else datasets.load_from_disk(str(path))
+        if path.is_dir():
+            rows = datasets.load_from_disk(str(path))
+        elif sniff.begins(path).startswith(b"ARROW1"):  # the form with an index, of pyarrow, pandas and polars
+            with pyarrow.ipc.open_file(path.read_bytes()) as file:
+                rows = datasets.Dataset(file.read_all())
+        else:
+            rows = datasets.Dataset.from_file(str(path))
     except Exception as error:
         raise DataError(f"{path}: not a readable Arrow data set ({str(error).splitlines()[0]}); save it again with save_to_disk") from None
     if isinstance(rows, datasets.DatasetDict):

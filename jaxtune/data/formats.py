@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtune.data import turns
 from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row
@@ -140,13 +142,17 @@ def _tokenised(row: Row) -> Tokens:
     ids = row.fields["input_ids"]
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise row.fail(f"'input_ids' must be a list of token ids, this is {short(ids)}")
-    for key in ("labels", "completion_mask", "assistant_masks"):
-        marks = row.fields.get(key)
-        if marks is not None:
-            if not isinstance(marks, list) or len(marks) != len(ids):
-                raise row.fail(f"{key!r} must be as long as 'input_ids', {len(ids)}")
-            return Tokens(ids, [mark not in (-100, None) if key == "labels" else bool(mark) for mark in marks])
-    return Tokens(ids, [True] * len(ids))
+    trained, keys = [True] * len(ids), ("labels", "completion_mask", "assistant_masks", "attention_mask")
+    given = {key: row.fields[key] for key in keys if row.fields.get(key) is not None}
+    for key, marks in given.items():
+        if not isinstance(marks, list) or len(marks) != len(ids):
+            raise row.fail(f"{key!r} must be as long as 'input_ids', {len(ids)}")
+    seen = np.flatnonzero(given.pop("attention_mask", trained))  # the rest is padding
+    if len(seen) == 0 or len(seen) <= seen[-1] - seen[0]:
+        raise row.fail("'attention_mask' has zeros between ones, or nothing else; it may leave out what stands before and after a text")
+    for key, marks in list(given.items())[:1]:
+        trained = [mark not in (-100, None) if key == "labels" else bool(mark) for mark in marks]
+    return Tokens(ids[seen[0] : seen[-1] + 1], trained[seen[0] : seen[-1] + 1])
 
 
 def _segments(row: Row) -> Segments:
@@ -159,7 +165,7 @@ def _segments(row: Row) -> Segments:
 def _prompt(row: Row) -> Prompt:
     given = row.fields["prompt"]
     prompt = messages(row, "prompt") if isinstance(given, list) else _string(row, "prompt")
-    return Prompt(prompt, turns.tools(row), row.fields.get("chat_template_kwargs") or {})
+    return Prompt(prompt, turns.tools(row), turns.template_kwargs(row))
 
 
 # name: (fields that a row of it has, reader), in the order of detection. A field "a|b" is one or the other.
@@ -293,7 +299,7 @@ def _answer(row: Row, prompt_key: str, key: str, prompt: list[dict] | None = Non
 
 
 def _chat(row: Row, said: list[dict], start: int = 0) -> Chat:
-    return Chat(said, start, turns.tools(row), row.fields.get("chat_template_kwargs") or {})
+    return Chat(said, start, turns.tools(row), turns.template_kwargs(row))
 
 
 def _string(row: Row, key: str) -> str:
@@ -301,7 +307,7 @@ def _string(row: Row, key: str) -> str:
         raise row.fail(f"the field {key!r} is missing; {fields(row)}")
     value = row.fields[key]
     if not isinstance(value, str):
-        raise row.fail(f"{key!r} must be a string, this is {short(value)}")
+        raise row.fail(f"{key!r} must be a string, this is {short(value)}; write it as one, or take the row out")
     return value
 
 

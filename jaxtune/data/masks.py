@@ -4,6 +4,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,18 @@ def trained_tokens(piece: Piece, offsets: list[tuple[int, int]]) -> tuple[np.nda
             mask[lo:hi] = mark
             runs.append((lo, hi, piece.text[starts[lo] : ends[hi - 1]]))
     return mask, runs
+
+
+def added_after(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts after every text (EOS, or BERT's [SEP]), where it is asked for special tokens."""
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return next((number for number, one in enumerate(reversed(special)) if not one), 0)
+
+
+def open_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that is to be gone on with: with BOS, and without what the tokenizer puts after every text."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[: len(ids) - added_after(tokenizer)]
 
 
 def same_text(a: str, b: str) -> bool:

@@ -7,6 +7,7 @@ from jaxtune.config import Config
 from jaxtune.data.encode import with_system
 from jaxtune.data.examples import Chat, Classified, Completion, Labelled, Pair, Prompt
 from jaxtune.data.files import Row
+from jaxtune.data.masks import open_ids
 from jaxtune.data.prepare import held_out, require
 from jaxtune.data.templates import Template
 from jaxtune.data.tokenised import template
@@ -59,10 +60,10 @@ def _question(row: Row, example: Any, config: Config, tokenizer: Any) -> Questio
     if isinstance(example, Labelled | Classified):
         example = example.example
     if isinstance(example, Completion):
-        return Question(row, example.prompt, tokenizer(example.prompt)["input_ids"], example.completion)
+        return Question(row, example.prompt, open_ids(tokenizer, example.prompt), example.completion)
     if isinstance(example, Prompt):
         if isinstance(example.prompt, str):
-            return Question(row, example.prompt, tokenizer(example.prompt)["input_ids"], "")
+            return Question(row, example.prompt, open_ids(tokenizer, example.prompt), "")
         example = Chat([*example.prompt, {"role": "assistant", "content": ""}], 0, example.tools, example.template_kwargs)
     if not isinstance(example, Chat):
         return None

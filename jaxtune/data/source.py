@@ -134,7 +134,8 @@ class Source:
                     row = f"{documents.info[part]['path']}, row {documents.rows[doc]}"
                     raise DataError(
                         f"{row}: the tokenizer makes token {tokens[place]} of it, but the model's embedding has {size} rows, 0 to "
-                        f"{size - 1}; the tokenizer is another model's, or the embedding has to grow"
+                        f"{size - 1}; the tokenizer is another model's, or has grown: give the model as many rows with transformers "
+                        "(model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or take the tokenizer it came with"
                     )
 
     def batches(self, process: int = 0, processes: int = 1) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from jaxtune.errors import DataError
 
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 _BASE = 0x100000
+REASONING = ("reasoning_content", "reasoning", "thinking")  # Qwen's, vLLM's, gpt-oss's
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Template:
                 "the tokenizer has no chat template, so messages cannot be written as text; use the tokenizer of an instruct "
                 "model, or set data.chat_template to a .jinja file"
             )
+        if not override and isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none of them is the default; save one of "
+                "them as a .jinja file and set data.chat_template to it"
+            )
         added = tokenizer.added_tokens_decoder.values()
         self._asks: str | None = None
         self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
@@ -64,12 +70,16 @@ class Template:
             )  # fmt: skip
         except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise row.fail(f"the chat template refuses the messages: {reason}", "template_refuses") from None
+            raise row.fail(
+                f"the chat template refuses the messages: {reason}. Write them as it wants them, or set data.chat_template to another",
+                "template_refuses",
+            ) from None
 
     def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
         text = self.render(row, chat)
         self._shows_tools(row, chat, text)
+        self._shows_reasoning(row, chat, text)
         places = self._marked(row, chat, text)
         turns = []
         for number, message in enumerate(chat.messages):
@@ -107,6 +117,17 @@ class Template:
                 raise row.fail(
                     f"the chat template drops the {what} {missing[0]!r}; set data.chat_template to a template that knows tools, or leave "
                     "such rows out",
+                    "template_drops",
+                )
+
+    def _shows_reasoning(self, row: Row, chat: Chat, text: str) -> None:
+        """Raise where what was thought before the last answer is not in the text. Before earlier ones templates leave it out on purpose."""
+        for key in REASONING:
+            thought = chat.messages[-1].get(key)
+            if isinstance(thought, str) and squeeze(thought) not in squeeze(text):
+                raise row.fail(
+                    f"the chat template drops the {key!r} of the last message; take it out, or set data.chat_template to a template that "
+                    "shows it",
                     "template_drops",
                 )
 

@@ -125,7 +125,7 @@ def cache_dir(config: Config) -> Path:
 
 def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
     """Hash of tokenizer, template, code, libraries, rows and settings."""
-    paths, form = files.find(source.path), form_of(source, config)
+    paths, form = files.find(source.path, source.split), form_of(source, config)
     key = hashlib.sha256()
     for part in (
         _tokenizer_bytes(tokenizer),

@@ -51,9 +51,16 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
         message.setdefault("content", "")
     elif isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         message["content"] = "".join(part["text"] for part in content)  # OpenAI's parts, all of them text
+    elif isinstance(content, list) and (odd := [part["type"] for part in content if _is_media(part)]):
+        unseen = f"{where} ({message['role']}) holds a part of type {odd[0]!r}, which a language model does not see"
+        raise row.fail(f"{unseen}; take the part, or the row, out")
     elif not isinstance(content, str):
         raise row.fail(f"{where} ({message['role']}): content must be a string, this is {short(content)}")
     return message
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("type"), str) and not isinstance(part.get("text"), str)
 
 
 def _sharegpt(row: Row, where: str, message: dict) -> dict:
@@ -100,6 +107,19 @@ def tools(row: Row) -> list | None:
     if value and not isinstance(value, list):
         raise row.fail(f"'tools' must be a list of JSON schemas, this is {short(value)}")
     return value or None
+
+
+def template_kwargs(row: Row) -> dict:
+    """The `chat_template_kwargs` column: an object, or the same as a JSON string."""
+    value = row.fields.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.fail(f"'chat_template_kwargs' is not valid JSON ({error.msg}); write an object of names and values") from None
+    if value and not isinstance(value, dict):
+        raise row.fail(f"'chat_template_kwargs' must be an object like {{\"enable_thinking\": false}}, this is {short(value)}")
+    return {name: part for name, part in (value or {}).items() if part is not None}  # Arrow fills up with None
 
 
 def fields(row: Row) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 
+from jaxtune.data.masks import open_ids
 from jaxtune.errors import DataError, ModelError
 
 _PROBE = "ZQX"  # an answer that no template changes
@@ -27,7 +28,7 @@ def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> l
             raise DataError(f"{name} is empty; write what the model should go on from")
         if chat or (chat is None and model.tokenizer.chat_template):
             return _chat_ids(model, [{"role": "user", "content": prompt}], name)
-        return _known(model, model.tokenizer(prompt)["input_ids"], name)
+        return _known(model, open_ids(model.tokenizer, prompt), name)
     if not isinstance(prompt, Sequence) or len(prompt) == 0:
         given = "empty" if isinstance(prompt, Sequence) else f"of type {type(prompt).__name__}"
         raise DataError(f'{name} is {given}; a prompt is a text, a list of messages like {{"role": "user", "content": ...}}, or token ids')

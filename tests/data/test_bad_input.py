@@ -1,5 +1,6 @@
 """Every mistake in a data file is one DataError that names the file, the line, the reason and what to do."""
 
+import gzip
 import io
 import json
 from types import SimpleNamespace
@@ -57,6 +58,10 @@ FILES = {
     "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
     "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
     "semicolons": ("rows.csv", "prompt;completion\na;b\n", "the header 'prompt;completion' has no ','; columns look separated by ';'"),
+    "a column twice": ("rows.csv", "text,text\na,b\n", "the header names 'text' twice"),
+    "gzip by another name": ("rows.jsonl", gzip.compress(b"{}"), "the file is compressed by gzip; let its name end in .gz"),
+    "pointer": ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\n", "the file is a pointer of Git LFS"),
+    "utf-16": ("rows.csv", "text\na\n".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
     "jsonl as txt": ("rows.txt", json.dumps(GOOD) + "\n", "look like JSON objects.*rename it to .jsonl"),
     "unknown suffix": ("rows.docx", b"x", "cannot tell the format from the name"),
 }
@@ -96,6 +101,13 @@ ROWS = {
     "no messages": ({"messages": []}, {}, "line 2: 'messages' must be a list of messages"),
     "no role": ({"messages": [{"content": "a"}]}, {}, "line 2: message 1 of 'messages' must be like"),
     "content not a string": (chat(("user", "a"), ("assistant", 3)), {}, r"line 2: message 2 .*\(assistant\): content must be a string"),
+    "image": (chat(("user", [{"type": "text", "text": "a"}, {"type": "image", "text": None}])), {}, "part of type 'image'.*does not see"),
+    "settings that are none": (chat(("user", "a")) | {"chat_template_kwargs": "x"}, {}, "'chat_template_kwargs' must be an object like"),
+    "thought that the template drops": (
+        {"messages": [*CHAT["messages"][:-1], CHAT["messages"][-1] | {"reasoning_content": "hm"}]}, {},
+        "drops the 'reasoning_content' of the last message",
+    ),
+    "padding between": ({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, {}, "line 2: 'attention_mask' has zeros between ones"),
     "no answer": (chat(("user", "a")), {}, "line 2: no message of the row is trained on: it has no answer"),
     "all marked": (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}, {},
@@ -168,6 +180,9 @@ def test_no_chat_template(config, tokenizers, bare):
     with pytest.raises(DataError, match="no chat template.*data.chat_template"):
         data.load(config([CHAT]), bare)
     assert len(data.load(config([GOOD]), bare).train.documents) == 1
+    bare.chat_template = {"rag": "{{ messages }}", "tool_use": "{{ messages }}"}
+    with pytest.raises(DataError, match="templates rag, tool_use and none of them is the default; save one .* set data.chat_template"):
+        data.load(config([CHAT]), bare)
 
 
 def test_a_chat_template_that_is_not_there(config, tokenizers):
@@ -179,7 +194,7 @@ def test_template_that_refuses_a_row(config, tokenizers, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}")
     row = chat(("system", "be brief"), ("user", "a"), ("assistant", "b"))
-    with pytest.raises(DataError, match="line 1: the chat template refuses the messages: System role not supported"):
+    with pytest.raises(DataError, match="line 1: the chat template refuses the messages: System role not supported. Write .* data.chat_t"):
         data.load(config([row], chat_template=str(template)), tokenizers["chatml"])
 
 

@@ -1,11 +1,13 @@
 import gzip
 import json
 
+import pyarrow
 import pytest
 import zstandard
 
 from jaxtune import data
 from jaxtune.data.files import find, read
+from jaxtune.errors import DataError
 
 ROWS = [{"prompt": f"Question {n}, “naïve”\u2028: ", "completion": "yes,\nit is"} for n in range(30)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -57,6 +59,26 @@ def test_training_from_them_is_the_same(name, tmp_path, config, tokenizers):
     save(tmp_path / name)
     want = data.load(config(ROWS), tokenizers["chatml"]).train
     assert data.load(config(str(tmp_path / name)), tokenizers["chatml"]).train.fingerprint == want.fingerprint
+
+
+def test_splits_of_a_folder_are_told_apart(tmp_path):
+    for name in ("data/train-00000.jsonl", "data/train-00001.jsonl", "data/test-00000.jsonl", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"files of the splits test, train .*say which: {path: .*, split: train}"):
+        find(str(tmp_path))
+    assert [path.name for path in find(str(tmp_path), "train") or ()] == ["train-00000.jsonl", "train-00001.jsonl"]
+    assert [path.name for path in find(str(tmp_path), "test") or ()] == ["test-00000.jsonl"]
+    with pytest.raises(DataError, match="no files of split dev, only of test, train"):
+        find(str(tmp_path), "dev")
+
+
+def test_both_forms_of_arrow_files(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    for name, form in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        with form(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    assert [row.fields["text"] for row in read(find(str(tmp_path)) or [])] == ["a", "b"] * 2
 
 
 def test_lines_of_a_text_file(tmp_path):

@@ -1,9 +1,12 @@
 """Law 7: decoded, the trained tokens are what a person would underline, for every format, mask mode and template."""
 
 import pytest
+from chat import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
+from jaxtune.data.masks import open_ids
 from jaxtune.errors import DataError
 
 STOP = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
@@ -119,6 +122,22 @@ def test_text(underlined, tokenizers, family, text):
     assert underlined(tokenizers[family], {"text": text}) == text + STOP[family]
 
 
+def ends_texts(tokenizer):
+    """The tokenizer, putting EOS after every text (`add_eos_token`)."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_a_tokenizer_that_ends_every_text(encode, eos):
+    tokenizer, wanted = ends_texts(make_tokenizer("llama3")), " there<|eot_id|>"
+    ids, mask = encode(tokenizer, {"prompt": "hello", "completion": " there"}, add_eos=eos)
+    assert ids == tokenizer("hello there")["input_ids"][: None if eos else -1] == [*open_ids(tokenizer, "hello there"), ids[-1]][: len(ids)]
+    assert tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m]) == wanted[: None if eos else -len("<|eot_id|>")]
+
+
 @pytest.mark.parametrize("mode", ["assistant", "last"])
 def test_text_has_no_turns(encode, tokenizers, mode):
     with pytest.raises(DataError, match=f"no turns, so train_on: {mode} trains nothing"):
@@ -143,6 +162,11 @@ def test_segments(underlined, tokenizers):
     parts = [("One and", False), (" two", True), (" are", False), (" three.<|im_end|>", True)]
     row = {"segments": [{"label": label, "text": text} for text, label in parts]}
     assert underlined(tokenizers["chatml"], row) == " two three.<|im_end|>"
+
+
+def test_tokens_of_padding_are_left_out(encode, tokenizers):
+    ids, mask = encode(tokenizers["chatml"], {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0]})
+    assert ids == [5, 6, 7] and mask.tolist() == [0, 1, 1]
 
 
 def test_tokens_are_used_as_they_are(encode, tokenizers):
