@@ -16,6 +16,15 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LFS = b"version https://git-lfs"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only what Git LFS left in the place of the file: a clone without git-lfs is full of them."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
 def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = JaxtuneError) -> None:
     """The folder and those above it, where they are not there yet; `error` where none can be (in /proc, under a link to nowhere)."""
     try:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from jaxtune.disk import make_folder, sha256
+from jaxtune.disk import is_pointer, make_folder, sha256
 from jaxtune.errors import ModelError
 
 # What is fetched from the hub. No pickle (it runs code when it is opened) and no Python.
@@ -35,6 +35,10 @@ def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES),
         return _from_wheel(text, fetch)
     path = Path(text).expanduser()
     if path.is_dir():
+        if pointers := [file.name for file in sorted(path.iterdir()) if file.suffix and file.is_file() and is_pointer(file)]:
+            raise ModelError(
+                f"{path}: {', '.join(pointers)}: what Git LFS leaves in the place of a file; fetch the files themselves with `git lfs pull`"
+            )
         return path
     if path.is_file():
         return _local_file(path)

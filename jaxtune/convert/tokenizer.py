@@ -41,6 +41,8 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
                 f"there is no tokenizer.json, and {models[0]} is read by the package sentencepiece; pip install sentencepiece, or put the "
                 "tokenizer.json there that transformers saves where it is installed"
             )
+        elif not models and not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
+            reason = "there is a tokenizer_config.json but no tokenizer.json; copy that from the model it came with"
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
 
 

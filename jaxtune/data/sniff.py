@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from jaxtune.disk import LFS
 from jaxtune.errors import DataError
 
 # How files begin -> the endings of their names, what they are
 SIGNS: dict[bytes, tuple[tuple[str, ...], str]] = {
-    b"version https://git-lfs": ((), "a pointer of Git LFS and not the file; fetch that with `git lfs pull`"),
+    LFS: ((), "a pointer of Git LFS and not the file; fetch that with `git lfs pull`"),
     b"\x1f\x8b": ((".gz",), "compressed by gzip; let its name end in .gz"),
     b"\x28\xb5\x2f\xfd": ((".zst",), "compressed by zstd; let its name end in .zst"),
     b"PK\x03\x04": ((), "a zip archive; unpack it"),

@@ -1,5 +1,6 @@
 """Tokenizers through GGUF: what a file's metadata says becomes the tokenizer it was written from."""
 
+import importlib.util
 import json
 import os
 
@@ -166,6 +167,13 @@ def test_a_damaged_tokenizer_is_named_and_code_is_never_run(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="a tokenizer_config.json but no tokenizer.json; copy that"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    if not importlib.util.find_spec("sentencepiece"):
+        with pytest.raises(ModelError, match="tokenizer.model is read by the package sentencepiece; pip install sentencepiece"):
+            load_tokenizer(tmp_path)
     (tmp_path / "evil.py").write_text("import os\nos.environ['JAXTUNE_RAN_CODE'] = '1'\nclass Tok: pass\n")
     settings = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -100,6 +100,9 @@ def test_local_folders_and_gguf_files_are_themselves(tmp_path):
     file.touch()
     assert sources.resolve(tmp_path) == tmp_path
     assert sources.resolve(str(file)) == file
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ModelError, match="model.safetensors: what Git LFS leaves in the place of a file"):
+        sources.resolve(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
