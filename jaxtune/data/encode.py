@@ -222,7 +222,7 @@ class Encoder:
         runs = [ids[n][lo:hi] for n, (_, places) in enumerate(masked) for lo, hi, _ in places]
         decoded = iter(backend.decode_batch(runs, skip_special_tokens=False))
         for n, (mask, places) in enumerate(masked):
-            tail = [] if pieces[n].eos else tails[n]  # EOS is put where it belongs, once, by _finish
+            tail = tails[n] if Classified in self.kinds else []  # else it is in the way of an answer, or of the EOS that _finish puts there
             yield ids[n] + tail, np.append(mask, np.zeros(len(tail), np.uint8)), [(text, next(decoded)) for _, _, text in places]
 
     def _finish(self, piece: Piece, ids: list[int], mask: np.ndarray, runs: list[tuple[str, str]]) -> Doc:
@@ -243,8 +243,6 @@ class Encoder:
             )
         if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
-        if Prompt in self.kinds and piece.special and ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1:
-            ids, mask = ids[:-1], mask[:-1]  # what some tokenizers end every text with: an answer would follow the end
         mask[:1] = 0
         if not ids:
             raise row.fail("the prompt is empty; remove the row")
