@@ -28,7 +28,7 @@ from jaxtune.errors import DataError
 log = logging.getLogger("jaxtune")
 SILENCE = 10.0  # seconds
 MAKERS = (
-    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "steps", "templates",
+    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "sniff", "steps", "templates",
     "tokenised", "turns",
 )  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2")

@@ -22,7 +22,7 @@ def hub(tmp_path, monkeypatch):
     for number, rows in enumerate((ROWS[:40], ROWS[40:])):
         (folder / f"train-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     find = files.find
-    monkeypatch.setattr(files, "find", lambda path: None if path == str(folder) else find(path))
+    monkeypatch.setattr(files, "find", lambda path, split=None: None if path == str(folder) else find(path, split))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "downloaded"))
     return folder
 
