@@ -28,8 +28,8 @@ from jaxtune.errors import DataError
 log = logging.getLogger("jaxtune")
 SILENCE = 10.0  # seconds
 MAKERS = (
-    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "sniff", "steps", "templates",
-    "tokenised", "turns",
+    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "sniff", "steps",
+    "templates", "tokenised", "turns",
 )  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
