@@ -10,7 +10,7 @@ from jaxtune import data
 from jaxtune.config import Config
 from jaxtune.convert.load import Opened, open_model, read_model
 from jaxtune.data.prepare import check_fits
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.model import nf4_kernel
 from jaxtune.objectives.distill import TEACHER, Teacher
 from jaxtune.step import check_attention, how_to_compute
@@ -35,7 +35,10 @@ def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -
     opened = open_model(config.teacher)
     check_attention(config, opened.config, mesh)
     check_tokens(config, student.tokenizer, opened.tokenizer)
-    check_fits((rows.train, rows.eval, rows.test), student.tokenizer, opened.config)
+    try:
+        check_fits((rows.train, rows.eval, rows.test), student.tokenizer, opened.config)
+    except DataError as error:
+        raise DataError(f"teacher {config.teacher}: {error}") from None
     return opened
 
 
