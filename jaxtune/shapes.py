@@ -72,31 +72,38 @@ def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Bat
 def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
     """`(jitted step, (state, base, batch), model_config)`, the step that `train` runs, with shapes in place of arrays; of these rows,
     where they are known."""
-    platform = mesh.devices.flat[0].platform
     if config.dtype == "auto":
-        config = config.replace(dtype="float32" if platform == "cpu" else "bfloat16")
+        config = config.replace(dtype="float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
+    step = make_step(config, model_config, OBJECTIVES[config.objective], optim.optimizer(config, _steps(config, rows)), mesh=mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), arguments, model_config
+
+
+def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
+    """`((state, base, batch), model_config)`: the shapes of what the step of `train` is called with, and how it computes."""
     check_attention(config, model_config, mesh)
-    model_config = how_to_compute(config, model_config, platform)
+    model_config = how_to_compute(config, model_config, mesh.devices.flat[0].platform)
     params = abstract_params(model_config, param_dtypes(config, model_config), config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
     trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, config), params)
     own = parallel.trainable_shardings(mesh, model_config, trainable)
-    optimizer = optim.optimizer(config, data.total_steps(config, rows) if rows else max(config.max_steps, 1000))
+    optimizer = optim.optimizer(config, _steps(config, rows))
     state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
-    shardings = parallel.state_shardings(mesh, state, trainable, own, config.zero_stage)
-    state = _with_shardings(state, shardings)
-    step = make_step(config, model_config, OBJECTIVES[config.objective], optimizer, mesh=mesh)
+    state = _with_shardings(state, parallel.state_shardings(mesh, state, trainable, own, config.zero_stage))
     base = partial.rest(params, trainable) if config.method == "full" else params
     if beginnings.moves(getattr(trainable, "config", None)):
-        base = beginnings.moved(params, _with_shardings(trainable, own))
-        base = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else _everywhere(x, mesh), base)  # its scales
+        base = beginnings.moved(params, _with_shardings(trainable, own), lambda scale: _everywhere(scale, mesh))
     apart = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if apart and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
     if config.teacher is not None:
         base = base | {TEACHER: _abstract_teacher(config, mesh)}
-    batch = abstract_batch(config, mesh, rows)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), (state, base, batch), model_config
+    return (state, base, abstract_batch(config, mesh, rows)), model_config
+
+
+def _steps(config: Config, rows: data.Source | None) -> int:
+    return data.total_steps(config, rows) if rows else max(config.max_steps, 1000)
 
 
 def _abstract_teacher(config: Config, mesh) -> Teacher:

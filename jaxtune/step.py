@@ -16,7 +16,7 @@ from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
-from jaxtune.peft import compose, penalty
+from jaxtune.peft import beginnings, compose, penalty
 
 log = logging.getLogger("jaxtune")
 
@@ -44,8 +44,12 @@ def init_state(trainable, optimizer: optax.GradientTransformation, seed: int, sy
 
 
 def with_reference(base: dict, state: TrainState) -> dict:
-    """The base, with the reference model of this moment in it where that moves."""
-    return base if state.reference is None else base | {REFERENCE: compose(base, state.reference)}
+    """The base, with the reference model in it where that is another tree: one that moves, or the base as it was before an adapter was
+    taken out of it."""
+    if state.reference is not None:
+        return base | {REFERENCE: compose(base, state.reference)}
+    before = None if REFERENCE in base else beginnings.unmoved(base)
+    return base if before is None else base | {REFERENCE: before}
 
 
 def _synchronised(config, reference, trainable, step: jax.Array):

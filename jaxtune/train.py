@@ -20,12 +20,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtune import cli, compilation, data, distributed, errors, metrics, optim, parallel, reference, rollout, runfolder
+from jaxtune.background import Background
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
-from jaxtune.convert.load import Model, Opened, open_model, read_model
+from jaxtune.convert.load import Model, Opened, open_model, read_params
 from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
 from jaxtune.disk import write_text
@@ -34,12 +35,14 @@ from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
 from jaxtune.model import nf4_kernel
+from jaxtune.model.families import ModelConfig
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.objectives.answers import REFERENCE, check_shared_prompts
+from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS, beginnings, compose, kind_of, param_dtypes
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
+from jaxtune.shapes import abstract_arguments
 from jaxtune.step import TrainState, check_attention, how_to_compute, init_state, make_eval_step, make_step, say_attention
 from jaxtune.teacher import open_teacher, read_teacher
 from jaxtune.tree import count, nbytes
@@ -104,27 +107,20 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
-    rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
-    virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
-    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
-    teacher = open_teacher(config, opened, rows, mesh)
-    if rewards:
-        rollout.check(config, rows, opened.config)
-    total_steps = data.total_steps(config, rows.train)
-    _say_rows(rows.train, total_steps)
-    for source in filter(None, (rows.train, rows.eval)):
-        if source.shares_prompts:
-            check_shared_prompts(opened.config, source.longest)
+    with Background(lambda: _read(config, opened, mesh)) as weights:
+        rows, total_steps = _read_rows(config, opened, mesh)
+        teacher = open_teacher(config, opened, rows, mesh)
 
-    # ---- 2. The weights, and what is trained of them ----
-    model, trainable = load_for_training(config, opened, mesh)
+        # ---- 2. The step; the weights, and what is trained of them ----
+        _compile_ahead(config, opened, mesh, rows.train, total_steps)
+        model, trainable = _begin(config, opened, weights.result(), mesh)
     base = reference.prepare(config, opened, model, trainable, rows, mesh) | read_teacher(config, teacher, mesh)
     initial = None
     if beginnings.moves(getattr(trainable, "config", None)):
         initial = jax.tree.map(lambda x: x.copy(), trainable)  # the step donates what is trained
-        base = {REFERENCE: model.params} | base | beginnings.moved(model.params, initial)
+        base = base | beginnings.moved(model.params, initial, lambda scale: jax.device_put(scale, parallel.replicated(mesh)))
 
-    # ---- 3. The step ----
+    # ---- 3. The state ----
     state = _place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
     step, eval_step = _programs(config, model.config, total_steps, state, mesh)
 
@@ -156,6 +152,21 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
         of_run(config, model, trainable, folder).show()
         log.info("%s; the loss: %s", folder / ("predictions.jsonl" if config.evaluate.metric else "evaluation.json"), folder / "loss.png")
     return Result(folder, int(state.step), metrics, trainable, model, run.interrupted)
+
+
+def _read_rows(config: Config, opened: Opened, mesh: Mesh) -> tuple[data.Data, int]:
+    """The rows, which the model can take, and how many steps a run over them has."""
+    rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
+    virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
+    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
+    if config.objective in POLICY:
+        rollout.check(config, rows, opened.config)
+    total_steps = data.total_steps(config, rows.train)
+    _say_rows(rows.train, total_steps)
+    for source in filter(None, (rows.train, rows.eval)):
+        if source.shares_prompts:
+            check_shared_prompts(opened.config, source.longest)
+    return rows, total_steps
 
 
 def _say_rows(rows: data.Source, total_steps: int) -> None:
@@ -192,11 +203,21 @@ def _settle(config: Config) -> Config:
     return config.replace(**changes)
 
 
-def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
-    """The model on the mesh, ready to train, and a fresh trainable part; says how many matrices it has."""
+def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
+    """The model on the mesh, ready to train, and a fresh trainable part."""
+    return _begin(config, opened, _read(config, opened, mesh), mesh)
+
+
+def _read(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfig, dict]:
     started = time.monotonic()
-    model = read_model(opened, param_dtypes(config, opened.config), config.quantization, mesh)
-    model = heads.attach(model, heads.head_of(config), jax.random.key(config.seed), mesh)
+    model_config, params = read_params(opened, param_dtypes(config, opened.config), config.quantization, mesh)
+    log.info("model: %s in %.1f s, %.2f GB of weights", model_config.model_type, time.monotonic() - started, nbytes(params) / 1e9)
+    return model_config, params
+
+
+def _begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mesh: Mesh) -> tuple[Model, Any]:
+    """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has."""
+    model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
     nf4_kernel.prove_for(model.config, model.params)
     if config.init_adapter:
@@ -209,7 +230,6 @@ def load_for_training(config: Config, opened: Any, mesh: jax.sharding.Mesh) -> t
     else:
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
-    log.info("model: %s in %.1f s, %.2f GB of weights", model.config.model_type, time.monotonic() - started, nbytes(model.params) / 1e9)
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
         of = [f"{matched} matrices matched"] if matched else []
@@ -229,7 +249,17 @@ def _place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
 
 
-def _programs(config: Config, model_config: Any, total_steps: int, state: TrainState, mesh: Mesh) -> tuple[Any, Any]:
+def _compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source, total_steps: int) -> None:
+    """Compile the step for the shapes that it will have, which JAX keeps, while the weights are still being read."""
+    if jax.process_count() > 1 or config.init_adapter:  # whose shapes are those of its files
+        return
+    model_config = heads.headed(opened.config, heads.head_of(config), opened.tokenizer)
+    arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
+    step, _ = _programs(config, model_config, total_steps, arguments[0], mesh)
+    step.lower(*arguments).compile()
+
+
+def _programs(config: Config, model_config: Any, total_steps: int, state: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
     alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
@@ -330,6 +360,7 @@ def main() -> None:
     """`python -m jaxtune.train`."""
     arguments = cli.parse(cli.config_parser("train", __doc__))
     cli.log_to_terminal()
+    compilation.keep_memory()
     result = train(arguments.config, arguments.overrides)
     if not result.interrupted:
         log.info("done: %s", result.folder)

@@ -38,3 +38,10 @@ def all_optimizations():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def steps_compiled(caplog):
+    """Says how many programs have been compiled for steps in this test: one a run, beside its weights, if the shapes foreseen are right."""
+    with jax.log_compiles():
+        yield lambda: sum("Finished XLA compilation of jit(step)" in record.message for record in caplog.records)

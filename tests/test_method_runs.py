@@ -44,13 +44,14 @@ def tensors(folder):
     return {name: files.read(name) for name in files.entries}
 
 
-def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path):
+def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path, steps_compiled):
     """AdaLoRA has the most state: importance of each number, which values live, and a step that it starts from."""
     ranks = {"init_r": 4, "target_r": 2, "tfinal": 1, "target_modules": ["q_proj"]}
     run = config(folder, tmp_path / "run", method="adalora", adalora=ranks,
                  quantization="int8",
                  mesh={"data": 2, "fsdp": 2, "tensor": 2}, zero_stage=1)  # fmt: skip
     train(run)
+    assert steps_compiled() == 1
     wanted = tensors(tmp_path / "run" / "adapter")
     described = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert sum(map(sum, described["rank_pattern"].values())) == 2 * len(described["rank_pattern"])
@@ -121,7 +122,7 @@ def test_adapters_that_are_no_sums_are_not_mixed(folder):
         jt.mix({"a": adapter}, ["a"])
 
 
-def test_a_run_that_begins_with_singular_vectors(folder, tmp_path):
+def test_a_run_that_begins_with_singular_vectors(folder, tmp_path, steps_compiled):
     """The base is moved for the run alone: the adapter on disk, of twice the rank, is over the base as it was, which DPO compares with."""
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in ROWS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -129,6 +130,7 @@ def test_a_run_that_begins_with_singular_vectors(folder, tmp_path):
                  lora={"r": 3, "init_lora_weights": "pissa_niter_4", "target_modules": ["q_proj", "down_proj"]}, quantization="int8",
                  save_strategy="no", mesh={"data": 1, "fsdp": 8})  # fmt: skip
     result = train(run)
+    assert steps_compiled() == 1
     model = jt.load(folder / "model", quantization="int8")
     adapter = jt.load_adapter(tmp_path / "run" / "adapter", model)
     assert {rank for site in adapter.sites for rank in site.ranks} == {6}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import parallel
+from jaxtune import background, parallel
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
@@ -53,6 +53,7 @@ def load_params(
     rows = spec(config)
     tree: dict[str, Any] = {}
     for cell in table:
+        background.go_on()
         name, row = names[cell.name], rows[cell.path]
         own = dtype if isinstance(dtype, str) else dtype(cell.path)
         leaf = shards.leaf(name, cell, row, own) if shards else _leaf(source, name, cell, own, quantize)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -42,14 +43,23 @@ class Model:
 
 @dataclasses.dataclass
 class Opened:
-    """A model whose tensors have not been read yet."""
+    """A model whose tensors, and tokenizer, have not been read yet."""
 
     config: ModelConfig
     checkpoint: Checkpoint
-    tokenizer: Any
+    open_tokenizer: Callable[[], Any]
     generation_config: dict
     path: Path
     source: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """None where the files hold none."""
+        return self.open_tokenizer()
+
+    def model(self, config: ModelConfig, params: dict) -> Model:
+        """The model, its tensors read (`read_params`)."""
+        return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source)
 
 
 def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | None = None) -> Model:
@@ -70,20 +80,23 @@ def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | 
     return read_model(open_model(source), dtype, quantization)
 
 
-def read_model(
-    opened: Opened, dtype: str | Callable[[str], str] = "float32", quantization: str | None = None, mesh: Mesh | None = None
-) -> Model:
-    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given.
+Dtypes = str | Callable[[str], str]  # of all leaves, or of a leaf's path; the dtype of the computation is then left to the caller
 
-    `dtype` may be a function of a leaf's path; the dtype of the computation is then left to the caller.
-    """
+
+def read_model(opened: Opened, dtype: Dtypes = "float32", quantization: str | None = None, mesh: Mesh | None = None) -> Model:
+    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given."""
+    _ = opened.tokenizer  # what is wrong with its files is said before the long part
+    return opened.model(*read_params(opened, dtype, quantization, mesh))
+
+
+def read_params(opened: Opened, dtype: Dtypes, quantization: str | None, mesh: Mesh | None) -> tuple[ModelConfig, dict]:
+    """The config in the dtype to compute in, and the parameter tree."""
     compute = stored_dtype(opened) if dtype == "auto" else dtype if isinstance(dtype, str) else opened.config.dtype
     config = dataclasses.replace(opened.config, dtype=compute)
     packed = isinstance(opened.checkpoint, Bitsandbytes)  # what the file has packed stays packed, and the rest was left dense on purpose
     quantization = None if packed else quantization
     shards = Shards(opened.checkpoint, mesh, quantization) if mesh is not None else None
-    params = hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)
-    return Model(config, params, opened.tokenizer, json.loads(config.hf_json), opened.generation_config, opened.source)
+    return config, hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)
 
 
 def open_model(source: str | os.PathLike) -> Opened:
@@ -92,7 +105,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     if path.suffix == ".gguf" and path.is_file():
         file = GGUFFile(path)
         config = from_hf(gguf_config(file))
-        tokenizer = gguf_tokenizer(file.metadata, str(path))
+        tokenizer = functools.partial(gguf_tokenizer, file.metadata, str(path))
         return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
@@ -104,8 +117,9 @@ def open_model(source: str | os.PathLike) -> Opened:
     if is_packed(config_json):
         checkpoint = Bitsandbytes(checkpoint, config)
     config = hf.settle_tie(checkpoint, config)
-    generation = path / "generation_config.json"
-    return Opened(config, checkpoint, load_tokenizer(path), read_json(generation) if generation.is_file() else {}, path, os.fspath(source))
+    file = path / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source))
 
 
 def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:

@@ -6,6 +6,7 @@ What is written is `scale * (b a - b0 a0)` as LoRA of twice the rank, over the b
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,8 +87,8 @@ def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) 
     return r[:rank], q[:, :rank]
 
 
-def moved(base: dict, initial: Adapter | None) -> dict:
-    """The base less what `initial` adds; as it is where there is none."""
+def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any] = lambda scale: scale) -> dict:
+    """The base less what `initial` adds; as it is where there is none. `place` puts a scale where the rest is."""
     if initial is None:
         return base
     leaves = flatten(base)
@@ -95,8 +96,16 @@ def moved(base: dict, initial: Adapter | None) -> dict:
         pair, stacked = initial.params[site.path], site.path.startswith("layers/")
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
         target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
-        leaves[site.path] = Moved(target, pair["a"], pair["b"], scale)
+        leaves[site.path] = Moved(target, pair["a"], pair["b"], place(scale))
     return unflatten(leaves)
+
+
+def unmoved(base: dict) -> dict | None:
+    """The base as it was before `moved`; None where that has moved nothing."""
+    is_moved = lambda leaf: isinstance(leaf, Moved)  # noqa: E731
+    if not any(map(is_moved, jax.tree.leaves(base, is_leaf=is_moved))):
+        return None
+    return jax.tree.map(lambda leaf: leaf.base if is_moved(leaf) else leaf, base, is_leaf=is_moved)
 
 
 def over_the_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
