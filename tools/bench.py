@@ -1,11 +1,11 @@
 """LoRA SFT of the same rows by jaxtune and by its peers, and by jaxtune with its means taken away one by one: a process each, one after
 the other, measured from outside. Real tokens per second, memory, loss.
 
-    python tools/bench.py peers  MODEL ROWS.jsonl [--tunix PYTHON] [--easydel PYTHON]     against TRL + PEFT, Tunix, EasyDeL, at float32
+    python tools/bench.py peers  MODEL ROWS.jsonl [--trl PYTHON] [--tunix PYTHON] [--easydel PYTHON]     against its peers, at float32
     python tools/bench.py ladder MODEL ROWS.jsonl                                         baseline, + packing, + ...
-    python tools/bench.py gpu    CONFIG [--length 2048] [--unsloth PYTHON]                on one GPU: random weights of config.json's shapes
+    python tools/bench.py gpu    CONFIG [--length 2048] [--trl PYTHON] [--unsloth PYTHON] on one GPU: random weights of config.json's shapes
 
-TRL needs the [oracle] extra here; the other peers run in the Python that is named, and are left out without one. `--only NAME` takes one
+TRL + PEFT need the [oracle] extra, here or in the Python that is named; the other peers run in the Python that is named, and are left out without one. `--only NAME` takes one
 row of a table. Every round appends a line for each side to `--results`; a table is of the medians of all rounds in there with the same
 settings, and `--write docs/benchmarks.md` puts it between that file's marks.
 
@@ -88,7 +88,8 @@ def settings(side: Side, given: argparse.Namespace) -> dict:
 
 def pythons(given) -> dict[str, str | None]:
     """Whose Python runs a job; None: none was named."""
-    return {"jaxtune": sys.executable, "trl": sys.executable, "tunix": given.tunix, "easydel": given.easydel, "unsloth": given.unsloth}
+    own = {"jaxtune": sys.executable, "trl": given.trl or sys.executable}
+    return own | {"tunix": given.tunix, "easydel": given.easydel, "unsloth": given.unsloth}
 
 
 def run(side: Side, job: dict, python: str) -> dict:
@@ -206,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of a row, for gpu")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="rows of the table, from 0")
+    parser.add_argument("--trl", metavar="PYTHON", help="default: this one; another lets jaxtune be where its users have it, without torch")
     parser.add_argument("--tunix", metavar="PYTHON")
     parser.add_argument("--easydel", metavar="PYTHON")
     parser.add_argument("--unsloth", metavar="PYTHON")
@@ -259,7 +261,7 @@ def in_words(found: dict) -> str:
 
 def command(given: argparse.Namespace) -> str:
     """What was called, without this machine's paths."""
-    of = {"--tunix": given.tunix, "--easydel": given.easydel, "--unsloth": given.unsloth}
+    of = {"--trl": given.trl, "--tunix": given.tunix, "--easydel": given.easydel, "--unsloth": given.unsloth}
     numbers = [f"--{name} {value}" for name in ("rows", "batch", "length") if (value := getattr(given, name)) is not None]
     named = [f"{option} PYTHON" for option, value in of.items() if value]
     files = ["CONFIG"] if given.suite == "gpu" else ["MODEL", "ROWS.jsonl"]
