@@ -5,9 +5,9 @@ the other, measured from outside. Real tokens per second, memory, loss.
     python tools/bench.py ladder MODEL ROWS.jsonl                                         baseline, + packing, + ...
     python tools/bench.py gpu    CONFIG [--length 2048] [--trl PYTHON] [--unsloth PYTHON] on one GPU: random weights of config.json's shapes
 
-TRL + PEFT need the [oracle] extra, here or in the Python that is named; the other peers run in the Python that is named, and are left out without one. `--only NAME` takes one
-row of a table. Every round appends a line for each side to `--results`; a table is of the medians of all rounds in there with the same
-settings, and `--write docs/benchmarks.md` puts it between that file's marks.
+TRL + PEFT need the [oracle] extra, here or in the Python that is named; the other peers run in the Python that is named, and are left out
+without one. `--only NAME` takes one row of a table. Every round appends a line for each side to `--results`; a table is of the medians of
+all rounds in there with the same settings, and `--write docs/benchmarks.md` puts it between that file's marks.
 
 ROWS.jsonl has `question` and `answer` (gsm8k), each taken once. Real tokens are those of the rows, padding not counted. "job" is the whole
 process, with imports, loading, compilation from an empty cache and saving; "a processor" is its tokens by the seconds that processors spent
