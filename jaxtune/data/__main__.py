@@ -8,6 +8,7 @@ jaxtune data generate MODEL IN OUT --make WHAT    makes rows with a local model 
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -19,7 +20,7 @@ from jaxtune import cli, errors
 from jaxtune.config import load_config
 from jaxtune.data import convert, files, formats, generate, judge, page, quality, terminal
 from jaxtune.data.report import report
-from jaxtune.errors import ConfigError, DataError
+from jaxtune.errors import ConfigError, DataError, ModelError
 
 GENERATE = """jaxtune data generate MODEL IN OUT.jsonl --make tasks|instructions|answers [--count N] [--how "..."]
 
@@ -47,9 +48,12 @@ def _report(argv: list[str]) -> None:
     cli.log_to_terminal()
     config = load_config(args.config, args.overrides)
 
-    from jaxtune.convert.load import open_tokenizer
+    from jaxtune.convert.load import open_config, open_tokenizer
 
-    found = report(config, open_tokenizer(config.model))
+    tokenizer, vocabulary = open_tokenizer(config.model), None
+    with contextlib.suppress(ModelError):  # a folder may hold the tokenizer alone
+        vocabulary = open_config(config.model).vocab_size
+    found = report(config, tokenizer, vocabulary=vocabulary)
     file = args.report or (None if args.json else "data_report.html")
     if file:
         page.write(found, file)

@@ -232,7 +232,7 @@ class Encoder:
             if not same_text(said, decoded):
                 raise row.fail(
                     f"the trained tokens decode to {_short(decoded)} where the row says {_short(said)}; "
-                    "the tokenizer does not keep this text",
+                    "the tokenizer does not keep this text; write what it can keep, or take the row out",
                     "unfaithful_tokens",
                 )
         bos = self.tokenizer.bos_token_id

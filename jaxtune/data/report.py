@@ -1,7 +1,7 @@
 """What the model will see, counted before a single step."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtune.data.prepare import divide, load, total_steps
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.units import Pairs, Stepwise
+from jaxtune.errors import DataError
 
 SHOWN = 10  # rows with their masks
 EXAMPLES = 5  # of each problem
@@ -82,8 +83,10 @@ class Report:
         return asdict(self)
 
 
-def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
+def report(config: Config, tokenizer: Any, data_parallel: int = 1, vocabulary: int | None = None) -> Report:
     """Look at the data of `config`: everything `load` does, and every check of `quality`, without stopping at a row.
+
+    `vocabulary`: how many tokens the model knows, where that is known.
 
     Raises:
         DataError: a source cannot be read at all, or no row of it can be used.
@@ -127,8 +130,24 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1) -> Report:
         },
         histogram=_histogram(lengths),
         previews=_previews(data.train, config, tokenizer),
-        notes=[*_notes(compared, sum(map(_rows, sides.values())), tokenizer), *_asked(data.train, tokenizer)],
+        notes=[
+            *_unknown(sides.values(), tokenizer, vocabulary),
+            *_notes(compared, sum(map(_rows, sides.values())), tokenizer),
+            *_asked(data.train, tokenizer),
+        ],
     )
+
+
+def _unknown(sources: Iterable[Source], tokenizer: Any, vocabulary: int | None) -> Iterator[str]:
+    """The first token that the tokenizer makes of a row and the model has not, which stops training."""
+    if vocabulary is None or max(tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+    for source in sources:
+        try:
+            source.check_vocabulary(vocabulary)
+        except DataError as error:
+            yield f"Training will stop at {error}."
+            return
 
 
 def _notes(compared: list[quality.Item], rows: int, tokenizer: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ import zstandard
 
 from jaxtune import data
 from jaxtune.data.prepare import check_fits
+from jaxtune.data.report import report
 from jaxtune.errors import ConfigError, DataError
 
 GOOD = {"prompt": "One and two are ", "completion": "three."}
@@ -259,6 +260,7 @@ def test_a_token_that_the_model_has_not(config, tokenizers):
     source.units.documents = source.documents.select(np.arange(1, 3))
     with pytest.raises(DataError, match=f"row 3: the tokenizer makes token {largest[2]} .*embedding has {largest[2]} rows"):
         source.check_vocabulary(largest[2])
+    assert "Training will stop at" in report(config(rows), tokenizer, vocabulary=largest[2]).notes[0]
 
 
 def test_a_row_longer_than_a_table_of_positions(config, tokenizers, caplog):
