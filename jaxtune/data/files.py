@@ -79,7 +79,8 @@ def find(path: str, split: str | None = None) -> list[Path] | None:
         return [here]
     if here.is_dir():
         if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
-            return [here]
+            inner = here / (split or "")
+            return [inner if (inner / "dataset_info.json").exists() else here]
         files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith((".", "dataset_infos.json")))
         if not files:
             raise DataError(f"{path}: the folder holds none of {', '.join(KINDS)} files; name a file")

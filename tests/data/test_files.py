@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import datasets
 import pyarrow
 import pytest
 import zstandard
@@ -71,6 +72,14 @@ def test_splits_of_a_folder_are_told_apart(tmp_path):
     assert [path.name for path in find(str(tmp_path), "test") or ()] == ["test-00000.jsonl"]
     with pytest.raises(DataError, match="no files of split dev, only of test, train"):
         find(str(tmp_path), "dev")
+
+
+def test_a_split_of_an_arrow_folder(tmp_path):
+    rows = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    assert find(str(tmp_path / "saved"), "test") == [tmp_path / "saved" / "test"]
+    with pytest.raises(DataError, match="holds the splits train, test; name one of their folders"):
+        list(read(find(str(tmp_path / "saved")) or []))
 
 
 def test_both_forms_of_arrow_files(tmp_path):
