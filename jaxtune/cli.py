@@ -10,7 +10,7 @@ import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxtune import errors
 
@@ -76,17 +76,20 @@ def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     return the_parser.parse_intermixed_args(argv)
 
 
+class _Columns(argparse.Action):
+    """`OURS=THEIRS ...` as a dict."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        pairs = [pair.partition("=") for pair in values]
+        if wrong := [ours for ours, _, theirs in pairs if not ours or not theirs]:
+            raise errors.ConfigError(f"--columns {wrong[0]}: write OURS=THEIRS, for example prompt=question")
+        setattr(namespace, self.dest, {ours: theirs for ours, _, theirs in pairs})
+
+
 def add_columns(the_parser: argparse.ArgumentParser) -> None:
-    """`--columns prompt=question,completion=answer`: the config's `data.columns`, as a dict."""
-    names = "where the rows' fields have other names than ours: prompt=question,completion=answer"
-    the_parser.add_argument("--columns", type=_columns, default={}, metavar="OURS=THEIRS,...", help=names)
-
-
-def _columns(text: str) -> dict[str, str]:
-    pairs = [pair.split("=", 1) for pair in text.split(",")]
-    if any(len(pair) != 2 or not all(name.strip() for name in pair) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names no columns; write OURS=THEIRS,...: prompt=question,completion=answer")
-    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+    """`--columns prompt=question completion=answer`: the config's `data.columns`, as a dict."""
+    names = "the names of the file's own fields: prompt=question"
+    the_parser.add_argument("--columns", nargs="+", action=_Columns, default={}, metavar="OURS=THEIRS", help=names)
 
 
 def log_to_terminal() -> None:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import jax
 
 from jaxtune.config import Config
+from jaxtune.disk import cache_folder
 
 try:
     import zstandard
@@ -48,8 +49,7 @@ def enable_cache(config: Config) -> None:
     """Keep compiled programs on disk; a folder the user has set is left alone."""
     if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = home / "jaxtune" / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
+    folder = cache_folder() / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
     with contextlib.suppress(OSError):  # read-only: jax says so itself, and only where it matters
         remove_damaged(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))

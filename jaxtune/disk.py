@@ -33,6 +33,14 @@ def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = 
         raise error(f"{what} {str(folder)!r} cannot be made ({raised}); name another folder") from raised
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`; JaxtuneError for a user without a home (of a container, say)."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune"
+    except RuntimeError as error:
+        raise JaxtuneError("this user has no home folder to keep caches in; set HOME or XDG_CACHE_HOME to a folder") from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write into; it takes that name when the block ends, and is removed if the block fails."""

@@ -39,6 +39,8 @@ _SYSTEM = {
     errno.EISDIR: "a folder stands where a file belongs; move it away",
     errno.ENAMETOOLONG: "the name is too long for this file system; write a shorter one",
     errno.EPERM: "the system does not permit it; choose another file or folder",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n 4096), or take fewer data files at a time",
+    errno.ENFILE: "the system has too many files open; close other programs, or raise fs.file-max",
     errno.EACCES: "permission denied; choose a file or folder that this user may use",
 }
 
@@ -68,7 +70,8 @@ def explain(error: BaseException) -> str | None:
             return str(link)
         for number, reason in _SYSTEM.items():
             if isinstance(link, OSError) and link.errno == number:
-                return f"{link.filename}: {reason}" if link.filename else reason
+                name = link.filename2 or link.filename  # of a rename the name that the user knows
+                return f"{name}: {reason}" if name else reason
             if os.strerror(number) in str(link):
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
         if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word, and TensorStore's (above)
@@ -110,6 +113,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     and keeps its traceback. After Ctrl-C nothing that is registered with atexit is called: where it fell into a compilation, Python's
     own way to end is a segmentation fault.
     """
+    for stream in (sys.stdout, sys.stderr):  # a locale without some letter is no reason to end
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         with _interrupts_heard():
             code = main() or 0

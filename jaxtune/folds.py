@@ -7,6 +7,7 @@ steps and, where their rows allow, have the same shapes (data/prepare.py), so th
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import statistics
 from collections.abc import Callable
@@ -96,17 +97,31 @@ def _check_free(config: Config) -> None:
 def _done(folder: Path, rows: list[data.Source]) -> list[dict[str, float]]:
     """What the finished folds measured, if they were trained on these rows."""
     file = folder / FILE
-    done: list[dict[str, float]] = json.loads(file.read_text())["folds"] if file.exists() else []
+    done: list[dict[str, float]] = _read(file, "folds") if os.path.lexists(file) else []
     for number in range(len(done)):
-        if json.loads((folder / f"fold_{number}" / "run.json").read_text())["data"]["fingerprint"] != rows[number].fingerprint:
+        if _read(folder / f"fold_{number}" / "run.json", "data")["fingerprint"] != rows[number].fingerprint:
             raise CheckpointError(f"the rows are not those fold {number} of {folder} was trained on; put them back, or use another folder")
     return done
 
 
+def _read(file: Path, key: str) -> Any:
+    """One entry of a JSON file that says what is done."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({type(error).__name__}: {error}), and says what of this run is done; put it back as it was, or start "
+            "again in another folder"
+        ) from error
+
+
 def _clear(folder: Path) -> None:
-    """Take away a fold that was stopped before it had written anything to go on with."""
-    if folder.exists() and not (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)
+    """Take away a fold that was stopped before it had written anything to go on with: config.yaml is the first that is seen there."""
+    if not folder.exists() or (folder / "config.yaml").is_file():
+        return
+    if runfolder.is_used(folder):
+        raise CheckpointError(f"{folder} {runfolder.NO_CONFIG}, or move the folder away to train this fold again")
+    shutil.rmtree(folder)
 
 
 def _of(config: Config, number: int) -> Config:
@@ -119,14 +134,19 @@ def _fold(config: Config, folder: Path, number: int, steps: int) -> Config:
 
 def _measured(config: Config, folder: Path) -> dict[str, float]:
     """The metrics of the last evaluation, or of the best one where that model is the result; and those of `evaluation.json`."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    try:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
     rows = [row for row in rows if config.metric_for_best_model in row]
+    if not rows:
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} has no evaluation that can be read; move {folder} away to train this fold again")
     choose = max if config.greater_is_better else min
     row = choose(rows, key=lambda row: row[config.metric_for_best_model]) if config.load_best_model_at_end else rows[-1]
     found = {name: value for name, value in row.items() if name.startswith("eval_") and value is not None}
     answers = folder / "evaluation.json"
     if answers.exists():
-        found |= {f"tuned_{name}": value for name, value in json.loads(answers.read_text())["tuned"].items()}
+        found |= {f"tuned_{name}": value for name, value in _read(answers, "tuned").items()}
     return found
 
 

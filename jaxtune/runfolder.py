@@ -19,6 +19,7 @@ from jaxtune.locks import lock
 
 log = logging.getLogger("jaxtune")
 LOCK = ".lock"
+NO_CONFIG = "has files but no config.yaml, which says which run they are of; put it back (the run printed its keys at its start)"
 _held: dict[Path, int] = {}  # folders of this process's runs -> their open lock files
 
 # Keys that may differ between a run and its resumption: they change what is kept and said, not what is computed.
@@ -47,6 +48,11 @@ def check_free(config: Config) -> None:
         raise CheckpointError(f"output_dir {folder} cannot be made, because {parent} {why}; name a folder elsewhere")
 
 
+def is_used(folder: Path) -> bool:
+    """Whether the folder holds anything but hidden files, which a kill at the start leaves."""
+    return folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir())
+
+
 def open_run(config: Config) -> Path:
     """The run's folder, made if need be, and this process's alone until `let_go`.
 
@@ -59,10 +65,12 @@ def open_run(config: Config) -> Path:
     if "\\" in str(folder.absolute()) and os.sep != "\\":
         raise CheckpointError(f"output_dir {folder}: checkpoints cannot be written under a name with a backslash; name another folder")
     if not config.resume:
-        if folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir()):  # what a kill at the start leaves
+        if is_used(folder):
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
         make_folder(folder, "output_dir", CheckpointError)
     elif not (folder / "config.yaml").is_file():
+        if is_used(folder):
+            raise CheckpointError(f"resume=true, but {folder} {NO_CONFIG}, or start again in another folder")
         raise CheckpointError(f"resume=true, but {folder} holds no run (no config.yaml); leave resume out to start one there")
     _claim(folder)
     return folder

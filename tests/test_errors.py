@@ -67,11 +67,23 @@ def test_an_interrupted_command_ends_without_pythons_own_end():
         (errno.EACCES, "permission denied"),
         (errno.EDQUOT, "quota"),
         (errno.ENOTDIR, "is a file"),
+        (errno.EMFILE, "ulimit -n"),
     ],  # fmt: skip
 )
 def test_the_machines_errors_become_a_sentence(number, says, capsys):
     code, err = exit_of(raising(OSError(number, os.strerror(number), "runs/first")), capsys)
     assert code == 2 and says in err and "runs/first" in err and "Traceback" not in err
+
+
+def test_what_the_terminal_cannot_show_is_a_question_mark():
+    program = "from jaxtune import errors; errors.run(lambda: print('caf\\u00e9'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"caf?\n"), done.stderr
+
+
+def test_a_rename_that_failed_names_the_file_that_is_known(capsys):
+    _, err = exit_of(raising(OSError(errno.EISDIR, "Is a directory", ".run.1.json", None, "run.json")), capsys)
+    assert err.startswith("error: run.json: a folder stands")
 
 
 def test_a_wrapped_or_textual_disk_error_is_found(capsys):

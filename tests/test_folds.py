@@ -9,6 +9,7 @@ import jax
 import pytest
 import tiny
 
+from jaxtune import folds
 from jaxtune.errors import CheckpointError, ConfigError, DataError
 from jaxtune.runlog import RunLog
 from jaxtune.train import train
@@ -84,6 +85,20 @@ def test_all_folds(config, folder, tmp_path, monkeypatch, capsys, compiled):
     with pytest.raises(CheckpointError, match="the rows are not those fold 0 of"):
         train(config(resume=True))
     (folder / "kept.jsonl").replace(folder / "rows.jsonl")
+    (tmp_path / "run" / "fold_0" / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="run.json cannot be read .JSONDecodeError"):
+        train(config(resume=True))
+
+
+def test_a_fold_that_has_lost_its_config_is_kept(tmp_path):
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0" / ".lock").touch()
+    folds._clear(tmp_path / "fold_0")
+    assert not (tmp_path / "fold_0").exists(), "nothing had been written"
+    (tmp_path / "fold_1" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="fold_1 has files but no config.yaml"):
+        folds._clear(tmp_path / "fold_1")
+    assert (tmp_path / "fold_1" / "checkpoints").exists()
 
 
 def test_mistakes(config, tmp_path):

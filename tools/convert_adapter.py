@@ -22,8 +22,11 @@ def main() -> None:
     opened = open_model(given.model)
     model = Model(opened.config, {}, opened.tokenizer, source=given.model)
     pairs = [text.rpartition("=") if "=" in text else (text, "", "1") for text in given.adapters]
+    try:
+        weights = [float(weight) for _, _, weight in pairs]
+    except ValueError:
+        raise errors.ConfigError(f"{' '.join(given.adapters)}: a weight is no number; write ADAPTER=0.5") from None
     adapters = [load_adapter(path, model) for path, _, _ in pairs]
-    weights = [float(weight) for _, _, weight in pairs]
     result = adapters[0] if weights == [1.0] else combine(model.config, adapters, weights)
     print(save_adapter(result, model, given.out))
 

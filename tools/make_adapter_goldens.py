@@ -1,25 +1,30 @@
 """Writes tests/goldens/adapters/methods.npz: an adapter of each case of tests/methods.py as PEFT saves it, and PEFT's logits with it.
 
-    PYTHONPATH=.:tests python tools/make_adapter_goldens.py          needs torch and peft
+    python tools/make_adapter_goldens.py          needs torch and peft
 
 Of a case NAME: `NAME/config` (adapter_config.json), `NAME/tensor/TENSOR` (float16, exact), `NAME/logits` (at the end of TOKENS).
 The models are not in it: tests/tiny.py's, and those of the other goldens.
 """
 
+import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import peft
-import references
-import tiny
 import torch
-from methods import CASES, TOKENS
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-OUT = Path(__file__).parent.parent / "tests" / "goldens" / "adapters" / "methods.npz"
+TESTS = Path(__file__).parent.parent / "tests"
+OUT = TESTS / "goldens" / "adapters" / "methods.npz"
+
+sys.path.insert(0, str(TESTS))
+import references  # noqa: E402
+import tiny  # noqa: E402
+from methods import CASES, TOKENS  # noqa: E402
 
 
 def made(case, folder: Path, out: Path) -> np.ndarray:
@@ -36,6 +41,7 @@ def made(case, folder: Path, out: Path) -> np.ndarray:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     arrays = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

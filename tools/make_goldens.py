@@ -8,8 +8,8 @@ batch).
 Matrices are scaled up, norms and biases made random, windows and caps small, so that a forgotten switch shows in the logits.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -228,4 +228,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", choices=[*CASES, []], help="one or more; without any, all of them")
+    main(parser.parse_args().case)

@@ -8,6 +8,7 @@ float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and 
 `CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss and gradient to `logps`.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def write(name, cases, theirs):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write("preference", preference_cases, trl_losses.theirs)
     write("reward", reward_cases, trl_rewards.theirs)
     write("policy", policy_cases, trl_policy.theirs)

@@ -5,6 +5,7 @@
 400 prompts, `What is a + b?` for a and b from 1 to 20, of which eval.jsonl has the 80 with 3a + b a multiple of 5.
 """
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ def rows() -> dict[str, list[dict]]:
 
 def main() -> None:
     """Write both files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for side, made in rows().items():
         scratch = OUT / f".{side}.{os.getpid()}.jsonl"

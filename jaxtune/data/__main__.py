@@ -20,7 +20,7 @@ from jaxtune import cli, errors
 from jaxtune.config import load_config
 from jaxtune.data import convert, files, formats, generate, judge, page, quality, terminal
 from jaxtune.data.report import report
-from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.errors import DataError, ModelError
 
 GENERATE = """jaxtune data generate MODEL IN OUT.jsonl --make tasks|instructions|answers [--count N] [--how "..."]
 
@@ -70,11 +70,9 @@ def _convert(argv: list[str]) -> None:
     parser.add_argument("target", metavar="OUT", help="a .jsonl, .json, .csv or .parquet file")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(convert.WRITERS))
     parser.add_argument("--from", dest="form", metavar="FORMAT", help="the format of IN, where it is not to be detected")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="the names of the file's own fields")
+    cli.add_columns(parser)
     args = parser.parse_args(argv)
-    if wrong := [pair for pair in args.columns if "=" not in pair]:
-        raise ConfigError(f"--columns {wrong[0]}: write OURS=THEIRS, for example prompt=question")
-    count = convert.convert(args.source, args.target, args.to, args.form, dict(pair.split("=", 1) for pair in args.columns))
+    count = convert.convert(args.source, args.target, args.to, args.form, args.columns)
     print(f"{count:,} rows written to {args.target}")
 
 

@@ -23,6 +23,7 @@ from jaxtune.data.documents import Documents, Entry
 from jaxtune.data.encode import Encoder
 from jaxtune.data.examples import Example
 from jaxtune.data.ledger import Ledger
+from jaxtune.disk import cache_folder
 from jaxtune.errors import DataError
 
 log = logging.getLogger("jaxtune")
@@ -117,7 +118,7 @@ def template(config: Config) -> str | None:
 
 def cache_dir(config: Config) -> Path:
     """Where tokenised rows are kept: `data.cache_dir`, or the user's cache folder."""
-    folder = Path(config.data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune" / "data").expanduser()
+    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else cache_folder() / "data"
     if os.path.lexists(folder) and not folder.is_dir():
         raise DataError(f"data.cache_dir {folder} is a file; name a folder")
     return folder

@@ -120,7 +120,12 @@ def hidden(
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
-    """Logits, float32 `[B, T, V]`, of int32 tokens `[B, T]`; segment 0 is padding."""
+    """Logits, float32 `[B, T, V]`, of int32 tokens `[B, T]`, at every place: those at t are of the token after it.
+
+    A token sees those before it of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask will
+    do); all 1 where it is left out. `positions_BT`: places inside a document; 0, 1, 2, ... of the row where they are left out. Pure: may
+    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh.
+    """
     return logits(config, params, hidden(config, params, tokens_BT, positions_BT, segments_BT).hidden_BTD)
 
 
