@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import jaxtune.train  # noqa: F401
+from jaxtune import start
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.loop import Loop
 from jaxtune.runlog import RunLog
@@ -131,7 +132,7 @@ def test_the_guard_of_that_test_bites(monkeypatch):
 def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeypatch):
     """While the device is at work on step t, the host reads the metrics of t - 1 and puts the batch of t + 1."""
     order = []
-    programs = program._programs
+    programs = start.programs
 
     def watched(*args):
         step, eval_step = programs(*args)
@@ -143,12 +144,13 @@ def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeyp
         return dispatched, eval_step
 
     put, read = Loop._put, Loop._read
-    monkeypatch.setattr(program, "_programs", watched)
+    monkeypatch.setattr(start, "programs", watched)
+    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)
     monkeypatch.setattr(Loop, "_put", lambda self, *args, **kwargs: order.append("put") or put(self, *args, **kwargs))
     monkeypatch.setattr(Loop, "_read", lambda self, number, metrics: order.append(f"read {number}") or read(self, number, metrics))
     program.train(config)
-    start = order.index("read 4") + 1  # then it was evaluated and saved
-    evaluation = order.index("dispatch", start) - start
-    assert order[start + evaluation - 1 :] == [
+    begin = order.index("read 4") + 1  # then it was evaluated and saved
+    evaluation = order.index("dispatch", begin) - begin
+    assert order[begin + evaluation - 1 :] == [
         "put", "dispatch", "put", "dispatch", "read 5", "put", "dispatch", "read 6", "put", "dispatch", "read 7", "read 8",
     ] + ["put"] * (evaluation - 1)  # fmt: skip

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +12,7 @@ import tiny
 from rich.console import Console
 
 import jaxtune.train  # noqa: F401
-from jaxtune import costs, data, parallel, targets
+from jaxtune import costs, data, parallel, start, targets
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert.heads import head_of, headed
@@ -24,6 +23,7 @@ from jaxtune.plan import AUTO, _candidates, _needs, compare, errors_bytes, plan
 from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.step import check_attention, how_to_compute, say_attention
+from jaxtune.train import train
 
 OWN = {"compilation_cache": False}  # what is compiled here is kept from other tests
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
@@ -267,14 +267,13 @@ def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, k
 
         return first, eval_step
 
-    program = sys.modules["jaxtune.train"]
-    jitted = program._programs
+    jitted = start.programs
     monkeypatch.setattr("jaxtune.plan._needs", lowered)
-    monkeypatch.setattr(program, "_programs", programs)
-    monkeypatch.setattr(program, "_compile_ahead", lambda *_: None)  # which has shapes too, and not the run's arrays
+    monkeypatch.setattr(start, "programs", programs)
+    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)  # which has shapes too, and not the run's arrays
     plan(config)
     with pytest.raises(Seen):
-        program.train(config)
+        train(config)
     assert texts[0] == texts[1]
 
 

@@ -1,0 +1,136 @@
+"""The start of a run: its rows, its weights and what is trained of them, its compiled step."""
+
+import dataclasses
+import functools
+import logging
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtune import data, optim, parallel, rollout
+from jaxtune.config import Config
+from jaxtune.config.policy import POLICY
+from jaxtune.convert import heads
+from jaxtune.convert import peft as peft_files
+from jaxtune.convert.load import Model, Opened, read_params
+from jaxtune.data.asked import Prompts
+from jaxtune.data.prepare import check_fits
+from jaxtune.errors import ConfigError
+from jaxtune.model import nf4_kernel
+from jaxtune.model.families import ModelConfig
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import check_shared_prompts
+from jaxtune.peft import METHODS, kind_of, param_dtypes
+from jaxtune.peft.adapter import Adapter
+from jaxtune.shapes import abstract_arguments
+from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
+from jaxtune.tree import count, nbytes
+
+log = logging.getLogger("jaxtune")
+
+
+def read_rows(config: Config, opened: Opened, mesh: Mesh) -> tuple[data.Data, int]:
+    """The rows, which the model can take, and how many steps a run over them has."""
+    rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
+    virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
+    check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
+    if config.objective in POLICY:
+        rollout.check(config, rows, opened.config)
+    total_steps = data.total_steps(config, rows.train)
+    _say_rows(rows.train, total_steps)
+    for source in filter(None, (rows.train, rows.eval)):
+        if source.shares_prompts:
+            check_shared_prompts(opened.config, source.longest)
+    return rows, total_steps
+
+
+def _say_rows(rows: data.Source, total_steps: int) -> None:
+    if isinstance(rows, Prompts):
+        log.info(
+            "data: %d prompts, the longest of %d tokens; a rollout draws %d answers to each of %d; %d steps an epoch, %d in all",
+            len(rows.documents), rows.longest_prompt, rows.layout.answers, rows.layout.prompts, rows.steps_per_epoch, total_steps,
+        )  # fmt: skip
+        return
+    log.info(
+        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
+        len(rows.documents), f"{rows.tokens:,}", 100 * rows.trained_tokens / rows.tokens, len(rows.plan),
+        100 * rows.efficiency, rows.steps_per_epoch, total_steps,
+    )  # fmt: skip
+    if saved := rows.saved_tokens:
+        share = 100 * saved / (saved + rows.tokens)
+        log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)
+
+
+def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
+    """The model on the mesh, ready to train, and a fresh trainable part."""
+    return begin(config, opened, read_weights(config, opened, mesh), mesh)
+
+
+def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfig, dict]:
+    """The model's config and its parameters on the mesh."""
+    started = time.monotonic()
+    model_config, params = read_params(opened, param_dtypes(config, opened.config), config.quantization, mesh)
+    log.info("model: %s in %.1f s, %.2f GB of weights", model_config.model_type, time.monotonic() - started, nbytes(params) / 1e9)
+    return model_config, params
+
+
+def begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mesh: Mesh) -> tuple[Model, Any]:
+    """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has."""
+    model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
+    model.config = how_to_compute(config, model.config, jax.default_backend())
+    nf4_kernel.prove_for(model.config, model.params)
+    if config.init_adapter:
+        trainable = peft_files.load_adapter(config.init_adapter, model)
+        if kind_of(trainable.config) is not METHODS[config.method].kind:
+            own = next(name for name, method in METHODS.items() if method.kind is kind_of(trainable.config))
+            raise ConfigError(
+                f"{config.init_adapter} holds an adapter of method {own}, and the method is {config.method}; write method: {own}"
+            )
+    else:
+        trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
+    trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
+    if isinstance(trainable, Adapter):
+        matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
+        of = [f"{matched} matrices matched"] if matched else []
+        of += [f"{len(trainable.wholes)} parameters trained whole"] if trainable.wholes else []
+        log.info("adapter: %s trainable parameters", ", ".join([*of, f"{count(trainable):,}"]))
+    else:
+        log.info("full: %s of %s parameters are trained", f"{count(trainable):,}", f"{count(model.params):,}")
+    return model, trainable
+
+
+def place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
+    """The first state, each leaf where it belongs."""
+    make = lambda trainable: init_state(trainable, optimizer, config.seed, config.sync_ref_model)  # noqa: E731
+    shapes = jax.eval_shape(make, trainable)
+    own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    shardings = parallel.state_shardings(mesh, shapes, trainable, own, config.zero_stage)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable)
+
+
+def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source, total_steps: int) -> None:
+    """Compile the step for the shapes that it will have, which JAX keeps, while the weights are still being read."""
+    if jax.process_count() > 1 or config.init_adapter:  # whose shapes are those of its files
+        return
+    model_config = heads.headed(opened.config, heads.head_of(config), opened.tokenizer)
+    arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
+    step, _ = programs(config, model_config, total_steps, arguments[0], mesh)
+    step.lower(*arguments).compile()
+
+
+def programs(config: Config, model_config: Any, total_steps: int, state: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
+    alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
+    shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
+    return _jitted(alike, model_config, total_steps, OBJECTIVES[config.objective], mesh, tuple(shardings), structure)
+
+
+@functools.lru_cache(maxsize=1)
+def _jitted(
+    config: Config, model_config: Any, total_steps: int, objective: Any, mesh: Mesh, shardings: tuple, structure: Any
+) -> tuple[Any, Any]:
+    step = make_step(config, model_config, objective, optim.optimizer(config, total_steps), mesh=mesh)
+    out_shardings = (jax.tree.unflatten(structure, shardings), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings), jax.jit(make_eval_step(config, model_config, objective, mesh))
