@@ -1,11 +1,10 @@
-"""What programs are compiled and run with, and the cache of compiled ones, which makes the second start quick.
+"""What programs are compiled with, and the cache of compiled ones, which makes the second start quick.
 
 jax writes an entry in place. One that is cut off (by a kill, by a full disk) is never written again: every start warns of it and compiles
 anew. So what the last runs have written is looked through at the start, and what is not whole goes.
 """
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -29,7 +28,6 @@ else:
 
 F = TypeVar("F", bound=Callable)
 log = logging.getLogger("jaxtune")
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 CHECKED = ".checked"  # its time: entries older than it are known to be whole
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
@@ -53,15 +51,6 @@ def enable_cache(config: Config) -> None:
     with contextlib.suppress(OSError):  # read-only: jax says so itself, and only where it matters
         remove_damaged(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def keep_memory() -> None:
-    """Let the C library keep what is freed, for the process's life: on a CPU a step's temporaries are freed at its end, and to have their
-    pages anew takes the system 5 % of the step's time. glibc only; elsewhere nothing is changed."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # one heap, of which nothing is given back
-            mallopt(parameter, value)
 
 
 def remove_damaged(folder: Path) -> None:

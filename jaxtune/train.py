@@ -247,7 +247,6 @@ def main() -> None:
     """`python -m jaxtune.train`."""
     arguments = cli.parse(cli.config_parser("train", __doc__))
     cli.log_to_terminal()
-    compilation.keep_memory()
     result = train(arguments.config, arguments.overrides)
     if not result.interrupted:
         log.info("done: %s", result.folder)

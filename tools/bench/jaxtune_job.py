@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 
 import jaxtune as jt
-from jaxtune import compilation
 from jaxtune.data.source import Source
 from jaxtune.loop import Loop
 from jaxtune.runlog import read_metrics
@@ -37,7 +36,6 @@ def all_logits() -> None:
 
 
 def main(job: dict) -> dict:
-    compilation.keep_memory()  # as the command does
     times, logits = watch(), job.get("logits")  # "all": of every place; "all at once": and not by chunks
     if logits:
         all_logits()
