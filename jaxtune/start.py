@@ -111,8 +111,11 @@ def place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
 
 
 def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source, total_steps: int) -> None:
-    """Compile the step for the shapes that it will have, which JAX keeps, while the weights are still being read."""
-    if jax.process_count() > 1 or config.init_adapter:  # whose shapes are those of its files
+    """Compile the step for the shapes that it will have, which JAX keeps, while the weights are still being read.
+
+    Not of a run that is resumed: it may be refused or be done already, and its program is in the cache.
+    """
+    if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes are those of its files
         return
     model_config = heads.headed(opened.config, heads.head_of(config), opened.tokenizer)
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)

@@ -20,7 +20,7 @@ MARKS = {  # what is done when such a line comes
     r"^data: .* documents": "tokenizer, rows",
     r"^model: .* weights": "weights",
     r"^(adapter|full): ": "adapter",
-    r"Finished XLA compilation of jit\(step\)": "first step begins",
+    r"Finished XLA compilation of jit\(step\)": "step compiled",
     r"^step 1/": "first step done",
     r"^result: ": "result",
 }
