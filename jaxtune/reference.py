@@ -24,6 +24,7 @@ from jaxtune.config import Config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_model, read_model
+from jaxtune.convert.sources import is_adapter
 from jaxtune.data.tokenised import cache_dir
 from jaxtune.disk import replacing
 from jaxtune.errors import ConfigError
@@ -80,7 +81,7 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
             return compose(model.params, jax.tree.map(jnp.copy, trainable))
         return compose(model.params, start)
     path = Path(config.ref_model).expanduser()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if is_adapter(path):
         adapter = peft_files.load_adapter(path, model)
         return compose(model.params, parallel.place(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
     opened = open_model(config.ref_model)

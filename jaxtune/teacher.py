@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtune import data
 from jaxtune.config import Config
 from jaxtune.convert.load import Opened, open_model, read_model
+from jaxtune.convert.sources import is_adapter
 from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.model import nf4_kernel
@@ -27,7 +28,7 @@ def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -
     if config.teacher is None:
         return None
     path = Path(config.teacher).expanduser()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if is_adapter(path):
         raise ConfigError(
             f"teacher {path} is an adapter, and a teacher is a whole model; write it whole (python -m jaxtune.export {path} OUT --merge) "
             "and take teacher: OUT"

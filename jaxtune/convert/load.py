@@ -107,7 +107,7 @@ def open_model(source: str | os.PathLike) -> Opened:
         config = from_hf(gguf_config(file))
         tokenizer = functools.partial(gguf_tokenizer, file.metadata, str(path))
         return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
-    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+    if sources.is_adapter(path):
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
     config_json = read_json(path / "config.json")

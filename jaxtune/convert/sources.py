@@ -21,6 +21,11 @@ _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*|[\w-][\w.-]*)(?P<file>
 _PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.!+-]+)/(?P<path>[^#]+)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
 def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES), fetch: bool = True) -> Path:
     """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
 

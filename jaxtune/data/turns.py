@@ -98,12 +98,7 @@ def _call(row: Row, where: str, call: Any) -> dict:
 
 def tools(row: Row) -> list | None:
     """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
-    value = row.fields.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.fail(f"'tools' is not valid JSON ({error.msg}); write a list of JSON schemas") from None
+    value = _json_column(row, "tools", "", "a list of JSON schemas")
     if value and not isinstance(value, list):
         raise row.fail(f"'tools' must be a list of JSON schemas, this is {short(value)}")
     return value or None
@@ -111,15 +106,21 @@ def tools(row: Row) -> list | None:
 
 def template_kwargs(row: Row) -> dict:
     """The `chat_template_kwargs` column: an object, or the same as a JSON string."""
-    value = row.fields.get("chat_template_kwargs")
-    if isinstance(value, str) and value.strip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.fail(f"'chat_template_kwargs' is not valid JSON ({error.msg}); write an object of names and values") from None
+    value = _json_column(row, "chat_template_kwargs", "{", "an object of names and values")
     if value and not isinstance(value, dict):
         raise row.fail(f"'chat_template_kwargs' must be an object like {{\"enable_thinking\": false}}, this is {short(value)}")
     return {name: part for name, part in (value or {}).items() if part is not None}  # Arrow fills up with None
+
+
+def _json_column(row: Row, name: str, begin: str, wanted: str) -> Any:
+    """A column's value; where it is text that begins so, what that says in JSON."""
+    value = row.fields.get(name)
+    if not isinstance(value, str) or not value.strip() or not value.strip().startswith(begin):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise row.fail(f"'{name}' is not valid JSON ({error.msg}); write {wanted}") from None
 
 
 def fields(row: Row) -> str:
