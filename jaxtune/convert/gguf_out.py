@@ -185,7 +185,7 @@ def _rope_tensors(c: ModelConfig) -> list[_Tensor]:
     if rope.kind == "llama3":
         settings = {"factor": rope.factor, "low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
         settings["original_max_position_embeddings"] = rope.original_max
-        tensors["rope_freqs.weight"] = llama3_divisors(rope.theta, rope.dim // 2, settings)
+        tensors["rope_freqs.weight"] = llama3_divisors(rope.theta, rope.pairs, settings)
     elif rope.kind == "divisors":
         tensors["rope_freqs.weight"] = np.asarray(rope.divisors, np.float32)
     elif rope.kind == "longrope":

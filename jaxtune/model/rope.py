@@ -35,6 +35,11 @@ class Rope:
     long_factor: tuple[float, ...] = ()  # longrope
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
 
+    @property
+    def pairs(self) -> int:
+        """Frequencies: one for each two dimensions. An odd `dim` is rounded up, as transformers does."""
+        return (self.dim + 1) // 2
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], head_dim: int) -> "Rope":
         """From config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4).
@@ -56,13 +61,15 @@ class Rope:
         dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
         names = {field.name for field in dataclasses.fields(cls)} - {"dim", "theta", "kind", "original_max", "attention_factor"}
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
-        for key in ("short_factor", "long_factor"):
-            if kind == "longrope" and len(settings[key]) != dim // 2:
-                raise ModelError(f"rope_parameters.{key} has {len(settings[key])} numbers; this model's heads need {dim // 2}")
         original = hf.get("max_position_embeddings", 0)
         if kind != "dynamic":
             original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or original
         rope = cls(dim, float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0), kind, original_max=original, **settings)
+        if 2 * rope.pairs > head_dim:
+            raise ModelError(f"head_dim={head_dim} is odd, and rotary positions turn two dimensions at a time; is config.json this model's?")
+        for key in ("short_factor", "long_factor"):
+            if kind == "longrope" and len(settings[key]) != rope.pairs:
+                raise ModelError(f"rope_parameters.{key} has {len(settings[key])} numbers; this model's heads need {rope.pairs}")
         if kind in ("longrope", "yarn"):
             rope = dataclasses.replace(rope, attention_factor=_attention_factor(rope, given, hf))
         return rope
@@ -163,7 +170,7 @@ def _yarn(rope: Rope, length_BT=None) -> np.ndarray:
     low, high = max(low, 0), min(high, rope.dim - 1)
     if low == high:
         high += 0.001
-    slowed = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    slowed = np.clip((np.arange(rope.pairs, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
     f = _default(rope)
     return (f / rope.factor * slowed + f * (1 - slowed)).astype(np.float32)
 
@@ -200,7 +207,7 @@ def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.A
     float32 always: in bfloat16 position 257 is position 256, and the rotation is noise from there on.
     """
     length_BT = _lengths(positions_BT, segments_BT) if any(rope.kind in BY_LENGTH for rope in ropes) else None
-    still = jnp.zeros((*positions_BT.shape, ropes[0].dim // 2 if ropes else 0), jnp.float32)
+    still = jnp.zeros((*positions_BT.shape, ropes[0].pairs if ropes else 0), jnp.float32)
     cos, sin = [], []
     for rope in ropes:
         angle = positions_BT.astype(jnp.float32)[..., None] * jnp.broadcast_to(rope.frequencies(length_BT), still.shape)

@@ -32,6 +32,7 @@ def test_every_family_has_a_golden():
         ("llama", dict(num_key_value_heads=3), "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ("llama", dict(hidden_act="mish"), "hidden_act 'mish' is not supported; supported are silu"),
         ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is not implemented for llama"),
+        ("llama", dict(head_dim=9), "head_dim=9 is odd"),
         ("llama", dict(rope_scaling=dict(type="mrope")), "rope_type 'mrope' is not supported"),
         ("llama", dict(rope_scaling=dict(type="linear")), "rope_type 'linear' needs factor"),
         ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "'llama3' needs low_freq_factor, high_freq_factor"),

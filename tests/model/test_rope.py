@@ -65,17 +65,18 @@ def test_a_texts_frequencies_do_not_depend_on_its_neighbours():
         assert np.array_equal(cos[:, :, piece], alone)
 
 
-@pytest.mark.parametrize("dim", [0, 8, 12])
+@pytest.mark.parametrize("dim", [0, 7, 8, 12])  # 7: eight turn, as in transformers
 def test_rotate_turns_pairs_of_the_first_dimensions_and_leaves_the_rest(dim):
+    half = (dim + 1) // 2
+    end = 2 * half
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 5, 2, 12)).astype(np.float32)
     positions = np.arange(5)[None]
     ropes = (Rope(dim, 100.0),) if dim else ()
     cos, sin = cos_sin(ropes, positions, np.ones((1, 5), np.int32))
-    assert cos.shape == (len(ropes) + 1, 1, 5, dim // 2)
+    assert cos.shape == (len(ropes) + 1, 1, 5, half)
     turned, still = np.asarray(rotate(x, cos[0], sin[0])), np.asarray(rotate(x, cos[-1], sin[-1]))
-    assert np.array_equal(still, x) and np.array_equal(turned[..., dim:], x[..., dim:])
-    half = dim // 2
+    assert np.array_equal(still, x) and np.array_equal(turned[..., end:], x[..., end:])
     f = 100.0 ** -(np.arange(0, dim, 2) / max(dim, 1))
-    z = (x[..., :half] + 1j * x[..., half:dim]) * np.exp(1j * positions[0][:, None] * f)[None, :, None]
-    assert np.allclose(turned[..., :half], z.real, atol=1e-5) and np.allclose(turned[..., half:dim], z.imag, atol=1e-5)
+    z = (x[..., :half] + 1j * x[..., half:end]) * np.exp(1j * positions[0][:, None] * f)[None, :, None]
+    assert np.allclose(turned[..., :half], z.real, atol=1e-5) and np.allclose(turned[..., half:end], z.imag, atol=1e-5)
