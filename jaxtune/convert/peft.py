@@ -18,13 +18,13 @@ from jaxtune.config import LoraConfig
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
-from jaxtune.convert.peft_config import config_json, read_config
+from jaxtune.convert.peft_config import PREFIX, config_json, read_config
+from jaxtune.convert.peft_embeddings import check_vocabulary, read_embeddings
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
 from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.row import Row
-from jaxtune.model.weight import dense
 from jaxtune.peft import kind_of, prompts
 from jaxtune.peft.adapter import Adapter, Constant, Part
 from jaxtune.peft.prompts import PromptKind
@@ -44,8 +44,6 @@ from jaxtune.peft.sites import (
 )
 
 log = logging.getLogger("jaxtune")
-
-PREFIX = "base_model.model."
 
 class Place(NamedTuple):
     """One layer of an adapted row in the file: its number in the stack, PEFT's name of it, the start of its tensors' names."""
@@ -164,6 +162,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
         dtype = checkpoint.entries[wrong[0]].dtype
         raise ModelError(f"{path}: tensor {wrong[0]} is {dtype}; an adapter's must be float32, float16 or bfloat16")
     config = kind.settle(model.config, config) if not isinstance(config, LoraConfig) else config
+    check_vocabulary(path, model, checkpoint)
     params, sites = _read_pairs(path, checkpoint, left, model, config)
     shared = _read_shared(path, checkpoint, left, model, config, sites)
     if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
@@ -172,7 +171,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     own = {path: PREFIX + row.hf for path, row in whole_rows(model.config).items() if path in heads.PATHS}
     wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
-    _ignore_copies(path, model, checkpoint, left)
+    wholes, config = read_embeddings(path, model, checkpoint, left, parts, wholes, config)
     if not left and not apart and kind.stands:
         _check_complete(path, model, config, sites)
     if left:
@@ -281,22 +280,6 @@ def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, mod
     if not row.layers and any(not np.array_equal(value, values[0]) for value in values):
         raise ModelError(f"{path}: ensure_weight_tying is set, but the embedding and the head that were saved differ")
     return jnp.asarray(np.stack(values) if row.layers else values[0])
-
-
-def _ignore_copies(path: Path, model: Model, checkpoint: Checkpoint, left: set) -> None:
-    """Take out the whole matrices that PEFT writes beside the adapter of an embedding or head; they must be the model's own."""
-    rows = adaptable(model.config)
-    for name in {"embed", "head"} & rows.keys():
-        tensor = f"{PREFIX}{names(name, rows[name])[0]}.base_layer.weight"
-        if tensor not in left:
-            continue
-        left.remove(tensor)
-        if not model.params:
-            continue  # opened for a conversion: its tensors are read when they are merged
-        own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
-        saved = checkpoint.read(tensor).astype(np.float32)
-        if saved.shape != own.shape or not np.allclose(saved, own, rtol=1e-2, atol=1e-4):
-            raise ModelError(f"{path}: {tensor} is not the matrix of this model; the adapter was trained over another, or resized, one")
 
 
 def _check(path: Path, place: Place, values: dict[str, np.ndarray], parts: dict[str, Part]) -> None:

@@ -15,6 +15,7 @@ from jaxtune.peft.sites import AnyConfig, adaptable, is_parameter, names, whole_
 
 log = logging.getLogger("jaxtune")
 
+PREFIX = "base_model.model."  # of every tensor's name
 TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
 
 # what PEFT writes beside a method's own fields

@@ -66,7 +66,7 @@ class Rope:
             original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or original
         rope = cls(dim, float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0), kind, original_max=original, **settings)
         if 2 * rope.pairs > head_dim:
-            raise ModelError(f"head_dim={head_dim} is odd, and rotary positions turn two dimensions at a time; is config.json this model's?")
+            raise ModelError(f"head_dim={head_dim} is odd, and rotary positions turn two dimensions at a time; look at config.json")
         for key in ("short_factor", "long_factor"):
             if kind == "longrope" and len(settings[key]) != rope.pairs:
                 raise ModelError(f"rope_parameters.{key} has {len(settings[key])} numbers; this model's heads need {rope.pairs}")

@@ -95,6 +95,23 @@ def test_tensors_that_do_not_fit(model, saved):
         load_adapter(saved, model)
 
 
+def test_embeddings_that_peft_writes_beside_an_adapter(model, saved, tmp_path):
+    """Where the vocabulary was resized, PEFT saves embedding and head whole, and those that it trains whole three times."""
+    file, stems = saved / "adapter_model.safetensors", {"embed": "base_model.model.model.embed_tokens", "head": "base_model.model.lm_head"}
+    new = np.asarray(model.params["embed"]) + 1
+    more = {f"{stems['embed']}.weight": new, f"{stems['head']}.weight": np.asarray(model.params["head"]),
+            f"{stems['head']}.modules_to_save.weight": new, f"{stems['head']}.original_module.weight": new}  # fmt: skip
+    save_file(load_file(file) | more, file)
+    adapter = load_adapter(saved, model)
+    assert adapter.saved.keys() == {"embed"} and adapter.config.modules_to_save == ("embed_tokens",)
+    np.testing.assert_array_equal(peft.compose(model.params, adapter)["embed"], new)
+    save_adapter(adapter, model, tmp_path / "again")
+    np.testing.assert_array_equal(load_adapter(tmp_path / "again", model).saved["embed"], new)
+    save_file(load_file(file) | {f"{stems['embed']}.weight": np.concatenate([new, new[:8]])}, file)
+    with pytest.raises(ModelError, match=r"\(104, 32\), but this model's is \(96, 32\).*resize_token_embeddings\(104\)"):
+        load_adapter(saved, model)
+
+
 def test_no_adapter_there(model, tmp_path):
     with pytest.raises(ModelError, match="no adapter_config.json"):
         load_adapter(tmp_path, model)

@@ -1,0 +1,73 @@
+"""Embeddings and heads that PEFT writes into an adapter's file beside what it trained (`save_embedding_layers`).
+
+It does so by itself where the vocabulary was resized, or the embedding adapted. What is there is either a copy of the model's own matrix,
+or takes its place when PEFT opens the file.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.config import LoraConfig
+from jaxtune.convert.load import Model
+from jaxtune.convert.peft_config import PREFIX
+from jaxtune.convert.tensors import Checkpoint
+from jaxtune.errors import ModelError
+from jaxtune.model.weight import dense
+from jaxtune.peft.sites import AnyConfig, Whole, adaptable, names
+
+log = logging.getLogger("jaxtune")
+
+
+def check_vocabulary(path: Path, model: Model, checkpoint: Checkpoint) -> None:
+    """ModelError for an adapter whose file holds an embedding or head of another size than the model's."""
+    rows = adaptable(model.config)
+    for name in sorted({"embed", "head"} & rows.keys()):
+        stem = f"{PREFIX}{names(name, rows[name])[0]}"
+        for tensor in {f"{stem}.weight", f"{stem}.base_layer.weight"} & checkpoint.entries.keys():
+            if (shape := checkpoint.entries[tensor].shape) != rows[name].shape:
+                raise ModelError(
+                    f"{path}: {tensor} is {shape}, but this model's is {rows[name].shape}. If its vocabulary was resized for the adapter, "
+                    f"give that model: in transformers resize_token_embeddings({shape[0]}), save_pretrained, with the adapter's tokenizer"
+                )
+
+
+def read_embeddings(
+    path: Path, model: Model, checkpoint: Checkpoint, left: set[str], parts: dict, wholes: tuple[Whole, ...], config: AnyConfig
+) -> tuple[tuple[Whole, ...], AnyConfig]:
+    """What is trained whole, and the config that says so, with the matrices that take the place of the model's.
+
+    Their values go into `parts`; the names of what is read, and of copies, are taken out of `left`. Raises ModelError for a matrix under an
+    adapter that is not the model's own.
+    """
+    rows, found = adaptable(model.config), {}
+    for name in sorted({"embed", "head"} & rows.keys()):
+        module = names(name, rows[name])[0]
+        stem = f"{PREFIX}{module}"
+        if f"{stem}.base_layer.weight" in left and _is_own(path, model, checkpoint, f"{stem}.base_layer.weight", name) is False:
+            raise ModelError(
+                f"{path}: {stem}.base_layer.weight is not the matrix of this model; the adapter was trained over another, or resized, one"
+            )
+        if f"{stem}.weight" in left and not _is_own(path, model, checkpoint, f"{stem}.weight", name):
+            found[name] = jnp.asarray(checkpoint.read(f"{stem}.weight").astype(np.float32))
+            config = dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), module.rpartition(".")[2]))
+        left -= {f"{stem}{end}" for end in (".weight", ".base_layer.weight", ".modules_to_save.weight", ".original_module.weight")}
+    if found:
+        log.info("%s holds the model's %s as well, in place of its own", path, " and ".join(found))
+    both = len(found) == 2 and np.array_equal(found["embed"], found["head"])
+    if both and model.config.tie_word_embeddings and isinstance(config, LoraConfig):
+        del found["head"]
+        config = dataclasses.replace(config, ensure_weight_tying=True)
+    parts |= found
+    return wholes + tuple(map(Whole, found)), config
+
+
+def _is_own(path: Path, model: Model, checkpoint: Checkpoint, tensor: str, name: str) -> bool | None:
+    """Whether a tensor of the file is the model's matrix, up to the rounding of a shorter dtype; None where the model's is not read."""
+    if not model.params:
+        return None  # opened for a conversion: its tensors are read when they are merged
+    own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
+    return np.allclose(checkpoint.read(tensor).astype(np.float32), own, rtol=1e-2, atol=1e-4)
