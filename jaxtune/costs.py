@@ -125,13 +125,13 @@ def flops(
 ) -> float:  # fmt: skip
     """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
 
-    `rows`: those of a micro-batch; None: as many as `per_device_train_batch_size`. `teacher`: that of objective distill.
+    `rows`: those of the step; None: as many as the config's batch has. `teacher`: that of objective distill.
 
     A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
     products, one more, and groups of layers another forward pass of all but their last; layers below the lowest that is trained the
     forward pass alone. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
     """
-    tokens = config.gradient_accumulation_steps * (rows or config.per_device_train_batch_size) * length
+    tokens = (rows or config.gradient_accumulation_steps * config.per_device_train_batch_size) * length
     own = _products(model_config, length, trained, attended)
     through, ours, head = _shares(config, model_config)
     again = 0 if model_config.remat in ("none", "dots") else 1

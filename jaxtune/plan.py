@@ -94,7 +94,7 @@ def _model(config: Config) -> ModelConfig:
     if head is not None:
         with contextlib.suppress(ModelError):  # it is not here: which token pads is then not known, and costs nothing
             tokenizer = open_tokenizer(config.model, fetch=False)
-    return heads.headed(heads.cut(config, open_config(config.model)), head, tokenizer)
+    return heads.valued(config, heads.headed(heads.cut(config, open_config(config.model)), head, tokenizer))
 
 
 def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:
@@ -158,7 +158,7 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
         if (needed := errors_bytes(str(error))) is None:
             raise
     attended = rows.attended if rows else None
-    each = batch.tokens.shape[1] // parallel.data_parallel(mesh)
+    each = batch.tokens.shape[0] * batch.tokens.shape[1] // parallel.data_parallel(mesh)
     teacher = base[TEACHER].config if TEACHER in base else None
     flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended, each, teacher)
     flops /= mesh.size / parallel.data_parallel(mesh)

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxtune import data, parallel, runfolder
 from jaxtune.config import Config
-from jaxtune.config.policy import POLICY
+from jaxtune.config.policy import POLICY, kl_weight
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_model, read_model
 from jaxtune.convert.sources import is_adapter
@@ -63,7 +63,7 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
 
 def compares(config: Config) -> bool:
     """Whether there is a reference model that stands still."""
-    return (config.objective in WITH_REFERENCE or (config.objective in POLICY and config.beta != 0)) and not config.sync_ref_model
+    return (config.objective in WITH_REFERENCE or (config.objective in POLICY and kl_weight(config) != 0)) and not config.sync_ref_model
 
 
 def beforehand(config: Config) -> bool:
@@ -77,7 +77,7 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
     if config.ref_model is None:
         start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter else None  # the step donates what is trained
         if config.method == "full":  # of answers that are not there yet nothing can be computed beforehand
-            log.info("reference: a copy of the starting weights is kept, because beta is not 0; an adapter (method: lora) needs none")
+            log.info("reference: a copy of the starting weights is kept, because its KL is weighed; an adapter (method: lora) needs none")
             return compose(model.params, jax.tree.map(jnp.copy, trainable))
         return compose(model.params, start)
     path = Path(config.ref_model).expanduser()

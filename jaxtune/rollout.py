@@ -1,4 +1,4 @@
-"""Answers drawn from the policy, judged, and laid out as the batch of a step (grpo, rloo).
+"""Answers drawn from the policy, judged, and laid out as the batch of a step (grpo, rloo, ppo).
 
 What a rollout holds is a pure function of the config, the seed, the step and the weights of that step, so that a resumed run draws what
 the stopped one would have drawn. Where several steps learn from one rollout, it is kept in `rollouts/` until no checkpoint needs it.
@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,12 @@ from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import Row, Run
 from jaxtune.generation.prompts import stop_tokens
 from jaxtune.generation.sampling import Sampling
-from jaxtune.objectives.advantages import ADVANTAGES, spread
-from jaxtune.objectives.grpo import has_kl_term, logps_of, reference_logps_of
+from jaxtune.model import decoder
+from jaxtune.objectives.advantages import ADVANTAGES, spread, weighted
+from jaxtune.objectives.advantages import ppo as token_advantages
+from jaxtune.objectives.answers import REFERENCE
+from jaxtune.objectives.grpo import cooled
+from jaxtune.objectives.logprobs import logprobs_of, token_logprobs, trained_states
 from jaxtune.peft import compose
 from jaxtune.rewards import Answers, Reward
 from jaxtune.step import TrainState, with_reference
@@ -37,7 +41,7 @@ class Rollouts:
 
     def __init__(self, config: Config, model: Model, mesh: Mesh, rows: data.Data, rewards: Sequence[Reward], folder: Path, steps: int):
         self.config, self.mesh, self.folder, self.total = config, mesh, folder, steps
-        self.model, self.rewards = model, rewards
+        self.model, self.rewards, self.weights = model, rewards, np.array([reward.weight for reward in rewards])
         self.train: Prompts = rows.train  # type: ignore[assignment]
         self.eval: Prompts | None = rows.eval  # type: ignore[assignment]
         self.reader = Reader(model.tokenizer, frozenset(stop_tokens(model)))
@@ -59,7 +63,9 @@ class Rollouts:
                 _write(kept, batch, told)
             self._current = (number, batch, told)
         _, batch, told = self._current  # type: ignore[misc]
-        slice_ = place % self.train.layout.slices
+        epoch, slice_ = divmod(place, self.train.layout.slices)
+        if self.train.layout.valued and self.train.layout.slices > 1:
+            batch = _shuffled(batch, (self.config.seed, number, epoch))
         return jax.tree.map(lambda x: x[slice_], batch), told if place == 0 else {}
 
     def forget(self, oldest: int) -> None:
@@ -76,33 +82,67 @@ class Rollouts:
         ids = [self.train.ids(prompt) for prompt in prompts]
         tokens = [answer.tokens for answer in answers]
         batch = layout.batches(ids, tokens, np.zeros(len(answers)), trained, self.train.longest_prompt)
-        kl_N = None
-        if layout.old:
-            batch, kl_N = self._scored(batch, len(answers), state, base)
-        weights = np.array([reward.weight for reward in self.rewards])
-        found = ADVANTAGES[config.objective](config, rewards_NF, weights, layout.answers, kl_N)
-        batch.answers.values[:] = _like(found.advantages, batch.answers.values, layout.together)
-        told |= _measured(self.rewards, rewards_NF, found) | _lengths(answers, ended)
-        if kl_N is not None and config.objective == "rloo":
-            told["kl"] = float(kl_N.sum() / max(sum(len(t) for t, there in zip(tokens, trained, strict=True) if there), 1))
+        scored = self._scored(batch, state, base) if layout.old else Scored()
+        if scored.old is not None:
+            kept = scored.ref if layout.kept else None
+            batch = batch.replace(rollout=dataclasses.replace(batch.rollout, old_logps=scored.old, ref_logps=kept))
+        if layout.valued:
+            batch, advantages, more = self._by_token(batch, scored, rewards_NF, np.array([len(t) for t in tokens]), ended)
+        else:
+            batch, advantages, more = self._by_answer(batch, scored, rewards_NF)
+        told |= more | _lengths(answers, ended)
         if config.log_completions:
-            self._write_completions(step, judged, rewards_NF, found.advantages)
+            self._write_completions(step, judged, rewards_NF, advantages)
         return batch, told
 
-    def _scored(self, batch: data.Batch, count: int, state: TrainState, base: dict) -> tuple[data.Batch, np.ndarray | None]:
-        """The batch with log-probabilities by the policy and the reference, and how far apart they are on each answer."""
+    def _scored(self, batch: data.Batch, state: TrainState, base: dict) -> "Scored":
+        """What the policy and the reference make of a rollout's tokens."""
         base, found = with_reference(base, state), []
         for number in range(self.train.layout.slices):
             one = parallel.put(jax.tree.map(lambda x: x[number], batch), self.mesh)  # noqa: B023
             found.append(jax.device_get(self.score(state.trainable, base, one)))
-        old, ref = (None if found[0][n] is None else np.stack([one[n] for one in found]) for n in range(2))
-        kept = ref if has_kl_term(self.config) else None
-        batch = batch.replace(rollout=dataclasses.replace(batch.rollout, old_logps=old, ref_logps=kept))
-        if ref is None:
-            return batch, None
-        apart = (old - ref) * (batch.weights != 0)
-        own = batch.answers.numbers[..., None, :] == np.arange(1, self.train.layout.together + 1)[:, None]
-        return batch, (apart[..., None, :] * own).sum(-1).reshape(-1)[:count].astype(np.float64)
+        return Scored(*(None if of_slices[0] is None else np.stack(of_slices) for of_slices in zip(*found, strict=True)))
+
+    def _by_answer(
+        self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray
+    ) -> tuple[data.Batch, np.ndarray, dict[str, float]]:
+        """The batch with an advantage for each answer, these in order, and what was measured."""
+        layout, kl_N, told = self.train.layout, None, {}
+        if scored.ref is not None:
+            apart = (scored.old - scored.ref) * (batch.weights != 0)
+            own = batch.answers.numbers[..., None, :] == np.arange(1, layout.together + 1)[:, None]
+            kl_N = (apart[..., None, :] * own).sum(-1).reshape(-1)[: len(rewards_NF)].astype(np.float64)
+        found = ADVANTAGES[self.config.objective](self.config, rewards_NF, self.weights, layout.answers, kl_N)
+        batch.answers.values[:] = _like(found.advantages, batch.answers.values)
+        if kl_N is not None and self.config.objective == "rloo":
+            told["kl"] = float(kl_N.sum() / max(np.count_nonzero(batch.weights), 1))
+        return batch, found.advantages, _measured(self.rewards, rewards_NF, found.rewards) | _flat_groups(found.spread) | told
+
+    def _by_token(
+        self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray, lengths_N: np.ndarray, ended: np.ndarray
+    ) -> tuple[data.Batch, np.ndarray, dict[str, float]]:
+        """The batch with an advantage, a return and a value for each token, the mean advantage of each answer, and what was measured."""
+        rewards_N = weighted(rewards_NF, self.weights)
+        scores_N = np.nan_to_num(rewards_N) - (self.config.missing_eos_penalty or 0.0) * ~ended
+        # both list the tokens answer by answer: rows of the batch hold them in order
+        there, place = batch.answers.numbers > 0, np.arange(lengths_N.max()) < lengths_N[:, None]
+
+        def of_answers(x: np.ndarray | None) -> np.ndarray | None:
+            if x is None:
+                return None
+            out = np.zeros(place.shape)
+            out[place] = x[there]
+            return out
+
+        def of_rows(x_NT: np.ndarray) -> np.ndarray:
+            out = np.zeros(there.shape, np.float32)
+            out[there] = x_NT[place]
+            return out
+
+        found = token_advantages(self.config, scores_N, lengths_N, *map(of_answers, scored))
+        more = {"advantages": of_rows(found.advantages), "returns": of_rows(found.returns), "values": scored.values}
+        batch = batch.replace(rollout=dataclasses.replace(batch.rollout, **more))
+        return batch, found.advantages.sum(1) / lengths_N, _measured(self.rewards, rewards_NF, rewards_N) | found.told
 
     # ---- evaluation ----
 
@@ -112,9 +152,10 @@ class Rollouts:
         layout, step, prompts = self.eval.layout, int(state.step), list(range(len(self.eval.asked)))
         answers, ended = self._answers(self.eval, prompts, (self.config.seed, 1, 0), state, base)
         _, rewards_NF, told = self._judge(self.eval, prompts, answers, step)
-        weights = np.array([reward.weight for reward in self.rewards])
-        found = ADVANTAGES["grpo"](self.config, rewards_NF, weights, layout.answers)
-        told |= _measured(self.rewards, rewards_NF, found) | _lengths(answers, ended)
+        found = ADVANTAGES["grpo"](self.config, rewards_NF, self.weights, layout.answers)
+        told |= _measured(self.rewards, rewards_NF, found.rewards) | _lengths(answers, ended)
+        if layout.answers > 1:
+            told |= _flat_groups(found.spread)
         return {f"eval_{name}": value for name, value in told.items()}
 
     # ---- drawing and judging ----
@@ -175,19 +216,34 @@ class Rollouts:
                 stream.write(json.dumps(row | {"advantage": float(advantages[number])}, ensure_ascii=False) + "\n")
 
 
+class Scored(NamedTuple):
+    """Numbers of trained tokens, 0 elsewhere, float32 `[A, B, T]` or of all slices: log-probabilities by the policy that drew them and by
+    the reference, and what the value head expects; None: nobody asks."""
+
+    old: Any = None
+    ref: Any = None
+    values: Any = None
+
+
 def _scorer(config: Config, model_config: Any, mesh: Mesh, reference: bool) -> Any:
-    """`(trainable, base, batch [A, B, T]) -> (old, ref)`, log-probabilities `[A, B, T]` of trained tokens, 0 elsewhere."""
+    """`(trainable, base, batch [A, B, T]) -> Scored`."""
+    model_config = cooled(config, model_config)
 
-    def one(trainable: Any, base: dict, micro: data.Batch) -> tuple[jax.Array, jax.Array | None]:
-        tokens = logps_of(config, model_config, compose(base, trainable), micro)
-        rows = jnp.arange(micro.tokens.shape[0])[:, None]
+    def one(trainable: Any, base: dict, micro: data.Batch) -> Scored:
+        params, rows = compose(base, trainable), jnp.arange(micro.tokens.shape[0])[:, None]
+        states = trained_states(model_config, params, micro)
+        live_BN = states.weights_BN != 0
 
-        def back(logp_BN: jax.Array) -> jax.Array:
-            return jnp.zeros(micro.tokens.shape, jnp.float32).at[rows, tokens.index_BN].set(logp_BN)
+        def back(x_BN: jax.Array) -> jax.Array:
+            return jnp.zeros(micro.tokens.shape, jnp.float32).at[rows, states.index_BN].set(jnp.where(live_BN, x_BN, 0.0))
 
-        return back(tokens.logp_BN), back(reference_logps_of(config, model_config, base, micro)) if reference else None
+        return Scored(
+            old=back(logprobs_of(model_config, params, states).logp_BN),
+            ref=back(token_logprobs(model_config, base.get(REFERENCE, base), micro).logp_BN) if reference else None,
+            values=back(decoder.values(params, states.hidden_BND)) if "value" in params else None,
+        )
 
-    def score(trainable: Any, base: dict, batch: data.Batch) -> tuple[jax.Array, jax.Array | None]:
+    def score(trainable: Any, base: dict, batch: data.Batch) -> Scored:
         return jax.lax.map(lambda micro: one(trainable, base, micro), batch)
 
     return jax.jit(score, out_shardings=parallel.replicated(mesh))
@@ -196,21 +252,33 @@ def _scorer(config: Config, model_config: Any, mesh: Mesh, reference: bool) -> A
 # ---- numbers ----
 
 
-def _like(values: np.ndarray, place: np.ndarray, together: int) -> np.ndarray:
+def _shuffled(batch: data.Batch, seed: tuple[int, ...]) -> data.Batch:
+    """The rows of a rollout `[slices, A, B, ...]` in another order."""
+    count = batch.tokens[..., 0].size
+    order = np.random.default_rng(seed).permutation(count)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[3:])[order].reshape(x.shape), batch)
+
+
+def _like(values: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Numbers of answers, in order, where a rollout's batch has them; 0 where it has no answer."""
     return np.pad(values, (0, place.size - len(values))).reshape(place.shape).astype(np.float32)
 
 
-def _measured(rewards: Sequence[Reward], rewards_NF: np.ndarray, found: Any) -> dict[str, float]:
-    """TRL's metrics of rewards. A reward that judged no answer is left out."""
+def _measured(rewards: Sequence[Reward], rewards_NF: np.ndarray, rewards_N: np.ndarray) -> dict[str, float]:
+    """TRL's metrics of rewards, `rewards_N` being their weighted sum. A reward that judged no answer is left out."""
     told: dict[str, float] = {}
     for number, reward in enumerate(rewards):
         values = rewards_NF[:, number]
         if not np.isnan(values).all():
             told |= {f"rewards/{reward.name}/mean": float(np.nanmean(values)), f"rewards/{reward.name}/std": float(spread(values)[0])}
-    if not np.isnan(found.rewards).all():
-        told |= {"reward": float(np.nanmean(found.rewards)), "reward_std": float(spread(found.rewards)[0])}
-    return told | {"frac_reward_zero_std": float(np.isclose(found.spread, 0).mean())}
+    if not np.isnan(rewards_N).all():
+        told |= {"reward": float(np.nanmean(rewards_N)), "reward_std": float(spread(rewards_N)[0])}
+    return told
+
+
+def _flat_groups(spread_N: np.ndarray) -> dict[str, float]:
+    """The share of answers in groups of one reward."""
+    return {"frac_reward_zero_std": float(np.isclose(spread_N, 0).mean())}
 
 
 def _lengths(answers: Sequence[Answer], ended: np.ndarray) -> dict[str, float]:
@@ -245,7 +313,8 @@ def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
             "earlier checkpoint (remove the newest of checkpoints/), or start again in another folder"
         ) from None
     told, capacity = json.loads(str(saved.pop("told"))), int(saved.pop("capacity"))
-    rollout = data.batch.Rollout(*(saved.pop(f".rollout.{name}", None) for name in ("tokens", "old_logps", "ref_logps")))
+    fields = [field.name for field in dataclasses.fields(data.batch.Rollout)]
+    rollout = data.batch.Rollout(*(saved.pop(f".rollout.{name}", None) for name in fields))
     answers = data.batch.Answers(saved.pop(".answers.numbers"), saved.pop(".answers.values"))
     return data.Batch(**{name[1:]: leaf for name, leaf in saved.items()}, capacity=capacity, answers=answers, rollout=rollout), told
 

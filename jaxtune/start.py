@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,10 +80,12 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
 def begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mesh: Mesh) -> tuple[Model, Any]:
     """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has."""
     model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
+    folders = [Path(folder).expanduser() for folder in (config.init_adapter, opened.path) if folder]
+    model = heads.attach_value(config, model, folders, mesh)
     model.config = how_to_compute(config, model.config, jax.default_backend())
     nf4_kernel.prove_for(model.config, model.params)
     if config.init_adapter:
-        trainable = peft_files.load_adapter(config.init_adapter, model)
+        trainable = heads.train_value(peft_files.load_adapter(config.init_adapter, model), model.params)
         if kind_of(trainable.config) is not METHODS[config.method].kind:
             own = next(name for name, method in METHODS.items() if method.kind is kind_of(trainable.config))
             raise ConfigError(
@@ -117,7 +120,7 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
     """
     if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes are those of its files
         return
-    model_config = heads.headed(opened.config, heads.head_of(config), opened.tokenizer)
+    model_config = heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
     step, _ = programs(config, model_config, total_steps, arguments[0], mesh)
     step.lower(*arguments).compile()

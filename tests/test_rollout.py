@@ -1,4 +1,4 @@
-"""Runs of grpo and rloo: drawn answers, exact resume, devices, what teaches nothing, prompts that cannot be used."""
+"""Runs of grpo, rloo and ppo: drawn answers, exact resume, devices, what teaches nothing, prompts that cannot be used."""
 
 import json
 import os
@@ -14,14 +14,18 @@ import jaxtune as jt
 from jaxtune import data, parallel
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert import heads
+from jaxtune.convert.load import open_model
 from jaxtune.errors import ConfigError, DataError
+from jaxtune.model import decoder
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import compose, init_adapter
+from jaxtune.peft.beginnings import over_the_base
 from jaxtune.rewards import RewardError, find_rewards
 from jaxtune.rollout import Rollouts
 from jaxtune.runlog import RunLog
+from jaxtune.start import load_for_training
 from jaxtune.step import init_state, make_step
-from jaxtune.train import train
+from jaxtune.train import save_result, train
 
 WORDS = "one two three hello there fox dog quick".split()
 
@@ -87,6 +91,9 @@ def test_the_loss_log_holds_no_text(config, tmp_path):
     assert row["grad_norm"] == 0 and row["loss"] == 0 and row["frac_reward_zero_std"] == 1 and row["entropy"] > 0
 
 
+TWO_MINI_BATCHES = {"per_device_train_batch_size": 2, "num_mini_batches": 2}
+
+
 def _leaves(tree):
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -94,10 +101,11 @@ def _leaves(tree):
 @pytest.mark.parametrize(
     ("after", "keys"),
     [
-        (2, {"lora": {"r": 4, "lora_dropout": 0.2}}),
         # two slices of a rollout, each taken twice: stopped where the answers are those of weights that are gone
         (2, {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "max_steps": 6}),
-        (1, {"objective": "rloo", "method": "full", "num_iterations": 2, "data": {"shared_prompts": False}}),
+        (1, {"objective": "rloo", "method": "full", "data": {"shared_prompts": False}}),  # a rollout for each step
+        # mini-batches that are others each time
+        (3, {"objective": "ppo", "lora": {"r": 4, "lora_dropout": 0.2}, "num_ppo_epochs": 2, "max_steps": 6} | TWO_MINI_BATCHES),
     ],
 )
 def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after, keys):
@@ -132,7 +140,7 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after
 def rollouts(folder, mesh, rewards=(low,), **keys):
     """(rollouts, state, base) of a random adapter, on a mesh."""
     run = load_config(keys | {"model": str(folder / "model")})
-    model = jt.load(folder / "model")
+    model = heads.attach_value(run, jt.load(folder / "model"), [], mesh)
     adapter = init_adapter(jax.random.key(1), model, run.lora)
     adapter = jax.device_put(adapter, parallel.trainable_shardings(mesh, model.config, adapter))
     base = jax.device_put(model.params, parallel.param_shardings(mesh, model.config, model.params))
@@ -176,7 +184,7 @@ def test_rloo_takes_the_reference_into_the_reward(config, folder):
     batch, told = made._draw(0, 0, moved, base)
     assert batch.rollout.ref_logps is None and abs(told["kl"]) > 1e-3
     assert jax.tree.structure(batch.replace(capacity=None)) == jax.tree.structure(made.train.largest().replace(capacity=None))
-    old, ref = jax.device_get(made.score(moved.trainable, base, parallel.put(jax.tree.map(lambda x: x[0], batch), mesh)))
+    old, ref, _ = jax.device_get(made.score(moved.trainable, base, parallel.put(jax.tree.map(lambda x: x[0], batch), mesh)))
     numbers, tokens = batch.answers.numbers[0], batch.tokens[0]
     judged = [
         [low([tokens[0, row][here].tolist()])[0] - 0.5 * (old - ref)[0, row][here].sum() for here in (numbers[0, row] == n for n in (1, 2))]
@@ -225,8 +233,6 @@ def test_answers_are_drawn_from_the_policy(config, folder):
     """Where the policy is moved, other answers come; log-probabilities are those of `temperature`."""
     import jax.numpy as jnp
 
-    from jaxtune.model import decoder
-
     mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
     made, state, base = rollouts(folder, mesh, **config(per_device_train_batch_size=8, num_iterations=2, temperature=0.5))
     moved = state.replace(trainable=jax.tree.map(lambda x: x + 0.3, state.trainable))
@@ -241,6 +247,64 @@ def test_answers_are_drawn_from_the_policy(config, folder):
     count = int(first.sum())
     logp = jax.nn.log_softmax(logits)[-count - 1 : -1][np.arange(count), document[-count:]]
     np.testing.assert_allclose(row.rollout.old_logps[first], logp, rtol=1e-4, atol=1e-4)
+
+
+# ---- values ----
+
+
+def test_values_and_returns_of_tokens(config, folder):
+    """Of drawn answers in rows of two: the values are those of the tokens before, returns with lam 1 the KL's share and score to come."""
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    keys = config(objective="ppo", per_device_train_batch_size=8, lam=1.0, kl_coef=0.3, missing_eos_penalty=0.25, num_mini_batches=2)
+    made, state, base = rollouts(folder, mesh, **keys)
+    moved = state.replace(trainable=jax.tree.map(lambda x: x + 0.1, state.trainable))
+    batch, told = made._draw(0, 0, moved, base)
+    assert jax.tree.structure(jax.tree.map(lambda x: x[0], batch).replace(capacity=None)) == jax.tree.structure(
+        made.train.largest().replace(capacity=None)
+    )
+    scored, params = made._scored(batch, moved, base), compose(base, moved.trainable)
+    ends = made.reader.stop_tokens
+    states_of = jax.jit(lambda tokens: decoder.hidden(made.model.config, params, tokens).hidden_BTD)
+    for row in np.ndindex(batch.tokens.shape[:3]):
+        one = jax.tree.map(lambda x: x[row], batch)  # noqa: B023
+        for number in (1, 2):
+            here = one.answers.numbers == number
+            answer, prompt = one.tokens[here], one.tokens[one.segments == 1]
+            document = np.concatenate([prompt, answer])
+            states = states_of(np.pad(document, (0, 48 - len(document)))[None])[0, len(prompt) - 1 : len(document) - 1]
+            np.testing.assert_allclose(one.rollout.values[here], decoder.values(params, states), rtol=1e-4, atol=1e-5)
+            rewards = -0.3 * (scored.old - scored.ref)[row][here].astype(float)
+            rewards[-1] += low([answer.tolist()])[0] - 0.25 * (answer[-1] not in ends)
+            np.testing.assert_allclose(one.rollout.returns[here], np.cumsum(rewards[::-1])[::-1], rtol=1e-4, atol=1e-4)
+    spread = batch.rollout.advantages[batch.weights > 0]
+    assert abs(spread.mean()) < 1e-5 and spread.std(ddof=1) == pytest.approx(1, abs=1e-5) and abs(told["objective/kl"]) > 1e-3
+    made._current = (0, batch, {})
+    epochs = [[made.batch_at(2 * epoch + part, moved, base)[0].tokens for part in (0, 1)] for epoch in (0, 1)]
+    assert np.shape(epochs) == (2, *batch.tokens.shape) and (np.array(epochs[0]) != epochs[1]).any()
+    np.testing.assert_array_equal(*(np.sort(np.reshape(epoch, (-1, batch.tokens.shape[-1])), axis=0) for epoch in epochs))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_value_head_is_kept_beside_what_is_trained_and_gone_on_with(config, folder, tmp_path, method):
+    """PEFT's and transformers' files are those of a language model; a run that goes on from them has the head again."""
+    mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def begun(**keys):
+        run = load_config(config(objective="ppo", method=method) | keys)
+        return load_for_training(run, open_model(run.model), mesh)
+
+    model, trainable = begun()
+    trainable = jax.tree.map(lambda x: x + 0.25, trainable)
+    run = load_config(config(objective="ppo", output_dir=str(tmp_path)))
+    out = save_result(run, model, trainable, tmp_path)
+    assert "value" not in jt.load(out if method == "full" else folder / "model").params
+    if method == "lora":
+        plain = jt.load_adapter(out, jt.load(folder / "model"))
+        assert plain.wholes == () and plain.params.keys() == trainable.params.keys()
+        assert over_the_base(model.config, trainable, trainable).saved == trainable.saved  # PiSSA's last step is of pairs alone
+    (_, again) = begun(model=str(out)) if method == "full" else begun(init_adapter=str(out))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (again, trainable)))
+    assert (compose(model.params, again)["value"] == 0.25).all()
 
 
 # ---- what cannot be ----
@@ -264,7 +328,8 @@ def test_a_reward_function_that_fails_stops_the_run(config, tmp_path):
         ({"reward_funcs": ["f1"], "max_completion_length": 300}, "max_position_embeddings is 256; lower max_completion_length"),
         ({"reward_funcs": ["f1"], "loss_type": "cispo"}, "write epsilon_high: 5.0"),
         ({"reward_funcs": ["f1"], "steps_per_generation": 3, "gradient_accumulation_steps": 2}, "has to be a multiple of gradient_accumul"),
-        ({"objective": "sft", "reward_funcs": ["f1"]}, "is a key of objective (stepwise_reward or )?grpo or rloo"),
+        ({"objective": "sft", "reward_funcs": ["f1"]}, "is a key of objective (stepwise_reward or )?grpo or rloo or ppo"),
+        ({"objective": "ppo", "reward_funcs": ["f1"], "method": "prompt_tuning"}, "prompt_tuning trains no value head; write method: lora"),
     ],
 )
 def test_what_the_keys_may_not_be(config, keys, said):

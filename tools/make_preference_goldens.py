@@ -5,7 +5,8 @@
 preference.npz: `CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
 (tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in
 float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the scores. policy.npz: `CASE/logps`,
-`CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss and gradient to `logps`.
+`CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss and gradient to `logps`. ppo.npz:
+what tests/ppo_cases.py gives, and loss and gradient to `logps` and `vpred`.
 """
 
 import argparse
@@ -20,9 +21,10 @@ OUT = TESTS / "goldens" / "objectives"
 
 sys.path.insert(0, str(TESTS))
 import policy_cases  # noqa: E402
+import ppo_cases  # noqa: E402
 import preference_cases  # noqa: E402
 import reward_cases  # noqa: E402
-from oracle import trl_losses, trl_policy, trl_rewards  # noqa: E402
+from oracle import trl_losses, trl_policy, trl_ppo, trl_rewards  # noqa: E402
 
 
 def write(name, cases, theirs):
@@ -46,6 +48,7 @@ def main():
     write("preference", preference_cases, trl_losses.theirs)
     write("reward", reward_cases, trl_rewards.theirs)
     write("policy", policy_cases, trl_policy.theirs)
+    write("ppo", ppo_cases, trl_ppo.theirs)
 
 
 if __name__ == "__main__":

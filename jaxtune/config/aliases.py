@@ -72,6 +72,10 @@ ALIASES: dict[str, str] = {
         "trainable_parameters": "unfrozen_parameters",
         "teacher": "teacher_model_name_or_path teacher_model",
         "reward_model": "reward_model_name_or_path reward_model_path",
+        "num_ppo_epochs": "ppo_epochs",
+        "kl_coef": "init_kl_coef",
+        "whiten_rewards": "ppo_whiten_rewards",
+        "max_completion_length": "response_length",
     }.items()
     for alias in names.split()
 }
@@ -191,7 +195,13 @@ DIFFERENT: dict[str, str] = {
         "none": "reference_free force_use_ref_model model_adapter_name ref_adapter_name ref_model_adapters",
         "set variables of the environment in the shell": "env",
         "what liger and cut cross-entropy do is done anyway; other plugins are not offered": "plugins",
-        "PPO is not offered; write objective: grpo": "ppo_epochs num_ppo_epochs vf_coef cliprange",
+        "steps are counted: write max_steps, or num_train_epochs": "total_episodes",
+        "an answer ends with the tokens that the model's generation_config.json names": "stop_token stop_token_id",
+        "the KL has one weight throughout; write kl_coef": "adap_kl_ctrl ppo_target horizon",
+        "write model: FOLDER": "sft_model_path",
+        "write reward_model: FOLDER": "reward_model_type reward_model_adapters reward_model_quantization_bit",
+        "the value head shares the model that is trained": "value_model value_model_path critic_model",
+        "rewards count as they are; write whiten_rewards, or reward_weights": "ppo_score_norm use_score_scaling use_score_norm score_clip",
         "write the tokens into the rows' prompt_completion texts, or take the tokenizer's chat template": "response_template "
         "instruction_template",
         "write data.max_length: prompt and answer together, of grpo and rloo the prompt alone": "max_prompt_length",
@@ -247,6 +257,9 @@ LEFT_OUT: dict[str, str] = {
         "a loss that is no number stops the run, and loss_spike_sigma tells of jumps": "loss_watchdog_threshold loss_watchdog_patience",
         "adapters are saved by themselves": "save_adapter_weights_only",
         "batches of the reference are those of the evaluation": "precompute_ref_batch_size",
+        "the sizes of batches follow from per_device_train_batch_size and the devices": "world_size num_total_batches local_batch_size "
+        "local_mini_batch_size mini_batch_size",
+        "answers are scored in the batches of a step": "local_rollout_forward_batch_size ppo_buffer_size",
         "the loss is always divided by the tokens of the whole batch": "average_tokens_across_devices",
         "rows are tokenised on all cores, once": "dataset_num_proc preprocessing_num_workers dataset_processes overwrite_cache",
         "rows are padded to data.max_length only": "pad_to_sequence_len pad_to_multiple_of pad_token",
@@ -266,7 +279,7 @@ LEFT_OUT: dict[str, str] = {
         "nothing is uploaded": "hub_strategy hub_private_repo hub_token hub_always_push hub_revision push_to_hub_organization "
         "push_to_hub_token",
         "the product with the head is always taken to float32": "cast_lm_head_to_fp32",
-        "log_completions writes them all": "num_completions_to_print log_unique_prompts log_multimodal",
+        "log_completions writes them all": "num_sample_generations num_completions_to_print log_unique_prompts log_multimodal",
         "no code from a model's folder is ever run": "trust_remote_code",
         "a loss that is not finite stops the run and names the step": "logging_nan_inf_filter",
         "config.json says what the model is": "model_type tokenizer_type task_type lora_task_type is_llama_derived_model "

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # TRL's learning rates for full tuning; an adapter takes ten times as much ("LoRA without regret", and TRL's own advice).
 LEARNING_RATES = {"reward": 1e-5, "stepwise_reward": 1e-5}
-LEARNING_RATES |= dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo"), 1e-6)
+LEARNING_RATES |= dict.fromkeys(("dpo", "kto", "orpo", "cpo", "simpo", "grpo", "rloo"), 1e-6) | {"ppo": 3e-6}
 
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,

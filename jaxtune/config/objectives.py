@@ -38,6 +38,8 @@ def resolve(config: "Config") -> dict[str, Any]:
     out: dict[str, Any] = {}
     if config.beta is None:
         out["beta"] = BETA.get(config.objective)
+    if config.temperature is None and config.objective in ("distill", *policy.POLICY):
+        out["temperature"] = policy.TEMPERATURE.get(config.objective, 1.0)
     if config.loss_type is None and config.objective in LOSS_TYPES:
         out["loss_type"] = LOSS_TYPES[config.objective][:1]
     if config.loss_type == ("chunked_nll",):  # TRL's name for the way in which every loss is computed here

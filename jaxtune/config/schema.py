@@ -25,7 +25,7 @@ from jaxtune.config.adapters import (
     VeraConfig,
 )
 from jaxtune.config.coerce import Group
-from jaxtune.config.policy import POLICY
+from jaxtune.config.policy import GROUPED, POLICY
 
 Table = tuple[tuple[str, Any], ...]  # a dict on the surface
 
@@ -130,7 +130,7 @@ class ObjectiveConfig(Group):
 
     loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
-    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *POLICY, "distill")
+    beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *GROUPED, "distill")
     label_smoothing: float = _of("dpo", "cpo", "simpo", default=0.0)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _of("dpo", default="reverse_kl")
     f_alpha_divergence_coef: float = _of("dpo", default=0.5)
@@ -149,7 +149,7 @@ class ObjectiveConfig(Group):
     center_rewards_coefficient: float | None = _of("reward")
     step_separator: str = _of("stepwise_reward", default="\n")  # written after each step; its last token is where a step is judged
     train_on_last_step_only: bool = _of("stepwise_reward", default=False)
-    # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo: tokens that an answer may have, 512
+    # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo, ppo: tokens that an answer may have, 512
     max_completion_length: int | None = _of("stepwise_reward", *POLICY)
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
@@ -161,7 +161,7 @@ class ObjectiveConfig(Group):
     teacher_quantization: Literal["nf4", "nf4-dq", "int8"] | None = _of("distill")
     kd_ratio: float = _of("distill", default=1.0)  # the divergence's part of the loss; the rest is the rows' own tokens
 
-    # ---- grpo, rloo: answers are drawn, judged, and learnt from ----
+    # ---- grpo, rloo, ppo: answers are drawn, judged, and learnt from ----
     reward_funcs: tuple[str, ...] = _of(*POLICY, default=())  # of rewards.REWARDS, or module.function, path/file.py:function, which are run
     reward_model: tuple[str, ...] = _of(*POLICY, default=())  # folders (or hub ids) of reward models
     reward_weights: tuple[float, ...] | None = _of(*POLICY)  # of the functions, then the models; None: all 1
@@ -169,15 +169,15 @@ class ObjectiveConfig(Group):
     reward_pattern: str | None = _of(*POLICY)  # what reward `format` looks for: a regular expression that the whole answer matches
     num_generations: int = _of(*POLICY)  # answers to a prompt; None: 8, rloo 2
     num_generations_eval: int = _of(*POLICY)  # None: num_generations
-    temperature: float = _of("distill", *POLICY, default=1.0)
+    temperature: float = _of("distill", *POLICY)  # None: 1, ppo 0.7
     top_p: float = _of(*POLICY, default=1.0)
     top_k: int = _of(*POLICY, default=0)
     min_p: float | None = _of(*POLICY)
     repetition_penalty: float = _of(*POLICY, default=1.0)
-    steps_per_generation: int = _of(*POLICY)  # micro-batches that one drawing is cut into; None: gradient_accumulation_steps
-    num_iterations: int = _of(*POLICY, default=1)  # how often each drawing is learnt from
-    epsilon: float = _of(*POLICY, default=0.2)
-    epsilon_high: float = _of(*POLICY)  # None: epsilon
+    steps_per_generation: int = _of(*GROUPED)  # micro-batches that one drawing is cut into; None: gradient_accumulation_steps
+    num_iterations: int = _of(*GROUPED, default=1)  # how often each drawing is learnt from
+    epsilon: float = _of(*GROUPED, default=0.2)
+    epsilon_high: float = _of(*GROUPED)  # None: epsilon
     delta: float | None = _of("grpo")
     importance_sampling_level: Literal["token", "sequence"] = _of("grpo", default="token")
     scale_rewards: bool | Literal["group", "batch", "none"] = _of("grpo", default="group")
@@ -193,8 +193,21 @@ class ObjectiveConfig(Group):
     vespo_lambda_neg: float = _of("grpo", default=2.0)
     normalize_advantages: bool = _of("rloo", default=False)
     reward_clip_range: tuple[float, ...] | None = _of("rloo")
-    mask_truncated_completions: bool = _of(*POLICY, default=False)
+    mask_truncated_completions: bool = _of(*GROUPED, default=False)
     log_completions: bool = _of(*POLICY, default=False)  # write prompts, answers and rewards to completions.jsonl
+
+    # ---- ppo: a value head, and a reward for every token ----
+    kl_coef: float = _of("ppo", default=0.05)
+    kl_estimator: Literal["k1", "k3"] = _of("ppo", default="k1")
+    whiten_rewards: bool = _of("ppo", default=False)
+    missing_eos_penalty: float | None = _of("ppo")  # taken from the reward of an answer that is cut off
+    gamma: float = _of("ppo", default=1.0)
+    lam: float = _of("ppo", default=0.95)
+    num_ppo_epochs: int = _of("ppo", default=4)  # how often each drawing is learnt from
+    num_mini_batches: int = _of("ppo", default=1)  # steps that a drawing is cut into, each time others
+    cliprange: float = _of("ppo", default=0.2)
+    vf_coef: float = _of("ppo", default=0.1)
+    cliprange_value: float = _of("ppo", default=0.2)
 
 
 def _later() -> Any:

@@ -1,25 +1,29 @@
-"""Models that score: a language model given a scoring head, and reward models and classifiers as they are saved."""
+"""Models with another head: a language model given a scoring head or a value head, and reward models and classifiers as they are saved."""
 
 import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune import parallel
 from jaxtune.config import Config
-from jaxtune.convert import peft
+from jaxtune.convert import peft, value
 from jaxtune.convert.load import Model, load
 from jaxtune.convert.tensors import Safetensors, read_json
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import ModelConfig, heads
 from jaxtune.model.spec import spec
 from jaxtune.peft import compose, partial
+from jaxtune.peft.adapter import Adapter
+from jaxtune.peft.sites import Whole
 
 log = logging.getLogger("jaxtune")
 
@@ -124,6 +128,38 @@ def _fresh(config: ModelConfig, dtype: Any, key: jax.Array, mesh: Mesh | None) -
 
     shardings = None if mesh is None else parallel.param_shardings(mesh, config, jax.eval_shape(make, key))
     return jax.jit(make, out_shardings=shardings)(key)
+
+
+# ---- value heads ----
+
+
+def valued(config: Config, model_config: ModelConfig) -> ModelConfig:
+    """The model's config with a value head beside the vocabulary's, where the run's objective trains one."""
+    return dataclasses.replace(model_config, value_head=True) if config.objective == "ppo" else model_config
+
+
+def attach_value(config: Config, model: Model, folders: Sequence[Path], mesh: Mesh) -> Model:
+    """The model with a value head, where the run trains one: that of the first folder that holds one, or else zeros."""
+    model_config = valued(config, model.config)
+    if not model_config.value_head:
+        return model
+    rows = {path: row for path, row in spec(model_config).items() if path in heads.VALUE}
+    values = next(filter(None, (value.read(folder, model_config.hidden_size) for folder in folders)), None)
+    log.info("value head: %s", "zeros" if values is None else f"gone on with ({value.FILE})")
+    values = values or {path: np.zeros(row.shape) for path, row in rows.items()}
+    values = {path: jnp.asarray(x, _dtype(model)) for path, x in values.items()}
+    values = parallel.place(values, parallel.param_shardings(mesh, model_config, values))
+    return dataclasses.replace(model, config=model_config, params=model.params | values)
+
+
+def train_value(adapter: Adapter, params: dict) -> Adapter:
+    """An adapter that was read from its files, with the value head of `params`, if there is one, as a part of what it trains."""
+    missing = [path for path in heads.VALUE if path in params and path not in adapter.saved]
+    saved = adapter.saved | {path: jnp.array(params[path], jnp.float32) for path in missing}
+    return adapter.replace(saved=saved, wholes=(*adapter.wholes, *map(Whole, missing)))
+
+
+# ---- opening ----
 
 
 def _dtype(model: Model) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import background, parallel
+from jaxtune.convert import value
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
@@ -186,11 +187,12 @@ def write_model(
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     write_tensors(folder, plans, make, max_shard_size)
+    value.write(folder, params)
 
 
 def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, base: Checkpoint | None = None):
     """What `params` is as Hugging Face tensors: the config (untied where the tree has a head of its own), the plans, and `make(name)`."""
-    leaves = flatten(params)
+    leaves, config = value.without(flatten(params)), dataclasses.replace(config, value_head=False)
     stored = match_names(base, list(cells(spec(config)))) if base else {}  # what each tensor is called in `base`
     if config.tie_word_embeddings and "head" in leaves:
         tied, config = spec(config)["embed"].hf, untied(config)

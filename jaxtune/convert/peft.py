@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.config import LoraConfig
+from jaxtune.convert import value as value_head
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
@@ -103,6 +104,8 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
                     value = np.asarray(values[leaf][place.number] if row.layers else values[leaf])
                     tensors[f"{place.stem}.{part.file}"] = _as_in_file(value, leaf, part, rank)
     for whole in adapter.wholes:
+        if whole.path in heads.VALUE:
+            continue  # in a file of its own
         row, value = whole_rows(model.config)[whole.path], np.asarray(adapter.saved[whole.path])
         for number, name in _whole_names(whole, row, model, adapter.config, adapted):
             one = value if number is None else value[number]
@@ -112,6 +115,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
         write_json(folder / "adapter_config.json", config_json(adapter, model))
         plans = [Plan(name, value.dtype, value.shape) for name, value in tensors.items()]
         write_file(folder / "adapter_model.safetensors", plans, tensors.__getitem__)
+        value_head.write(folder, adapter.saved)
     return Path(out)
 
 

@@ -39,7 +39,8 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     elif isinstance(targets, str) and model.config.moe:
         ranks = {site.path: site.ranks for site in adapter.sites}
         targets = [name for path, row in modules.items() for name, rank in zip(names(path, row), ranks[path], strict=True) if rank]
-    scorers = {whole_rows(model.config)[whole.path].hf.rsplit(".", 1)[0] for whole in adapter.wholes if whole.path in heads.PATHS}
+    own = [whole.path for whole in adapter.wholes if whole.path in heads.PATHS and whole.path not in heads.VALUE]
+    scorers = {whole_rows(model.config)[path].hf.rsplit(".", 1)[0] for path in own}
     if scorers:
         fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
     task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"

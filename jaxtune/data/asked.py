@@ -1,4 +1,4 @@
-"""Prompts whose answers the policy writes itself (grpo, rloo), and the rows that prompts and answers make."""
+"""Prompts whose answers the policy writes itself (grpo, rloo, ppo), and the rows that prompts and answers make."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.config.policy import steps_per_rollout
+from jaxtune.config.policy import kl_weight, step_shape, steps_per_rollout
 from jaxtune.data import formats
 from jaxtune.data.batch import Batch, Rollout
 from jaxtune.data.documents import Documents
@@ -129,26 +129,27 @@ class Layout:
 
     Attributes:
         prompts: of a rollout. answers: to each of them. most: tokens of an answer.
-        slices: steps that a rollout is cut into; each is taken `num_iterations` times, `repeats` steps in all.
+        slices: steps that a rollout is cut into; each is taken `num_iterations` (ppo: `num_ppo_epochs`) times, `repeats` steps in all.
         micro_batches, rows: A and B. together: answers in a row (S).
         old: whether steps need the log-probabilities by the policy that drew the answers. reference: whether there is a reference model.
-        kept: whether steps are given its log-probabilities (RLOO's are part of the reward).
+        kept: whether steps are given its log-probabilities (RLOO's and PPO's are part of the reward). valued: whether tokens have values.
     """
 
     def __init__(self, config: Config, data_parallel: int, training: bool = True):
-        each, self.micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        self.answers, self.most = config.num_generations, int(config.max_completion_length or 0)
-        self.slices, self.repeats = config.steps_per_generation // self.micro_batches, steps_per_rollout(config)
+        self.micro_batches, each, self.slices = step_shape(config)
+        self.answers, self.most, self.repeats = config.num_generations, int(config.max_completion_length or 0), steps_per_rollout(config)
         self.together = math.gcd(self.answers, each) if config.data.shared_prompts else 1
         self.rows = each * data_parallel // self.together
-        self.reference = config.beta != 0
-        self.old = self.repeats > 1 or (config.objective == "rloo" and self.reference)
+        self.reference, self.valued = kl_weight(config) != 0, config.objective == "ppo"
+        self.old = self.repeats > 1 or self.valued or (config.objective == "rloo" and self.reference)
         self.kept = self.old and self.reference and config.objective == "grpo"
         self.prompts, rest = divmod(each * data_parallel * self.micro_batches * self.slices, self.answers)
         if rest or not self.prompts:
+            key = "gradient_accumulation_steps" if self.valued else "steps_per_generation"
+            each, times = config.per_device_train_batch_size, getattr(config, key)
             raise ConfigError(
-                f"a rollout has per_device_train_batch_size ({each}) * devices ({data_parallel}) * steps_per_generation "
-                f"({config.steps_per_generation}) = {each * data_parallel * config.steps_per_generation} answers, which do not make whole "
+                f"a rollout has per_device_train_batch_size ({each}) * devices ({data_parallel}) * {key} "
+                f"({times}) = {each * data_parallel * times} answers, which do not make whole "
                 f"groups of num_generations ({self.answers}); change one of them"
             )
         if not training:
@@ -167,7 +168,8 @@ class Layout:
         batch = self.empty(self.size(longest, self.together * self.most), self.together * self.most)
         assert batch.rollout is not None
         known = np.zeros_like(batch.weights)
-        rollout = Rollout(batch.rollout.tokens, known if self.old else None, known if self.kept else None)
+        of_tokens = (known,) * 3 if self.valued else ()
+        rollout = Rollout(batch.rollout.tokens, known if self.old else None, known if self.kept else None, *of_tokens)
         return batch.replace(rollout=rollout)  # type: ignore[attr-defined]
 
     def size(self, longest: int, trained: int) -> int:

@@ -29,11 +29,16 @@ class Rollout:
         tokens: float32 `[B, S]`, the trained tokens of an answer, on average over all answers drawn at once.
         old_logps: float32 `[B, T]`, log-probability of each trained token by the policy that drew it; None: by the one that is trained.
         ref_logps: float32 `[B, T]`, the same by the reference model; None: not computed before, or not needed.
+        advantages, returns, values: float32 `[B, T]`, of ppo: what each trained token's advantage is, what its value should have been,
+            and was. None: not of ppo.
     """
 
     tokens: Any
     old_logps: Any = None
     ref_logps: Any = None
+    advantages: Any = None
+    returns: Any = None
+    values: Any = None
 
 
 @struct.dataclass

@@ -140,6 +140,11 @@ def scores(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
     return linear(params["score"], hidden_D.astype(jnp.float32), params.get("score_bias"))
 
 
+def values(params: dict, hidden_D: jax.Array) -> jax.Array:
+    """float32 values `[...]` of hidden states `[..., D]` by a value head; the product is taken in float32."""
+    return linear(params["value"], hidden_D.astype(jnp.float32), params["value_bias"])[..., 0]
+
+
 def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
     """What a family does to the head's output, elementwise: `logits / scaling`, then `cap * tanh(logits / cap)`."""
     if config.logits_scaling != 1.0:

@@ -1,4 +1,5 @@
-"""From the rewards of several answers to one prompt to what each of them is told: how much better it was than the others.
+"""From rewards to what is told of an answer: how much better it was than others to the same prompt, or of each of its tokens (ppo) how much
+better it went than expected.
 
 Rewards come as numbers, float64 `[answers, rewards]`, the answers to a prompt side by side; NaN is a reward that does not judge an
 answer. An answer that none of them judges has no part in means, and the advantage 0.
@@ -79,3 +80,55 @@ def rloo(config: Any, rewards_NF: np.ndarray, weights_F: np.ndarray, size: int, 
 
 # objective: (config, rewards [answers, rewards], weights, answers to a prompt, log-ratio to the reference) -> Advantages
 ADVANTAGES: dict[str, Callable[..., Advantages]] = {"grpo": grpo, "rloo": rloo}
+
+
+# ---- token by token ----
+
+
+class TokenAdvantages(NamedTuple):
+    """Of each token its advantage and its return, float64 `[answers, tokens]`, 0 beyond an answer's end; and TRL's metrics."""
+
+    advantages: np.ndarray
+    returns: np.ndarray
+    told: dict[str, float]
+
+
+def whiten(x: np.ndarray, there: np.ndarray, shift_mean: bool = True) -> np.ndarray:
+    """`(x - mean) / sqrt(var + 1e-8)` over the places that are there, 0 elsewhere; without `shift_mean` the mean is put back."""
+    mean, count = x[there].mean(), np.count_nonzero(there)
+    variance = np.square(x[there] - mean).sum() / max(count - 1, 1)
+    return np.where(there, (x - mean) / np.sqrt(variance + 1e-8) + (0.0 if shift_mean else mean), 0.0)
+
+
+def ppo(
+    config: Any, scores_N: np.ndarray, lengths_N: np.ndarray, old_NT: np.ndarray, ref_NT: np.ndarray | None, values_NT: np.ndarray
+) -> TokenAdvantages:
+    """Generalised advantages (arXiv 1506.02438) of rewards that are `-kl_coef` times the KL to the reference at each token (1909.08593),
+    and the answer's score at its last one.
+
+    `A_t = d_t + gamma lam A_t+1`, `d_t = r_t + gamma V_t+1 - V_t`, V being 0 after the last token; the return is `A + V`, and advantages
+    are whitened over all tokens of the rollout. Of log-ratios `x = log p_ref / p` the KL is `-x` (`kl_estimator` k1) or `e^x - 1 - x` (k3).
+    All float64, `scores_N [answers]`, the others `[answers, tokens]`.
+    """
+    N, T = old_NT.shape
+    there = np.arange(T) < lengths_N[:, None]
+    x = np.zeros(old_NT.shape) if ref_NT is None else np.where(there, ref_NT - old_NT, 0.0)
+    kl = -x if config.kl_estimator == "k1" else np.exp(x) - 1 - x
+    rewards = -config.kl_coef * kl
+    of_kl = float(rewards.sum(1).mean())
+    rewards[np.arange(N), lengths_N - 1] += scores_N
+    if config.whiten_rewards:
+        rewards = whiten(rewards, there, shift_mean=False)
+    values = np.where(there, values_NT, 0.0)
+    after, advantages = np.append(values[:, 1:], np.zeros((N, 1)), axis=1), np.zeros_like(values)
+    deltas, last = rewards + config.gamma * after - values, np.zeros(N)
+    for t in reversed(range(T)):
+        advantages[:, t] = last = deltas[:, t] + config.gamma * config.lam * last
+    returns = advantages + values
+    told = {
+        "objective/kl": float(kl.sum(1).mean()), "objective/entropy": float(-np.where(there, old_NT, 0.0).sum(1).mean()),
+        "objective/non_score_reward": of_kl, "objective/scores": float(scores_N.mean()), "objective/rlhf_reward": of_kl + scores_N.mean(),
+    }  # fmt: skip
+    if (variance := returns[there].var()) > 0:
+        told["val/var_explained"] = float(1 - (returns - values)[there].var() / variance)
+    return TokenAdvantages(whiten(advantages, there), returns, told)

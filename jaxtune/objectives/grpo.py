@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxtune.data.batch import Batch
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.moe import RouterSums, load_balancing_loss
 from jaxtune.objectives.answers import REFERENCE, members, metric
 from jaxtune.objectives.logprobs import TokenLogprobs, token_logprobs
 from jaxtune.objectives.loss import Loss
+from jaxtune.objectives.sft import balanced
 
 
 class Drawn(NamedTuple):
@@ -31,7 +31,6 @@ class Drawn(NamedTuple):
         tokens_BS: tokens of an answer, on average over the whole rollout, in each of its answers (dapo's weight).
         old_BN: log-probabilities by the policy that drew the answer; None: by this one.
         ref_BN: by the reference model; None: there is no KL term.
-        aux: where the routers of expert layers sent the tokens.
     """
 
     logp_BN: jax.Array
@@ -42,7 +41,6 @@ class Drawn(NamedTuple):
     tokens_BS: jax.Array
     old_BN: jax.Array | None = None
     ref_BN: jax.Array | None = None
-    aux: RouterSums | None = None
 
     @property
     def mask_BN(self) -> jax.Array:
@@ -69,19 +67,18 @@ def grpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch
     With experts, `router_aux_loss_coef` times the load-balancing loss is added, as in objective sft.
     """
     tokens = logps_of(config, model_config, params, batch)
-    loss = grpo_loss(config, drawn(config, model_config, base, batch, tokens))
-    if tokens.aux is None:
-        return loss
-    balance = load_balancing_loss(tokens.aux)
-    total = loss.total + config.router_aux_loss_coef * balance * loss.weight
-    return Loss(total, loss.weight, loss.metrics | {"aux_loss": (balance * loss.weight, loss.weight)})
+    return balanced(config, grpo_loss(config, drawn(config, model_config, base, batch, tokens)), tokens.aux)
+
+
+def cooled(config: Any, model_config: ModelConfig) -> ModelConfig:
+    """The model whose distribution answers are drawn from: its logits are divided by `temperature`, after any cap."""
+    t = config.temperature
+    return replace(model_config, logits_scaling=model_config.logits_scaling * t, logits_softcap=model_config.logits_softcap / t)
 
 
 def logps_of(config: Any, model_config: ModelConfig, params: dict, batch: Batch) -> TokenLogprobs:
-    """Log-probabilities of the distribution that answers are drawn from: the logits are divided by `temperature`, after any cap."""
-    t = config.temperature
-    cooled = replace(model_config, logits_scaling=model_config.logits_scaling * t, logits_softcap=model_config.logits_softcap / t)
-    return token_logprobs(cooled, params, batch)
+    """Log-probabilities of the distribution that answers are drawn from."""
+    return token_logprobs(cooled(config, model_config), params, batch)
 
 
 def reference_logps_of(config: Any, model_config: ModelConfig, base: dict, batch: Batch) -> jax.Array:
@@ -106,7 +103,6 @@ def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, toke
         tokens_BS=rollout.tokens,
         old_BN=at(rollout.old_logps),
         ref_BN=ref_BN,
-        aux=tokens.aux,
     )
 
 

@@ -60,7 +60,11 @@ def trained_states(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
 
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
     """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
-    out = trained_states(config, params, batch, embeds_BTD)
+    return logprobs_of(config, params, trained_states(config, params, batch, embeds_BTD))
+
+
+def logprobs_of(config: ModelConfig, params: dict, out: TrainedStates) -> TokenLogprobs:
+    """The same of states that are there already."""
     logp, *of_prediction = by_chunks(config, target_statistics, decoder.output_head(params), out.hidden_BND, out.targets_BN)
     live = (out.weights_BN != 0).astype(jnp.float32)
     entropy, correct, collision, mean_logit = (x * live for x in of_prediction)

@@ -10,6 +10,7 @@ FALLEN = 0.1  # share of an answer's log-probability
 LONGER = 1.25  # times as long
 NO_SIGNAL, CUT_OFF, CLIPPED = 0.9, 0.8, 0.3  # shares of groups, of answers, of tokens
 FAR = 2.0  # nats
+BLIND = -0.5  # share of the variance of returns
 AT_START = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), math.log(2)) | {"kto": 0.5}  # the loss of a model that is its reference
 BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of means over tokens, not of sums
 
@@ -20,7 +21,7 @@ def symptoms(config: Any, log: Sequence[dict[str, Any]]) -> dict[str, str]:
     Windows of `WINDOW` rows are compared, the first with the last, so that nothing is said before there are two of them.
     """
     rows = [row for row in log if "loss" in row]
-    if config.loss_type is None or len(rows) < 2 * WINDOW:
+    if (config.loss_type is None and config.objective != "ppo") or len(rows) < 2 * WINDOW:
         return {}
     first, last = _means(rows[:WINDOW]), _means(rows[-WINDOW:])
     found = {
@@ -30,7 +31,8 @@ def symptoms(config: Any, log: Sequence[dict[str, Any]]) -> dict[str, str]:
         "length": _length(config, last),
         "no_signal": _no_signal(config, last),
         "cut_off": _cut_off(config, last),
-        "far": _far(last),
+        "far": _far(config, last),
+        "blind": _blind(last),
     }
     return {name: said for name, said in found.items() if said}
 
@@ -66,12 +68,24 @@ def _cut_off(config: Any, last: dict) -> str | None:
     )
 
 
-def _far(last: dict) -> str | None:
-    kl, clipped = last.get("kl"), last.get("clip_ratio/region_mean", 0.0)
+def _far(config: Any, last: dict) -> str | None:
+    kl, clipped = last.get("kl"), last.get("clip_ratio/region_mean", last.get("policy/clipfrac_avg", 0.0))
     if (kl is None or kl < FAR or "reward" not in last) and clipped < CLIPPED:
         return None
     found = f"{clipped:.0%} of the ratios are clipped" if clipped >= CLIPPED else f"the KL to the reference is {kl:.2g} nats a token"
-    return f"{found}: the policy moves fast. Lower learning_rate or num_iterations, or raise beta"
+    times, weight = ("num_ppo_epochs", "kl_coef") if config.objective == "ppo" else ("num_iterations", "beta")
+    return f"{found}: the policy moves fast. Lower learning_rate or {times}, or raise {weight}"
+
+
+def _blind(last: dict) -> str | None:
+    """A value head that leaves more of the returns' variance than there is."""
+    explained = last.get("val/var_explained")
+    if explained is None or explained > BLIND:
+        return None
+    return (
+        f"the value head is further from the returns than their mean is (val/var_explained {explained:.2g}), so that advantages are mostly "
+        "noise. Raise vf_coef, cliprange_value or num_ppo_epochs, or draw more answers at a time"
+    )
 
 
 def _both_fall(config: Any, first: dict, last: dict) -> str | None:
@@ -103,7 +117,7 @@ def _margin_without_accuracy(first: dict, last: dict) -> str | None:
 
 
 def _stuck(config: Any, rows: Sequence[dict[str, Any]]) -> str | None:
-    start = AT_START.get(config.loss_type[0]) if len(config.loss_type) == 1 and config.objective in WITH_REFERENCE else None
+    start = AT_START.get(config.loss_type[0]) if config.objective in WITH_REFERENCE and len(config.loss_type) == 1 else None
     if start is None or any(row["loss"] is None or abs(row["loss"] - start) > 0.005 for row in rows):
         return None
     return (
@@ -114,7 +128,7 @@ def _stuck(config: Any, rows: Sequence[dict[str, Any]]) -> str | None:
 
 def _length(config: Any, last: dict) -> str | None:
     chosen, rejected = last.get("lengths/chosen"), last.get("lengths/rejected")
-    by_length = config.ld_alpha is not None or set(config.loss_type) <= set(BY_LENGTH)
+    by_length = config.ld_alpha is not None or set(config.loss_type or ()) <= set(BY_LENGTH)
     if chosen is None or rejected is None or chosen < LONGER * rejected or by_length:
         return None
     return (

@@ -110,4 +110,7 @@ def unmoved(base: dict) -> dict | None:
 
 def over_the_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
     """The adapter of the base as it was, of twice the rank; `adapter` itself where the base was not moved."""
-    return adapter if initial is None else combine(model_config, [adapter, initial], [1.0, -1.0])
+    if initial is None:
+        return adapter
+    pairs = [one.replace(saved={}, wholes=()) for one in (adapter, initial)]  # what is trained whole (a head) has moved nothing
+    return combine(model_config, pairs, [1.0, -1.0]).replace(saved=adapter.saved, wholes=adapter.wholes)

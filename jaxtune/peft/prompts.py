@@ -36,8 +36,9 @@ class PromptKind(Kind):
         return Adapter({PATH: self.arrays(key, model_config, params, config, tokenizer)}, (), config)
 
     def _check(self, model_config: ModelConfig, config: Any) -> None:
-        if model_config.num_labels:
-            raise ConfigError(f"method {config.group} trains no scoring head; write method: lora, which does")
+        if model_config.num_labels or model_config.value_head:
+            head = "value" if model_config.value_head else "scoring"
+            raise ConfigError(f"method {config.group} trains no {head} head; write method: lora, which does")
         if self.peft_type != "PREFIX_TUNING" and any(rope.kind in BY_LENGTH for rope in model_config.ropes):
             raise ConfigError(
                 f"method {config.group}: this model turns positions by a text's length, so that virtual tokens differ from text to text; "

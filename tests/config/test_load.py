@@ -134,7 +134,7 @@ EXAMPLES = {
     "train_sampling_strategy": "group_by_length", "lora_dropout": 0.1, "attn_implementation": "sdpa",
     "max_length": 64, "max_seq_length": 64, "max_seq_len": 64, "sequence_len": 64, "cutoff_len": 64, "model_max_length": 64,
     "block_size": 64,
-    "use_peft": True,
+    "use_peft": True, "ppo_whiten_rewards": True,
     "lora_target_linear": True, "full_finetuning": False, "bf16": True, "train_on_inputs": True, "train_on_prompt": True,
     "mask_history": True, "completion_only_loss": True, "assistant_only_loss": True, "group_by_length": True, "packing": True,
     "sample_packing": True, "use_gradient_checkpointing": "unsloth", "activation_checkpointing": True,
@@ -153,7 +153,8 @@ EXAMPLES = {
 OF = {
     "label2id": "classification", "reward_model_name_or_path": "grpo", "reward_model_path": "grpo", "kto_chosen_weight": "kto",
     "kto_desirable_weight": "kto", "kto_rejected_weight": "kto", "kto_undesirable_weight": "kto",
-    "teacher_model_name_or_path": "distill", "teacher_model": "distill",
+    "teacher_model_name_or_path": "distill", "teacher_model": "distill", "ppo_epochs": "ppo", "init_kl_coef": "ppo",
+    "ppo_whiten_rewards": "ppo", "response_length": "ppo",
 } | dict.fromkeys(("pref_loss", "dpo_loss_type", "rl_beta", "pref_beta"), "dpo")  # fmt: skip  # aliases of one objective's keys
 NEEDED = {alias: {"objective": name} for alias, name in OF.items()}
 NEEDED |= {"unfrozen_parameters": {"method": "full"}, "run_val_every_n_steps": {"data": {"eval": 0.1}}}

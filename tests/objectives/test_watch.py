@@ -36,6 +36,7 @@ PLANTED = {
 POLICY = {
     "reward": 0.4, "frac_reward_zero_std": 0.3, "completions/clipped_ratio": 0.1, "kl": 0.2, "clip_ratio/region_mean": 0.02,
 }  # fmt: skip
+PPO = {"reward": 0.4, "completions/clipped_ratio": 0.1, "policy/clipfrac_avg": 0.02, "val/var_explained": lambda t: t - 0.7}
 PLANTED_IN_POLICY = {
     "no_signal": {"frac_reward_zero_std": 0.97}, "cut_off": {"completions/clipped_ratio": 0.9}, "far": {"kl": lambda t: 4 * t},
 }  # fmt: skip
@@ -44,6 +45,7 @@ PLANTED_IN_POLICY = {
 def test_a_healthy_run_is_let_alone():
     assert symptoms(config(), series()) == {}
     assert symptoms(config(objective="grpo"), series(**POLICY)) == {}
+    assert symptoms(config(objective="ppo"), series(**PPO)) == {}
 
 
 @pytest.mark.parametrize("name", PLANTED_IN_POLICY)
@@ -52,6 +54,11 @@ def test_each_failure_of_drawn_answers_is_told_by_its_name_alone(name):
     assert list(found) == [name]
     clipped = symptoms(config(objective="grpo"), series(**POLICY | {"clip_ratio/region_mean": 0.5}))
     assert list(clipped) == ["far"] and "50% of the ratios are clipped" in clipped["far"]
+
+
+def test_failures_of_ppo_are_told_with_its_own_keys():
+    found = symptoms(config(objective="ppo"), series(**PPO | {"policy/clipfrac_avg": 0.5, "val/var_explained": lambda t: -t}))
+    assert list(found) == ["far", "blind"] and "num_ppo_epochs, or raise kl_coef" in found["far"] and "vf_coef" in found["blind"]
 
 
 @pytest.mark.parametrize("name", PLANTED)

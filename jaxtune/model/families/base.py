@@ -13,8 +13,8 @@ from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
-# the fields of a ModelConfig that say how to compute it: two configs that differ in them alone are of one model
-HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts")
+# the fields of a ModelConfig that say how to compute it, or what is beside it: two configs that differ in them alone are of one model
+HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts", "value_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class ModelConfig:
     labels_of: str = "sequence"  # sequence: of a text, at its last token | token: of every token
     score_bias: bool = False
     pad_token_id: int | None = None  # never a text's last token, for a sequence's score
+    value_head: bool = False  # a value of every token beside the vocabulary's head, which objective ppo trains
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)

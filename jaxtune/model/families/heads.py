@@ -1,7 +1,8 @@
-"""Scoring heads: a few numbers in place of the vocabulary's, for whole texts (at their last token) or token by token.
+"""Scoring heads: a few numbers in place of the vocabulary's, for whole texts (at their last token) or token by token; and the value head of
+PPO, one number for every token beside the vocabulary's.
 
-A reward or value model is such a head with one number for whole texts. Rows and names are those of transformers' classes
-`...ForSequenceClassification` and `...ForTokenClassification`.
+A reward model is a scoring head with one number for whole texts. Rows and names are those of transformers' classes
+`...ForSequenceClassification` and `...ForTokenClassification`, and of TRL's `AutoModelForCausalLMWithValueHead`.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "smollm3": ("SmolLM3", BOTH),
 }
 CLASSIFIERS = ("gpt2", "gpt_neox")  # whose token head is called classifier; everyone else's is score
-PATHS = ("score", "score_bias")
+VALUE = {"value": "v_head.summary.weight", "value_bias": "v_head.summary.bias"}
+PATHS = ("score", "score_bias", *VALUE)  # which every method trains
 
 
 def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
@@ -44,6 +46,12 @@ def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
     yield "score", Row((config.num_labels, config.hidden_size), (None, "embed"), "normal", f"{name}.weight", "cls.output.weight")
     if config.score_bias:
         yield "score_bias", Row((config.num_labels,), (None,), "zeros", f"{name}.bias", "cls.output.bias")
+
+
+def value_rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
+    """The value head's rows, `value [1, D]` and its bias: 0 at first, as a head that knows nothing of a text."""
+    yield "value", Row((1, config.hidden_size), (None, "embed"), "zeros", VALUE["value"], "v_head.weight")
+    yield "value_bias", Row((1,), (None,), "zeros", VALUE["value_bias"], "v_head.bias")
 
 
 def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
