@@ -124,8 +124,12 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
 
     A token sees those before it of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask will
     do); all 1 where it is left out. `positions_BT`: places inside a document; 0, 1, 2, ... of the row where they are left out. Pure: may
-    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh.
+    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh. Derivatives are taken in reverse (`jax.grad`, also
+    of a `jax.grad`); `jax.jvp` is not defined. Raises ModelError for tokens of another shape or kind.
     """
+    tokens_BT = jnp.asarray(tokens_BT)
+    if tokens_BT.ndim != 2 or not tokens_BT.size or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: tokens[None]")
     return logits(config, params, hidden(config, params, tokens_BT, positions_BT, segments_BT).hidden_BTD)
 
 

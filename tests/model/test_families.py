@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import references
 
+from jaxtune.errors import ModelError
 from jaxtune.model import decoder
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import spec
@@ -41,8 +42,12 @@ def test_logits(case, kind):
 def test_positions_and_segments_have_defaults():
     golden = references.load("smollm3_window")
     config = from_hf(golden.config)
-    logits = forward(config, references.tree(config, golden.tensors), golden.documents[0][None])
+    params = references.tree(config, golden.tensors)
+    logits = forward(config, params, golden.documents[0][None])
     assert difference([np.asarray(logits[0])], golden.logits["alone"][:1]) < TOLERANCE
+    for wrong in (golden.documents[0], [[1.0, 2.0]], [[]]):
+        with pytest.raises(ModelError, match=r"they have to be whole numbers \[B, T\]"):
+            decoder.forward(config, params, wrong)
 
 
 def test_both_spellings_of_the_config_are_one_model(case):
