@@ -80,6 +80,20 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def _check_folder() -> None:
+    """Libraries ask for the current folder, and say no more than "no such file" where it has been removed under the shell."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder that this command is run in has been removed; cd to one that is there") from None
+
+
+def _flush(*streams: Any) -> None:
+    for stream in streams:
+        if stream is not None:  # closed by the shell (>&-)
+            stream.flush()
+
+
 leave = os._exit  # what ends an interrupted command; tests have another
 last_words: list[Callable[[int], None]] = []  # called with the exit code when a command has failed and said why
 
@@ -117,9 +131,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        _check_folder()
         with _interrupts_heard():
             code = main() or 0
-        sys.stdout.flush()
+        _flush(sys.stdout)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -141,7 +156,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         for function in last_words:
             function(code)
     if code == 130:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush(sys.stdout, sys.stderr)
         leave(code)
     sys.exit(code)

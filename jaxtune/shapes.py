@@ -11,7 +11,7 @@ import numpy as np
 from jaxtune import data, optim, parallel
 from jaxtune.config import Config
 from jaxtune.config.policy import POLICY
-from jaxtune.convert.bitsandbytes import packed_as
+from jaxtune.convert.bitsandbytes import is_skipped, packed_as
 from jaxtune.convert.load import open_config
 from jaxtune.data import units
 from jaxtune.data.asked import Layout
@@ -30,10 +30,12 @@ from jaxtune.tree import unflatten
 
 def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:
     """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it (`dtype`: of a path, or of all)."""
-    kind = packed_as(json.loads(config.hf_json or "{}")) or quantization
+    hf = json.loads(config.hf_json or "{}")
+    own = packed_as(hf)
+    kind = own or quantization
 
     def leaf(path, row):
-        if kind is None or not row.can_be_packed:
+        if kind is None or not row.can_be_packed or own and is_skipped(hf, row.hf_names()[0].removesuffix(".weight")):
             return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype if isinstance(dtype, str) else dtype(path)))
         *lead, out, width = row.shape
         packed = quant.abstract(kind, (out, width))

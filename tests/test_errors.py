@@ -41,6 +41,17 @@ def test_success_exits_0_and_a_returned_code_is_kept(capsys):
     assert exit_of(lambda: 3, capsys) == (3, "")
 
 
+def test_a_closed_stdout_and_a_removed_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: None)
+    assert caught.value.code == 0
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    code, err = exit_of(lambda: None, capsys)
+    assert code == 2 and "has been removed; cd to one that is there" in err
+
+
 def test_interrupt_exits_130(capsys):
     assert exit_of(raising(KeyboardInterrupt()), capsys) == (130, "interrupted\n")
 

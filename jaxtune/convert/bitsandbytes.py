@@ -5,8 +5,10 @@
     int8:   X.weight int8 [out, in], X.SCB float32 [out], X.weight_format
 """
 
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.convert.names import Cell, cells
+from jaxtune.convert.names import Cell, cells, spellings
 from jaxtune.convert.tensors import DTYPES, Checkpoint, Entry, Plan
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
@@ -54,6 +56,23 @@ def packed_as(hf: Mapping[str, Any]) -> str | None:
     return f"{kind}-dq" if settings.get("bnb_4bit_use_double_quant") else kind
 
 
+def is_skipped(hf: Mapping[str, Any], module: str) -> bool:
+    """Whether config.json says that this linear layer was left dense (`llm_int8_skip_modules`), as transformers reads it: a key is a
+    regular expression for the beginning of a module's name, up to the end of one of its parts, or a plain end of it."""
+    keys = hf["quantization_config"].get("llm_int8_skip_modules") or ()
+    return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in keys)
+
+
+def cut(config: ModelConfig, is_packed: Callable[[str], bool]) -> ModelConfig:
+    """The config with stacks of layers that are packed alike, where some layers were left dense; `is_packed(tensor)` says which."""
+    layers: list[set[str]] = [set() for _ in range(config.num_layers)]
+    for path, row in spec(config).items():
+        for layer, name in zip(row.layers, row.hf_names(), strict=False):
+            if row.is_matrix and is_packed(name):
+                layers[layer].add(path.rpartition("/")[2])
+    return dataclasses.replace(config, cuts=tuple(n for n in range(1, config.num_layers) if layers[n] != layers[n - 1]))
+
+
 class Bitsandbytes:
     """A checkpoint whose packed tensors are read as `NF4` or `Int8` leaves."""
 
@@ -73,6 +92,10 @@ class Bitsandbytes:
                 "config.json says that bitsandbytes has packed the tensors, but all of them are plain; take quantization_config out of it "
                 "(quantization: nf4 or int8 packs them while they are read)"
             )
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the tensor of this (usual) name is packed."""
+        return any(spelling in self._states or spelling in self._int8 for spelling in spellings(name))
 
     def _add_4bit(self, state_name: str, turned: set[str]) -> None:
         name = state_name.partition(STATE)[0]
@@ -162,7 +185,10 @@ def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], mak
         else:
             result.append(plan)
             makers[plan.name] = lambda name=plan.name: make(name)
-    return result, lambda name: makers[name](), quantization_config(leaves[next(iter(packed.values())).path], config.dtype)
+    described = quantization_config(leaves[next(iter(packed.values())).path], config.dtype)
+    if dense := [name.removesuffix(".weight") for row in rows.values() if row.is_matrix for name in row.hf_names() if name not in packed]:
+        described["llm_int8_skip_modules"] = [*dense, "lm_head"]  # which transformers leaves dense by itself only where there is no list
+    return result, lambda name: makers[name](), described
 
 
 def quantization_config(leaf: Matrix, dtype: str) -> dict[str, Any]:

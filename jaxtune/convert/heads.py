@@ -91,7 +91,8 @@ def headed(config: ModelConfig, head: Head | None, tokenizer: Any = None) -> Mod
 
 def cut(config: Config, model_config: ModelConfig) -> ModelConfig:
     """The model's config with its layers in stacks that the run trains whole or not at all (`trainable_parameters`)."""
-    return dataclasses.replace(model_config, cuts=partial.cuts(headed(model_config, head_of(config)), config.trainable_parameters))
+    own = partial.cuts(headed(model_config, head_of(config)), config.trainable_parameters)
+    return dataclasses.replace(model_config, cuts=tuple(sorted({*model_config.cuts, *own})))
 
 
 def padding(tokenizer: Any) -> int | None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.convert import hf, sources
-from jaxtune.convert.bitsandbytes import Bitsandbytes, is_packed
+from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skipped
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
@@ -116,6 +116,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     config = from_hf(config_json)
     if is_packed(config_json):
         checkpoint = Bitsandbytes(checkpoint, config)
+        config = cut(config, checkpoint.is_packed)
     config = hf.settle_tie(checkpoint, config)
     file = path / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
@@ -142,7 +143,11 @@ def open_config(source: str | os.PathLike) -> ModelConfig:
     Raises ModelError where there is none, or it is of a kind that is not supported.
     """
     path = sources.resolve(source, ["config.json"])
-    return from_hf(gguf_config(GGUFFile(path)) if path.is_file() else read_json(path / "config.json"))
+    if path.is_file():
+        return from_hf(gguf_config(GGUFFile(path)))
+    hf_json = read_json(path / "config.json")
+    config = from_hf(hf_json)
+    return cut(config, lambda name: not is_skipped(hf_json, name.removesuffix(".weight"))) if is_packed(hf_json) else config
 
 
 def stored_dtype(opened: Opened) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -9,11 +10,13 @@ import tiny
 from safetensors.numpy import load_file
 
 from jaxtune.convert import hf
-from jaxtune.convert.load import load, open_model
+from jaxtune.convert.load import load, open_config, open_model
+from jaxtune.convert.tensors import Safetensors
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
 from jaxtune.model.spec import abstract
 from jaxtune.model.weight import dense, is_weight
+from jaxtune.shapes import abstract_params
 from jaxtune.tree import flatten
 
 
@@ -154,6 +157,21 @@ def test_experts_are_packed_too(tmp_path):
     again = load(tmp_path / "out").params["layers"]["0"]
     assert is_weight(again["q"]) and not is_weight(again["experts_up"])
     np.testing.assert_array_equal(again["experts_up"], dense(layer["experts_up"]))
+
+
+def test_layers_that_are_left_dense(tmp_path):
+    """As in checkpoints that pack some modules of some layers (`llm_int8_skip_modules`): layers that are packed alike are a stack."""
+    tiny.write(tmp_path / "in", tiny.LLAMA | {"hidden_size": 64})
+    config = dataclasses.replace(open_model(tmp_path / "in").config, cuts=(1, 2))
+    pack = lambda path, w: quant.quantize(w, "nf4") if "/q" in path and "/1/" not in path and w.ndim == 2 else w  # noqa: E731
+    hf.save(config, hf.load_params(Safetensors(tmp_path / "in"), config, quantize=pack), tmp_path / "out", keep_packed=True)
+    skipped = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert "model.layers.1.self_attn.q_proj" in skipped and "model.layers.0.self_attn.q_proj" not in skipped and "lm_head" in skipped
+    again = load(tmp_path / "out")
+    assert again.config.cuts == open_config(tmp_path / "out").cuts == (1, 2)
+    assert [is_weight(again.params["layers"][stack]["q"]) for stack in "012"] == [True, False, True]
+    foreseen = abstract_params(again.config, "float32", None)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), again.params) == jax.tree.map(lambda x: (x.shape, x.dtype), foreseen)
 
 
 def test_packed_leaves_are_written_as_what_they_stand_for(tmp_path):
