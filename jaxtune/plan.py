@@ -241,7 +241,10 @@ def _candidates(config: Config, devices: Sequence):
     halves = [micro >> n for n in range(1, micro.bit_length()) if micro % (1 << n) == 0]
     batch, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
     if not config.optimizer_in_bwd:
-        yield "a smaller micro-batch", [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
+        drawn = config.steps_per_generation  # in micro-batches too
+        smaller = [{batch: n, accumulation: steps * micro // n, "gradient_checkpointing": True} for n in halves]
+        more = [{"steps_per_generation": drawn * micro // n} if drawn else {} for n in halves]
+        yield "a smaller micro-batch", [keys | of_drawing for keys, of_drawing in zip(smaller, more, strict=True)]
     if len(devices) > 1 and config.mesh.fsdp == 1:
         yield "weights over the devices", [{"mesh.data": 1, "mesh.fsdp": -1}]
     if config.method == "lora" and config.quantization is None:

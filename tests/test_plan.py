@@ -160,6 +160,8 @@ def test_every_kind_of_change_is_tried_the_mildest_first(model_folder, monkeypat
     assert found["recompute activations"] == {"gradient_checkpointing": True}
     assert found["a smaller micro-batch"] == {micro: 2, steps: 2, "gradient_checkpointing": True}
     assert found["shorter rows"]["data.max_length"] == 32 and "a 4-bit base" not in found  # 11240
+    drawn = instead(7000, objective="grpo", num_generations=2)["a smaller micro-batch"]
+    assert drawn == {micro: 2, steps: 2, "gradient_checkpointing": True, "steps_per_generation": 2}  # as many answers at a time
     assert list(instead(12_000))[-1] == "a smaller micro-batch"  # the slowest last
     assert "a 4-bit base" in instead(12_000)
     found = instead(4700)

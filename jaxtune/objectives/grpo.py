@@ -18,6 +18,8 @@ from jaxtune.objectives.logprobs import TokenLogprobs, token_logprobs
 from jaxtune.objectives.loss import Loss
 from jaxtune.objectives.sft import balanced
 
+NOTHING = 1e-9  # the weight of a batch without answers
+
 
 class Drawn(NamedTuple):
     """Answers and what is known of them, token by token or answer by answer. A padded token is part of no answer.
@@ -175,7 +177,7 @@ def _by_micro_batch(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.A
 
 def _by_token(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The mean over the tokens of the whole rollout (those of one step of several: as if each had the same share)."""
-    return (x_BN * d.mask_BN).sum(), jnp.maximum((d.live_BS * d.tokens_BS).sum(), 1e-9)
+    return (x_BN * d.mask_BN).sum(), (d.live_BS * d.tokens_BS).sum()
 
 
 def _by_longest(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
@@ -230,6 +232,7 @@ def grpo_loss(config: Any, d: Drawn) -> Loss:
         losses += config.beta * kl
         metrics["kl"] = metric(kl, d.mask_BN)
     total, weight = reduce(d, losses, config)
+    weight = jnp.maximum(weight, NOTHING)  # a step whose prompts have run out has no answers, and teaches nothing
     return Loss(total, weight, metrics | _clipping(config, name, level, d, ratios))
 
 

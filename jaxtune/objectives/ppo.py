@@ -13,7 +13,7 @@ from jaxtune.data.batch import Batch
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import metric
-from jaxtune.objectives.grpo import cooled
+from jaxtune.objectives.grpo import NOTHING, cooled
 from jaxtune.objectives.logprobs import logprobs_of, trained_states
 from jaxtune.objectives.loss import Loss
 from jaxtune.objectives.sft import balanced
@@ -87,5 +87,4 @@ def ppo_loss(config: Any, a: Acted) -> Loss:
         "val/clipfrac_avg": (clipped_errors > errors).astype(jnp.float32),
         "val/ratio": rho,
     }
-    # a step whose prompts have run out has no tokens, and teaches nothing
-    return Loss(total, jnp.maximum(a.mask_BN.sum(), 1e-9), {name: metric(x, a.mask_BN) for name, x in measured.items()})
+    return Loss(total, jnp.maximum(a.mask_BN.sum(), NOTHING), {name: metric(x, a.mask_BN) for name, x in measured.items()})

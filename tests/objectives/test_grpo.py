@@ -20,7 +20,7 @@ from jaxtune.model.families import from_hf
 from jaxtune.model.spec import init_params
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.advantages import ADVANTAGES, spread
-from jaxtune.objectives.grpo import LOSSES, logps_of
+from jaxtune.objectives.grpo import LOSSES, Drawn, grpo_loss, logps_of
 
 GOLDEN = np.load(Path(__file__).parent.parent / "goldens" / "objectives" / "policy.npz")
 KEYS = ("logps", "old", "ref", "entropy", "advantages", "mask")
@@ -111,6 +111,16 @@ def test_on_policy_it_is_the_policy_gradient(model, policy_gradient, loss_type):
     config = run(loss_type=loss_type, temperature=0.7, epsilon_high=5.0)
     ours = value_and_gradient(config, model, batch_of(config))[1]
     assert_like(ours, policy_gradient(model[1], jnp.asarray(-ADVANTAGE / sizes)))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_step_without_answers_teaches_nothing(loss_type):
+    """The last rollout of an epoch may have too few prompts for all of its steps."""
+    config = run(objective="rloo") if loss_type == "rloo" else run(loss_type=loss_type, epsilon_high=5.0)
+    of_answers, of_tokens = jnp.zeros((1, 2)), jnp.zeros((1, 4))
+    nobody = Drawn(of_tokens, of_tokens, jnp.zeros((1, 2, 4), bool), of_answers, of_answers, of_answers, of_tokens)
+    loss = grpo_loss(config, nobody)
+    assert loss.total / loss.weight == 0
 
 
 def test_equal_rewards_teach_nothing(model):
