@@ -59,6 +59,24 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _no_devices() -> str | None:
+    """Asked when something has failed: a sentence where jax cannot start the devices that JAX_PLATFORMS names. Of a plugin that is half
+    installed it says so by an AssertionError from anywhere."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked or "jax" not in sys.modules:
+        return None
+    try:
+        sys.modules["jax"].devices()
+    except (RuntimeError, AssertionError) as error:
+        said = _first_line(error) or "none was found"
+        return f"jax cannot start the devices that JAX_PLATFORMS={asked} asks for ({said}); unset it, or write JAX_PLATFORMS=cpu"
+    return None
+
+
 def explain(error: BaseException) -> str | None:
     """One sentence for an error that is the user's or the machine's to put right; None when it is a bug of ours.
 
@@ -75,7 +93,7 @@ def explain(error: BaseException) -> str | None:
             if os.strerror(number) in str(link):
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
         if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word, and TensorStore's (above)
-            said = (str(link).splitlines() or [""])[0][:200]
+            said = _first_line(link)
             return f"out of memory{f' ({said})' if said else ''}; {_LESS_MEMORY}"
     return None
 
@@ -147,7 +165,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = 141  # rich has seen the closed pipe first, and leaves with 1
     except Exception as error:
-        message = explain(error)
+        message = explain(error) or _no_devices()
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -117,6 +117,16 @@ def test_lack_of_memory_says_what_to_do(capsys):
     assert code == 2 and said.startswith("error: out of memory; take fewer rows")
 
 
+def test_devices_that_cannot_be_started_are_told(capsys, monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.devices", devices)
+    code, err = exit_of(raising(AssertionError()), capsys)
+    assert code == 2 and "JAX_PLATFORMS=cuda asks for (none was found); unset it" in err
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         errors.run(lambda: 1 // 0)
