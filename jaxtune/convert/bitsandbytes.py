@@ -46,7 +46,7 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
     except (TypeError, re.error):
         fits = False
     if not fits:
-        raise ModelError(f"config.json says llm_int8_skip_modules={keys!r}; it has to be a list of names, or of regular expressions for them")
+        raise ModelError(f"config.json says llm_int8_skip_modules={keys!r}; it has to be a list of names or regular expressions")
     return True
 
 
