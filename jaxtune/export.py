@@ -21,6 +21,7 @@ import jax
 from jaxtune import cli, errors
 from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
+from jaxtune.convert.bitsandbytes import Bitsandbytes
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.gguf_out import TYPES, save_gguf
 from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
@@ -32,6 +33,7 @@ from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.spec import abstract
 from jaxtune.peft import compose, kind_of
+from jaxtune.runfolder import base_of
 
 log = logging.getLogger("jaxtune")
 
@@ -104,8 +106,9 @@ def find(run: str | os.PathLike) -> Found:
     path = Path(run).expanduser()
     adapter = path if (path / "adapter_config.json").is_file() else path / "adapter"
     if (adapter / "adapter_config.json").is_file():
-        config = next((load_config(folder / "config.yaml") for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
-        base = config.model if config else read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        folder = next((folder for folder in (path, path.parent) if (folder / "config.yaml").is_file()), None)
+        config = load_config(folder / "config.yaml") if folder else None
+        base = base_of(folder, config) if folder and config else read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             given = f"has base_model_name_or_path={base!r}" if base else "has no base_model_name_or_path"
             raise ModelError(f"{adapter}/adapter_config.json {given}, so there is nothing to add it to; write the model's folder or hub id")
@@ -153,8 +156,9 @@ def _merge(
     assert found.adapter is not None
     prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
     base, stored = opened.checkpoint, stored_dtype(opened)
+    quantization = None if isinstance(base, Bitsandbytes) else found.quantization
     # as the file has it, whatever the run rounded it to: that is what the adapter is merged into
-    model = read_model(opened, found.dtype if found.quantization else "auto", found.quantization)
+    model = read_model(opened, found.dtype if quantization else "auto", quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
     adapter = load_adapter(found.adapter, model)
     if not kind_of(adapter.config).merges:
@@ -164,7 +168,7 @@ def _merge(
         )
     params = compose(model.params, adapter)
     wanted = check.logits(model.config, params, prompts)
-    if pack := quantizer(opened.config, found.quantization):
+    if pack := quantizer(opened.config, quantization):
         base = Packed(base, opened.config, found.dtype, pack)
         stored = "bfloat16" if stored == "float32" else stored
     dtype = dtype or stored

@@ -19,6 +19,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
 from jaxtune.objectives.watch import symptoms
+from jaxtune.on_policy import OnPolicy
 from jaxtune.rollout import Rollouts
 from jaxtune.runlog import HANGUP, RunLog, leave_terminal
 from jaxtune.step import TrainState, with_reference
@@ -35,9 +36,10 @@ class Loop:
 
     def __init__(
         self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict,
-        rollouts: Rollouts | None = None,
+        rollouts: Rollouts | None = None, on_policy: OnPolicy | None = None,
     ):  # fmt: skip
         self.config, self.mesh, self.rows, self.total, self.rollouts = config, mesh, rows, total_steps, rollouts
+        self.drawn = rollouts or on_policy
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
@@ -76,7 +78,7 @@ class Loop:
             self._evaluate(0, state, base, eval_step)
         self.clock = time.monotonic()
         for number in range(start + 1, self.total + 1):
-            if self.rollouts and waiting:  # before answers are drawn from the weights of that step
+            if self.drawn and waiting:  # before answers are drawn from the weights of that step
                 waiting = self._read(*waiting)
             batch, told = self._batch(number - 1, state, base)
             state, metrics = step(state, base, self._put(batch))
@@ -127,8 +129,8 @@ class Loop:
 
     def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
         """The batch of a step (from 0), and what was measured in making it."""
-        if self.rollouts:
-            return self.rollouts.batch_at(step, state, base)
+        if self.drawn:
+            return self.drawn.batch_at(step, state, base)
         return self.rows.train.batch_at(step, *self.part), {}
 
     def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:

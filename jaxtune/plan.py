@@ -134,6 +134,8 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
 
 def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data.Source | None) -> list[str]:
     """What is to be known of drawing answers, which the step's bytes and hours do not hold."""
+    if config.lmbda or config.seq_kd:
+        return [f"drawing answers of up to {config.max_completion_length} tokens is not in the step's bytes and hours"]
     if config.objective not in POLICY:
         return []
     layout, prompt = Layout(config, devices), rows.longest_prompt if isinstance(rows, Prompts) else config.data.max_length

@@ -1,6 +1,6 @@
 """The reference model of DPO and KTO, without a second model wherever there is a way.
 
-    an adapter is trained       the base under it; or the adapter it began as (`init_adapter`), or another one (`ref_model: FOLDER`)
+    an adapter is trained       the base under it; or the adapter it began as (`init_adapter`, LoftQ), or another one (`ref_model: FOLDER`)
     the whole model is trained  the weights it began with, whose log-probabilities are computed before the first step
     ref_model: MODEL            a checkpoint of its own, loaded beside the policy, or only until its log-probabilities are computed
 
@@ -32,6 +32,7 @@ from jaxtune.model.families.base import HOW
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
 from jaxtune.objectives.watch import WITH_REFERENCE
 from jaxtune.peft import compose, partial
+from jaxtune.peft.adapter import Adapter
 
 log = logging.getLogger("jaxtune")
 
@@ -75,7 +76,8 @@ def beforehand(config: Config) -> bool:
 def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.Mesh) -> dict:
     """The reference model's tree; shares what it can with the model's."""
     if config.ref_model is None:
-        start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter else None  # the step donates what is trained
+        loftq = isinstance(trainable, Adapter) and getattr(trainable.config, "init_lora_weights", None) == "loftq"
+        start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter or loftq else None  # the step donates what is trained
         if config.method == "full":  # of answers that are not there yet nothing can be computed beforehand
             log.info("reference: a copy of the starting weights is kept, because its KL is weighed; an adapter (method: lora) needs none")
             return compose(model.params, jax.tree.map(jnp.copy, trainable))
@@ -129,7 +131,8 @@ def _identity(config: Config, opened: Opened) -> dict:
     files = {name: runfolder.file_hashes(Path(path).expanduser()) for name, path in paths.items() if path is not None}
     if config.ref_model is not None:
         files.pop("init_adapter", None)
-    return files | {name: getattr(config, name) for name in ("dtype", "param_dtype", "quantization", "ld_alpha")}
+    begun = {"lora": config.lora.to_dict()} if config.lora.init_lora_weights == "loftq" else {}
+    return files | begun | {name: getattr(config, name) for name in ("dtype", "param_dtype", "quantization", "ld_alpha")}
 
 
 def _file(config: Config, source: data.Source, identity: dict) -> Path:

@@ -22,7 +22,7 @@ from jaxtune.data.asked import Prompts, require_room
 from jaxtune.disk import replacing, write_text
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.generation.answer import Answer, Reader
-from jaxtune.generation.batches import Row, Run
+from jaxtune.generation.drawn import draw
 from jaxtune.generation.prompts import stop_tokens
 from jaxtune.generation.sampling import Sampling
 from jaxtune.model import decoder
@@ -164,24 +164,10 @@ class Rollouts:
         self, source: Prompts, prompts: list[int], seed: tuple[int, ...], state: TrainState, base: dict
     ) -> tuple[list[Answer], np.ndarray]:
         """The answers to every prompt, side by side, and whether they came to an end of their own."""
-        each = source.layout.answers
-        words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
-        run = Run(
-            config=dataclasses.replace(self.model.config, remat="none"),
-            params=compose(base, state.trainable),
-            adapter=None,
-            sampling=self.sampling,
-            key=jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"),
-            stops=jnp.asarray(sorted(self.reader.stop_tokens), jnp.int32),
-            new=source.layout.most,
-            watched=False,
-            mesh=self.mesh,
-        )
-        rows = [
-            Row(place, sample, source.ids(prompt), Answer(self.reader)) for place, prompt in enumerate(prompts) for sample in range(each)
-        ]
-        run.all(rows)
-        return [row.answer for row in rows], np.array([row.answer.finish_reason == "stop" for row in rows])
+        return draw(
+            self.model.config, compose(base, state.trainable), [source.ids(prompt) for prompt in prompts], source.layout.answers,
+            source.layout.most, sampling=self.sampling, reader=self.reader, seed=seed, mesh=self.mesh,
+        )  # fmt: skip
 
     def _judge(
         self, source: Prompts, prompts: list[int], answers: list[Answer], step: int

@@ -20,6 +20,7 @@ from jaxtune.locks import lock
 log = logging.getLogger("jaxtune")
 LOCK = ".lock"
 NO_CONFIG = "has files but no config.yaml, which says which run they are of; put it back (the run printed its keys at its start)"
+INITIAL, BASE = "initial", "base"  # an adapter as it began, and the base that it began over, where neither is had from the config alone
 _held: dict[Path, int] = {}  # folders of this process's runs -> their open lock files
 
 # Keys that may differ between a run and its resumption: they change what is kept and said, not what is computed.
@@ -34,6 +35,12 @@ PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tr
 def folder_of(config: Config) -> Path:
     """The run's folder."""
     return Path(config.output_dir).expanduser()
+
+
+def base_of(folder: Path, config: Config) -> str:
+    """The model that the run in this folder trains over: the config's, or one that was made for it."""
+    whole = (folder / INITIAL / "adapter_config.json").is_file()  # which is written last
+    return str(folder / BASE) if whole and (folder / BASE / "config.json").is_file() else config.model
 
 
 def check_free(config: Config) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtune import data, optim, parallel, rollout
+from jaxtune import data, distributed, eva, loftq, optim, parallel, rollout, runfolder
 from jaxtune.config import Config
 from jaxtune.config.policy import POLICY
-from jaxtune.convert import heads
+from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, read_params
+from jaxtune.convert.sources import is_adapter
 from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError
@@ -23,7 +25,7 @@ from jaxtune.model import nf4_kernel
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
-from jaxtune.peft import METHODS, kind_of, param_dtypes
+from jaxtune.peft import METHODS, beginnings, kind_of, param_dtypes
 from jaxtune.peft.adapter import Adapter
 from jaxtune.shapes import abstract_arguments
 from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
@@ -66,7 +68,7 @@ def _say_rows(rows: data.Source, total_steps: int) -> None:
 
 def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
     """The model on the mesh, ready to train, and a fresh trainable part."""
-    return begin(config, opened, read_weights(config, opened, mesh), mesh)
+    return begin(config, opened, read_weights(config, opened, mesh), None, mesh)
 
 
 def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfig, dict]:
@@ -77,8 +79,13 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
     return model_config, params
 
 
-def begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mesh: Mesh) -> tuple[Model, Any]:
-    """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has."""
+def begin(
+    config: Config, opened: Opened, weights: tuple[ModelConfig, dict], rows: data.Source | None, mesh: Mesh
+) -> tuple[Model, Any]:
+    """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has.
+
+    `rows`: those of the training, which an adapter may begin with.
+    """
     model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
     folders = [Path(folder).expanduser() for folder in (config.init_adapter, opened.path) if folder]
     model = heads.attach_value(config, model, folders, mesh)
@@ -93,6 +100,8 @@ def begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mes
             )
     else:
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
+        if beginnings.in_a_run(config):
+            model, trainable = _begun(config, opened, model, trainable, rows, mesh)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
@@ -102,6 +111,31 @@ def begin(config: Config, opened: Opened, weights: tuple[ModelConfig, dict], mes
     else:
         log.info("full: %s of %s parameters are trained", f"{count(trainable):,}", f"{count(model.params):,}")
     return model, trainable
+
+
+def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: Any, mesh: Mesh) -> tuple[Model, Adapter]:
+    """The model and the adapter that the run begins with; of a run that is resumed, those that it has kept."""
+    kept = runfolder.folder_of(config) / runfolder.INITIAL if config.output_dir else None
+    if config.resume and kept and is_adapter(kept):
+        return model, peft_files.load_adapter(kept, model)
+    if beginnings.in_a_run(config) == "eva":
+        return model, eva.begin(config, model, fresh, rows, mesh)
+    params, adapter = loftq.begin(config, opened, model, fresh, mesh)
+    return dataclasses.replace(model, params=params), adapter
+
+
+def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> None:
+    """Write what `begin` has made: the adapter, and the base where LoftQ has packed another one than the config asks for."""
+    if beginnings.in_a_run(config) is None or is_adapter(folder / runfolder.INITIAL):
+        return
+    adapter = parallel.fetch(adapter)
+    if beginnings.in_a_run(config) == "loftq" and config.lora.loftq_config.loftq_iter > 1:
+        model.source = str(folder / runfolder.BASE)
+        shutil.rmtree(model.source, ignore_errors=True)  # of a start that was killed before its adapter was there
+        hf.save(model.config, model.params, model.source, tokenizer=model.tokenizer, generation_config=model.generation_config,
+                keep_packed=True)  # fmt: skip
+    if distributed.is_first():
+        peft_files.save_adapter(adapter, model, folder / runfolder.INITIAL)
 
 
 def place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
@@ -119,6 +153,8 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
     Not of a run that is resumed: it may be refused or be done already, and its program is in the cache.
     """
     if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes are those of its files
+        return
+    if beginnings.in_a_run(config) == "eva":  # whose ranks the rows say
         return
     model_config = heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)

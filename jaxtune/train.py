@@ -30,6 +30,7 @@ from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.on_policy import OnPolicy
 from jaxtune.peft import METHODS, beginnings, compose
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
@@ -94,7 +95,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
-    opened = open_model(config.model)
+    opened = open_model(runfolder.base_of(runfolder.folder_of(config), config) if config.resume else config.model)
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
     say_attention(config, mesh.devices.flat[0].platform)
@@ -104,7 +105,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
         # ---- 2. The step; the weights, and what is trained of them ----
         start.compile_ahead(config, opened, mesh, rows.train, total_steps)
-        model, trainable = start.begin(config, opened, weights.result(), mesh)
+        model, trainable = start.begin(config, opened, weights.result(), rows.train, mesh)
     base = reference.prepare(config, opened, model, trainable, rows, mesh) | read_teacher(config, teacher, mesh)
     initial = None
     if beginnings.moves(getattr(trainable, "config", None)):
@@ -120,6 +121,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     folder = runfolder.folder_of(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
     notes = first_notes(rows) | {"rewards": hashes(config)}
+    start.keep_beginning(config, model, state.trainable, folder)
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
     if distributed.is_first():
@@ -129,7 +131,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
     # ---- 5. The loop ----
     rollouts = Rollouts(config, model, mesh, rows, rewards, folder, total_steps) if rewards else None
-    run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes, rollouts)
+    on_policy = OnPolicy(config, model, mesh, rows.train) if config.lmbda or config.seq_kd else None
+    run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes, rollouts, on_policy)
     state, metrics = run(state, base, step, eval_step)
 
     # ---- 6. The result ----

@@ -16,8 +16,8 @@ LEVELS = (
     {"model", "data"},
     {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "background", "runlog", "runfolder", "in_backward", "step", "generation"},
-    {"loop", "generate", "reference", "teacher", "folds", "score", "best_of", "rewards", "rollout"},
-    {"train", "start", "evaluate", "export", "plan", "costs", "shapes"},
+    {"loop", "generate", "reference", "teacher", "folds", "score", "best_of", "rewards", "rollout", "on_policy"},
+    {"train", "start", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes"},
     {"__main__", "__init__"},
 )
 # Folders of one level that may not know of each other, and what the numerical core is made of.

@@ -10,13 +10,16 @@ import tiny
 from methods import CASES, stir
 
 import jaxtune as jt
-from jaxtune import parallel
-from jaxtune.config import load_config
+from jaxtune import data, parallel, start
+from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_model
 from jaxtune.convert.tensors import Safetensors
 from jaxtune.costs import by_cause
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.export import export
+from jaxtune.export import export, find
+from jaxtune.model.quant import quantize
+from jaxtune.peft import beginnings
+from jaxtune.runfolder import base_of
 from jaxtune.shapes import abstract_step
 from jaxtune.train import train
 
@@ -88,6 +91,9 @@ def test_an_adapter_of_another_method_is_not_gone_on_from(folder, tmp_path):
     ({"method": "boft", "boft": {"boft_n_butterfly_factor": 2}}, "without its CUDA kernel"),
     ({"method": "adalora", "adalora": {"target_r": 20}}, "from 1 to adalora.init_r, 12"),
     ({"method": "vera", "vera": {"d_initail": 1}}, "did you mean vera.d_initial"),
+    ({"method": "lora", "lora": {"init_lora_weights": "loftq"}}, "makes up for what packing takes from the base; write method: qlora"),
+    ({"method": "qlora", "lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}}, "nf4-dq has 4; write .*loftq_bits: 4"),
+    ({"method": "lora", "lora": {"eva_config": {"rho": 3}}}, "is of another beginning; write lora.init_lora_weights: eva"),
 ])  # fmt: skip
 def test_keys_that_do_not_go_together(keys, message):
     with pytest.raises(ConfigError, match=message):
@@ -145,6 +151,52 @@ def test_a_run_that_begins_with_singular_vectors(folder, tmp_path, steps_compile
         jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(init_lora_weights="pissa"))
 
 
+BEGINNINGS = {
+    "loftq": {"quantization": "nf4", "lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}, "r": 8}},
+    "eva": {"lora": {"init_lora_weights": "eva", "r": 2, "eva_config": {"rho": 2}}},
+}
+
+
+@pytest.mark.parametrize("way", BEGINNINGS)
+def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, way):
+    """An ordinary adapter, over a base that is beside it where it is another one; a resume takes both (whole runs: tests/test_train.py)."""
+    keys = config(folder, tmp_path / "run", per_device_train_batch_size=8, **BEGINNINGS[way])
+    keys["lora"] = {"target_modules": ["q_proj", "down_proj"]} | keys["lora"]
+    run, out, mesh = load_config(keys | {"dtype": "float32"}), tmp_path / "run", parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    out.mkdir()
+    (out / "config.yaml").write_text(json.dumps(run.to_dict()))
+    rows = data.load(run, open_model(run.model).tokenizer).train
+
+    def begun(run):
+        opened = open_model(base_of(out, run) if run.resume else run.model)
+        return start.begin(run, opened, start.read_weights(run, opened, mesh), rows, mesh)
+
+    model, adapter = begun(run)
+    start.keep_beginning(run, model, adapter, out)
+    resumed, again = begun(run.replace(resume=True))
+    for one, other in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [site for site in adapter.sites if any(site.ranks)] == list(again.sites)
+    for one, other in zip(jax.tree.leaves(adapter.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    jt.save_adapter(adapter, model, out / "adapter")
+    described = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert described["init_lora_weights"] is True and described["eva_config"] is None
+    plain = jt.load(folder / "model")
+    if way == "eva":
+        ranks = [rank for site in adapter.sites for rank in site.ranks]
+        assert sum(ranks) == 2 * 6 and len(set(ranks)) > 1 and max(ranks) <= 4
+        assert not any(np.any(adapter.params[site.path]["b"]) for site in adapter.sites)
+        jt.load_adapter(out / "adapter", plain)
+        return
+    assert described["base_model_name_or_path"] == find(out).base == str(out / "base")
+    dense, found = plain.params["layers"]["0"]["down"], jt.compose(model.params, adapter)["layers"]["0"]["down"]
+    packed, found = quantize(dense[0], "nf4").dense("float32"), jax.tree.map(lambda x: x[0], found).dense("float32")
+    assert np.square(found - dense[0]).sum() < 0.7 * np.square(packed - dense[0]).sum()
+    with pytest.raises(ModelError, match="begun with LoftQ: .* open the base with quantization: nf4-dq or nf4"):
+        jt.load_adapter(out / "adapter", plain)
+
+
 def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
     def weights(**start):
         run = load_config(config(folder, tmp_path / "run", quantization="nf4", lora={"r": 2, "target_modules": ["q_proj"]} | start))
@@ -154,6 +206,7 @@ def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
 
     pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers, and a scale of each
     assert weights(init_lora_weights="pissa") - weights() == pairs + 3 * 4
+    assert beginnings.widest(load_config({"model": "m", "lora": {"init_lora_weights": "eva", "r": 3}})).lora.r == 6
 
 
 def test_virtual_tokens_are_exported_as_they_are(folder, tmp_path):

@@ -76,11 +76,19 @@ def test_the_adapter_on_disk_is_the_one_that_was_trained(config, folder, tmp_pat
     np.testing.assert_array_equal(ours, disk)
 
 
+BEGINNINGS = {
+    3: {"init_lora_weights": "eva", "eva_config": {"tau": 0.5, "use_label_mask": False}},
+    4: {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+}
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("after", [3, 4])
 def test_a_signal_saves_and_resume_is_exact(config, folder, tmp_path, monkeypatch, method, after):
     """Law 5: a run stopped after k steps and resumed ends with the same bits, in its weights and its log."""
-    of = {"lora": {"lora": {"r": 4, "lora_dropout": 0.2}}, "full": {"optim": "adamw_8bit"}}  # whose moments are codes and scales
+    of = {"lora": {"lora": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]} | BEGINNINGS[after]},
+          "full": {"optim": "adamw_8bit"}}  # whose moments are codes and scales  # fmt: skip
+    of["lora"] |= {"quantization": "nf4"} if after == 4 else {}
     some = ["layers.2.", "lm_head"] if (method, after) == ("full", 4) else []  # a part of the model, beside what is frozen
     settings = config(method=method, save_steps=100, trainable_parameters=some, **of[method])
     whole = train(settings | {"output_dir": str(tmp_path / "whole")})

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jaxtune.config.beginnings import EvaConfig, LoftQConfig
 from jaxtune.config.coerce import Group
 from jaxtune.errors import ConfigError
 
@@ -32,7 +33,9 @@ class LoraConfig(Group):
     alpha_pattern: tuple[tuple[str, int | float], ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str = True  # or gaussian, pissa, pissa_niter_16, olora, loftq, eva
+    loftq_config: LoftQConfig = LoftQConfig()
+    eva_config: EvaConfig = EvaConfig()
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: Names | None = None
     modules_to_save: tuple[str, ...] | None = None
@@ -46,12 +49,17 @@ class LoraConfig(Group):
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora.lora_bias cannot be used with use_dora; leave one out.")
         start = self.init_lora_weights
-        if start not in (True, "gaussian", "pissa", "olora") and not re.fullmatch(r"pissa_niter_\d+", str(start)):
-            raise ConfigError(f"lora.init_lora_weights={start!r} is not supported; write true, gaussian, pissa, pissa_niter_16 or olora.")
+        if start not in (True, "gaussian", "pissa", "olora", "loftq", "eva") and not re.fullmatch(r"pissa_niter_\d+", str(start)):
+            raise ConfigError(
+                f"lora.init_lora_weights={start!r} is not supported; write true, gaussian, pissa, pissa_niter_16, olora, loftq or eva."
+            )
         others = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
         given = [key for key in others if getattr(self, key)] + (["bias"] if self.bias != "none" else [])
-        if given and start not in (True, "gaussian"):
+        if given and start not in (True, "gaussian", "eva"):
             raise ConfigError(f"lora.init_lora_weights={start} moves the base, which goes with pairs alone; leave out {given[0]}.")
+        for name, config in (("loftq", self.loftq_config), ("eva", self.eva_config)):
+            if config != type(config)() and start != name:
+                raise ConfigError(f"{config.group} is of another beginning; write lora.init_lora_weights: {name}, or leave it out.")
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:

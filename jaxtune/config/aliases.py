@@ -52,6 +52,8 @@ ALIASES: dict[str, str] = {
         "lora.rank_pattern": "lora_rank_pattern",
         "lora.alpha_pattern": "lora_alpha_pattern",
         "lora.target_parameters": "lora_target_parameters",
+        "lora.loftq_config.loftq_bits": "loftq_config.loftq_bits peft.loftq_config.loftq_bits",
+        "lora.loftq_config.loftq_iter": "loftq_config.loftq_iter",
         "lora.init_lora_weights": "peft_init_lora_weights init_lora_weights pissa_init",
         "lora.trainable_token_indices": "peft_trainable_token_indices trainable_token_indices",
         "data.train": "dataset datasets train_file train_dataset dataset_name train_data pretraining_dataset",
@@ -180,7 +182,6 @@ DIFFERENT: dict[str, str] = {
         "write quantization: nf4, nf4-dq or int8": "quantization_config quantization_method",
         "write method: qlora": "quantize_base",
         "write lora.target_modules: [q_proj, v_proj, ...], or all-linear": "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
-        "write lora.init_lora_weights: pissa, olora, gaussian or true": "loftq_config",
         "init_adapter goes on with it, and saves it; to have a new one beside, export --merge the first": "create_new_adapter",
         "write optim: adamw, adamw_8bit, adafactor, lion, lion_8bit, sgd or muon": "use_galore use_apollo use_badam use_adam_mini use_muon "
         "optim_target_modules",
@@ -224,7 +225,6 @@ DIFFERENT: dict[str, str] = {
         "rows are judged from the first evaluation on; write eval_steps": "eval_delay",
         "write steps_per_generation": "generation_batch_size",
         "write the keys themselves (temperature, top_p, top_k, min_p, repetition_penalty)": "generation_kwargs",
-        "the teacher judges the rows' answers; draw others first (jaxtune.generate) and train on those": "lmbda seq_kd",
         "write method: full and trainable_parameters: [model.layers.(30|31)., lm_head], regexes of tensor names": "freeze_trainable_layers "
         "freeze_trainable_modules freeze_extra_modules finetune_last_n_layers",
         "write teacher_quantization": "teacher_model_init_kwargs",

@@ -124,6 +124,8 @@ def _method(config: "Config") -> None:
         raise ConfigError(f"method {config.method} puts tokens before each row, which mesh.sequence would cut elsewhere; write 1.")
     if config.method in PROMPTS and config.attention in ("flash", "splash"):
         raise ConfigError(f"attention {config.attention} is a kernel that knows no virtual tokens, which {config.method} has; write auto.")
+    if config.method in ("lora", "qlora") and not config.init_adapter:
+        _beginning(config)
     for group in GROUPS_OF_METHODS - {"lora", config.method}:
         if (given := getattr(config, group)) != type(given)():
             raise ConfigError(f"{group} is given, and the method is {config.method}; write method: {group}, or leave {group} out.")
@@ -131,6 +133,24 @@ def _method(config: "Config") -> None:
         raise ConfigError(f"loraplus_lr_ratio is the rate of LoRA's b matrices, and method {config.method} has none; leave it out.")
     if config.data.length_policy == "split" and config.objective not in objectives.ON_TOKENS:
         raise ConfigError(f"data.length_policy split cuts plain text into rows, which objective {config.objective} cannot use; write drop.")
+
+
+def _beginning(config: "Config") -> None:
+    """What the ways in which LoRA begins need of the run."""
+    start, bits = config.lora.init_lora_weights, config.lora.loftq_config.loftq_bits
+    if start == "loftq" and config.quantization is None:
+        raise ConfigError("lora.init_lora_weights loftq makes up for what packing takes from the base; write method: qlora.")
+    if start == "loftq" and bits != (8 if config.quantization == "int8" else 4):
+        raise ConfigError(
+            f"lora.loftq_config.loftq_bits is {bits}, and quantization {config.quantization} has {12 - bits}; write one that has {bits}, "
+            f"or loftq_bits: {12 - bits}."
+        )
+    if start == "eva" and config.objective in objectives.policy.POLICY:
+        raise ConfigError(
+            f"lora.init_lora_weights eva looks at the rows' tokens, and objective {config.objective} draws its own; leave it out."
+        )
+    if start == "eva" and config.lora.target_parameters:
+        raise ConfigError("lora.init_lora_weights eva looks at the inputs of linear layers, and target_parameters are none; leave one out.")
 
 
 def _in_backward(config: "Config") -> None:

@@ -149,8 +149,9 @@ class ObjectiveConfig(Group):
     center_rewards_coefficient: float | None = _of("reward")
     step_separator: str = _of("stepwise_reward", default="\n")  # written after each step; its last token is where a step is judged
     train_on_last_step_only: bool = _of("stepwise_reward", default=False)
-    # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo, ppo: tokens that an answer may have, 512
-    max_completion_length: int | None = _of("stepwise_reward", *POLICY)
+    # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo, ppo: tokens that an answer may have, 512;
+    # distill: the same of answers that are drawn, 128
+    max_completion_length: int | None = _of("stepwise_reward", "distill", *POLICY)
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
@@ -159,6 +160,8 @@ class ObjectiveConfig(Group):
     # ---- distill: a teacher's distribution is learnt ----
     teacher: str | None = _of("distill")  # whatever `model` takes
     teacher_quantization: Literal["nf4", "nf4-dq", "int8"] | None = _of("distill")
+    lmbda: float = _of("distill", default=0.0)  # the share of steps that learn from answers which the student draws
+    seq_kd: bool = _of("distill", default=False)  # the other steps learn from answers which the teacher draws, not from the rows'
     kd_ratio: float = _of("distill", default=1.0)  # the divergence's part of the loss; the rest is the rows' own tokens
 
     # ---- grpo, rloo, ppo: answers are drawn, judged, and learnt from ----

@@ -67,7 +67,7 @@ def load_params(
             where = shards.shardings(cell.path, row, shapes) if shards else jax.tree.map(lambda _: None, shapes)
             tree[cell.path] = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), shapes, where)
         # Waited for: calls are dispatched ahead of the work, and every matrix in the queue would be in memory.
-        tree[cell.path] = jax.block_until_ready(_put(tree[cell.path], leaf, cell.index, shards))
+        tree[cell.path] = jax.block_until_ready(put(tree[cell.path], leaf, cell.index, shards))
     return unflatten(tree)
 
 
@@ -93,7 +93,7 @@ def _matrix(value: Any, cell: Cell) -> Matrix:
     return value if is_weight(value) else jnp.asarray(value.T if cell.transposed else value)
 
 
-def _put(stack, leaf, index, shards: Shards | None):
+def put(stack, leaf, index, shards: Shards | None):
     """`stack[index] = leaf` for every array of a leaf, in place; without a mesh nothing is tied to a device."""
     where = tuple(x.sharding for x in jax.tree.leaves(stack)) if shards else None
     return _putter(where, jax.tree.structure(stack))(stack, leaf, index)

@@ -60,10 +60,10 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
             raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
     if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
         start = saved["init_lora_weights"]
-        raise ModelError(
-            f"{path} was begun with init_lora_weights={start!r}, which changes the base model; save it in PEFT with "
-            "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
-        )
+        fix = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
+        if start == "loftq":
+            fix = "save that model in PEFT too, and write init_lora_weights: true here: the adapter is then an ordinary one over it"
+        raise ModelError(f"{path} was begun with init_lora_weights={start!r}, which changes the base model; {fix}")
     own = {field.name for field in dataclasses.fields(kind.config)}
     known = own | USUAL | kind.refused.keys() | kind.ignored
     if unknown := sorted(key for key in saved.keys() - known if saved[key] not in (None, False, [], {})):

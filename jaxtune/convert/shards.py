@@ -39,7 +39,7 @@ class Shards:
             return self._packed(value, shape, matrix, cell.path, row, dtype, kind)
         whole = value(None)
         if is_weight(whole):  # packed in the file
-            return parallel.place(whole, self._one(whole, cell.path, row))
+            return parallel.place(whole, self.of_layer(whole, cell.path, row))
         return jax.make_array_from_callback(shape, matrix, _once(lambda index: _cast(value(index), dtype)))
 
     def shardings(self, path: str, row: Row, shapes: Matrix) -> Any:
@@ -64,23 +64,23 @@ class Shards:
     def _packed(self, value, shape, matrix: NamedSharding, path: str, row: Row, dtype: str, kind: str) -> Matrix:
         code, _, nested = kind.partition("-")
         plain, own = quant.abstract(code, shape), quant.abstract(code, matrix.shard_shape(shape))
-        shardings = self._one(plain, path, row)
+        shardings = self.of_layer(plain, path, row)
         alone = code != "int8" or matrix.shard_shape(shape)[1] == shape[1]  # its rows have one scale
         for whole, part, sharding in zip(*map(jax.tree.leaves, (plain, own, shardings)), strict=True):
             alone &= sharding.shard_shape(whole.shape) == part.shape
         if not alone:
             leaf = quant.quantize(jnp.asarray(_cast(value((slice(None), slice(None))), dtype)), kind)
-            return parallel.place(leaf, self._one(leaf, path, row))
+            return parallel.place(leaf, self.of_layer(leaf, path, row))
         pack = _once(lambda index: quant.quantize(jnp.asarray(_cast(value(index), dtype)), code))
         leaf = _assemble(plain, shardings, {device: pack(index) for device, index in matrix.addressable_devices_indices_map(shape).items()})
         if not nested:
             return leaf
         assert isinstance(leaf, NF4)
         scales = quant.nest(leaf.replace(absmax=parallel.fetch(leaf.absmax)))
-        return parallel.place(scales, self._one(scales, path, row))
+        return parallel.place(scales, self.of_layer(scales, path, row))
 
-    def _one(self, leaf: Matrix, path: str, row: Row) -> Any:
-        """Those of a leaf of the stack, without the axes that stack it."""
+    def of_layer(self, leaf: Matrix, path: str, row: Row) -> Any:
+        """Where one leaf of a stack lies: as the stack does, without the axes that stack it."""
         depth = len(row.axes) - 2
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,) * depth + x.shape, x.dtype), leaf)
         stacked = self.shardings(path, row, shapes)

@@ -162,8 +162,9 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     rows = data_parallel * (config.per_device_train_batch_size if training else config.per_device_eval_batch_size)
     seed = config.seed if config.data_seed is None else config.data_seed
     units = unit_kinds.make(documents, config, training)
-    longest = int(units.lengths.max())  # several answers may be longer than max_length together
-    plan = make_plan(units.lengths, units.trained, units.part, data.packing, max(data.max_length, longest), seed)
+    lengths, trained = unit_kinds.room(units, config) if training else (units.lengths, units.trained)
+    longest = int(lengths.max())  # several answers may be longer than max_length together
+    plan = make_plan(lengths, trained, units.part, data.packing, max(data.max_length, longest), seed)
     if training and config.objective == "kto":
         unit_kinds.warn_of_one_label(units)
     if not training:

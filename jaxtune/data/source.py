@@ -14,6 +14,8 @@ from jaxtune.data.packing import Plan, permutation
 from jaxtune.data.units import Cursor, Units
 from jaxtune.errors import DataError
 
+Fill = Callable[[Batch, Cursor, int], None]
+
 
 class Source:
     """The training or evaluation rows of a run.
@@ -98,14 +100,20 @@ class Source:
         digest.update(repr(settings).encode())
         return digest.hexdigest()
 
-    def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+    def batch_at(self, step: int, process: int = 0, processes: int = 1, fill: Fill | None = None) -> Batch:
         """The batch of step `step` (from 0), int32 / float32 `[A, B / processes, T]`.
 
-        Process p holds the p-th of `processes` equal parts of every micro-batch, so that the parts side by side are the same
-        bytes on any number of hosts.
+        `fill` writes a unit in place of `units.fill`. Process p holds the p-th of `processes` equal parts of every micro-batch, so that
+        the parts side by side are the same bytes on any number of hosts.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes)
+        return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes, fill)
+
+    def units_at(self, step: int) -> list[int]:
+        """The numbers of the units that step `step` (from 0) trains on."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        places = self._epoch(epoch)[index]
+        return [int(unit) for row in places[places >= 0] for unit in self._units_of(row)]
 
     def largest(self) -> Batch:
         """A batch of the largest shape that a step may have."""
@@ -114,9 +122,7 @@ class Source:
 
     def rows_at(self, step: int) -> dict[str, list[int]]:
         """The numbers of the rows that step `step` (from 0) trains on, from 1, by the source they come from."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        places = self._epoch(epoch)[index]
-        documents = [doc for row in places[places >= 0] for unit in self._units_of(row) for doc in self.units.members(int(unit))]
+        documents = [doc for unit in self.units_at(step) for doc in self.units.members(unit)]
         found: dict[str, set[int]] = {}
         for doc in documents:
             found.setdefault(self.documents.info[self.documents.part[doc]]["path"], set()).add(int(self.documents.rows[doc]))
@@ -183,7 +189,7 @@ class Source:
         order = order[np.argsort(self.plan.group[order], kind="stable")]
         return np.pad(order, (0, -len(order) % per_step), constant_values=-1).reshape(-1, per_step)
 
-    def _batch(self, rows_AB: np.ndarray, process: int, processes: int) -> Batch:
+    def _batch(self, rows_AB: np.ndarray, process: int, processes: int, fill: Fill | None = None) -> Batch:
         if self.rows % processes:
             raise DataError(
                 f"{self.rows} rows of a micro-batch do not divide by {processes} processes; make "
@@ -198,7 +204,7 @@ class Source:
             if row >= 0:
                 at = Cursor(place)
                 for unit in self._units_of(row):
-                    self.units.fill(batch, at, int(unit))
+                    (fill or self.units.fill)(batch, at, int(unit))
         if self.ref_logps is None:
             return batch
         known = np.zeros((*mine.shape, self.answers[group]), np.float32)

@@ -245,6 +245,33 @@ def make(documents: Documents, config: Config, training: bool = True) -> Units:
     return Pairs(documents, share, train_prompt=objective == "orpo")
 
 
+def room(units: Units, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and trained tokens that a row needs room for, of each unit: as many as it has, or as many as with an answer that is drawn.
+
+    DataError where a prompt and an answer do not fit `data.max_length`, and for text that asks for none.
+    """
+    if not (config.lmbda or config.seq_kd):
+        return units.lengths, units.trained
+    documents, most = units.documents, int(config.max_completion_length or 0)
+    prompts = np.array([len(prompt_of(*documents[number])) for number in range(len(documents))], np.int64)
+    size = config.data.max_length
+    alone = "is text without a prompt, which nobody can answer; write lmbda: 0 and seq_kd: false, or rows with prompts"
+    long = f"has a prompt that leaves no room for {most} tokens in data.max_length {size}; lower max_completion_length, or raise it"
+    for wrong, said in ((prompts < 2, alone), (prompts + most > size, long)):
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise DataError(f"{documents.info[documents.part[first]]['path']}, row {documents.rows[first]} {said}")
+    units.longest = max(units.longest, int(prompts.max()) + most)
+    return np.maximum(units.lengths, prompts + most), np.maximum(units.trained, most)
+
+
+def prompt_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What stands before the last stretch of trained tokens."""
+    trained = np.flatnonzero(mask)
+    ends = np.flatnonzero(np.diff(trained) > 1)
+    return tokens[: trained[ends[-1] + 1 if len(ends) else 0] if len(trained) else 0]
+
+
 def warn_of_one_label(units: Units) -> None:
     """Tell of labelled answers that are all good or all bad, which train without error and teach nothing of the other kind."""
     labels = {bool(_labelled(units.documents, number).value) for number in range(len(units.documents))}

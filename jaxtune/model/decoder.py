@@ -56,6 +56,16 @@ def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
     return x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, config.dtype)  # rounded first, as Gemma does
 
 
+def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, keys: Keys) -> tuple[jax.Array, Shared]:
+    """What the first layer is given, of embeddings `[B, T, D]`, and what all layers share."""
+    if config.embedding_multiplier != 1.0:
+        x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
+    if "positions" in params:
+        x_BTD = x_BTD + rows(params["positions"], queries.positions, config.dtype)
+    x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
+    return x_BTD, Shared(*cos_sin(config.ropes, queries.positions, queries.segments), queries, keys)
+
+
 def hidden(
     config: ModelConfig,
     params: dict,
@@ -100,14 +110,8 @@ def hidden(
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.k.shape[2]), cache.positions.shape), cache.positions, cache.segments)
         keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
 
-    if config.embedding_multiplier != 1.0:
-        x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
-    if "positions" in params:
-        x_BTD = x_BTD + rows(params["positions"], positions_BT, config.dtype)
-    x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
-    cos, sin = cos_sin(config.ropes, positions_BT, segments_BT)
-
-    kv, routed, shared = None if cache is None else (cache.k, cache.v), [], Shared(cos, sin, queries, keys)
+    x_BTD, shared = entered(config, params, x_BTD, queries, keys)
+    kv, routed = None if cache is None else (cache.k, cache.v), []
     for stack in range(len(config.stacks)):
         weights = virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)]
         x_BTD, kv, sums = run(config, stack, weights, x_BTD, shared, kv)

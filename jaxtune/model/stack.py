@@ -70,7 +70,7 @@ def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared
 
         def layer(carry, scanned):
             number, w = scanned
-            x_BTD, kv, sums = _layer(config, stack, number, whole(w, number), carry[0], shared, carry[1])
+            x_BTD, kv, sums = one_layer(config, stack, number, whole(w, number), carry[0], shared, carry[1])
             return (x_BTD, kv), sums
 
         if config.remat == "dots":
@@ -80,8 +80,8 @@ def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared
     return x_BTD, kv, jax.tree.map(lambda x: x.sum(0), sums)
 
 
-def _layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
-    """Layer `number` of the stack."""
+def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
+    """`x_BTD` after layer `number` of the stack, whose weights are `w`; the cache's (k, v) and its router's sums."""
     layers = config.stacks[stack]
     rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
@@ -185,7 +185,7 @@ def groups(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recomputed(config, stack, weights, x_BTD, shared, update):
     def layer(x_BTD, number):
-        x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
+        x_BTD, _, sums = one_layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
         return x_BTD, sums
 
     return jax.lax.scan(layer, x_BTD, jnp.arange(len(config.stacks[stack])))
@@ -198,7 +198,7 @@ def _recomputed_fwd(config, stack, weights, x_BTD, shared, update):
     weights, x_BTD, shared, update = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared, update))
 
     def layer(x_BTD, number):
-        x_BTD, _, sums = _layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
+        x_BTD, _, sums = one_layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
         return x_BTD, sums
 
     def group(x_BTD, numbers):
@@ -222,7 +222,7 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
 
     def forward(x_BTD, number, own=None):
         w = _Layer(config, stack, kept.weights, number, own)
-        x_BTD, _, sums = _layer(config, stack, number, w, x_BTD, kept.shared)
+        x_BTD, _, sums = one_layer(config, stack, number, w, x_BTD, kept.shared)
         return x_BTD, sums
 
     def layer(carry, scanned):

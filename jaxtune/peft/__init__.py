@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, partial, prompts, vera
@@ -80,10 +81,10 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
     if type(config) not in KINDS:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise ConfigError(f"an adapter is made by one of {known}, and {type(config).__name__} was given")
-    if beginnings.moves(config):
+    if isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian"):
+        what = "moves the base beside the adapter" if beginnings.moves(config) else "looks at the files or the rows"
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights} moves the base beside the adapter, which jt.train does for a run; write True or "
-            "gaussian here"
+            f"init_lora_weights={config.init_lora_weights} {what}, which jt.train does for a run; write True or gaussian here"
         )
     with jax.enable_x64(False):  # else it would be float64 where the caller has that on
         return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)

@@ -5,6 +5,7 @@ What is written is `scale * (b a - b0 a0)` as LoRA of twice the rank, over the b
 `path_initial_model_for_weight_conversion`).
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,22 @@ class Moved(Weight):
 
 def moves(config: Any) -> bool:
     """Whether adapters of this config begin with a part of the base."""
-    return isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian")
+    return isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian", "loftq", "eva")
+
+
+def in_a_run(config: Any) -> str | None:
+    """`loftq` or `eva` where a run's adapter begins so: by the model's files (jaxtune/loftq.py), or by the rows (jaxtune/eva.py)."""
+    start = config.lora.init_lora_weights
+    return start if config.method in ("lora", "qlora") and not config.init_adapter and start in ("loftq", "eva") else None
+
+
+def widest(config: Any) -> Any:
+    """The run with the largest ranks that EVA may give each layer, which its step is planned for."""
+    if in_a_run(config) != "eva":
+        return config
+    lora, rho = config.lora, config.lora.eva_config.rho
+    ranks = tuple((name, round(rank * rho)) for name, rank in lora.rank_pattern)
+    return config.replace(lora=dataclasses.replace(lora, r=round(lora.r * rho), rank_pattern=ranks))
 
 
 def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dict[str, jax.Array]:
@@ -67,12 +83,12 @@ def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dic
 
 def _pissa(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
     steps = re.fullmatch(r"pissa_niter_(\d+)", how)
-    u, s, v = _largest(w, rank, int(steps[1]), key) if steps else jnp.linalg.svd(w, full_matrices=False)
+    u, s, v = largest(w, rank, int(steps[1]), key) if steps else jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
-def _largest(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def largest(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular values, nearly, by so many power iterations (arXiv 0909.4061)."""
     q, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank)))
     for _ in range(steps):

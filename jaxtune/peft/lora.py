@@ -209,10 +209,7 @@ class LoRAKind(Kind):
         "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "use_bdlora": None,
         "velora_config": None, "kasa_config": None, "monteclora_config": None,
     }  # fmt: skip
-    ignored = frozenset(
-        "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config runtime_config qalora_group_size "
-        "init_lora_weights".split()
-    )
+    ignored = frozenset("megatron_config megatron_core corda_config lora_ga_config runtime_config qalora_group_size".split())
 
     def settle(self, model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
         return settle(model_config, config)
@@ -235,9 +232,17 @@ class LoRAKind(Kind):
             found["magnitude"] = Part((size,), (axis,), "lora_magnitude_vector", zeros)
         return found
 
+    def fields(self, adapter: Adapter, model_config: ModelConfig) -> dict[str, Any]:
+        """A pair that is trained is an ordinary one, however it began. `loftq_config` says over what: the base in so many bits."""
+        own, start = adapter.config.to_dict(), adapter.config.init_lora_weights
+        loftq = own["loftq_config"] if start == "loftq" else {}
+        return own | {"init_lora_weights": start if start == "gaussian" else True, "loftq_config": loftq, "eva_config": None}
+
     def read_fields(self, saved: dict[str, Any]) -> dict[str, Any]:
         """With PEFT's defaults, where the file leaves them out."""
-        return {"r": 8, "lora_alpha": 8, "target_modules": ()} | {name: saved[name] for name in saved if name != "init_lora_weights"}
+        began = {"init_lora_weights": "loftq"} if saved.get("loftq_config") else {}
+        kept = {name: value for name, value in saved.items() if name not in ("init_lora_weights", "eva_config")}
+        return {"r": 8, "lora_alpha": 8, "target_modules": ()} | kept | began
 
     def init(self, key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig, tokenizer: Any = None) -> Adapter:
         return init(key, model_config, params, config)

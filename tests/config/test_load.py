@@ -147,6 +147,7 @@ EXAMPLES = {
     "enable_activation_checkpointing": True, "enable_activation_offloading": True, "disable_gradient_checkpointing": True,
     "streaming": True, "dataset_streaming": True,
     "init_lora_weights": True, "peft_init_lora_weights": "gaussian", "num_epochs": 2, "dataset_text_field": "body",
+    "loftq_config.loftq_bits": 8, "peft.loftq_config.loftq_bits": 8,
 }  # fmt: skip
 
 
@@ -158,6 +159,8 @@ OF = {
 } | dict.fromkeys(("pref_loss", "dpo_loss_type", "rl_beta", "pref_beta"), "dpo")  # fmt: skip  # aliases of one objective's keys
 NEEDED = {alias: {"objective": name} for alias, name in OF.items()}
 NEEDED |= {"unfrozen_parameters": {"method": "full"}, "run_val_every_n_steps": {"data": {"eval": 0.1}}}
+NEEDED |= {alias: {"quantization": "int8" if alias.endswith("bits") else "nf4", "lora": {"init_lora_weights": "loftq"}}
+           for alias in ALIASES if "loftq" in alias}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -346,8 +349,8 @@ def test_values_mean_what_they_look_like(override, key, value):
 
 
 def test_a_beginning_that_is_not_offered_is_refused_at_once():
-    with pytest.raises(ConfigError, match="lora.init_lora_weights='eva' is not supported; write true, gaussian, pissa"):
-        load_config({"model": "m"}, ["lora.init_lora_weights=eva"])
+    with pytest.raises(ConfigError, match="lora.init_lora_weights='corda' is not supported; write true, gaussian, pissa"):
+        load_config({"model": "m"}, ["lora.init_lora_weights=corda"])
 
 
 def test_a_seed_that_is_too_large():

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtune.convert.load import open_tokenizer
+from jaxtune import data, parallel
+from jaxtune.config import MeshConfig, load_config
+from jaxtune.convert.load import load, open_tokenizer
 from jaxtune.data.batch import Batch
+from jaxtune.data.units import prompt_of
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.model.decoder import forward
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import init_params
 from jaxtune.objectives.distill import TEACHER, Teacher, distill
+from jaxtune.on_policy import OnPolicy
 from jaxtune.teacher import check_tokens
 from jaxtune.train import train
 
@@ -87,12 +91,39 @@ def run(folder, tmp_path, **keys):
 
 
 def test_a_run_comes_nearer_to_its_teacher(folder, tmp_path):
-    ended = train(run(folder, tmp_path, teacher_quantization="nf4-dq", mesh={"data": 4, "fsdp": 2}))
+    ended = train(run(folder, tmp_path, teacher_quantization="nf4-dq", mesh={"data": 4, "fsdp": 2}, lmbda=0.3, max_completion_length=8))
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["kd_loss"] for row in log if "kd_loss" in row]
+    assert {row["on_policy"] for row in log if "on_policy" in row} == {0.0, 1.0}
+    losses = [row["kd_loss"] for row in log if row.get("on_policy") == 0.0]
     assert losses[-1] < 0.8 * losses[0]
     assert {"teacher_agreement", "class_loss", "mean_token_accuracy"} <= log[0].keys() and "eval_kd_loss" in ended.metrics
     assert json.loads((tmp_path / "run" / "run.json").read_text())["teacher"]["sha256"]["model.safetensors"]
+
+
+def test_answers_that_are_drawn_are_drawn_again(folder, tmp_path):
+    """What a step learns from is a function of the step and the weights; whoever answers, prompts and shapes are the rows'."""
+    config = load_config(run(folder, tmp_path, lmbda=0.5, seq_kd=True, max_completion_length=12, per_device_train_batch_size=4, seed=1))
+    student, teacher = load(folder / "student"), load(folder / "teacher")
+    rows, mesh = data.load(config, student.tokenizer).train, parallel.make_mesh(MeshConfig(), jax.devices()[:1])
+    state, base = types.SimpleNamespace(trainable=student.params), {TEACHER: Teacher(teacher.params, teacher.config)}
+    found = [OnPolicy(config, student, mesh, rows) for _ in range(2)]
+    steps = [next(step for step in range(9) if found[0].is_own(step) is own) for own in (True, False)]
+    for step in steps:
+        (batch, told), (again, _) = (one.batch_at(step, state, base) for one in found)
+        jax.tree.map(np.testing.assert_array_equal, batch, again)
+        own = rows.batch_at(step)
+        assert batch.tokens.shape == own.tokens.shape and batch.capacity == own.capacity and not np.array_equal(batch.tokens, own.tokens)
+        asked = [[tokens[:mask.argmax()].tolist() for tokens, mask in zip(x.tokens[0], x.weights[0], strict=True)] for x in (batch, own)]
+        assert asked[0] == asked[1] and told["on_policy"] == (step == steps[0]) and 1 <= told["completions/mean_length"] <= 12
+    with pytest.raises(DataError, match="leaves no room for 30 tokens in data.max_length 32; lower max_completion_length"):
+        data.load(config.replace(max_completion_length=30), student.tokenizer)
+
+
+def test_prompts_end_where_the_last_answer_begins():
+    tokens = np.arange(10)
+    assert prompt_of(tokens, np.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 1])).tolist() == list(range(7))
+    assert prompt_of(tokens, np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0])).tolist() == list(range(4))
+    assert prompt_of(tokens, np.zeros(10)).tolist() == []
 
 
 def test_a_teacher_of_other_tokens_or_too_few_is_refused(folder, tmp_path):

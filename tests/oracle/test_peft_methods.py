@@ -1,8 +1,11 @@
 """The other parameter-efficient methods: folders open in PEFT with the same logits, PEFT's open here, and training takes the same steps."""
 
 import dataclasses
+import inspect
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,11 +16,12 @@ import tiny  # noqa: E402
 from methods import CASES, stir  # noqa: E402
 from oracle.peft_logits import TOKENS, jitted, ours, theirs  # noqa: E402
 
-from jaxtune import optim, peft  # noqa: E402
-from jaxtune.config import load_config  # noqa: E402
+from jaxtune import eva, loftq, optim, parallel, peft  # noqa: E402
+from jaxtune.config import MeshConfig, load_config  # noqa: E402
 from jaxtune.convert.load import load  # noqa: E402
 from jaxtune.convert.peft import load_adapter, save_adapter  # noqa: E402
 from jaxtune.data.batch import Batch  # noqa: E402
+from jaxtune.model import quant  # noqa: E402
 from jaxtune.objectives import OBJECTIVES  # noqa: E402
 from jaxtune.step import init_state, make_step  # noqa: E402
 
@@ -159,3 +163,53 @@ def test_a_beginning_that_moves_the_base(folders, tmp_path, start):
     opened = peft_library.PeftModel.from_pretrained(theirs(folders["llama"]), tmp_path / "a").eval()
     np.testing.assert_allclose(_logits(opened), jitted(model.config, peft.compose(base, trained), TOKENS), atol=1e-4)
     np.testing.assert_allclose(_logits(opened), _logits(made.eval()), atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (128, 64)])
+def test_loftq_is_pefts(shape):
+    """PEFT's own function, which asks for CUDA, on a CPU; it leaves out the scale."""
+    loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
+    pytest.importorskip("bitsandbytes")
+    own = dict(vars(loftq_utils))
+    exec(inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"'), own)  # noqa: S102
+    w = np.random.default_rng(0).normal(0, 0.05, shape).astype(np.float32)
+    theirs_q, their_a, their_b = (x.numpy() for x in own["loftq_init"](torch.tensor(w), 4, 8, 3))
+    leaf, a, b = loftq.alternate(jnp.asarray(w), quant.quantize(w, "nf4"), "nf4", 8, 2.0, 3, "float32")
+    np.testing.assert_allclose(leaf.dense(jnp.float32), theirs_q, atol=1e-6)
+    np.testing.assert_allclose(2.0 * b @ a, their_b @ their_a, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eva_is_pefts(folders):
+    """Components and ranks; with twice as many directions as inputs have, both are exact."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 90, (3, 4, 30))
+    trained = rng.random(tokens.shape) < 0.8
+    trained[..., 0] = False
+    settings = {"r": 9, "lora_alpha": 6, "target_modules": ["q_proj", "gate_proj", "down_proj"], "init_lora_weights": "eva"}
+    own = peft_library.LoraConfig(**settings, eva_config=peft_library.EvaConfig(tau=0.8), task_type="CAUSAL_LM")
+    made = peft_library.get_peft_model(theirs(folders["llama"]), own)
+    batches = [{"input_ids": torch.tensor(t), "labels": torch.tensor(np.where(m, t, -100))} for t, m in zip(tokens, trained, strict=True)]
+    peft_library.initialize_lora_eva_weights(made, batches, show_progress_bar=False)
+    wanted = {name: x.detach().numpy() for name, x in made.named_parameters() if "lora_A" in name}
+    model = load(folders["llama"])
+    run = load_config({"model": "m", "lora": settings | {"eva_config": {"tau": 0.8}}})
+    shape = tokens.shape[1:]
+
+    def batch_at(step, *_):
+        place, ones = step % 3, np.ones((1, *shape), np.int32)
+        return Batch(tokens[place][None].astype(np.int32), trained[place][None].astype(np.float32), np.cumsum(ones, -1, np.int32) - 1, ones)
+
+    fresh = peft.METHODS["lora"].init(jax.random.key(0), model.config, model.params, run)
+    rows = types.SimpleNamespace(accumulation=1, batch_at=batch_at)
+    found = eva.begin(run, model, fresh, rows, parallel.make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert sum(rank for site in found.sites for rank in site.ranks) == 9 * 9
+    config = made.peft_config["default"]
+    assert dict(found.config.rank_pattern) == config.rank_pattern and len(set(config.rank_pattern.values())) > 2
+    assert dict(found.config.alpha_pattern) == pytest.approx(config.alpha_pattern)
+    rows_of = {"q": "self_attn.q_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
+    for site in found.sites:
+        for layer, rank in enumerate(site.ranks):
+            name = f"base_model.model.model.layers.{layer}.{rows_of[site.path.rpartition('/')[2]]}.lora_A.default.weight"
+            a = np.asarray(found.params[site.path]["a"])[layer, :rank]
+            np.testing.assert_allclose(np.abs((a * wanted[name]).sum(1)), 1.0, atol=2e-3)

@@ -1,0 +1,39 @@
+"""Answers drawn in training, from the weights of a step."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune.generation.answer import Answer, Reader
+from jaxtune.generation.batches import Row, Run
+from jaxtune.generation.sampling import Sampling
+from jaxtune.model.families import ModelConfig
+
+
+def draw(
+    config: ModelConfig, params: dict, prompts: Sequence[list[int]], each: int, most: int, *,
+    sampling: Sampling, reader: Reader, seed: tuple[int, ...], mesh: Mesh,
+) -> tuple[list[Answer], np.ndarray]:  # fmt: skip
+    """`each` answers of at most `most` tokens to every prompt (token ids), those to one side by side, and whether each came to an end.
+
+    A pure function of all of this: the key of a token is the seed folded with the prompt's, the sample's and the token's number.
+    """
+    words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
+    run = Run(
+        config=dataclasses.replace(config, remat="none"),
+        params=params,
+        adapter=None,
+        sampling=sampling,
+        key=jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"),
+        stops=jnp.asarray(sorted(reader.stop_tokens), jnp.int32),
+        new=most,
+        watched=False,
+        mesh=mesh,
+    )
+    rows = [Row(place, sample, ids, Answer(reader)) for place, ids in enumerate(prompts) for sample in range(each)]
+    run.all(rows)
+    return [row.answer for row in rows], np.array([row.answer.finish_reason == "stop" for row in rows])
