@@ -255,6 +255,7 @@ def _granite(m: _Metadata) -> dict[str, Any]:
     return {
         "model_type": "granite",
         "attention_bias": _has(m, "blk.0.attn_q.bias"),
+        "mlp_bias": _has(m, "blk.0.ffn_up.bias"),
         "embedding_multiplier": m.get("embedding_scale", 1.0),
         "residual_multiplier": m.get("residual_scale", 1.0),
         "attention_multiplier": m("attention.scale"),

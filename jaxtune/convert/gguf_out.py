@@ -17,6 +17,7 @@ from jaxtune.convert.tensors import Checkpoint
 from jaxtune.disk import replacing
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 from jaxtune.model.spec import spec
@@ -83,6 +84,11 @@ def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     """What llama.cpp's loader has no place for, as tried with it."""
     if c.out_bias and architecture not in ("llama", "granite"):
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {architecture} model; this one has attention_bias")
+    if c.mlp_bias and architecture not in ("llama", "granite"):
+        raise ModelError(f"llama.cpp knows no biases of the feed-forward part of a {architecture} model; this one has mlp_bias")
+    computed = "gelu_pytorch_tanh" if architecture.startswith("gemma") else "silu"
+    if ACTIVATIONS[c.hidden_act] is not ACTIVATIONS[computed]:
+        raise ModelError(f"llama.cpp computes {computed} in a {architecture} model; this one has hidden_act {c.hidden_act}")
     if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "phi3"):
         raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; not this one")
 

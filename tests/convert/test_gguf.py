@@ -20,6 +20,7 @@ from jaxtune.convert.load import load, open_model
 from jaxtune.errors import ModelError
 from jaxtune.model import decoder
 from jaxtune.model.families import from_hf
+from jaxtune.model.spec import abstract
 from jaxtune.tree import flatten
 
 forward = jax.jit(decoder.forward, static_argnums=0)
@@ -266,6 +267,17 @@ def test_out_and_in_is_the_same_model(tmp_path, case):
         np.testing.assert_allclose(flatten(again.params)[path], leaf, rtol=0, atol=tolerance, err_msg=path)
     tokens = references.load(case).documents[0][None]
     np.testing.assert_allclose(forward(again.config, again.params, tokens), forward(config, params, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
+    for changes, message in (
+        ({"hidden_act": "relu"}, "computes silu in a llama model; this one has hidden_act relu"),
+        ({"model_type": "gemma2", "attention_bias": False, "hidden_activation": "silu"}, "computes gelu_pytorch_tanh"),
+        ({"model_type": "smollm3", "mlp_bias": True, "attention_bias": False}, "no biases of the feed-forward part"),
+    ):
+        config = from_hf(tiny.LLAMA | changes)
+        with pytest.raises(ModelError, match=message):
+            save_gguf(config, abstract(config), tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
