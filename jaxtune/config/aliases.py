@@ -157,6 +157,7 @@ TRANSLATE: dict[str, foreign.Translation] = {
     "quantization_method": {"bnb": DEFAULT, "bitsandbytes": DEFAULT},
     "eos_token": {"<EOS_TOKEN>": DEFAULT},  # what HF's to_dict() writes for any token
     "special_tokens": foreign.special_tokens,
+    "stop_token": {"eos": DEFAULT},
 }
 
 _MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tensor: 1}, with fsdp above 1 to share the weights out"

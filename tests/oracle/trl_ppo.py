@@ -1,4 +1,4 @@
-"""TRL's PPO over tests/ppo_cases.py, in float64: transcribed, since TRL's releases have none any more.
+"""TRL's PPO over tests/ppo_cases.py, in float64: transcribed, since TRL 1.16 has none any more.
 
 The loss, rewards, whitening and advantages are those of `PPOTrainer.train` in trl 1.0.0 (trl/experimental/ppo/ppo_trainer.py), with its
 names. There the score of an answer that is shorter than the longest stands one place behind its last token, and the value of the ended text
