@@ -87,6 +87,11 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
         adapter = peft_files.load_adapter(path, model)
         return compose(model.params, parallel.place(adapter, parallel.trainable_shardings(mesh, model.config, adapter)))
     opened = open_model(config.ref_model)
+    if not set(opened.config.cuts) <= set(model.config.cuts):
+        raise ConfigError(
+            f"ref_model {config.ref_model} leaves some modules of some layers dense and packs the others, which the model does not; name a "
+            "checkpoint that is packed as the model is, or a dense one"
+        )
     opened.config = dataclasses.replace(opened.config, cuts=model.config.cuts)
     if opened.config != _comparable(model.config, opened.config):
         raise ConfigError(
