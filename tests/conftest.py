@@ -16,9 +16,13 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 # Collectives in one order on all fake devices: else they wait for each other where there are fewer cores (jaxtune/distributed.py).
-os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"
-# What is compiled here runs once or twice: optimising it costs more than it gives (see `all_optimizations`).
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_FLAGS = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
+# What is compiled here runs once or twice: optimising it costs more than it gives (see `all_optimizations`), and XLA's older code generator
+# for fusions takes a third of the time of the one that users have (JAXTUNE_TEST_PROGRAMS=users: theirs everywhere).
+if os.environ.get("JAXTUNE_TEST_PROGRAMS") != "users":
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU test asks for its own: JAX_PLATFORMS=cuda pytest ...
 
 import jax  # noqa: E402
