@@ -118,7 +118,7 @@ class Case:
         step = jax.jit(make_step(self.config, self.model_config, OBJECTIVES[self.config.objective], optax.sgd(1.0), mesh=mesh))
         state = init_state(trainable, optax.sgd(1.0), 0)
         whole = mesh is not None and mesh.shape["fsdp"] == mesh.size  # whose program is looked at; the others need not be good ones
-        compiled = step.lower(state, base, batch).compile(compiler_options=None if whole else QUICKLY)
+        compiled = step.lower(state, base, batch).compile(compiler_options=tiny.OF_USERS if whole else QUICKLY)
         self.text = compiled.as_text()
         after, metrics = compiled(state, base, batch)
         change = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.trainable, self.trainable)

@@ -27,6 +27,8 @@ LLAMA = {
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
+# Options of a compilation: the code generator that users have (see conftest.py), for programs that are looked at.
+OF_USERS = {"xla_cpu_use_fusion_emitters": True}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 

