@@ -228,6 +228,8 @@ def _gemma2(writer: GGUFWriter, c: ModelConfig) -> None:
     if [bool(window) for window in c.layer_windows] != [(layer + 1) % period != 0 for layer in range(c.num_layers)]:
         raise ModelError(f"llama.cpp runs {c.model_type} with a full layer every {period}; this model's layer_types differ")
     writer.add_sliding_window(max(c.layer_windows))
+    if c.model_type == "gemma2" and not (c.logits_softcap and c.attention_softcap):
+        raise ModelError("llama.cpp caps attention and logits of every gemma2 model; this one lacks attn_ or final_logit_softcapping")
     if c.logits_softcap:
         writer.add_final_logit_softcapping(c.logits_softcap)
     if c.attention_softcap:

@@ -273,6 +273,7 @@ def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
     for changes, message in (
         ({"hidden_act": "relu"}, "computes silu in a llama model; this one has hidden_act relu"),
         ({"model_type": "gemma2", "attention_bias": False, "hidden_activation": "silu"}, "computes gelu_pytorch_tanh"),
+        ({"model_type": "gemma2", "attention_bias": False, "query_pre_attn_scalar": 16, "final_logit_softcapping": None}, "caps attention"),
         ({"model_type": "smollm3", "mlp_bias": True, "attention_bias": False}, "no biases of the feed-forward part"),
     ):
         config = from_hf(tiny.LLAMA | changes)
