@@ -82,9 +82,17 @@ BEGINNINGS = {
 }
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP is heard, also where the tests run under nohup, whose wish jaxtune respects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("after", [3, 4])
-def test_a_signal_saves_and_resume_is_exact(config, folder, tmp_path, monkeypatch, method, after):
+def test_a_signal_saves_and_resume_is_exact(config, folder, tmp_path, monkeypatch, hangup, method, after):
     """Law 5: a run stopped after k steps and resumed ends with the same bits, in its weights and its log."""
     of = {"lora": {"lora": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]} | BEGINNINGS[after]},
           "full": {"optim": "adamw_8bit"}}  # whose moments are codes and scales  # fmt: skip
