@@ -65,7 +65,7 @@ class Rollouts:
         _, batch, told = self._current  # type: ignore[misc]
         epoch, slice_ = divmod(place, self.train.layout.slices)
         if self.train.layout.valued and self.train.layout.slices > 1:
-            batch = _shuffled(batch, (self.config.seed, number, epoch))
+            batch = _shuffled(batch, self.train.layout.prompts, (self.config.seed, number, epoch))
         return jax.tree.map(lambda x: x[slice_], batch), told if place == 0 else {}
 
     def forget(self, oldest: int) -> None:
@@ -238,11 +238,10 @@ def _scorer(config: Config, model_config: Any, mesh: Mesh, reference: bool) -> A
 # ---- numbers ----
 
 
-def _shuffled(batch: data.Batch, seed: tuple[int, ...]) -> data.Batch:
-    """The rows of a rollout `[slices, A, B, ...]` in another order."""
-    count = batch.tokens[..., 0].size
-    order = np.random.default_rng(seed).permutation(count)
-    return jax.tree.map(lambda x: x.reshape(count, *x.shape[3:])[order].reshape(x.shape), batch)
+def _shuffled(batch: data.Batch, prompts: int, seed: tuple[int, ...]) -> data.Batch:
+    """The rows of a rollout `[slices, A, B, ...]` in another order of their prompts, whatever rows the devices make of these."""
+    order = np.random.default_rng(seed).permutation(prompts)
+    return jax.tree.map(lambda x: x.reshape(prompts, -1, *x.shape[3:])[order].reshape(x.shape), batch)
 
 
 def _like(values: np.ndarray, place: np.ndarray) -> np.ndarray:

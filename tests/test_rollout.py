@@ -15,13 +15,14 @@ from jaxtune import data, parallel
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_model
+from jaxtune.data.asked import Layout
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.model import decoder
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import compose, init_adapter
 from jaxtune.peft.beginnings import over_the_base
 from jaxtune.rewards import RewardError, find_rewards
-from jaxtune.rollout import Rollouts
+from jaxtune.rollout import Rollouts, _shuffled
 from jaxtune.runlog import RunLog
 from jaxtune.start import load_for_training
 from jaxtune.step import init_state, make_step
@@ -282,6 +283,18 @@ def test_values_and_returns_of_tokens(config, folder):
     epochs = [[made.batch_at(2 * epoch + part, moved, base)[0].tokens for part in (0, 1)] for epoch in (0, 1)]
     assert np.shape(epochs) == (2, *batch.tokens.shape) and (np.array(epochs[0]) != epochs[1]).any()
     np.testing.assert_array_equal(*(np.sort(np.reshape(epoch, (-1, batch.tokens.shape[-1])), axis=0) for epoch in epochs))
+
+
+def test_mini_batches_are_the_same_on_any_devices(config):
+    """Law 4: rows of two answers on one device, or of one answer on each of eight, are shuffled to the same halves."""
+    found = []
+    for each, devices in ((16, 1), (2, 8)):
+        layout = Layout(load_config(config(objective="ppo") | TWO_MINI_BATCHES | {"per_device_train_batch_size": each}), devices)
+        answers = [[50 + n] for n in range(16)]
+        batch = layout.batches([[n + 3] for n in range(8)], answers, np.zeros(16), np.ones(16, bool), 1)
+        mixed = _shuffled(batch, layout.prompts, (0, 1))
+        found.append([sorted(mixed.tokens[half][mixed.weights[half] > 0].tolist()) for half in (0, 1)])
+    assert found[0] == found[1] and max(found[0][0]) > 57  # not simply the first eight
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
