@@ -10,7 +10,7 @@ import tiny
 from methods import CASES, stir
 
 import jaxtune as jt
-from jaxtune import data, parallel, start
+from jaxtune import data, eva, parallel, start
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_model
 from jaxtune.convert.tensors import Safetensors
@@ -19,6 +19,7 @@ from jaxtune.errors import ConfigError, ModelError
 from jaxtune.export import export, find
 from jaxtune.model.quant import quantize
 from jaxtune.peft import beginnings
+from jaxtune.peft.sites import adaptable, find_sites
 from jaxtune.runfolder import base_of
 from jaxtune.shapes import abstract_step
 from jaxtune.train import train
@@ -188,6 +189,9 @@ def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, way):
         assert sum(ranks) == 2 * 6 and len(set(ranks)) > 1 and max(ranks) <= 4
         assert not any(np.any(adapter.params[site.path]["b"]) for site in adapter.sites)
         jt.load_adapter(out / "adapter", plain)
+        shares = {site.path: [0, *site.ranks[1:]] for site in adapter.sites}  # a layer without rank is no target any more
+        sites = find_sites(model.config, eva.redistributed(adapter, shares, adaptable(model.config)))
+        assert {site.path: list(site.ranks) for site in sites} == shares
         return
     assert described["base_model_name_or_path"] == find(out).base == str(out / "base")
     dense, found = plain.params["layers"]["0"]["down"], jt.compose(model.params, adapter)["layers"]["0"]["down"]
