@@ -151,7 +151,7 @@ class ObjectiveConfig(Group):
     train_on_last_step_only: bool = _of("stepwise_reward", default=False)
     # stepwise_reward: tokens of all steps together, what goes beyond is cut; grpo, rloo, ppo: tokens that an answer may have, 512;
     # distill: the same of answers that are drawn, 128
-    max_completion_length: int | None = _of("stepwise_reward", "distill", *POLICY)
+    max_completion_length: int | None = _of("stepwise_reward", *POLICY, "distill")
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
