@@ -25,7 +25,7 @@ from rich.console import Console
 from jaxtune import cli, costs, data, errors, parallel
 from jaxtune.compilation import enable_cache
 from jaxtune.config import Config, load_config
-from jaxtune.config.policy import POLICY
+from jaxtune.config.policy import POLICY, least_batch
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.data import files
@@ -219,7 +219,10 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
     if limit is None:
         raise ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
     unit, most, close = AUTO[key]
-    own = config.data.max_length if key == "data.max_length" else config.per_device_train_batch_size
+    own = config.data.max_length
+    if key == "per_device_train_batch_size":
+        own, mesh = config.per_device_train_batch_size, parallel.make_mesh(config.mesh, where.devices)
+        unit = least_batch(config, parallel.data_parallel(mesh))
 
     def peak(n: int) -> int:
         found = _compile(_changed(config, {key: n}), model_config, where).peak_bytes

@@ -175,9 +175,18 @@ def test_every_kind_of_change_is_tried_the_mildest_first(model_folder, monkeypat
     assert offload in dict(_candidates(run(model_folder, method="lora"), [SimpleNamespace(platform="tpu")]))
 
 
-@pytest.mark.parametrize(("key", "value"), [("per_device_train_batch_size", 37), ("data.max_length", 256)])
-def test_the_largest_setting_that_fits(model_folder, monkeypatch, key, value):
-    config = run(model_folder, method="lora")
+BATCH = "per_device_train_batch_size"
+GROUPS = {"objective": "grpo", "num_generations": 12, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+PARTS = {"objective": "ppo", "num_mini_batches": 6, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "keys"),
+    [(BATCH, 37, {}), (BATCH, 36, GROUPS), (BATCH, 36, PARTS), ("data.max_length", 256, {})],
+    ids=["batch", "whole groups", "whole parts", "length"],
+)
+def test_the_largest_setting_that_fits(model_folder, monkeypatch, key, value, keys):
+    config = run(model_folder, method="lora", **keys)
     monkeypatch.setattr("jaxtune.plan._needs", needs)
     monkeypatch.setattr("jaxtune.plan.find_target", small(None, jax.devices()[:1]))
     with pytest.raises(ConfigError, match="memory of target small is not known"):

@@ -50,6 +50,17 @@ def step_shape(config: "Config") -> tuple[int, int, int]:
     return micro_batches // common, each * common // config.num_mini_batches, config.num_mini_batches
 
 
+def least_batch(config: "Config", devices: int) -> int:
+    """The smallest `per_device_train_batch_size` whose drawing is whole groups of answers, and whole steps; others are its multiples."""
+    if config.objective not in POLICY:
+        return 1
+    micro_batches = config.gradient_accumulation_steps
+    times = devices * (micro_batches if config.objective == "ppo" else config.steps_per_generation)
+    groups = config.num_generations // math.gcd(config.num_generations, times)
+    steps = config.num_mini_batches // math.gcd(config.num_mini_batches, micro_batches) if config.objective == "ppo" else 1
+    return math.lcm(groups, steps)
+
+
 def steps_per_rollout(config: "Config") -> int:
     """Optimiser steps that learn from one drawing of answers."""
     return step_shape(config)[2] * (config.num_ppo_epochs if config.objective == "ppo" else config.num_iterations)
