@@ -50,7 +50,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module")
 def all_optimizations():
-    """For modules that judge the programs users have: their bytes, their agreement with other libraries."""
+    """For modules that judge the programs that other chips' compilers make for users."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -26,7 +26,6 @@ from jaxtune.peft import lora
 from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
-pytestmark = pytest.mark.usefixtures("all_optimizations")
 SHAPE = tiny.LLAMA | {"hidden_size": 128, "intermediate_size": 512, "attention_bias": False}
 EXPERTS = SHAPE | {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1,
