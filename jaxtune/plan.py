@@ -25,6 +25,7 @@ from rich.console import Console
 from jaxtune import cli, costs, data, errors, parallel
 from jaxtune.compilation import enable_cache
 from jaxtune.config import Config, load_config
+from jaxtune.config.objectives import draws_answers
 from jaxtune.config.policy import POLICY, least_batch
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config, open_tokenizer
@@ -134,7 +135,7 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
 
 def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data.Source | None) -> list[str]:
     """What is to be known of drawing answers, which the step's bytes and hours do not hold."""
-    if config.lmbda or config.seq_kd:
+    if draws_answers(config):
         return [f"drawing answers of up to {config.max_completion_length} tokens is not in the step's bytes and hours"]
     if config.objective not in POLICY:
         return []

@@ -20,6 +20,7 @@ from jaxtune import cli, compilation, data, distributed, errors, metrics, optim,
 from jaxtune.background import Background
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
+from jaxtune.config.objectives import draws_answers
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
@@ -131,7 +132,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
     # ---- 5. The loop ----
     rollouts = Rollouts(config, model, mesh, rows, rewards, folder, total_steps) if rewards else None
-    on_policy = OnPolicy(config, model, mesh, rows.train) if config.lmbda or config.seq_kd else None
+    on_policy = OnPolicy(config, model, mesh, rows.train) if draws_answers(config) else None
     run = Loop(config, mesh, rows, total_steps, checkpoints, folder, notes, rollouts, on_policy)
     state, metrics = run(state, base, step, eval_step)
 

@@ -33,6 +33,11 @@ ON_ANSWERS = ("dpo", "cpo", "simpo", "orpo", "kto", "reward")  # objectives that
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
+def draws_answers(config: "Config") -> bool:
+    """Whether objective distill learns from answers that are drawn, at some steps or all."""
+    return bool(config.lmbda or config.seq_kd)
+
+
 def resolve(config: "Config") -> dict[str, Any]:
     """What the defaults of None come to."""
     out: dict[str, Any] = {}
@@ -48,7 +53,7 @@ def resolve(config: "Config") -> dict[str, Any]:
         out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
     if config.objective in policy.POLICY:
         out |= policy.resolve(config)
-    if config.objective == "distill" and (config.lmbda or config.seq_kd) and config.max_completion_length is None:
+    if config.objective == "distill" and draws_answers(config) and config.max_completion_length is None:
         out["max_completion_length"] = 128
     if config.objective == "classification":
         labels = config.num_labels or (len(config.id2label) if config.id2label else None)
@@ -106,9 +111,9 @@ def _distilling(config: "Config") -> None:
         raise ConfigError(f"temperature is {config.temperature:g}, but has to be above 0.")
     if not 0 <= config.lmbda <= 1:
         raise ConfigError(f"lmbda is {config.lmbda:g}, but goes from 0 (the rows' answers) to 1 (the student's own at every step).")
-    if config.lmbda == 0 and not config.seq_kd and config.max_completion_length is not None:
+    if not draws_answers(config) and config.max_completion_length is not None:
         raise ConfigError("max_completion_length is of answers that are drawn; write lmbda above 0 or seq_kd: true, or leave it out.")
-    if (config.lmbda or config.seq_kd) and config.mesh.sequence > 1:
+    if draws_answers(config) and config.mesh.sequence > 1:
         raise ConfigError("answers are drawn with whole rows on a device; write mesh.sequence: 1, or lmbda: 0 and seq_kd: false.")
 
 

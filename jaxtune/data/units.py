@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.config.objectives import ON_TOKENS
+from jaxtune.config.objectives import ON_TOKENS, draws_answers
 from jaxtune.data.batch import Batch
 from jaxtune.data.documents import Documents
 from jaxtune.errors import DataError
@@ -250,7 +250,7 @@ def room(units: Units, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
     DataError where a prompt and an answer do not fit `data.max_length`, and for text that asks for none.
     """
-    if not (config.lmbda or config.seq_kd):
+    if not draws_answers(config):
         return units.lengths, units.trained
     documents, most = units.documents, int(config.max_completion_length or 0)
     prompts = np.array([len(prompt_of(*documents[number])) for number in range(len(documents))], np.int64)
