@@ -34,7 +34,8 @@ TINY = dict(
 )
 SMALL = TINY | dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24)  # for cases about one thing
 GEMMA = dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
-PHI3 = {key: value for key, value in TINY.items() if key != "head_dim"} | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
+NO_HEAD_DIM = {key: value for key, value in TINY.items() if key != "head_dim"}
+PHI3 = NO_HEAD_DIM | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
@@ -65,9 +66,13 @@ CASES = {
     "mistral": TINY | dict(model_type="mistral", sliding_window=5),
     "mixtral": TINY
     | dict(model_type="mixtral", head_dim=None, num_hidden_layers=3, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen2": {key: value for key, value in TINY.items() if key != "head_dim"}
+    "qwen2": NO_HEAD_DIM
     | dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen2_full": SMALL | dict(model_type="qwen2", use_sliding_window=False, sliding_window=5, max_window_layers=0),
+    "qwen2_moe": NO_HEAD_DIM
+    | dict(model_type="qwen2_moe", num_hidden_layers=3, mlp_only_layers=[1], num_experts=6, num_experts_per_tok=3)
+    | dict(moe_intermediate_size=20, shared_expert_intermediate_size=24, norm_topk_prob=False)
+    | dict(use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": TINY | dict(model_type="qwen3"),
     "qwen3_yarn": SMALL | dict(model_type="qwen3", attention_bias=True, rope_scaling=YARN | dict(beta_fast=4.0, beta_slow=1.0)),
     "qwen3_moe": TINY
@@ -133,6 +138,8 @@ CASES = {
         sliding_window=5,
     ),
     "olmo2": TINY | dict(model_type="olmo2"),
+    "olmoe": NO_HEAD_DIM
+    | dict(model_type="olmoe", num_hidden_layers=2, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None),
     "granite": TINY
     | dict(
         model_type="granite",

@@ -33,6 +33,7 @@ class GGUFCheckpoint:
                 expert = cell.index[1:]
                 tensor = file.tensors[name]
                 shape = tensor.shape[len(expert) :]
+                shape = (1, *shape) if cell.shape[0] == 1 and len(shape) == 1 else shape  # a matrix of one row is a vector there
                 self.entries[cell.name] = tensor._replace(shape=shape[::-1] if cell.transposed else shape)
                 self._places[cell.name] = (cell.path, name, expert)
         used = {name for _, name, _ in self._places.values()}
@@ -45,7 +46,7 @@ class GGUFCheckpoint:
             if self._stack[0] != stored:
                 self._stack = (stored, self.file.read(stored))
             return self._stack[1][expert]
-        return to_hf(self.config, path, self.file.read(stored))
+        return to_hf(self.config, path, self.file.read(stored)).reshape(self.entries[name].shape)
 
 
 def to_hf(config: ModelConfig, path: str, value: np.ndarray) -> np.ndarray:
@@ -209,6 +210,22 @@ def _llama(m: _Metadata) -> dict[str, Any]:
     return hf
 
 
+def _qwen2_moe(m: _Metadata) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe",
+        "num_experts": m("expert_count"),
+        "num_experts_per_tok": m("expert_used_count"),
+        "moe_intermediate_size": m("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": m("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,  # llama.cpp never does
+    }
+
+
+def _olmoe(m: _Metadata) -> dict[str, Any]:
+    chosen = {"num_experts": m("expert_count"), "num_experts_per_tok": m("expert_used_count")}
+    return {"model_type": "olmoe", "norm_topk_prob": False} | chosen
+
+
 def _qwen3_moe(m: _Metadata) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe",
@@ -266,6 +283,7 @@ def _granite(m: _Metadata) -> dict[str, Any]:
 ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": lambda m: {"model_type": "qwen2"},
+    "qwen2moe": _qwen2_moe,
     "qwen3": lambda m: {"model_type": "qwen3"},
     "qwen3moe": _qwen3_moe,
     "gemma": lambda m: {"model_type": "gemma"},
@@ -275,11 +293,12 @@ ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "granite": _granite,
     "smollm3": lambda m: {"model_type": "smollm3", "no_rope_layer_interval": 4},
     "olmo2": lambda m: {"model_type": "olmo2"},
+    "olmoe": _olmoe,
 }
 CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     computed = "gelu_pytorch_tanh" if architecture.startswith("gemma") else "silu"
     if ACTIVATIONS[c.hidden_act] is not ACTIVATIONS[computed]:
         raise ModelError(f"llama.cpp computes {computed} in a {architecture} model; this one has hidden_act {c.hidden_act}")
-    if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "phi3"):
+    if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "olmoe", "phi3"):
         raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; not this one")
 
 
@@ -127,6 +127,8 @@ def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) 
     def tensor(gguf: str, path: str, names: list[str]) -> _Tensor:
         row = rows[path]
         shape = row.shape[1:] if row.layers else row.shape
+        if row.is_matrix and shape[0] == 1:  # a vector there
+            return _Tensor(gguf, shape[1:], _T.F32, lambda: make(names[0])[0])
         if row.is_experts:
             return _Tensor(gguf, shape, _type(row, shape, type), lambda: np.stack([make(name) for name in names]))
         return _Tensor(gguf, shape, _type(row, shape, type), lambda: to_gguf(config, path, make(names[0])))
@@ -218,6 +220,22 @@ def _qwen(writer: GGUFWriter, c: ModelConfig) -> None:
         writer.add_expert_feed_forward_length(c.moe.intermediate_size)
 
 
+def _qwen2_moe(writer: GGUFWriter, c: ModelConfig) -> None:
+    if not c.qkv_bias:
+        raise ModelError("llama.cpp wants biases of q, k and v in a qwen2moe model; this one has qkv_bias false")
+    _plain_experts(writer, c)
+    assert c.moe is not None
+    writer.add_expert_feed_forward_length(c.moe.intermediate_size)
+    writer.add_expert_shared_feed_forward_length(c.moe.shared_intermediate_size)
+
+
+def _plain_experts(writer: GGUFWriter, c: ModelConfig) -> None:
+    if any(c.layer_windows):
+        raise ModelError(f"a {c.model_type} model with use_sliding_window cannot be written as GGUF; llama.cpp has no window there")
+    if c.moe is None or len(c.stacks) > 1 or c.moe.normalize:
+        raise ModelError(f"llama.cpp runs {c.model_type} with experts in every layer and without norm_topk_prob only; this model differs")
+
+
 def _gemma2(writer: GGUFWriter, c: ModelConfig) -> None:
     # llama.cpp does not read the scale: the largest model's heads count as a share of the residual stream, all others' as they are.
     largest = c.num_layers == (46 if c.model_type == "gemma2" else 62)
@@ -261,12 +279,14 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[GGUFWriter, ModelConfig], None]]] 
     "mistral": ("llama", _plain),
     "mixtral": ("llama", _plain),
     "qwen2": ("qwen2", _qwen),
+    "qwen2_moe": ("qwen2moe", _qwen2_moe),
     "qwen3": ("qwen3", _qwen),
     "qwen3_moe": ("qwen3moe", _qwen),
     "gemma": ("gemma", _plain),
     "gemma2": ("gemma2", _gemma2),
     "gemma3_text": ("gemma3", _gemma3),
     "olmo2": ("olmo2", _plain),
+    "olmoe": ("olmoe", _plain_experts),
     "phi3": ("phi3", _phi3),
     "granite": ("granite", _granite),
     "smollm3": ("smollm3", _smollm3),

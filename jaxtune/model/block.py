@@ -162,19 +162,34 @@ def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
 
 
 def feed_forward(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
-    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts."""
-    if "router" in w:
-        segments = place.queries.segments
-        return mixture(config, w, x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
+    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts (and one that all tokens share)."""
+    if "router" not in w:
+        return _mlp(config, w, x_BTD), None
+    segments = place.queries.segments
+    mixed, sums = mixture(config, w, x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
+    if config.moe is None or not config.moe.shared_intermediate_size:
+        return mixed, sums
+    shared = _mlp(config, w, x_BTD, "shared_")
+    if "shared_router" in w:
+        shared *= jax.nn.sigmoid(linear(w["shared_router"], x_BTD))
+    return mixed + shared, sums
+
+
+def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") -> jax.Array:
+    """The feed-forward network whose names begin with `prefix`."""
     act = ACTIVATIONS[config.hidden_act]
-    if "gate_up" in w:
-        gate, up = jnp.split(linear(w["gate_up"], x_BTD, w.get("gate_up_bias")), 2, axis=-1)
+
+    def project(name, x):
+        return linear(w[prefix + name], x, w.get(f"{prefix}{name}_bias"))
+
+    if f"{prefix}gate_up" in w:
+        gate, up = jnp.split(project("gate_up", x_BTD), 2, axis=-1)
         inner = act(gate) * up
-    elif "gate" in w:
-        gate = linear(w["gate"], x_BTD, w.get("gate_bias"))
+    elif f"{prefix}gate" in w:
+        gate = project("gate", x_BTD)
         # One after the other, backward too, where their unpacked matrices would else be there at once.
         gate, x_BTD = jax.lax.optimization_barrier((gate, x_BTD))
-        inner = act(gate) * linear(w["up"], x_BTD, w.get("up_bias"))
+        inner = act(gate) * project("up", x_BTD)
     else:
-        inner = act(linear(w["up"], x_BTD, w.get("up_bias")))
-    return linear(w["down"], constrain(config.mesh, inner, "rows", "tokens", "mlp"), w.get("down_bias")), None
+        inner = act(project("up", x_BTD))
+    return project("down", constrain(config.mesh, inner, "rows", "tokens", "mlp"))

@@ -39,7 +39,6 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
     mesh, axes = config.mesh, (*ROWS, "sequence")
     if mesh is None or not split(mesh, *axes):
         return _mixture(config, w, x_BTD, live_BT)
-    names = ("router", "experts_gate", "experts_up", "experts_down")
     spec = partition(mesh, x_BTD.shape[:2], ("rows", "tokens"))
     own = tuple(name for part in spec if part for name in ((part,) if isinstance(part, str) else part))
 
@@ -47,7 +46,7 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
         mixed, sums = _mixture(config, w, x, live)
         return mixed, jax.lax.psum(sums, own) if own else sums
 
-    weights = {name: w[name] for name in names}
+    weights = {name: w[name] for name in w if name.startswith(("router", "experts_"))}
     parts = each_part(part, mesh, (PartitionSpec(), spec, spec), (spec, PartitionSpec()), frozenset(axes))
     return parts(weights, x_BTD, live_BT)
 

@@ -35,6 +35,7 @@ HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_
 RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
 TRANSLATED = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    "olmoe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
     "qwen3_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
 }
 

@@ -241,6 +241,7 @@ LIKE_LLAMA_CPP = {
     "granite": dict(mlp_bias=True),
     "qwen2": dict(use_sliding_window=False, sliding_window=None, layer_types=None, head_dim=None),
     "qwen2_full": dict(head_dim=None),
+    "qwen2_moe": dict(mlp_only_layers=[], use_sliding_window=False, sliding_window=None, layer_types=None),
     "qwen3_yarn": dict(attention_bias=False),
     "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=None),
     "gemma2": dict(query_pre_attn_scalar=16),
@@ -248,7 +249,7 @@ LIKE_LLAMA_CPP = {
     "olmo2": dict(hidden_size=64),
     "smollm3": dict(layer_types=None, no_rope_layers=None),
 }
-FAMILIES = ["gemma", "linear", "llama", "llama3", "mistral", "mixtral", "phi3", "phi4_mini", "qwen3", *LIKE_LLAMA_CPP]
+FAMILIES = ["gemma", "linear", "llama", "llama3", "mistral", "mixtral", "olmoe", "phi3", "phi4_mini", "qwen3", *LIKE_LLAMA_CPP]
 
 
 def family_config(case):
@@ -289,6 +290,7 @@ def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
         ("dynamic", "rope_type 'dynamic' cannot be written"),
         ("qwen2", "use_sliding_window"),
         ("qwen2_full", "takes hidden_size / num_attention_heads for the head_dim"),
+        ("qwen2_moe", "use_sliding_window"),
         ("qwen3_yarn", "no bias of the attention's output"),
         ("qwen3_moe", "experts in every layer"),
         ("gemma2", "takes 16 as query_pre_attn_scalar"),

@@ -49,6 +49,12 @@ PUBLISHED = {
         | size(3584, 18944, 28, 28),
         7615616512,
     ),
+    "Qwen1.5-MoE-A2.7B": (
+        dict(model_type="qwen2_moe", vocab_size=151936, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4)
+        | dict(moe_intermediate_size=1408, shared_expert_intermediate_size=5632)
+        | size(2048, 5632, 24, 16),
+        14315784192,
+    ),
     "Qwen3-8B": (
         dict(model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128, rope_theta=1e6) | size(4096, 12288, 36, 32),
         8190735360,
@@ -87,6 +93,11 @@ PUBLISHED = {
     ),
     "SmolLM3-3B": (dict(model_type="smollm3", vocab_size=128256, num_key_value_heads=4) | size(2048, 11008, 36, 16), 3075098624),
     "OLMo-2-1124-7B": (dict(model_type="olmo2", vocab_size=100352, rope_theta=500000) | size(4096, 11008, 32, 32), 7298617344),
+    "OLMoE-1B-7B-0924": (
+        dict(model_type="olmoe", vocab_size=50304, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, clip_qkv=None)
+        | size(2048, 1024, 16, 16),
+        6919161856,
+    ),
     "granite-3.1-8b": (
         dict(model_type="granite", vocab_size=49155, num_key_value_heads=8, tie_word_embeddings=True, attention_multiplier=0.0078125)
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=16.0, rope_theta=1e7)

@@ -24,7 +24,7 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "residual_multiplier": 1.0,
     "parallel_residual": False,
 }
-OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions")
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router")
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -59,6 +59,8 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
         moe = config.moe
         changed["moe normalize"] = dataclasses.replace(config, moe=dataclasses.replace(moe, normalize=not moe.normalize))
         changed["moe chosen"] = dataclasses.replace(config, moe=dataclasses.replace(moe, experts_per_token=1))
+        if moe.shared_intermediate_size:
+            changed["moe shared"] = dataclasses.replace(config, moe=dataclasses.replace(moe, shared_intermediate_size=0))
     return changed
 
 
@@ -98,11 +100,13 @@ SWITCHES = {
     "mistral": {"layer_windows", "window of one more"},
     "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
     "olmo2": {"q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "norm_eps"},
+    "olmoe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
     "phi3": {"layer_windows", "window of one more"},
     "phi4_mini": {"rope 0 kind", "rope 0 attention_factor"},
     "phi4_mini_short": {"rope 0 kind", "rope 0 attention_factor"},
     "qwen2": {"_bias", "layer_windows", "window of one more"},
     "qwen2_full": {"_bias"},
+    "qwen2_moe": {"_bias", "layer_windows", "window of one more", "moe normalize", "moe chosen", "moe shared", "shared_router"},
     "qwen3": {"q_norm", "k_norm"},
     "qwen3_moe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
     "qwen3_moe_raw": {"moe normalize", "moe chosen", "layer_windows", "window of one more", "q_norm", "k_norm"},

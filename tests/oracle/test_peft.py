@@ -77,6 +77,7 @@ OTHERS = {name: kind for kind, names in {"gpt2": GPT2, "gpt_neox": NEOX}.items()
 EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in name]
 EACH += [("tied", name) for name in ("head", "embedding", "DoRA of the ends", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
+EACH += [("qwen2_moe", "all-linear of experts"), ("olmoe", "all-linear of experts")]
 EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
 
 
@@ -86,7 +87,7 @@ def folders(tmp_path_factory):
     for kind in ("untied", "tied"):
         shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
         tiny.write(root / kind, shape, tiny.hf_tensors(shape))
-    for kind in ("mixtral", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
+    for kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     return {folder.name: folder for folder in root.iterdir()}

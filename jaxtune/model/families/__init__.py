@@ -20,7 +20,7 @@ from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
-from jaxtune.model.families.moe import MIXTRAL, QWEN3_MOE
+from jaxtune.model.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "Moe", "from_hf"]
 
@@ -35,8 +35,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "olmo2": OLMO2,
+    "olmoe": OLMOE,
     "phi3": PHI3,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "smollm3": SMOLLM3,

@@ -27,6 +27,7 @@ class Moe:
     layers: tuple[int, ...]
     normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
     aux_loss_coef: float  # weight of the load-balancing loss in training
+    shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Mixtures of experts: Mixtral and Qwen 3 MoE."""
+"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE."""
 
+import dataclasses
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window
+from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window, windows
 from jaxtune.model.families.llama import DEFAULTS, llama_config
-from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
+from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
 from jaxtune.model.row import Row
 
 
@@ -61,26 +62,115 @@ MIXTRAL = Family(
 )
 
 
+# ---- Qwen 2 MoE: an expert that all tokens share, weighed by a gate of its own ----
+
+
+def _sparse(hf: dict[str, Any], number: int) -> list[int]:
+    dense, step = set(hf["mlp_only_layers"] or ()), hf["decoder_sparse_step"]
+    return [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
+
+
+def _qwen2_moe(hf: dict[str, Any]) -> ModelConfig:
+    number, sliding, layers = hf["num_experts"], hf["use_sliding_window"], range(hf["num_hidden_layers"])
+    moe = _moe(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
+    moe = moe and dataclasses.replace(moe, shared_intermediate_size=hf["shared_expert_intermediate_size"])
+    turns = [bool((layer + 1) % 2 and layer < hf["max_window_layers"] and sliding) for layer in layers]
+    kinds = hf.get("layer_types") or ["sliding_attention" if turn else "full_attention" for turn in turns]
+    hf = hf | {"sliding_window": hf["sliding_window"] if sliding else None}
+    return common(hf, qkv_bias=bool(hf["qkv_bias"]), layer_windows=windows(hf, kinds), moe=moe)
+
+
+def _qwen2_moe_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    if c.moe and layer in c.moe.layers:
+        yield from _qwen_experts(c)
+        yield from shared_expert(c, "mlp.shared_expert")
+        yield from linear("shared_router", 1, c.hidden_size, (None, "embed"), "mlp.shared_expert_gate", "ffn_gate_inp_shexp")
+    else:
+        yield from mlp(c)
+
+
+def _qwen_experts(c: ModelConfig) -> Rows:
+    expert = "mlp.experts.{expert}"
+    return experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
+
+
+QWEN2_MOE = Family(
+    _qwen2_moe,
+    _qwen2_moe_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=16,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=28,
+        decoder_sparse_step=1,
+        mlp_only_layers=None,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_experts=60,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        qkv_bias=True,
+        router_aux_loss_coef=0.001,
+    ),
+)
+
+
+# ---- OLMoE: norms over whole queries and keys ----
+
+
+def _olmoe(hf: dict[str, Any]) -> ModelConfig:
+    number = hf.get("num_local_experts") or hf["num_experts"]  # two names of one key, in transformers too
+    moe = _moe(hf, number, hf["intermediate_size"], list(range(hf["num_hidden_layers"])), bool(hf["norm_topk_prob"]))
+    return llama_config(hf, mlp_bias=False, moe=moe)
+
+
+def _olmoe_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from query_key_norms(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    yield from _qwen_experts(c)
+
+
+OLMOE = Family(
+    _olmoe,
+    _olmoe_layer,
+    DEFAULTS
+    | dict(
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.01,
+        pad_token_id=1,
+    ),
+    {"clip_qkv": (None,)},
+)
+
+
 # ---- Qwen 3 MoE: Qwen 3 with experts in some layers ----
 
 
 def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
     number = hf.get("num_local_experts") or hf.get("num_experts", 128)  # transformers 5 writes the first, the hub has the second
-    dense, step = set(hf["mlp_only_layers"] or ()), hf["decoder_sparse_step"]
-    layers = [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
-    moe = _moe(hf, number, hf["moe_intermediate_size"], layers, bool(hf["norm_topk_prob"]))
+    moe = _moe(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
     sliding = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
     return llama_config(hf, mlp_bias=False, layer_windows=one_window(sliding), moe=moe)
 
 
 def _qwen3_moe_layer(c: ModelConfig, layer: int) -> Rows:
-    expert = "mlp.experts.{expert}"
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
     yield from query_key_norms(c, c.head_dim, c.head_dim)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
     if c.moe and layer in c.moe.layers:
-        yield from experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
+        yield from _qwen_experts(c)
     else:
         yield from mlp(c)
 

@@ -48,6 +48,15 @@ def mlp(c: ModelConfig) -> Rows:
     yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down", c.mlp_bias)
 
 
+def shared_expert(c: ModelConfig, hf: str) -> Rows:
+    """The expert that every token goes through."""
+    assert c.moe is not None
+    width, inner = c.hidden_size, c.moe.shared_intermediate_size
+    yield from linear("shared_gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate_shexp")
+    yield from linear("shared_up", inner, width, ("mlp", "embed"), f"{hf}.up_proj", "ffn_up_shexp")
+    yield from linear("shared_down", width, inner, ("embed", "mlp"), f"{hf}.down_proj", "ffn_down_shexp")
+
+
 def pre_norm_layer(c: ModelConfig, layer: int) -> Rows:
     """Llama's layer: norm, attention, norm, feed-forward."""
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
