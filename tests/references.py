@@ -37,11 +37,18 @@ def tree(config, tensors: dict[str, np.ndarray]) -> dict:
     """The parameter tree of Hugging Face's tensors, through the row table; every tensor is used once."""
     left, flat = dict(tensors), {}
     for path, row in spec(config).items():
-        parts = [left.pop(name) for name in row.hf_names()]
-        parts = [part.T for part in parts] if row.transposed else parts
+        parts = [of_file(row, tensors[name]) for name in row.hf_names()]
+        for name in row.hf_names():
+            left.pop(name, None)
         flat[path] = jnp.asarray(np.stack(parts).reshape(row.shape))
     assert not left, f"not in the row table: {sorted(left)}"
     return unflatten(flat)
+
+
+def of_file(row, tensor: np.ndarray) -> np.ndarray:
+    """A file's tensor as a row has it: turned, and of experts that lie in one tensor the row's own outputs."""
+    tensor = tensor.swapaxes(-1, -2) if row.transposed else tensor
+    return tensor if row.part is None else tensor[:, row.part.outputs(row.shape[2])]
 
 
 class Layout(NamedTuple):

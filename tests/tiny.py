@@ -8,6 +8,7 @@ from chat import make_tokenizer
 from safetensors.numpy import save_file
 
 from jaxtune.convert.tensors import Safetensors
+from jaxtune.convert.together import whole_shape
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import spec
 
@@ -38,8 +39,10 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
     tensors = {}
     for row in spec(from_hf(hf)).values():
         shape = row.shape[bool(row.layers) + row.is_experts :]
+        shape = shape[::-1] if row.transposed else shape
+        shape = shape if row.part is None else whole_shape(row)
         for name in row.hf_names():
-            noise = rng.standard_normal(shape[::-1] if row.transposed else shape).astype(np.float32) * 0.2
+            noise = rng.standard_normal(shape).astype(np.float32) * 0.2
             tensors[name] = (noise + (row.init == "ones")).astype(DTYPES[dtype])
     return tensors
 

@@ -140,6 +140,9 @@ CASES = {
     "olmo2": TINY | dict(model_type="olmo2"),
     "olmoe": NO_HEAD_DIM
     | dict(model_type="olmoe", num_hidden_layers=2, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None),
+    "gpt_oss": TINY
+    | dict(model_type="gpt_oss", num_hidden_layers=2, intermediate_size=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=5)
+    | dict(swiglu_limit=0.7, rope_scaling=YARN | dict(truncate=False, beta_fast=4.0)),
     "granite": TINY
     | dict(
         model_type="granite",

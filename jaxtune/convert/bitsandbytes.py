@@ -38,8 +38,11 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
     if not isinstance(settings, Mapping):
         raise ModelError(f"config.json says quantization_config={settings!r}; it has to be an object")
     method = settings.get("quant_method", "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None)
+    if method == "mxfp4":  # convert/mxfp4.py
+        return False
     if method != "bitsandbytes":
-        raise ModelError(f"config.json says quant_method {method!r}; bitsandbytes' nf4, fp4 and int8 can be read. Give the original model")
+        can = "bitsandbytes' nf4, fp4 and int8, and mxfp4, can be read"
+        raise ModelError(f"config.json says quant_method {method!r}; {can}. Give the original model")
     keys = settings.get("llm_int8_skip_modules") or []
     try:
         fits = isinstance(keys, list) and all(re.compile(key) for key in keys)

@@ -210,6 +210,17 @@ def _llama(m: _Metadata) -> dict[str, Any]:
     return hf
 
 
+def _gpt_oss(m: _Metadata) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_oss",
+        "num_local_experts": m("expert_count"),
+        "num_experts_per_tok": m("expert_used_count"),
+        "intermediate_size": m("expert_feed_forward_length"),
+        "sliding_window": m("attention.sliding_window"),
+        "rope_parameters": _rope(m, m("attention.key_length")) | {"truncate": False},
+    }
+
+
 def _qwen2_moe(m: _Metadata) -> dict[str, Any]:
     return {
         "model_type": "qwen2_moe",
@@ -290,6 +301,7 @@ ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
+    "gpt-oss": _gpt_oss,
     "granite": _granite,
     "smollm3": lambda m: {"model_type": "smollm3", "no_rope_layer_interval": 4},
     "olmo2": lambda m: {"model_type": "olmo2"},
@@ -299,6 +311,6 @@ CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM", "gpt_oss": "GptOssForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
 }  # fmt: skip
 

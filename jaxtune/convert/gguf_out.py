@@ -82,7 +82,7 @@ def save_gguf(
 
 def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     """What llama.cpp's loader has no place for, as tried with it."""
-    if c.out_bias and architecture not in ("llama", "granite"):
+    if c.out_bias and architecture not in ("llama", "granite", "gpt-oss"):
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {architecture} model; this one has attention_bias")
     if c.mlp_bias and architecture not in ("llama", "granite"):
         raise ModelError(f"llama.cpp knows no biases of the feed-forward part of a {architecture} model; this one has mlp_bias")
@@ -138,7 +138,7 @@ def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) 
 
 def _type(row: Row, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:
     matrix, table, _ = TYPES[type]
-    if len(shape) == 1 or "router" in row.hf or row.gguf.startswith(("position_embd", "blk.{layer}.ffn_gate_inp")):
+    if len(shape) == 1 or row.gguf.endswith(".bias") or row.gguf.startswith(("position_embd", "blk.{layer}.ffn_gate_inp")):
         return _T.F32
     wanted = table if "vocab" in row.axes else matrix
     return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _T.F16
@@ -160,20 +160,20 @@ def _add_config(writer: GGUFWriter, c: ModelConfig) -> None:
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
-    _add_rope(writer, c.ropes[0])
+    _add_rope(writer, c.ropes[0], truncate=c.model_type != "gpt_oss")
     if c.moe:
         writer.add_expert_count(c.moe.num_experts)
         writer.add_expert_used_count(c.moe.experts_per_token)
 
 
-def _add_rope(writer: GGUFWriter, rope: Rope) -> None:
+def _add_rope(writer: GGUFWriter, rope: Rope, truncate: bool) -> None:
     writer.add_rope_dimension_count(rope.dim)
     writer.add_rope_freq_base(rope.theta)
     if rope.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
     elif rope.kind == "yarn":
-        if not math.isclose(rope.attention_factor, 0.1 * math.log(rope.factor) + 1, rel_tol=1e-6) or not rope.truncate:
+        if not math.isclose(rope.attention_factor, 0.1 * math.log(rope.factor) + 1, rel_tol=1e-6) or rope.truncate != truncate:
             raise ModelError("this model's yarn has an attention_factor or a truncate of its own, which GGUF cannot say")
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope.factor)
@@ -218,6 +218,16 @@ def _qwen(writer: GGUFWriter, c: ModelConfig) -> None:
         if len(c.stacks) > 1 or not c.moe.normalize:
             raise ModelError("llama.cpp runs Qwen 3 MoE with experts in every layer and norm_topk_prob only; this model differs")
         writer.add_expert_feed_forward_length(c.moe.intermediate_size)
+
+
+def _gpt_oss(writer: GGUFWriter, c: ModelConfig) -> None:
+    assert c.moe is not None
+    if c.moe.clamp != (7.0, 1.702) or not c.qkv_bias or [bool(window) for window in c.layer_windows] != [
+        layer % 2 == 0 for layer in range(c.num_layers)
+    ]:
+        raise ModelError("llama.cpp runs gpt_oss with attention_bias, swiglu_limit 7 and a window in every other layer, the first one on")
+    writer.add_sliding_window(max(c.layer_windows))
+    writer.add_expert_feed_forward_length(c.moe.intermediate_size)
 
 
 def _qwen2_moe(writer: GGUFWriter, c: ModelConfig) -> None:
@@ -278,6 +288,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[GGUFWriter, ModelConfig], None]]] 
     "llama": ("llama", _plain),
     "mistral": ("llama", _plain),
     "mixtral": ("llama", _plain),
+    "gpt_oss": ("gpt-oss", _gpt_oss),
     "qwen2": ("qwen2", _qwen),
     "qwen2_moe": ("qwen2moe", _qwen2_moe),
     "qwen3": ("qwen3", _qwen),

@@ -19,6 +19,7 @@ from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, write_tensors
+from jaxtune.convert.together import plans_of_files
 from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
@@ -221,7 +222,7 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         value = parallel.fetch(dense(leaf, wanted))
         return value.T if cell.transposed else value
 
-    return config, [Plan(cell.name, dtype_of(cell), cell.shape) for cell in table.values()], make
+    return config, *plans_of_files(rows, [Plan(cell.name, dtype_of(cell), cell.shape) for cell in table.values()], make)
 
 
 def _cell(leaf: Matrix, index: tuple[int, ...], read: Callable[[], Matrix] | None = None) -> Matrix:

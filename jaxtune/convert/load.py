@@ -17,9 +17,11 @@ from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skippe
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
+from jaxtune.convert.mxfp4 import MXFP4, is_mxfp4
 from jaxtune.convert.names import unstack_experts
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
+from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
@@ -111,9 +113,12 @@ def open_model(source: str | os.PathLike) -> Opened:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
     config_json = read_json(path / "config.json")
-    checkpoint = Safetensors(path)
-    unstack_experts(checkpoint.entries)
+    checkpoint: Any = Safetensors(path)
     config = from_hf(config_json)
+    if any(row.part for row in spec(config).values()):
+        checkpoint = Apart(MXFP4(checkpoint) if is_mxfp4(config_json) else checkpoint, config)
+    else:
+        unstack_experts(checkpoint.entries)
     if is_packed(config_json):
         checkpoint = Bitsandbytes(checkpoint, config)
         config = cut(config, checkpoint.is_packed)

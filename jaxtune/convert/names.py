@@ -22,19 +22,29 @@ _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 class Cell(NamedTuple):
-    """One tensor of a checkpoint: the row it belongs to, its place in that row's stack, its shape in the file."""
+    """One tensor of a checkpoint: the row it belongs to, its place in that row's stack, its shape in the file.
+
+    `whole`: the tensor that it is a part of, where a file holds a layer's experts together (convert/together.py); it is `[out, in]` then.
+    """
 
     path: str
     index: tuple[int, ...]
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    whole: str | None = None
 
 
 def cells(rows: dict[str, Row]) -> Iterator[Cell]:
     """Every tensor of the row table, row by row, under its Hugging Face name."""
     for path, row in rows.items():
         depth = bool(row.layers) + row.is_experts
+        if row.part is not None:
+            for index in np.ndindex(row.shape[:depth]):
+                whole = row.hf.format(layer=row.layers[index[0]])
+                name = whole + "".join(f"[{n}]" for n in (row.part.number, *index[1:]))
+                yield Cell(path, index, name, row.shape[depth:], False, whole)
+            continue
         for number, name in enumerate(row.hf_names()):
             index = tuple(int(i) for i in np.unravel_index(number, row.shape[:depth])) if depth else ()
             shape = row.shape[depth:]

@@ -66,6 +66,12 @@ def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterato
         yield Place(number, name, PREFIX + stem)
 
 
+def _turns(row: Row, out: int) -> np.ndarray:
+    """Which of our outputs, gate before up, each of transformers' is."""
+    halves = np.arange(out).reshape(2, -1)
+    return halves.T.reshape(-1) if row.part is not None and row.part.alternating else halves.reshape(-1)
+
+
 def _flat(leaf: str, value: np.ndarray) -> np.ndarray:
     """Experts' pairs as PEFT lays them out."""
     if value.ndim != 3 or leaf not in ("a", "b"):
@@ -104,6 +110,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
             for leaf, part in kind.parts(adapter.config, site.path, row, max(site.ranks)).items():
                 if leaf in values:
                     value = np.asarray(values[leaf][place.number] if row.layers else values[leaf])
+                    value = value[:, _turns(row, value.shape[1])] if leaf == "b" and site.path.endswith("experts_gate_up") else value
                     tensors[f"{place.stem}.{part.file}"] = _as_in_file(value, leaf, part, rank)
     for whole in adapter.wholes:
         if whole.path in heads.VALUE:
@@ -254,7 +261,10 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
             values = {leaf: checkpoint.read(tensor).astype(np.float32) for leaf, tensor in tensors.items()}
             values = {leaf: x.T if parts[leaf].turned else x for leaf, x in values.items()}
             _check(path, place, values, parts)
-            layers.append({leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values)
+            values = {leaf: _unflat(leaf, x, count) for leaf, x in values.items()} if count else values
+            if name.endswith("experts_gate_up"):
+                values["b"] = values["b"][:, np.argsort(_turns(row, values["b"].shape[1]))]
+            layers.append(values)
             left -= set(tensors.values())
         if any(layers):
             params[name] = _stack(layers, row, full, count)

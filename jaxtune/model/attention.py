@@ -65,12 +65,13 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 def attend(
     q_BTHh, k_BSKh, v_BSKh, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0, form: str = "xla",
-    tile: Tile = TILE,
+    tile: Tile = TILE, sinks_H: jax.Array | None = None,
 ):  # fmt: skip
     """Grouped-query attention, `[B, T, H, h]` in q's dtype; zeros for a query that sees nothing (padding).
 
     `cap` bounds the scores (`softcap`). Where there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ...
-    `form`: xla | flash | splash; `tile` is of the first.
+    `form`: xla | flash | splash; `tile` is of the first. `sinks_H`: a score of each head that takes its share of every softmax and gives
+    nothing for it (arXiv 2309.17453; GPT-OSS).
     """
     B, T, H, h = q_BTHh.shape
     K, S = k_BSKh.shape[2], k_BSKh.shape[1]
@@ -83,7 +84,8 @@ def attend(
         k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
     elif T > tile.queries and S > tile.keys:
         k, v, keys = (_whole(x, tile.keys, S) for x in (k, v, keys))
-    out: Any = _attend(_How(scale, cap, form, tile), q, k, v, queries, keys, jnp.asarray(window))
+    sinks = None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(K, H // K)
+    out: Any = _attend(_How(scale, cap, form, tile), q, k, v, sinks, queries, keys, jnp.asarray(window))
     return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
 
@@ -116,21 +118,27 @@ def _kernel(form: str):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, q, k, v, queries, keys, window):
-    return _attend_fwd(how, q, k, v, queries, keys, window)[0]
+def _attend(how, q, k, v, sinks, queries, keys, window):
+    return _attend_fwd(how, q, k, v, sinks, queries, keys, window)[0]
 
 
-def _attend_fwd(how, q, k, v, queries, keys, window):
+def _attend_fwd(how, q, k, v, sinks, queries, keys, window):
     forward = _forward if how.form == "xla" else _kernel(how.form).forward
-    out, logz = (checkpoint_name(x, "attention") for x in forward(how, q, k, v, queries, keys, window))
-    return out, (q, k, v, queries, keys, window, out, logz)
+    out, logz = forward(how, q, k, v, queries, keys, window)
+    if sinks is not None:  # [K, G]: one more term of each sum
+        both = jnp.logaddexp(logz, sinks[:, :, None])
+        out, logz = (out * jnp.exp(logz - both)[..., None]).astype(out.dtype), both
+    out, logz = checkpoint_name(out, "attention"), checkpoint_name(logz, "attention")
+    return out, (q, k, v, sinks, queries, keys, window, out, logz)
 
 
 def _attend_bwd(how, residuals, dout):
-    q, k, v, queries, keys, window, out, logz = residuals
+    q, k, v, sinks, queries, keys, window, out, logz = residuals
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     backward = _backward if how.form == "xla" else _kernel(how.form).backward
-    return *backward(how, q, k, v, queries, keys, window, dout, logz, delta), None, None, None
+    # a sink is a key whose value is zero
+    dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, :, None] - logz) * delta, axis=(0, 3))
+    return *backward(how, q, k, v, queries, keys, window, dout, logz, delta), dsinks, None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

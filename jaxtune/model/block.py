@@ -73,28 +73,28 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
         k, v = (jax.lax.dynamic_index_in_dim(cached, place.number, keepdims=False) for cached in kv)
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
-    mixed = _attend(config, q, k, v, place, config.attention if kv is None else "xla")
+    mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
     return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
 
 
-def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, place: Place, form: str) -> jax.Array:
+def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks_H, place: Place, form: str) -> jax.Array:
     """`attend`; on several devices, where a row's tokens lie on more than one or a kernel computes it, each device's own queries over the
     keys and values of the whole row: the compiler cannot divide a kernel."""
 
-    def over(q, k, v, queries, keys, window):
-        scale, cap = config.attention_scale, config.attention_softcap
-        return attend(q, k, v, queries, keys, scale=scale, window=window, cap=cap, form=form, tile=config.attention_tile)
+    def over(q, k, v, sinks_H, queries, keys, window):
+        scale, cap, tile = config.attention_scale, config.attention_softcap, config.attention_tile
+        return attend(q, k, v, queries, keys, scale=scale, window=window, cap=cap, form=form, tile=tile, sinks_H=sinks_H)
 
     mesh = config.mesh
     tokens = None if mesh is None else partition(mesh, q.shape[1:2], ("tokens",))[0]
     if mesh is None or mesh.size == 1 or (tokens is None and form == "xla"):
-        return over(q, k, v, place.queries, place.keys, place.window)
+        return over(q, k, v, sinks_H, place.queries, place.keys, place.window)
     (rows,) = partition(mesh, q.shape[:1], ("rows",))
     heads = partition(mesh, (config.num_kv_heads,), ("heads",))[0]  # groups of queries stay with their keys
     mine, whole = PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows, None, heads, None)
-    specs = (mine, whole, whole, PartitionSpec(rows, tokens), PartitionSpec(rows, None), PartitionSpec())
+    specs = (mine, whole, whole, PartitionSpec(heads), PartitionSpec(rows, tokens), PartitionSpec(rows, None), PartitionSpec())
     parts = each_part(over, mesh, specs, mine, frozenset(mesh.axis_names))
-    return parts(q, k, v, place.queries, place.keys, place.window)
+    return parts(q, k, v, sinks_H, place.queries, place.keys, place.window)
 
 
 def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:

@@ -51,11 +51,19 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
     return parts(weights, x_BTD, live_BT)
 
 
+def _gated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
+    if config.moe is None or config.moe.clamp is None:
+        return ACTIVATIONS[config.hidden_act](gate) * up
+    limit, alpha = config.moe.clamp
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
+
+
 def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
     assert config.moe is not None
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    probs_NE = jax.nn.softmax(linear(w["router"], x_ND).astype(jnp.float32), axis=-1)
+    probs_NE = jax.nn.softmax(linear(w["router"], x_ND, w.get("router_bias")).astype(jnp.float32), axis=-1)
     weights_NC, chosen_NC = jax.lax.top_k(probs_NE, chosen_of)
     if config.moe.normalize:
         weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
@@ -63,8 +71,12 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
     sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)
     rows = x_ND[order // chosen_of]
-    gate = ACTIVATIONS[config.hidden_act](grouped(w["experts_gate"], rows, sizes_E))
-    out = grouped(w["experts_down"], gate * grouped(w["experts_up"], rows, sizes_E), sizes_E)
+
+    def through(name: str, x: jax.Array) -> jax.Array:
+        y, bias_EF = grouped(w[name], x, sizes_E), w.get(f"{name}_bias")
+        return y if bias_EF is None else y + bias_EF.astype(y.dtype)[chosen_NC.reshape(-1)[order]]
+
+    out = through("experts_down", _gated(config, through("experts_gate", rows), through("experts_up", rows)))
     out_NCD = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(-1, chosen_of, out.shape[-1])
     mixed = jnp.sum(out_NCD.astype(jnp.float32) * weights_NC[..., None], axis=1).astype(x_BTD.dtype)
 

@@ -3,11 +3,27 @@
 from typing import NamedTuple
 
 
+class Part(NamedTuple):
+    """Where a row lies in a file's tensor of all experts of a layer, `[E, out, in]` (`[E, in, out]` if transposed; biases `[E, out]`).
+
+    `of` rows share its outputs: in turn where they alternate, else one after the other.
+    """
+
+    number: int = 0
+    of: int = 1
+    alternating: bool = False
+
+    def outputs(self, size: int) -> slice:
+        """The tensor's outputs that are this row's, `size` of them."""
+        return slice(self.number, None, self.of) if self.alternating else slice(self.number * size, (self.number + 1) * size)
+
+
 class Row(NamedTuple):
     """One parameter: what it is (shape, axes, init), what others call it (hf, gguf), and which layers it stacks.
 
     `shape` is `[L, ...]` where the row stacks layers, `[L, E, out, in]` where it stacks the experts of layers. Matrices are `[out, in]`
-    here whatever the file does: `transposed` says that the Hugging Face file holds `[in, out]` (GPT-2's Conv1D).
+    here whatever the file does: `transposed` says that the Hugging Face file holds `[in, out]` (GPT-2's Conv1D), `part` that it holds a
+    layer's experts in one tensor, and where this row lies in it (convert/together.py).
     """
 
     shape: tuple[int, ...]
@@ -17,6 +33,7 @@ class Row(NamedTuple):
     gguf: str
     layers: tuple[int, ...] = ()
     transposed: bool = False
+    part: Part | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -34,8 +51,9 @@ class Row(NamedTuple):
         return self.is_matrix or self.is_experts
 
     def hf_names(self) -> list[str]:
-        """The Hugging Face tensors this row is stacked from, in the order of its leading axes: `[L]` names, or `[L * E]` of experts."""
-        experts = range(self.shape[1]) if self.is_experts else (None,)
+        """The Hugging Face tensors this row is stacked from, in the order of its leading axes: `[L]` names, or `[L * E]` of
+        experts that are a tensor each."""
+        experts = range(self.shape[1]) if self.is_experts and self.part is None else (None,)
         return [self.hf.format(layer=layer, expert=expert) for layer in self.layers or (None,) for expert in experts]
 
     def gguf_names(self) -> list[str]:

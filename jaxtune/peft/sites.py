@@ -29,7 +29,7 @@ class Whole(NamedTuple):
 
 
 # What transformers 5 calls the parameters of an expert layer, which PEFT adapts as parameters (`target_parameters`), not as modules
-EXPERTS = {"router": "mlp.gate.weight", "experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
+EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_proj", "experts_down": "{experts}.down_proj"}
 # and what the modules were called that they stand for; PEFT translates these
 HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
 RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
@@ -54,7 +54,8 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
         gate, down = rows[f"{stack}experts_gate"], rows[f"{stack}experts_down"]
         L, E, F, D = gate.shape
         own = {"router": rows[path], "experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
-        table |= {stack + name: row._replace(hf=family.prefix + EXPERTS[name]) for name, row in own.items()}
+        called = dict(zip(("router", "experts"), family.moe, strict=True))
+        table |= {stack + name: row._replace(hf=family.prefix + EXPERTS[name].format(**called)) for name, row in own.items()}
     return table
 
 
@@ -139,8 +140,8 @@ def targeted(model_config: ModelConfig, config: AnyConfig) -> set[str]:
 def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
     wanted = {targets} if isinstance(targets, str) else set(targets)
     if missing := sorted(wanted - matched):
-        there = sorted({name.rsplit(".", 1)[-1] if key == "target_modules" else EXPERTS[path.rpartition("/")[2]]
-                        for path in paths for name in names(path, rows[path])})  # fmt: skip
+        last = 1 if key == "target_modules" else 3  # parts of a name that tell it from the others
+        there = sorted({".".join(name.split(".")[-last:]) for path in paths for name in names(path, rows[path])})
         what = "linear layer" if key == "target_modules" else "parameter of experts"
         there = f"there are {', '.join(there)}" if there else "there is none"
         whole = "; a text is a regular expression for a whole name: write a list, [NAME, ...]" if isinstance(targets, str) else ""
@@ -234,6 +235,8 @@ def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site,
                 chosen[path], any_found = chosen.get(path, set()) | found, True
         return any_found
 
+    if config.bias == "all" and any(path.endswith("/experts_down_bias") for path in rows):
+        raise ConfigError(f"{config.group}.bias: all would train biases of experts, which are not trained whole; write lora_only or none")
     if config.bias == "all":
         choose(lambda path, i, name: name.endswith(".bias"))
     elif config.bias != "none":  # lora_only, vera_only, ...

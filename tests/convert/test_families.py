@@ -48,6 +48,25 @@ def test_experts_stacked_as_transformers_5_can_write_them(tmp_path, case):
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "stacked").params, load(tmp_path / "apart").params)
 
 
+def test_mxfp4_is_read_as_the_numbers_it_stands_for(tmp_path):
+    """Every code and many scales, as gpt-oss comes: codes side by side in 32 numbers of one scale; by hand, number by number."""
+    config = references.load("gpt_oss").config | {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
+    tensors, rng = tiny.hf_tensors(config, "bfloat16"), np.random.default_rng(0)
+    packed, values = dict(tensors), [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, width, out = packed.pop(name).shape
+        blocks, scales = rng.integers(0, 256, (E, out, width // 32, 16), np.uint8), rng.integers(110, 130, (E, out, width // 32), np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        for e, i, o in np.ndindex(E, width, out):
+            code = blocks[e, o, i // 32, i % 32 // 2] >> (4 if i % 2 else 0) & 15
+            tensors[name][e, i, o] = values[code] * 2.0 ** (int(scales[e, o, i // 32]) - 127)
+    tiny.write(tmp_path / "packed", config | {"quantization_config": {"quant_method": "mxfp4"}}, packed)
+    model = load(tmp_path / "packed", "bfloat16")
+    hf.save(model.config, model.params, tmp_path / "dense")
+    assert_same_bytes(read_all(tmp_path / "dense"), tensors)
+    assert "quantization_config" not in (tmp_path / "dense/config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("case", "rename", "buffers"),
     [

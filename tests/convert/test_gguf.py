@@ -238,6 +238,7 @@ def test_every_token_that_ends_a_turn_is_in_the_generation_config(tmp_path):
 
 # what llama.cpp runs of each family (checked with it, see docs/decisions.md), where the golden model is not like that
 LIKE_LLAMA_CPP = {
+    "gpt_oss": dict(swiglu_limit=7.0),
     "granite": dict(mlp_bias=True),
     "qwen2": dict(use_sliding_window=False, sliding_window=None, layer_types=None, head_dim=None),
     "qwen2_full": dict(head_dim=None),
@@ -287,6 +288,7 @@ def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
     ("case", "message"),
     [
         ("gpt2", "a model of type gpt2 cannot be written as GGUF"),
+        ("gpt_oss", "swiglu_limit 7 and a window"),
         ("dynamic", "rope_type 'dynamic' cannot be written"),
         ("qwen2", "use_sliding_window"),
         ("qwen2_full", "takes hidden_size / num_attention_heads for the head_dim"),

@@ -25,11 +25,11 @@ CASES = {
     "window": {"window": 4},
     "softcap": {"cap": 1.5},
     "parents": {"parents": PARENTS},
-    "all": {"window": 40, "cap": 1.5, "parents": PARENTS},
+    "all": {"window": 40, "cap": 1.5, "parents": PARENTS, "sinks": np.asarray([2.0, -1.0, 0.0, 0.5, 1.0, -3.0], np.float32)},
 }
 
 
-def plain(q, k, v, window=0, cap=0.0, parents=None):
+def plain(q, k, v, window=0, cap=0.0, parents=None, sinks=None):
     """Every score at once, by loops over what the docstring of `Keys` says; zeros where a query sees nothing."""
     seen = np.zeros((B, T, T), bool)
     for b in range(B):
@@ -41,13 +41,16 @@ def plain(q, k, v, window=0, cap=0.0, parents=None):
     k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
     scores = jnp.einsum("bthx,bshx->bhts", q, k) * 0.3
     scores = cap * jnp.tanh(scores / cap) if cap else scores
-    probs = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1) * seen.any(-1)[:, None, :, None]
+    scores = jnp.where(seen[:, None], scores, -1e30)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1)[..., :T] * seen.any(-1)[:, None, :, None]
     return jnp.einsum("bhts,bshx->bthx", probs, v)
 
 
-def ours(q, k, v, window=0, cap=0.0, parents=None, tile=attention.TILE):
+def ours(q, k, v, window=0, cap=0.0, parents=None, sinks=None, tile=attention.TILE):
     queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
-    return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap, tile=tile)
+    return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap, tile=tile, sinks_H=sinks)
 
 
 @pytest.fixture(params=[(128, 8, 1024), (8, 8, 64), (8, 2, 64), (8, 8, 16), (8, 8, 8)], ids=str)
@@ -61,12 +64,16 @@ def tile(request, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(tile, case):
+    settings, sinks = dict(CASES[case]), CASES[case].get("sinks")
+    settings.pop("sinks", None)
+
     def through(function):
-        return lambda q, k, v: (function(q, k, v, **CASES[case]) * OUT).sum()
+        return lambda q, k, v, sinks: (function(q, k, v, **settings, sinks=sinks) * OUT).sum()
 
     blocks = functools.partial(ours, tile=tile)
     np.testing.assert_allclose(blocks(Q, *KV, **CASES[case]), plain(Q, *KV, **CASES[case]), atol=2e-6)
-    left, right = (jax.grad(through(f), (0, 1, 2))(Q, *map(jnp.asarray, KV)) for f in (blocks, plain))
+    of = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+    left, right = (jax.grad(through(f), of)(Q, *map(jnp.asarray, KV), sinks) for f in (blocks, plain))
     for one, other in zip(left, right, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -55,6 +55,7 @@ def test_every_family_has_a_golden():
             dict(rope_scaling=LONGROPE | dict(type="longrope", original_max_position_embeddings=16)),
             "original_max_position_embeddings is 64 in config.json and 16 in its rope_scaling",
         ),
+        ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not implemented for olmoe"),
         ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries"),
         ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 is not implemented for mixtral"),
         ("mixtral", dict(num_experts_per_tok=9), "num_experts_per_tok=9 is more than the 4 experts"),
@@ -91,6 +92,9 @@ def test_keys_left_out_mean_what_transformers_takes():
     assert from_hf(bare | dict(model_type="mistral", num_key_value_heads=2)).layer_windows == (4096,) * 6
     qwen = from_hf(bare | dict(model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, max_window_layers=4))
     assert qwen.layer_windows == (0,) * 4 + (4096,) * 2
+    gpt_oss = from_hf(bare | dict(model_type="gpt_oss", num_key_value_heads=2))
+    assert gpt_oss.layer_windows == (128, 0) * 3 and gpt_oss.moe.clamp == (7.0, 1.702)
+    assert gpt_oss.ropes[0].theta == 150000 and gpt_oss.ropes[0].kind == "yarn" and not gpt_oss.ropes[0].truncate
     moe = from_hf(bare | dict(model_type="qwen3_moe", num_local_experts=4, num_experts_per_tok=2, decoder_sparse_step=3)).moe
     assert moe.layers == (2, 5) and moe.num_experts == 4
 

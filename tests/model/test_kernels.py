@@ -46,14 +46,17 @@ def arrays(h):
     return [rng.standard_normal((B, T, heads, h)).astype(np.float32) for heads in (H, K, K, H)]
 
 
-def computed(form, q, k, v, out, window, cap, parents):
+def computed(form, q, k, v, out, window, cap, parents):  # with sinks where all else is there too
     """The result, and the derivatives of its product with `out`; the window is traced, as a layer's is."""
     queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
+
+    sinks = None if parents is None else jnp.linspace(-1.0, 2.0, H)
 
     @jax.jit
     def both(q, k, v, window):
         def function(q, k, v):
-            return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap, form=form)
+            keys = queries._replace(parents=None)
+            return attend(q, k, v, queries, keys, scale=0.3, window=window, cap=cap, form=form, sinks_H=sinks)
 
         result, back = jax.vjp(function, q, k, v)
         return result, *back(out)
@@ -99,7 +102,7 @@ def test_on_a_mesh(form):
     q, k, v, out = (x[:, :44] for x in arrays(16))
 
     def both(config, form):
-        result, back = jax.vjp(lambda *x: block._attend(config, *x, place, form), q, k, v)
+        result, back = jax.vjp(lambda *x: block._attend(config, *x, place, form), q, k, v, jnp.linspace(-1.0, 2.0, H))
         return result, *back(out)
 
     both = jax.jit(both, static_argnums=(0, 1))

@@ -98,6 +98,11 @@ PUBLISHED = {
         | size(2048, 1024, 16, 16),
         6919161856,
     ),
+    "gpt-oss-20b": (
+        dict(model_type="gpt_oss", vocab_size=201088, num_key_value_heads=8, head_dim=64, num_local_experts=32, sliding_window=128)
+        | size(2880, 2880, 24, 64),
+        20914757184,
+    ),
     "granite-3.1-8b": (
         dict(model_type="granite", vocab_size=49155, num_key_value_heads=8, tie_word_embeddings=True, attention_multiplier=0.0078125)
         | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=16.0, rope_theta=1e7)
@@ -120,7 +125,7 @@ def test_full_size(name):
     hf, parameters = PUBLISHED[name]
     config = from_hf(hf)
     assert parameter_count(config) == parameters
-    names = [name for row in spec(config).values() for name in row.hf_names()]
+    names = [(name, row.part) for row in spec(config).values() for name in row.hf_names()]
     assert len(set(names)) == len(names)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     logits = jax.eval_shape(lambda params, tokens: decoder.forward(config, params, tokens), abstract(config, "bfloat16"), tokens)

@@ -24,7 +24,7 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "residual_multiplier": 1.0,
     "parallel_residual": False,
 }
-OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router")
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks")
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -59,6 +59,8 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
         moe = config.moe
         changed["moe normalize"] = dataclasses.replace(config, moe=dataclasses.replace(moe, normalize=not moe.normalize))
         changed["moe chosen"] = dataclasses.replace(config, moe=dataclasses.replace(moe, experts_per_token=1))
+        if moe.clamp:
+            changed["moe clamp"] = dataclasses.replace(config, moe=dataclasses.replace(moe, clamp=(7.0, moe.clamp[1])))
         if moe.shared_intermediate_size:
             changed["moe shared"] = dataclasses.replace(config, moe=dataclasses.replace(moe, shared_intermediate_size=0))
     return changed
@@ -93,6 +95,8 @@ SWITCHES = {
     "gpt2_unscaled": {"positions", "_bias", "attention_scale", "hidden_act"},
     "gpt_neox": {"parallel_residual", "_bias", "rope 0 dim", "rope 0 theta", "hidden_act"},
     "gpt_neox_sequential": {"rope 0 dim", "_bias"},
+    "gpt_oss": {"_bias", "layer_windows", "window of one more", "rope 0 kind", "rope 0 theta", "rope 0 attention_factor", "moe chosen",
+                "moe normalize", "moe clamp", "sinks"},
     "granite": {"embedding_multiplier", "residual_multiplier", "attention_scale", "logits_scaling"},
     "linear": {"rope 0 kind"},
     "llama": {"_bias", "norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"},

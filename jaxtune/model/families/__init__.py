@@ -19,6 +19,7 @@ from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
+from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from jaxtune.model.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "gpt_oss": GPT_OSS,
     "granite": GRANITE,
     "llama": LLAMA,
     "mistral": MISTRAL,

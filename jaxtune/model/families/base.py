@@ -28,6 +28,7 @@ class Moe:
     normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
     aux_loss_coef: float  # weight of the load-balancing loss in training
     shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
+    clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Family(NamedTuple):
     refused   key -> the values that change nothing; any other is a switch that is not implemented
     ends      the rows outside the layers -> their Hugging Face names
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
+    moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """
 
     config: Callable[[dict[str, Any]], ModelConfig]
@@ -112,6 +114,7 @@ class Family(NamedTuple):
     prefix: str = "model.layers.{layer}."
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     pads: bool = True
+    moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 
 def common(hf: Mapping[str, Any], **changes) -> ModelConfig:

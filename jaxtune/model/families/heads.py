@@ -24,6 +24,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
     "gpt2": ("GPT2", BOTH),
     "gpt_neox": ("GPTNeoX", BOTH),
+    "gpt_oss": ("GptOss", BOTH),
     "granite": ("Granite", ()),
     "llama": ("Llama", BOTH),
     "mistral": ("Mistral", BOTH),

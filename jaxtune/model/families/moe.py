@@ -1,6 +1,5 @@
 """Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE."""
 
-import dataclasses
 from typing import Any
 
 from jaxtune.errors import ModelError
@@ -21,18 +20,20 @@ def experts(c: ModelConfig, router: str, gate: str, up: str, down: str) -> Rows:
     yield "experts_down", Row((E, width, inner), narrow, "normal", f"{down}.weight", "ffn_down_exps.weight")
 
 
-def _moe(hf: dict[str, Any], experts: int, inner: int, layers: list[int], normalize: bool) -> Moe | None:
+def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], normalize: bool, **changes) -> Moe | None:
+    """The fields that all of them spell alike, and `changes` to them; None where no layer has experts."""
     chosen = hf["num_experts_per_tok"]
     if chosen > experts:
         raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
-    return Moe(experts, chosen, inner, tuple(layers), normalize, float(hf["router_aux_loss_coef"])) if layers else None
+    fields = dict(aux_loss_coef=float(hf["router_aux_loss_coef"])) | changes
+    return Moe(experts, chosen, inner, tuple(layers), normalize, **fields) if layers else None
 
 
 # ---- Mixtral ----
 
 
 def _mixtral(hf: dict[str, Any]) -> ModelConfig:
-    moe = _moe(hf, hf["num_local_experts"], hf["intermediate_size"], list(range(hf["num_hidden_layers"])), normalize=True)
+    moe = moe_of(hf, hf["num_local_experts"], hf["intermediate_size"], list(range(hf["num_hidden_layers"])), normalize=True)
     return common(hf, layer_windows=one_window(hf), moe=moe)
 
 
@@ -72,8 +73,8 @@ def _sparse(hf: dict[str, Any], number: int) -> list[int]:
 
 def _qwen2_moe(hf: dict[str, Any]) -> ModelConfig:
     number, sliding, layers = hf["num_experts"], hf["use_sliding_window"], range(hf["num_hidden_layers"])
-    moe = _moe(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
-    moe = moe and dataclasses.replace(moe, shared_intermediate_size=hf["shared_expert_intermediate_size"])
+    inner, shared = hf["moe_intermediate_size"], hf["shared_expert_intermediate_size"]
+    moe = moe_of(hf, number, inner, _sparse(hf, number), bool(hf["norm_topk_prob"]), shared_intermediate_size=shared)
     turns = [bool((layer + 1) % 2 and layer < hf["max_window_layers"] and sliding) for layer in layers]
     kinds = hf.get("layer_types") or ["sliding_attention" if turn else "full_attention" for turn in turns]
     hf = hf | {"sliding_window": hf["sliding_window"] if sliding else None}
@@ -125,7 +126,7 @@ QWEN2_MOE = Family(
 
 def _olmoe(hf: dict[str, Any]) -> ModelConfig:
     number = hf.get("num_local_experts") or hf["num_experts"]  # two names of one key, in transformers too
-    moe = _moe(hf, number, hf["intermediate_size"], list(range(hf["num_hidden_layers"])), bool(hf["norm_topk_prob"]))
+    moe = moe_of(hf, number, hf["intermediate_size"], list(range(hf["num_hidden_layers"])), bool(hf["norm_topk_prob"]))
     return llama_config(hf, mlp_bias=False, moe=moe)
 
 
@@ -159,7 +160,7 @@ OLMOE = Family(
 
 def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
     number = hf.get("num_local_experts") or hf.get("num_experts", 128)  # transformers 5 writes the first, the hub has the second
-    moe = _moe(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
+    moe = moe_of(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
     sliding = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
     return llama_config(hf, mlp_bias=False, layer_windows=one_window(sliding), moe=moe)
 
