@@ -63,14 +63,19 @@ class Layout(NamedTuple):
         return [np.asarray(batch)[row, place] for row, place in self.places]
 
 
-def layout(documents: list[np.ndarray], kind: str) -> Layout:
-    """ "alone": the first document; "right", "left": a row each, padded; "packed": one row, padded at its end."""
+def layout(documents: list[np.ndarray], kind: str, alike: bool = False) -> Layout:
+    """ "alone": the first document; "right", "left": a row each, padded; "packed": one row, padded at its end.
+
+    `alike`: of one shape for all kinds, with more padding.
+    """
     documents = documents[:1] if kind == "alone" else documents
     lengths = [len(document) for document in documents]
     width = sum(lengths) + 2 if kind == "packed" else max(lengths) + (kind != "alone")
+    rows = 1 if kind == "packed" and not alike else len(documents)
+    width = sum(lengths) + 2 if alike else width
     starts = np.cumsum([0, *lengths]) if kind == "packed" else [width - n if kind == "left" else 0 for n in lengths]
     places = [(0 if kind == "packed" else i, slice(int(starts[i]), int(starts[i]) + n)) for i, n in enumerate(lengths)]
-    tokens, positions, segments = np.zeros((3, 1 if kind == "packed" else len(documents), width), np.int32)
+    tokens, positions, segments = np.zeros((3, rows, width), np.int32)
     for i, (document, (row, place)) in enumerate(zip(documents, places, strict=True)):
         tokens[row, place], positions[row, place], segments[row, place] = document, np.arange(len(document)), i + 1
     return Layout(tokens, positions, segments, places)

@@ -37,6 +37,8 @@ GEMMA = dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
 NO_HEAD_DIM = {key: value for key, value in TINY.items() if key != "head_dim"}
 PHI3 = NO_HEAD_DIM | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
+BARE = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rms_norm_eps")} | dict(hidden_size=32)
+COHERE = BARE | dict(tie_word_embeddings=True, logit_scale=0.25)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -157,6 +159,11 @@ CASES = {
     | dict(model_type="gpt2", n_layer=2, n_inner=40, scale_attn_weights=False, activation_function="gelu", tie_word_embeddings=False),
     "gpt_neox": NEOX | dict(model_type="gpt_neox", use_parallel_residual=True),
     "gpt_neox_sequential": NEOX | dict(model_type="gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
+    "cohere": COHERE | dict(model_type="cohere", use_qk_norm=True, layer_norm_eps=1e-3),
+    "cohere2": COHERE
+    | dict(model_type="cohere2", attention_bias=True, num_hidden_layers=3, sliding_window=5, sliding_window_pattern=3),
+    "glm": SMALL | dict(model_type="glm", partial_rotary_factor=0.5, attention_bias=True),
+    "glm4": SMALL | dict(model_type="glm4", partial_rotary_factor=0.5, attention_bias=False),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

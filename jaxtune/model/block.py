@@ -47,7 +47,9 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
 
 
 def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
-    """The norm of that name, or x itself where the tree has none."""
+    """The norm of that name, or x itself where the tree has none; a feed-forward part beside the attention may share that one's."""
+    if name == "mlp_norm" and name not in w and config.parallel_residual:
+        name = "attn_norm"
     return NORMS[config.norm](x, w[name], w.get(f"{name}_bias"), config.norm_eps) if name in w else x
 
 
@@ -64,7 +66,7 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     """Self-attention with grouped key/value heads and rotary positions."""
     q, k, v = projections(config, w, x_BTD)
     q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
-    q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+    q, k = (rotate(x, place.cos, place.sin, config.interleaved) for x in (q, k))
     if "prefix" in w:
         k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:
@@ -115,7 +117,7 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
 
 
 def _head_norm(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array) -> jax.Array:
-    """Norm over as many numbers as the scale has: a head (Qwen 3, Gemma 3), or all heads together (OLMo 2)."""
+    """Norm over as many numbers as the scale has: a head (Qwen 3; Cohere: each with its own scale), or all heads together (OLMo 2)."""
     if name not in w:
         return x_BTHh
     flat = x_BTHh.reshape(*x_BTHh.shape[:2], -1, w[name].shape[-1])

@@ -40,11 +40,17 @@ def rms_norm_offset(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> j
     return (_rms(x, eps) * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
     """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` in float32 (arXiv 1607.06450)."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 - x32.mean(-1, keepdims=True)
-    return (_rms(x32, eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    x32 = _rms(x32 - x32.mean(-1, keepdims=True), eps) * scale.astype(jnp.float32)
+    return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-NORMS = {"rms": rms_norm, "rms_float32": rms_norm_float32, "rms_offset": rms_norm_offset, "layer": layer_norm}
+NORMS = {
+    "rms": rms_norm,
+    "rms_float32": rms_norm_float32,
+    "rms_offset": rms_norm_offset,
+    "layer": layer_norm,
+    "layer_unbiased": layer_norm,
+}

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864), half-split as in Hugging Face, with the context-extension schemes of config.json.
+"""Rotary position embeddings (arXiv 2104.09864), as Hugging Face computes them, with the context-extension schemes of config.json.
 
 "dynamic" and "longrope" choose their frequencies by the length of the text. transformers takes the longest row of the batch; here it is the
 document itself, so that a text's result does not depend on what it is batched or packed with. One text at a time, both are the same.
@@ -34,6 +34,7 @@ class Rope:
     short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency
     long_factor: tuple[float, ...] = ()  # longrope
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
+    interleaved: bool = False  # neighbours turn together, not halves of a head; the same in all of a model's schemes
 
     @property
     def pairs(self) -> int:
@@ -41,7 +42,7 @@ class Rope:
         return (self.dim + 1) // 2
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], head_dim: int) -> "Rope":
+    def from_hf(cls, hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) -> "Rope":
         """From config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4).
 
         `ModelError` for an unknown kind or one whose settings are missing.
@@ -59,12 +60,14 @@ class Rope:
         if missing := [key for key in _NEEDED.get(kind, ()) if key not in given]:
             raise ModelError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (or rope_scaling) of config.json")
         dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
-        names = {field.name for field in dataclasses.fields(cls)} - {"dim", "theta", "kind", "original_max", "attention_factor"}
+        own = {"dim", "theta", "kind", "original_max", "attention_factor", "interleaved"}
+        names = {field.name for field in dataclasses.fields(cls)} - own
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
         original = hf.get("max_position_embeddings", 0)
         if kind != "dynamic":
             original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or original
-        rope = cls(dim, float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0), kind, original_max=original, **settings)
+        theta = float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+        rope = cls(dim, theta, kind, original_max=original, interleaved=interleaved, **settings)
         if 2 * rope.pairs > head_dim:
             raise ModelError(f"head_dim={head_dim} is odd, and rotary positions turn two dimensions at a time; look at config.json")
         for key in ("short_factor", "long_factor"):
@@ -222,9 +225,15 @@ def _lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     return jnp.where(same, positions_BT[:, None, :], 0).max(-1) + 1
 
 
-def rotate(x_BTHh: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-    """Turns each pair `(x[i], x[i + dim/2])` of a head's first `dim` dimensions by its angle; computed in x's dtype."""
+def rotate(x_BTHh: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Turns each pair of a head's first `dim` dimensions by its angle: `(x[i], x[i + dim/2])`, or `(x[2i], x[2i + 1])`; in x's dtype."""
     cos, sin = (a[:, :, None, :].astype(x_BTHh.dtype) for a in (cos_BTh, sin_BTh))
     half = cos.shape[-1]
-    left, right, rest = jnp.split(x_BTHh, [half, 2 * half], axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
+    if interleaved:
+        left, right, rest = x_BTHh[..., 0 : 2 * half : 2], x_BTHh[..., 1 : 2 * half : 2], x_BTHh[..., 2 * half :]
+    else:
+        left, right, rest = jnp.split(x_BTHh, [half, 2 * half], axis=-1)
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(*left.shape[:-1], 2 * half)]
+    return jnp.concatenate([*turned, rest], axis=-1)

@@ -38,7 +38,7 @@ class Row(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """Whether it is a linear layer's, quantised and adapted as such: not norms, biases, embeddings, routers, experts."""
-        return bool(self.layers) and len(self.shape) == 3 and "experts" not in self.axes
+        return bool(self.layers) and len(self.shape) == 3 and "experts" not in self.axes and self.init == "normal"
 
     @property
     def is_experts(self) -> bool:

@@ -14,7 +14,7 @@ NO_LOGITS = {
 }  # fmt: skip
 # Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern"}
-GEMMA3 = {"attn_logit_softcapping"}  # transformers' Gemma 3 reads it nowhere
+UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"}}  # transformers reads them nowhere
 
 
 def others(value):
@@ -49,4 +49,4 @@ def test_no_key_is_passed_over(family):
         return False
 
     silent = {key for key in set(config) - common if not heard(key)}
-    assert silent <= NO_LOGITS | BESIDE_ANOTHER | (GEMMA3 if family == "gemma3_text" else set())
+    assert silent <= NO_LOGITS | BESIDE_ANOTHER | UNREAD.get(family, set())

@@ -62,6 +62,8 @@ def test_every_family_has_a_golden():
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True is not implemented for gpt2"),
         ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not implemented"),
         ("gpt2", dict(n_layer=0), "n_layer=0"),
+        ("cohere", dict(logit_scale=0.0), "logit_scale=0.0; it needs a number above 0"),
+        ("cohere2", dict(sliding_window=None), "sliding_window is None"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(model_type, change, message):
@@ -95,6 +97,10 @@ def test_keys_left_out_mean_what_transformers_takes():
     gpt_oss = from_hf(bare | dict(model_type="gpt_oss", num_key_value_heads=2))
     assert gpt_oss.layer_windows == (128, 0) * 3 and gpt_oss.moe.clamp == (7.0, 1.702)
     assert gpt_oss.ropes[0].theta == 150000 and gpt_oss.ropes[0].kind == "yarn" and not gpt_oss.ropes[0].truncate
+    cohere2 = from_hf(bare | dict(model_type="cohere2"))
+    assert cohere2.layer_windows == (4096, 4096, 4096, 0, 4096, 4096) and cohere2.layer_ropes == (0, 0, 0, -1, 0, 0)
+    assert cohere2.logits_scaling == 16 and from_hf(bare | dict(model_type="cohere")).ropes[0].theta == 5e5
+    assert from_hf(bare | dict(model_type="glm")).ropes[0].dim == 64
     moe = from_hf(bare | dict(model_type="qwen3_moe", num_local_experts=4, num_experts_per_tok=2, decoder_sparse_step=3)).moe
     assert moe.layers == (2, 5) and moe.num_experts == 4
 

@@ -109,6 +109,14 @@ PUBLISHED = {
         | size(4096, 12800, 40, 32),
         8170848256,
     ),
+    "c4ai-command-r-v01": (dict(model_type="cohere", vocab_size=256000, rope_theta=8e6) | size(8192, 22528, 40, 64), 34980831232),
+    "c4ai-command-r7b-12-2024": (
+        dict(model_type="cohere2", vocab_size=256000, num_key_value_heads=8, rope_theta=50000, logit_scale=0.25)
+        | size(4096, 14336, 32, 32),
+        8028033024,
+    ),
+    "glm-4-9b-chat-hf": (dict(model_type="glm", vocab_size=151552) | size(4096, 13696, 40, 32), 9399951360),
+    "GLM-4-9B-0414": (dict(model_type="glm4", vocab_size=151552) | size(4096, 13696, 40, 32), 9400279040),
     "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
     "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
     "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),

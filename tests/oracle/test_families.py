@@ -38,7 +38,7 @@ def test_logits(case):
     config = from_hf(hf)
     params = references.tree(config, tensors)
     for kind in ("right", "left", "packed"):
-        batch = references.layout(texts, kind)
+        batch = references.layout(texts, kind, alike=True)
         logits = batch.documents_of(forward(config, params, batch.tokens, batch.positions, batch.segments))
         for i, found in enumerate(logits):
             assert np.abs(found - wanted[f"{'alone' if kind == 'packed' else kind}/{i}"]).max() < TOLERANCE, (kind, i)

@@ -16,7 +16,9 @@ from typing import Any
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads
 from jaxtune.model.families.base import Family, ModelConfig, Moe
+from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
@@ -26,9 +28,13 @@ from jaxtune.model.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 __all__ = ["FAMILIES", "Family", "ModelConfig", "Moe", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
+    "cohere": COHERE,
+    "cohere2": COHERE2,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "glm": GLM,
+    "glm4": GLM4,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
@@ -73,7 +79,7 @@ _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
            "moe_intermediate_size")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
-             "query_pre_attn_scalar")  # fmt: skip
+             "query_pre_attn_scalar", "logit_scale")  # fmt: skip
 
 
 def _check_numbers(hf: Mapping[str, Any], family: Family) -> None:

@@ -55,6 +55,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
     logits_scaling: float = 1.0  # logits are divided by it
@@ -82,6 +83,11 @@ class ModelConfig:
     cuts: tuple[int, ...] = ()  # layers with which a stack begins, beside those where the kind of layer changes (peft/partial.py)
     mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbouring dimensions of a head turn together."""
+        return any(rope.interleaved for rope in self.ropes)
 
     @property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
@@ -117,8 +123,8 @@ class Family(NamedTuple):
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 
-def common(hf: Mapping[str, Any], **changes) -> ModelConfig:
-    """The fields nearly all families spell alike, and `changes` to them."""
+def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False, **changes) -> ModelConfig:
+    """The fields nearly all families spell alike, and `changes` to them; `partial`: part of a head may turn, `interleaved`: see `Rope`."""
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     kv_heads = hf.get("num_key_value_heads") or heads
@@ -143,8 +149,8 @@ def common(hf: Mapping[str, Any], **changes) -> ModelConfig:
         initializer_range=hf.get("initializer_range", 0.02),
     ) | changes
     if "ropes" not in fields:
-        fields["ropes"] = (Rope.from_hf(hf, head_dim),)
-        if fields["ropes"][0].dim != head_dim:
+        fields["ropes"] = (Rope.from_hf(hf, head_dim, interleaved),)
+        if fields["ropes"][0].dim != head_dim and not partial:
             raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
     if fields["hidden_act"] not in ACTIVATIONS:
         raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}")

@@ -4,7 +4,6 @@ from typing import Any
 
 from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.parts import Rows, linear, norm
-from jaxtune.model.rope import Rope
 
 
 def _gpt_neox(hf: dict[str, Any]) -> ModelConfig:
@@ -14,7 +13,7 @@ def _gpt_neox(hf: dict[str, Any]) -> ModelConfig:
         named,
         norm="layer",
         norm_eps=hf["layer_norm_eps"],
-        ropes=(Rope.from_hf(named, hf["hidden_size"] // hf["num_attention_heads"]),),
+        partial=True,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=True,

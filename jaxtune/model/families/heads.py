@@ -19,9 +19,13 @@ SUFFIX = {SEQUENCE: "ForSequenceClassification", TOKEN: "ForTokenClassification"
 BOTH = (SEQUENCE, TOKEN)
 # model_type -> what transformers' classes begin with, and which of the two it has
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cohere": ("Cohere", ()),
+    "cohere2": ("Cohere2", ()),
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
+    "glm": ("Glm", BOTH),
+    "glm4": ("Glm4", BOTH),
     "gpt2": ("GPT2", BOTH),
     "gpt_neox": ("GPTNeoX", BOTH),
     "gpt_oss": ("GptOss", BOTH),

@@ -4,8 +4,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common, one_window, windows
-from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, pre_norm_layer, query_key_norms
-from jaxtune.model.rope import Rope
+from jaxtune.model.families.parts import Rows, attention, fused_mlp, linear, mlp, norm, pre_norm_layer, query_key_norms
 
 DEFAULTS = dict(
     num_key_value_heads=None,
@@ -160,18 +159,16 @@ def _phi3(hf: dict[str, Any]) -> ModelConfig:
     if kind in ("su", "yarn"):  # what longrope was called when Phi-3 came out
         kind = "longrope"
     hf = hf | {"rope_scaling": scaling | {"rope_type": kind}, key: outside or inside or 4096}
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return common(hf, ropes=(Rope.from_hf(hf, head_dim),), layer_windows=one_window(hf))
+    return common(hf, partial=True, layer_windows=one_window(hf))
 
 
 def _phi3_layer(c: ModelConfig, layer: int) -> Rows:
-    q, kv, width, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    q, kv, width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from linear("qkv", q + 2 * kv, width, ("heads", "embed"), "self_attn.qkv_proj", "attn_qkv")
     yield from linear("o", width, q, ("embed", "heads"), "self_attn.o_proj", "attn_output")
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
-    yield from linear("gate_up", 2 * inner, width, ("mlp", "embed"), "mlp.gate_up_proj", "ffn_up")
-    yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down")
+    yield from fused_mlp(c)
 
 
 PHI3 = Family(

@@ -8,9 +8,10 @@ from jaxtune.model.row import Row
 Rows = Iterator[tuple[str, Row]]
 
 
-def norm(c: ModelConfig, name: str, hf: str, gguf: str, width: int | None = None) -> Rows:
-    """A norm over the residual stream, or over `width` numbers inside the attention."""
-    shape, axes = ((c.hidden_size,), ("embed",)) if width is None else ((width,), (None,))
+def norm(c: ModelConfig, name: str, hf: str, gguf: str, *shape: int) -> Rows:
+    """A norm over the residual stream, or over the last of `shape` numbers inside the attention."""
+    axes: tuple[str | None, ...] = (None,) * len(shape) if shape else ("embed",)
+    shape = shape or (c.hidden_size,)
     yield name, Row(shape, axes, "zeros" if c.norm == "rms_offset" else "ones", f"{hf}.weight", f"{gguf}.weight")
     if c.norm == "layer":
         yield f"{name}_bias", Row(shape, axes, "zeros", f"{hf}.bias", f"{gguf}.bias")
@@ -55,6 +56,13 @@ def shared_expert(c: ModelConfig, hf: str) -> Rows:
     yield from linear("shared_gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate_shexp")
     yield from linear("shared_up", inner, width, ("mlp", "embed"), f"{hf}.up_proj", "ffn_up_shexp")
     yield from linear("shared_down", width, inner, ("embed", "mlp"), f"{hf}.down_proj", "ffn_down_shexp")
+
+
+def fused_mlp(c: ModelConfig) -> Rows:
+    """A gated feed-forward network with gate and up in one matrix."""
+    width, inner = c.hidden_size, c.intermediate_size
+    yield from linear("gate_up", 2 * inner, width, ("mlp", "embed"), "mlp.gate_up_proj", "ffn_up")
+    yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down")
 
 
 def pre_norm_layer(c: ModelConfig, layer: int) -> Rows:
