@@ -16,6 +16,7 @@ from jaxtune.convert.load import open_config
 from jaxtune.data import units
 from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
+from jaxtune.kernels import check_attention
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
@@ -24,7 +25,7 @@ from jaxtune.objectives.answers import REFERENCE
 from jaxtune.objectives.distill import TEACHER, Teacher
 from jaxtune.peft import METHODS, beginnings, param_dtypes, partial
 from jaxtune.reference import beforehand, compares
-from jaxtune.step import check_attention, how_to_compute, init_state, make_step
+from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
 
 
@@ -85,7 +86,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
 def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
     """`((state, base, batch), model_config)`: the shapes of what the step of `train` is called with, and how it computes."""
     check_attention(config, model_config, mesh)
-    model_config = how_to_compute(config, model_config, mesh.devices.flat[0].platform)
+    model_config = how_to_compute(config, model_config, mesh)
     params = abstract_params(model_config, param_dtypes(config, model_config), config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
     begun = beginnings.widest(config)
@@ -113,7 +114,7 @@ def _abstract_teacher(config: Config, mesh) -> Teacher:
     """The teacher as jaxtune/teacher.py reads it."""
     teacher = open_config(config.teacher)
     check_attention(config, teacher, mesh)
-    teacher = how_to_compute(config, teacher, mesh.devices.flat[0].platform)
+    teacher = how_to_compute(config, teacher, mesh)
     params = abstract_params(teacher, config.dtype, config.teacher_quantization)
     return Teacher(_with_shardings(params, parallel.param_shardings(mesh, teacher, params)), teacher)
 

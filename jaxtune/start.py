@@ -89,7 +89,7 @@ def begin(
     model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
     folders = [Path(folder).expanduser() for folder in (config.init_adapter, opened.path) if folder]
     model = heads.attach_value(config, model, folders, mesh)
-    model.config = how_to_compute(config, model.config, jax.default_backend())
+    model.config = how_to_compute(config, model.config, mesh)
     nf4_kernel.prove_for(model.config, model.params)
     if config.init_adapter:
         trainable = heads.train_value(peft_files.load_adapter(config.init_adapter, model), model.params)

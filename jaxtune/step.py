@@ -1,7 +1,6 @@
 """The train step: one pure function, whatever the method, the objective and the machine."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 
 import jax
@@ -12,16 +11,12 @@ from jax.sharding import Mesh
 
 from jaxtune import in_backward
 from jaxtune.errors import ConfigError
+from jaxtune.kernels import attention_form
 from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
 from jaxtune.peft import beginnings, compose, penalty
-
-log = logging.getLogger("jaxtune")
-
-KERNELS = {"flash": ("gpu", "cuda"), "splash": ("tpu",)}  # attention's, and the platforms they are for
-HEAD = 256  # the largest head that they take
 
 
 class TrainState(struct.PyTreeNode):
@@ -58,44 +53,19 @@ def _synchronised(config, reference, trainable, step: jax.Array):
     return jax.tree.map(lambda old, new: jnp.where(due, (1 - alpha) * old + alpha * new, old).astype(old.dtype), reference, trainable)
 
 
-def how_to_compute(config, model_config, platform: str):
+def how_to_compute(config, model_config, mesh: Mesh):
     """The model's config with the run's way to compute it: the dtype, what the backward pass computes again, how many tokens have
     logits at one time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long each as 128)."""
+    platform = mesh.devices.flat[0].platform
     # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
     auto = "dots" if platform == "cpu" and not config.optimizer_in_bwd else "full"
     remat = {True: "full", False: "none", "auto": auto}.get(config.gradient_checkpointing, config.gradient_checkpointing)
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
-    form = "xla" if config.attention == "auto" else config.attention
     tile = CPU_TILE if platform == "cpu" else TILE
     kernel = chosen(config.quantization_kernel, platform)
     how = dict(dtype=config.dtype, remat=remat, logits_chunk=chunk, mlp_chunk=config.mlp_chunk_size)
+    form = attention_form(config, model_config, mesh)
     return dataclasses.replace(model_config, **how, attention=form, attention_tile=tile, quantization_kernel=kernel)
-
-
-def say_attention(config, platform: str) -> None:
-    """What `auto` has chosen, where there is a choice."""
-    kernel = next((name for name, platforms in KERNELS.items() if platform in platforms), None)
-    if config.attention == "auto" and kernel:
-        log.info("attention: xla; a kernel, attention=%s, is compiled for this platform and tested on a CPU, but timed on no chip", kernel)
-
-
-def check_attention(config, model_config, mesh: Mesh) -> None:
-    """ConfigError where `attention` names a kernel that cannot do this run."""
-    platform, form = mesh.devices.flat[0].platform, config.attention
-    if form not in KERNELS:
-        return
-    if platform not in KERNELS[form]:
-        raise ConfigError(
-            f"attention {form} is a kernel for {'GPUs' if form == 'flash' else 'TPUs'}, and this run is on {platform}; "
-            f"write attention: auto{', or splash' if platform == 'tpu' else ', or flash' if platform in KERNELS['flash'] else ''}."
-        )
-    if model_config.head_dim > HEAD:
-        raise ConfigError(f"attention {form} takes heads of up to {HEAD}, and this model's have {model_config.head_dim}; write xla.")
-    if model_config.num_kv_heads % mesh.shape["tensor"]:
-        raise ConfigError(
-            f"attention {form} gives each device whole heads, and mesh.tensor={mesh.shape['tensor']} does not divide this model's "
-            f"{model_config.num_kv_heads} key and value heads; write attention: xla, or a smaller mesh.tensor."
-        )
 
 
 def make_step(

@@ -12,9 +12,10 @@ from jaxtune.convert.load import Opened, open_model, read_model
 from jaxtune.convert.sources import is_adapter
 from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError, DataError
+from jaxtune.kernels import check_attention
 from jaxtune.model import nf4_kernel
 from jaxtune.objectives.distill import TEACHER, Teacher
-from jaxtune.step import check_attention, how_to_compute
+from jaxtune.step import how_to_compute
 from jaxtune.tree import nbytes
 
 log = logging.getLogger("jaxtune")
@@ -67,6 +68,6 @@ def read_teacher(config: Config, opened: Opened | None, mesh: Mesh) -> dict[str,
         return {}
     model = read_model(opened, config.dtype, config.teacher_quantization, mesh)
     log.info("teacher: %s, %.2f GB of weights", model.config.model_type, nbytes(model.params) / 1e9)
-    model.config = how_to_compute(config, model.config, mesh.devices.flat[0].platform)
+    model.config = how_to_compute(config, model.config, mesh)
     nf4_kernel.prove_for(model.config, model.params)
     return {TEACHER: Teacher(model.params, model.config)}

@@ -29,6 +29,7 @@ from jaxtune.disk import write_text
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
+from jaxtune.kernels import check_attention
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.on_policy import OnPolicy
@@ -36,7 +37,7 @@ from jaxtune.peft import METHODS, beginnings, compose
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
-from jaxtune.step import TrainState, check_attention, say_attention
+from jaxtune.step import TrainState
 from jaxtune.teacher import open_teacher, read_teacher
 from jaxtune.tree import count
 
@@ -99,7 +100,6 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     opened = open_model(runfolder.base_of(runfolder.folder_of(config), config) if config.resume else config.model)
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
-    say_attention(config, mesh.devices.flat[0].platform)
     with Background(lambda: start.read_weights(config, opened, mesh)) as weights:
         rows, total_steps = start.read_rows(config, opened, mesh)
         teacher = open_teacher(config, opened, rows, mesh)

@@ -24,7 +24,7 @@ def steps(shape: dict, overrides: dict, mesh=None, number: int = 2):
     given = {"model": "m", "method": "full", "data": {"train": "x"}, "max_steps": 10, "learning_rate": 1e-2, "weight_decay": 0.1}
     given["adam_epsilon"] = 1e-3  # else Adam makes whole steps of gradients that are rounding
     config = load_config(given | {"max_grad_norm": 0.0, "gradient_checkpointing": "full", "dtype": "float32"} | overrides)
-    model_config = how_to_compute(config, from_hf(shape), "cpu")
+    model_config = how_to_compute(config, from_hf(shape), tiny.mesh_on("cpu"))
     trainable, optimizer = init_params(jax.random.key(0), model_config), optim.optimizer(config, 10)
     rng, (rows, length) = np.random.default_rng(0), (8, 12)
     tokens = rng.integers(0, model_config.vocab_size, (1, rows, length)).astype(np.int32)

@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree", "locks", "disk"},
     {"model", "data"},
-    {"parallel", "distributed", "faults", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
+    {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "background", "runlog", "runfolder", "in_backward", "step", "generation"},
     {"loop", "generate", "reference", "teacher", "folds", "score", "best_of", "rewards", "rollout", "on_policy"},
     {"train", "start", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes"},

@@ -1,12 +1,10 @@
 """What a plan says: the batch is that of a run, the bytes are those of the arrays, what does not fit is answered by what does."""
 
-import dataclasses
 import json
 import re
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 import tiny
 from rich.console import Console
@@ -22,7 +20,6 @@ from jaxtune.objectives import OBJECTIVES
 from jaxtune.plan import AUTO, _candidates, _needs, compare, errors_bytes, plan
 from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
-from jaxtune.step import check_attention, how_to_compute, say_attention
 from jaxtune.train import train
 
 OWN = {"compilation_cache": False}  # what is compiled here is kept from other tests
@@ -70,35 +67,9 @@ def test_a_reward_model_and_a_preference_run_are_planned(folder):
     assert reward < sft < dpo
 
 
-def on(platform, tensor=1):
-    """What of a mesh is asked for."""
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
-
-
-def test_an_attention_kernel_is_refused_where_it_cannot_work(folder):
-    config, model = load_config({"model": str(folder), "data": {"train": "none"}}), open_config(folder)
-    for attention, mesh, change, words in (
-        ("flash", on("cpu"), {}, "for GPUs, and this run is on cpu"),
-        ("splash", on("cuda"), {}, "on cuda; write attention: auto, or flash"),
-        ("flash", on("tpu"), {}, "on tpu; write attention: auto, or splash"),
-        ("splash", on("tpu"), {"head_dim": 512}, "heads of up to 256"),
-        ("flash", on("cuda", tensor=4), {}, "does not divide"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            check_attention(config.replace(attention=attention), dataclasses.replace(model, **change), mesh)
+def test_a_kernel_for_another_platform_is_refused(folder):
     with pytest.raises(ConfigError, match="for TPUs"):
-        plan(config.replace(attention="splash"))
-
-
-def test_auto_attention_says_what_it_takes(folder, caplog):
-    config, model = load_config({"model": str(folder), "data": {"train": "none"}}), open_config(folder)
-    with caplog.at_level("INFO"):
-        say_attention(config, "cpu")
-        assert not caplog.text
-        say_attention(config, "tpu")
-    assert "attention=splash" in caplog.text
-    assert how_to_compute(config, model, "tpu").attention == "xla"
-    assert how_to_compute(config.replace(attention="splash"), model, "tpu").attention == "splash"
+        plan({"model": str(folder), "data": {"train": "none"}, "attention": "splash"})
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_an_adapter_or_a_checkpoint_as_reference(run, home, opened, model, adapt
         "a checkpoint": {"ref_model": str(home / "other")},
     }  # fmt: skip
     config = run(**keys[kind])
-    model = dataclasses.replace(model, config=how_to_compute(config.replace(dtype="float32"), model.config, "cpu"))
+    model = dataclasses.replace(model, config=how_to_compute(config.replace(dtype="float32"), model.config, tiny.mesh_on("cpu")))
     start = peft_files.load_adapter(home / "adapter", model)
     base, rows = prepare(config, opened, model, start)
     whole = kind == "a checkpoint"

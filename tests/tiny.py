@@ -1,6 +1,7 @@
 """Tiny random models as folders on disk, written with the safetensors package."""
 
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +46,11 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
             noise = rng.standard_normal(shape).astype(np.float32) * 0.2
             tensors[name] = (noise + (row.init == "ones")).astype(DTYPES[dtype])
     return tensors
+
+
+def mesh_on(platform, tensor=1):
+    """What is asked of a mesh of devices that are not here."""
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
 
 
 def write(folder, hf=LLAMA, tensors=None, dtype="float32"):

@@ -283,7 +283,7 @@ class Config(ObjectiveConfig):
     gradient_checkpointing: bool | Literal["auto", "full", "dots", "offload", "groups"] = "auto"
     logits_chunk_size: int | None = None  # tokens whose logits exist at one time; None: 128 on a CPU, 512 elsewhere
     mlp_chunk_size: int | None = None  # tokens in the feed-forward part at one time, if it is recomputed; None: 1024, 4096 if packed
-    attention: Literal["auto", "xla", "flash", "splash"] = "auto"  # auto: xla; flash: a kernel for GPUs, splash: for TPUs
+    attention: Literal["auto", "xla", "flash", "splash"] = "auto"  # flash: a kernel for GPUs, splash: for TPUs; auto: it, where it is right
 
     logging_steps: int | float = 10  # below 1, here and in the next: a share of all steps
     eval_strategy: Literal["no", "steps", "epoch"] = _later()  # steps when eval_steps is given, epoch when there is eval data

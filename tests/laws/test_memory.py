@@ -103,7 +103,7 @@ def test_the_measure_sees_a_dense_copy(monkeypatch):
 
 def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
     run = load_config({"model": "x", "data": {"train": "x.jsonl"}, "output_dir": "x"})
-    chosen = {platform: how_to_compute(run, from_hf(SHAPE), platform).remat for platform in ("cpu", "gpu", "tpu")}
+    chosen = {platform: how_to_compute(run, from_hf(SHAPE), tiny.mesh_on(platform)).remat for platform in ("cpu", "gpu", "tpu")}
     assert chosen == {"cpu": "dots", "gpu": "full", "tpu": "full"}
 
 
