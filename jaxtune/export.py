@@ -4,6 +4,7 @@
     jaxtune export runs/first exported                              the adapter, for PEFT; the model, where the run trained all of it
     jaxtune export runs/first exported --format gguf --type q8_0    for llama.cpp and Ollama
     jaxtune export org/name exported --format gguf                  any model, converted
+    jaxtune export google/gemma-3-4b-it exported --format text      the language model alone of one that sees too
 
 RUN is a run folder, an adapter folder, or a model (a folder, a .gguf file, a hub id). A merged model is written tensor by tensor and then
 checked: its logits beside those of base and adapter, on real prompts.
@@ -23,6 +24,7 @@ from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
 from jaxtune.convert.bitsandbytes import Bitsandbytes
 from jaxtune.convert.folders import new_folder
+from jaxtune.convert.gguf import CLASSES
 from jaxtune.convert.gguf_out import TYPES, save_gguf
 from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
 from jaxtune.convert.merge import Packed, composed
@@ -31,13 +33,14 @@ from jaxtune.convert.peft import load_adapter
 from jaxtune.convert.tensors import read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
+from jaxtune.model.families import nested
 from jaxtune.model.spec import abstract
 from jaxtune.peft import compose, kind_of
 from jaxtune.runfolder import base_of
 
 log = logging.getLogger("jaxtune")
 
-FORMATS = ("hf", "peft", "gguf")
+FORMATS = ("hf", "text", "peft", "gguf")
 # The largest logit difference, and the least share of equal next tokens, that rounding the merged weights may make: ten times what it
 # made of SmolLM2 with a strong adapter (2.5e-4, 0.33) and twice for bfloat16 (5.0, 99 % equal). A wrong merge makes tens and agrees by
 # chance. What a coarse GGUF type loses is the user's choice: there it is only made sure that it is the same model.
@@ -78,8 +81,9 @@ def export(
     """Write the result of a run, or any model, to the new folder `out`; returns it.
 
     merge   multiply the adapter into its base. A base that was packed for training is merged in its dequantised form, in 16 bits
-    format  "hf": a folder for transformers and vLLM; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a Modelfile for
-            Ollama. By default peft for an adapter that is not merged, hf otherwise; hf and gguf merge an adapter
+    format  "hf": a folder for transformers and vLLM; "text": such a folder of the language model alone, of a checkpoint that holds more
+            than that (a vision tower), as a model_type of its own; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a
+            Modelfile for Ollama. By default peft for an adapter that is not merged, hf otherwise; all but peft merge an adapter
     type    of a GGUF file's matrices (`convert.gguf_out.TYPES`)
     dtype   of a model folder's tensors: float32, bfloat16, float16; by default the base's own
     bound   the largest difference of logits that is let pass; by default one for each dtype (`BOUNDS`)
@@ -94,6 +98,8 @@ def export(
     opened, head = open_model(found.base), _head(found)
     if format == "gguf" and (head or opened.config.num_labels):
         raise ModelError(f"{run} scores texts, and GGUF files are written of language models only; export it with --format hf")
+    if format == "text" and not opened.config.outer:
+        raise ModelError(f"{run} is a language model and nothing else; export it with --format hf")
     if found.adapter is None:
         with new_folder(out) as folder:
             _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
@@ -124,7 +130,7 @@ def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: s
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
     if format == "peft" and (merge or not found.adapter):
-        raise ConfigError("format peft is for an adapter as it is; a merged or whole model is hf or gguf")
+        raise ConfigError("format peft is for an adapter as it is; a merged or whole model is hf, text or gguf")
     if merge and not found.adapter:
         raise ConfigError(f"there is no adapter to merge in {found.base}; leave out --merge")
     if type not in TYPES:
@@ -206,8 +212,11 @@ def _texts(found: Found, opened: Opened) -> list[str]:
 
 def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, format: str, type: str, dtype: str | None) -> Path:
     """The model in `folder`; returns what `load` opens."""
-    if format == "hf":
-        hf.write_model(folder, opened.config, params, opened.tokenizer, opened.generation_config, dtype, base)
+    if format in ("hf", "text"):
+        config, beside = opened.config, opened.beside
+        if format == "text":
+            config, beside = nested.alone(config, CLASSES.get(config.model_type)), None
+        hf.write_model(folder, config, params, opened.tokenizer, opened.generation_config, dtype, base, beside)
         return folder
     name = name.removesuffix(".gguf")
     settings = dict(type=type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)

@@ -232,13 +232,14 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     if isinstance(trainable, Adapter):
         trainable = parallel.fetch(trainable)
     elif not distributed.is_first():
-        hf.take_part(model.config, compose(model.params, trainable))
+        hf.take_part(model.config, compose(model.params, trainable), model.beside)
     if distributed.is_first():
         if isinstance(trainable, Adapter):
             peft_files.save_adapter(trainable, model, scratch)
         else:
             whole = compose(model.params, trainable)
-            hf.save(model.config, whole, scratch, tokenizer=model.tokenizer, generation_config=model.generation_config)
+            settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "beside": model.beside}
+            hf.save(model.config, whole, scratch, **settings)
         if out.exists():  # aside first: what is there is at no moment half of one
             os.replace(out, old)
         os.replace(scratch, out)

@@ -1,6 +1,7 @@
 """Tiny models with known logits (tests/goldens, written by tools/make_goldens.py), and the ways to lay their documents out in a batch."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,26 +12,39 @@ from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
 
 GOLDENS = Path(__file__).parent / "goldens"
+BESIDE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")  # names of what is beside a language model
+TEXT = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")  # and what those of it begin with
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 
 
 class Golden(NamedTuple):
-    """A golden file: both spellings of config.json, tensors by Hugging Face name, documents, and logits by layout."""
+    """A golden file: both spellings of config.json, the language model's tensors by Hugging Face name, documents, logits by layout.
+
+    `files` are all tensors as the file names them: those of a checkpoint of several modalities have a prefix, and others are beside them.
+    """
 
     config: dict
     hub: dict
     tensors: dict[str, np.ndarray]
+    files: dict[str, np.ndarray]
     documents: list[np.ndarray]
     logits: dict[str, list[np.ndarray]]
 
 
 def load(case: str) -> Golden:
     arrays = dict(np.load(GOLDENS / f"{case}.npz"))
-    tensors = {name.removeprefix("tensor/"): a.astype(np.float32) for name, a in arrays.items() if name.startswith("tensor/")}
+    files = {name.removeprefix("tensor/"): a.astype(np.float32) for name, a in arrays.items() if name.startswith("tensor/")}
     count = sum(name.startswith("tokens/") for name in arrays)
     logits = {kind: [arrays[f"{kind}/{i}"] for i in range(count)] for kind in ("alone", "right", "left")}
     config, hub = json.loads(str(arrays["config"])), json.loads(str(arrays["hub"]))
-    return Golden(config, hub, tensors, [arrays[f"tokens/{i}"] for i in range(count)], logits)
+    return Golden(config, hub, language_model(config, files), files, [arrays[f"tokens/{i}"] for i in range(count)], logits)
+
+
+def language_model(config: dict, files: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a file's language model, named as in a file that holds nothing else."""
+    if "vision_config" not in config:
+        return files
+    return {TEXT.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
 
 
 def tree(config, tensors: dict[str, np.ndarray]) -> dict:

@@ -24,13 +24,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.quantization:
         model = load(given.model, given.dtype or "auto", given.quantization)
-        hf.save(
-            model.config, model.params, given.out, tokenizer=model.tokenizer, generation_config=model.generation_config, keep_packed=True
-        )
+        extra = dict(tokenizer=model.tokenizer, generation_config=model.generation_config, beside=model.beside)
+        hf.save(model.config, model.params, given.out, keep_packed=True, **extra)
     else:
         opened = open_model(given.model)
-        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, dtype=given.dtype)
-        hf.save(opened.config, abstract(opened.config), given.out, base=opened.checkpoint, **extra)
+        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, beside=opened.beside)
+        hf.save(opened.config, abstract(opened.config), given.out, base=opened.checkpoint, dtype=given.dtype, **extra)
     print(given.out)
 
 

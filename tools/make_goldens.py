@@ -50,6 +50,7 @@ NEOX = dict(
     rotary_pct=0.25,
     rotary_emb_base=1000,
 )
+TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
 
 # config.json of every case, as files on the hub spell it
@@ -165,6 +166,25 @@ CASES = {
     "glm": SMALL | dict(model_type="glm", partial_rotary_factor=0.5, attention_bias=True),
     "glm4": SMALL | dict(model_type="glm4", partial_rotary_factor=0.5, attention_bias=False),
 }
+# checkpoints that hold more than a language model
+CASES |= {
+    "gemma3_nested": dict(
+        model_type="gemma3",
+        text_config=SMALL
+        | GEMMA
+        | dict(model_type="gemma3_text", sliding_window=5, sliding_window_pattern=2, rope_scaling=dict(rope_type="linear", factor=8.0)),
+        vision_config=TOWER | dict(model_type="siglip_vision_model"),
+        mm_tokens_per_image=4,
+        image_token_index=95,
+    ),
+    "mistral3": dict(
+        model_type="mistral3",
+        text_config=SMALL | dict(model_type="mistral", sliding_window=None),
+        vision_config=TOWER | dict(model_type="pixtral", head_dim=4),
+        tie_word_embeddings=False,
+        image_token_index=95,
+    ),
+}
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
 
@@ -176,13 +196,14 @@ def lengths(case: str) -> tuple[int, ...]:
 def make_model(config: dict, seed: int):
     """A random transformers model whose weights are float16 numbers held in float32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
     model_type = config["model_type"]
-    hf = AutoConfig.for_model(**config)
+    hf = AutoConfig.for_model(**json.loads(json.dumps(config)))  # which takes a nested config apart
     assert hf.model_type == model_type
-    model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager").float().eval()
+    opener = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    model = opener.from_config(hf, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtune.convert.names import Cell, cells, spellings
 from jaxtune.convert.tensors import DTYPES, Checkpoint, Entry, Plan
 from jaxtune.errors import ModelError
-from jaxtune.model.families import ModelConfig
+from jaxtune.model.families import ModelConfig, nested
 from jaxtune.model.quant import CODES, NESTED_BLOCK, NF4, Int8, dynamic_map, pack, unpack
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix
@@ -69,8 +69,8 @@ def packed_as(hf: Mapping[str, Any]) -> str | None:
 def is_skipped(hf: Mapping[str, Any], module: str) -> bool:
     """Whether config.json says that this linear layer was left dense (`llm_int8_skip_modules`), as transformers reads it: a key is a
     regular expression for the beginning of a module's name, up to the end of one of its parts, or a plain end of it."""
-    keys = hf["quantization_config"].get("llm_int8_skip_modules") or ()
-    return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in keys)
+    keys, names = hf["quantization_config"].get("llm_int8_skip_modules") or (), list(nested.spellings(hf, module))
+    return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys for name in names)
 
 
 def cut(config: ModelConfig, is_packed: Callable[[str], bool]) -> ModelConfig:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune import background, parallel
 from jaxtune.convert import value
+from jaxtune.convert.beside import Beside
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
@@ -22,7 +23,7 @@ from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, wri
 from jaxtune.convert.together import plans_of_files
 from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.errors import ModelError
-from jaxtune.model.families import ModelConfig
+from jaxtune.model.families import ModelConfig, from_hf, nested
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix, dense, is_weight
 from jaxtune.tree import flatten, unflatten
@@ -141,6 +142,7 @@ def save(
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
+    beside: Beside | None = None,
     keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> Path:
@@ -149,18 +151,20 @@ def save(
     params  the tree; packed and adapted leaves are written as the dense matrix they stand for, one layer at a time. A leaf that is a
             `jax.ShapeDtypeStruct` is read from `base`, tensor by tensor, so a model is merged and converted without being loaded.
     dtype   of the tensors; by default each leaf's own, and `config.dtype` for packed ones
+    beside  of the language model of a larger checkpoint: what else that holds (`Model.beside`)
     keep_packed  write packed leaves as bitsandbytes does instead, byte for byte
 
     The folder is written beside `out` and renamed. Raises ModelError when `out` is there and not empty. Returns `out`.
     """
     with new_folder(out) as folder:
-        write_model(folder, config, params, tokenizer, generation_config, dtype, base, keep_packed, max_shard_size)
+        write_model(folder, config, params, tokenizer, generation_config, dtype, base, beside, keep_packed, max_shard_size)
     return Path(out)
 
 
-def take_part(config: ModelConfig, params: dict) -> None:
+def take_part(config: ModelConfig, params: dict, beside: Beside | None = None) -> None:
     """What a process that writes nothing does while another one saves: it gives its parts of each tensor, in the same order."""
     _, plans, make = tensors_out(config, params)
+    plans, make = beside.add(plans, make) if beside else (plans, make)
     for shard in in_shards(plans):
         for plan in shard:
             make(plan.name)
@@ -174,6 +178,7 @@ def write_model(
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
+    beside: Beside | None = None,
     keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> None:
@@ -182,6 +187,12 @@ def write_model(
     described = config_json(config, plans)
     if keep_packed:
         plans, make, described["quantization_config"] = packed_tensors_out(config, params, plans, make)
+    if config.outer:
+        if beside is None:
+            raise ModelError(f"this is the language model of a {config.outer} checkpoint; give what else that holds: beside=model.beside")
+        plans, make = beside.add(plans, make)
+        beside.leave_dense(config, described)
+        beside.write_files(folder)
     write_json(folder / "config.json", described)
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)
@@ -236,7 +247,7 @@ def _is_abstract(x) -> bool:
 
 def untied(config: ModelConfig) -> ModelConfig:
     """The same model with an output head of its own."""
-    hf = json.loads(config.hf_json or "{}") | {"tie_word_embeddings": False}
+    hf = nested.changed(json.loads(config.hf_json or "{}"), tie_word_embeddings=False) | {"tie_word_embeddings": False}
     return dataclasses.replace(config, tie_word_embeddings=False, hf_json=json.dumps(hf))
 
 
@@ -250,7 +261,10 @@ def config_json(config: ModelConfig, plans: list[Plan]) -> dict:
     sizes: dict[str, int] = {}
     for plan in plans:
         sizes[str(plan.dtype)] = sizes.get(str(plan.dtype), 0) + plan.nbytes
-    hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = max(sizes, key=lambda name: sizes[name])
-    hf["vocab_size"] = config.vocab_size
+    most = max(sizes, key=lambda name: sizes[name])
+    inside = {key: most for key in ("dtype", "torch_dtype") if key in (hf.get("text_config") or {})}
+    hf = (nested.changed(hf, **inside) if inside else hf) | {"torch_dtype" if "torch_dtype" in hf else "dtype": most}
+    if from_hf(hf).vocab_size != config.vocab_size:
+        hf = nested.changed(hf, vocab_size=config.vocab_size)
     # The tensors are dense now, and the Python files of a remote-code model are not copied (nor ever run).
     return {key: value for key, value in hf.items() if key not in ("quantization_config", "auto_map")}

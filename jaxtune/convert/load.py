@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.convert import hf, sources
+from jaxtune.convert.beside import Beside, set_apart
 from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skipped
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
@@ -41,6 +42,7 @@ class Model:
     hf_config: dict = dataclasses.field(default_factory=dict)
     generation_config: dict = dataclasses.field(default_factory=dict)
     source: str = ""
+    beside: Beside | None = None  # what the checkpoint holds beside its language model (a vision tower), for writing it again
 
 
 @dataclasses.dataclass
@@ -53,6 +55,7 @@ class Opened:
     generation_config: dict
     path: Path
     source: str
+    beside: Beside | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -61,7 +64,7 @@ class Opened:
 
     def model(self, config: ModelConfig, params: dict) -> Model:
         """The model, its tensors read (`read_params`)."""
-        return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source)
+        return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source, self.beside)
 
 
 def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | None = None) -> Model:
@@ -115,6 +118,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     config_json = read_json(path / "config.json")
     checkpoint: Any = Safetensors(path)
     config = from_hf(config_json)
+    beside = set_apart(checkpoint, config, path)
     if any(row.part for row in spec(config).values()):
         checkpoint = Apart(MXFP4(checkpoint) if is_mxfp4(config_json) else checkpoint, config)
     else:
@@ -125,7 +129,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     config = hf.settle_tie(checkpoint, config)
     file = path / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
-    return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source))
+    return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source), beside)
 
 
 def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from jaxtune.convert.load import Model
+from jaxtune.convert.tensors import Entry
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.model.families import heads
+from jaxtune.model.families import NESTED, ModelConfig, heads
+from jaxtune.model.families.nested import MODULES
 from jaxtune.peft import KINDS, kind_of
 from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.prompts import PromptKind
-from jaxtune.peft.sites import AnyConfig, adaptable, is_parameter, names, whole_rows
+from jaxtune.peft.sites import AnyConfig, adaptable, ancestors, is_parameter, names, whole_rows
 
 log = logging.getLogger("jaxtune")
 
@@ -32,13 +35,16 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     if isinstance(kind, PromptKind):
         return fields | {"peft_type": kind.peft_type, "task_type": "CAUSAL_LM", "inference_mode": True,
                          "base_model_name_or_path": model.source}  # fmt: skip
-    targets = fields["target_modules"]
-    modules = {site.path: rows[site.path] for site in adapter.sites if not is_parameter(site.path)}
+    targets, ranks = fields["target_modules"], {site.path: site.ranks for site in adapter.sites}
+    modules = {path: names(path, rows[path]) for path in ranks if not is_parameter(path)}
+    each = [name for path, found in modules.items() for name, rank in zip(found, ranks[path], strict=True) if rank]
     if targets == "all-linear":
-        targets = sorted({name.rsplit(".", 1)[-1] for path, row in modules.items() for name in names(path, row)})
+        targets = sorted({name.rsplit(".", 1)[-1] for found in modules.values() for name in found})
     elif isinstance(targets, str) and model.config.moe:
-        ranks = {site.path: site.ranks for site in adapter.sites}
-        targets = [name for path, row in modules.items() for name, rank in zip(names(path, row), ranks[path], strict=True) if rank]
+        targets = each
+    if model.config.outer:
+        targets = targets if "exclude_modules" in fields else each
+        fields |= _inside(fields, model.config)
     own = [whole.path for whole in adapter.wholes if whole.path in heads.PATHS and whole.path not in heads.VALUE]
     scorers = {whole_rows(model.config)[path].hf.rsplit(".", 1)[0] for path in own}
     if scorers:
@@ -48,6 +54,19 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
         "peft_type": kind.peft_type, "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
         "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
     }  # fmt: skip
+
+
+def _inside(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Fields by which PEFT stays within the language model: modules beside it have names that end like its own."""
+    found = {}
+    if "exclude_modules" in fields:
+        outside, left_out = rf"(?!{re.escape(MODULES)}|lm_head$).*", fields["exclude_modules"] or ()
+        own = left_out if isinstance(left_out, str) else rf"(.*\.)?({'|'.join(map(re.escape, left_out))})"
+        found["exclude_modules"] = f"{outside}|{own}" if left_out else outside
+    if saved := tuple(fields.get("modules_to_save") or ()):
+        every = (row.hf.format(layer=layer) for row in whole_rows(config).values() for layer in row.layers or (None,))
+        found["modules_to_save"] = sorted({module for name in every for module in ancestors(name) if module.endswith(saved)})
+    return found
 
 
 def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
@@ -74,3 +93,15 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
         return kind, kind.config(**kind.read_fields(kept))
     except ConfigError as error:
         raise ModelError(f"{path}/adapter_config.json: {error}") from error
+
+
+def names_of_today(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
+    """An adapter's tensors under the names of today; ModelError where some stand beside the language model."""
+    beside = NESTED[config.outer].beside
+    if others := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(beside)]:
+        raise ModelError(
+            f"{path}: {len(others)} tensors change what is beside the language model, the first {others[0]}; jaxtune runs and trains the "
+            "language model alone. Train the adapter with PEFT's exclude_modules for the rest, or take these tensors out of its file"
+        )
+    older = re.compile(rf"(?<=^{re.escape(PREFIX)})language_model\.(?:(model\.)|(?=lm_head\.))")  # before transformers 4.52
+    return {older.sub(lambda found: MODULES if found[1] else "", name): entry for name, entry in entries.items()}

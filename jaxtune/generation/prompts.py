@@ -69,7 +69,7 @@ def stop_tokens(model: Any) -> set[int]:
     All of them, because files disagree: a base model's config names the end of a document, its template another token for a turn's end.
     """
     found = {end_of_turn(model.tokenizer), model.tokenizer.eos_token_id}
-    for settings in (model.generation_config, model.hf_config):
+    for settings in (model.generation_config, model.hf_config, model.hf_config.get("text_config") or {}):
         named = settings.get("eos_token_id")
         named = named if isinstance(named, (list, tuple)) else [named]
         if wrong := [token for token in named if token is not None and not _is_token(token)]:

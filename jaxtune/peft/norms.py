@@ -9,7 +9,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 from jaxtune.peft.adapter import Adapter, Kind, own_values, put_saved
-from jaxtune.peft.sites import Site, Whole, find_wholes, named
+from jaxtune.peft.sites import Site, Whole, find_wholes, module_rows, named
 from jaxtune.tree import flatten, unflatten
 
 
@@ -23,7 +23,7 @@ class NormKind(Kind):
 
     def wholes(self, model_config: ModelConfig, config: LNTuningConfig, sites: tuple[Site, ...] = ()) -> tuple[Whole, ...]:
         """The norms that are named, with what `modules_to_save` names."""
-        rows = {path: row for path, row in spec(model_config).items() if _is_norm(path)}
+        rows = {path: row for path, row in module_rows(model_config).items() if _is_norm(path)}
         targets, found, hits = config.target_modules, [], set()
         for path, row in rows.items():
             modules = [row.hf.format(layer=layer).rpartition(".")[0] for layer in row.layers or (None,)]

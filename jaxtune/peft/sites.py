@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import LoraConfig, MatrixConfig
 from jaxtune.errors import ConfigError
-from jaxtune.model.families import FAMILIES, ModelConfig, heads
+from jaxtune.model.families import FAMILIES, ModelConfig, heads, nested
 from jaxtune.model.spec import Row, spec
 
 AnyConfig = LoraConfig | MatrixConfig
@@ -40,10 +40,15 @@ TRANSLATED = {
 }
 
 
+def module_rows(model_config: ModelConfig) -> dict[str, Row]:
+    """The row table, tensors called as transformers' class for the whole checkpoint calls them."""
+    return {path: row._replace(hf=nested.module(model_config, row.hf)) for path, row in spec(model_config).items()}
+
+
 def adaptable(model_config: ModelConfig) -> dict[str, Row]:
     """The rows a pair can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone), routers, and
     experts, whose gate and up are one matrix `[2 F, D]` here (`experts_gate_up`)."""
-    rows, family = spec(model_config), FAMILIES[model_config.model_type]
+    rows, family = module_rows(model_config), FAMILIES[model_config.model_type]
     if "head" not in rows and not model_config.num_labels:
         rows["head"] = rows["embed"]._replace(hf=f"{family.ends['head']}.weight")
     if "head" in rows:
@@ -55,7 +60,8 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
         L, E, F, D = gate.shape
         own = {"router": rows[path], "experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
         called = dict(zip(("router", "experts"), family.moe, strict=True))
-        table |= {stack + name: row._replace(hf=family.prefix + EXPERTS[name].format(**called)) for name, row in own.items()}
+        for name, row in own.items():
+            table[stack + name] = row._replace(hf=nested.module(model_config, family.prefix + EXPERTS[name].format(**called)))
     return table
 
 
@@ -213,7 +219,7 @@ def rank_and_scale(name: str, config: AnyConfig) -> tuple[int, float]:
 
 def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
     """The rows that can be trained whole, under PEFT's names: all but experts; a tied head too, alone."""
-    rows, found = spec(model_config), adaptable(model_config)
+    rows, found = module_rows(model_config), adaptable(model_config)
     rows |= {"head": found["head"]} if "head" in found else {}
     return {path: found.get(path, row) for path, row in rows.items() if not row.is_experts}
 
@@ -245,10 +251,10 @@ def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site,
     for module in config.modules_to_save or ():
         if model_config.num_labels and module in HEADS:
             continue  # trained anyway
-        if any(part.endswith(module) for name in experts for part in _ancestors(name)):
+        if any(part.endswith(module) for name in experts for part in ancestors(name)):
             key = f"{config.group}.modules_to_save"
             raise ConfigError(f"{key}: {module} holds experts, which are not trained whole; name them in target_parameters")
-        if not choose(lambda path, i, name, module=module: any(part.endswith(module) for part in _ancestors(name))):
+        if not choose(lambda path, i, name, module=module: any(part.endswith(module) for part in ancestors(name))):
             there = sorted({row.hf.rsplit(".", 2)[-2] for row in rows.values()})
             raise ConfigError(f"{config.group}.modules_to_save: {module} is no module of this model; there are {', '.join(there)}")
     if tied and config.ensure_weight_tying and {"embed", "head"} & chosen.keys():
@@ -263,7 +269,7 @@ def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site,
     return tuple(wholes + [Whole(path, ids) for path, ids in tokens.items()])
 
 
-def _ancestors(name: str) -> list[str]:
+def ancestors(name: str) -> list[str]:
     """The modules that hold a parameter: `a.b` and `a` of `a.b.weight`."""
     parts = name.split(".")[:-1]
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
@@ -274,7 +280,7 @@ def _token_indices(model_config: ModelConfig, config: AnyConfig) -> dict[str, tu
     given: Any = config.trainable_token_indices
     if not given:
         return {}
-    ends, found = FAMILIES[model_config.model_type].ends, {}
+    ends, found = {end: nested.module(model_config, name) for end, name in FAMILIES[model_config.model_type].ends.items()}, {}
     table: dict[str, tuple[int, ...]] = dict(given) if isinstance(given[0], tuple) else {ends["embed"]: given}
     for module, ids in table.items():
         path = next((path for path in ("embed", "head") if ends[path].endswith(module)), None)

@@ -6,7 +6,7 @@ import pytest
 import references
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families import FAMILIES, from_hf
+from jaxtune.model.families import FAMILIES, NESTED, from_hf, nested
 from jaxtune.model.spec import spec
 
 FIRST = {}  # a golden config of every family
@@ -17,7 +17,7 @@ LONGROPE = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8)
 
 
 def test_every_family_has_a_golden():
-    assert FIRST.keys() == FAMILIES.keys()
+    assert FIRST.keys() == FAMILIES.keys() | NESTED.keys()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,9 @@ def test_every_family_has_a_golden():
             dict(rope_scaling=LONGROPE | dict(type="longrope", original_max_position_embeddings=16)),
             "original_max_position_embeddings is 64 in config.json and 16 in its rope_scaling",
         ),
+        ("gemma3", dict(text_config=None), "text_config=None; it has to be an object"),
+        ("gemma3", dict(text_config=dict(model_type="llama")), "text_config.model_type 'llama' is not supported in gemma3"),
+        ("gemma3", dict(architectures=["Gemma3ForSequenceClassification"]), "a scoring head on a gemma3 model is not supported"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not implemented for olmoe"),
         ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries"),
         ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 is not implemented for mixtral"),
@@ -77,7 +80,7 @@ def test_a_missing_key_is_named():
         from_hf({key: value for key, value in LLAMA.items() if key != "intermediate_size"})
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*FAMILIES, *NESTED])
 def test_keys_that_change_nothing_are_ignored(model_type):
     extra = dict(use_cache=True, torch_dtype="bfloat16", attention_dropout=0.1, transformers_version="4.40.0", pretraining_tp=2, mine="x")
     config = from_hf(FIRST[model_type] | extra)
@@ -112,6 +115,18 @@ def test_longrope_under_the_names_it_had_in_phi3(kind):
     inside = from_hf(bare | dict(rope_scaling=LONGROPE | dict(type="su", original_max_position_embeddings=16)))
     assert above.ropes == inside.ropes and above.ropes[0].kind == "longrope" and above.ropes[0].original_max == 16
     assert from_hf(bare | dict(rope_scaling=LONGROPE | dict(type=kind))).ropes[0].original_max == 4096
+
+
+def test_a_nested_config_is_that_of_its_language_model():
+    for name in NESTED:
+        hub = FIRST[name]
+        alone = from_hf(nested.text_config(hub))
+        assert dataclasses.replace(from_hf(hub), outer="") == alone and from_hf(hub).outer == name and alone.model_type in FAMILIES
+    said = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, model_type="gemma3_text", sliding_window=1024)
+    gemma = from_hf(dict(model_type="gemma3", text_config=said))  # as the hub has 4b
+    assert (gemma.vocab_size, gemma.num_heads, gemma.num_kv_heads, gemma.head_dim) == (262208, 8, 4, 256) and gemma.tie_word_embeddings
+    mistral = FIRST["mistral3"] | dict(tie_word_embeddings=True)
+    assert from_hf(mistral).tie_word_embeddings  # what the whole says, since that is where transformers looks
 
 
 def test_an_untied_copy_has_a_head_row():

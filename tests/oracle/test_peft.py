@@ -71,11 +71,17 @@ FUSED = {"phi3": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
          "gemma2": {"r": 4, "use_dora": True, "target_modules": r".*\.(?:q|o|gate)_proj",
                     "rank_pattern": {r"\d\.self_attn\.(q|o)_proj": 6}},
          "olmo2": {"r": 4, "use_dora": True, "bias": "all", "target_modules": "all-linear"}}  # fmt: skip
-VARIANTS |= GPT2 | NEOX | FUSED
+# beside a vision tower, whose modules' names end as those of the language model do
+BESIDE = {
+    "not the tower": {"r": 4, "target_modules": ["q_proj", "down_proj", "lm_head"], "exclude_modules": r".*vision_tower.*"},
+    "regex within": {"r": 4, "target_modules": r".*language_model\..*(k|up)_proj", "modules_to_save": ["embed_tokens", "q_norm"]},
+}
+VARIANTS |= GPT2 | NEOX | FUSED | BESIDE
 
 
 # every variant once, and over a tied matrix those that touch it
 OTHERS = {name: kind for kind, names in {"gpt2": GPT2, "gpt_neox": NEOX}.items() for name in names} | {name: name for name in FUSED}
+OTHERS |= dict.fromkeys(BESIDE, "gemma3_nested")
 EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in name]
 EACH += [("tied", name) for name in ("head", "embedding", "DoRA of the ends", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
@@ -90,9 +96,9 @@ def folders(tmp_path_factory):
     for kind in ("untied", "tied"):
         shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
         tiny.write(root / kind, shape, tiny.hf_tensors(shape))
-    for kind in ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
+    for kind in ("gemma3_nested", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
         golden = references.load(kind)
-        tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
+        tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.files.items()})
     return {folder.name: folder for folder in root.iterdir()}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families import heads
+from jaxtune.model.families import heads, nested
 from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -24,8 +24,9 @@ from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from jaxtune.model.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxtune.model.families.nested import NESTED
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "Moe", "from_hf"]
+__all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
     "cohere": COHERE,
@@ -55,9 +56,11 @@ FAMILIES: dict[str, Family] = {
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """`ModelConfig` of a config.json dict; `ModelError` for a family or a switch we do not implement."""
+    if nested.is_nested(hf):
+        return dataclasses.replace(from_hf(nested.text_config(hf)), outer=hf["model_type"], hf_json=json.dumps(hf))
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join([*FAMILIES, *NESTED])}")
     family = FAMILIES[model_type]
     for key in family.required:
         if not isinstance(hf.get(key), int) or hf[key] < 1:

@@ -84,6 +84,11 @@ def with_head(
     """
     if not labels:
         raise ModelError("a head without labels scores nothing; give at least one")
+    if config.outer:
+        raise ModelError(
+            f"a scoring head on a {config.outer} model is not supported; write its language model alone with `jaxtune export MODEL OUT "
+            "--format text` and give that"
+        )
     hf = json.loads(config.hf_json or "{}")
     hf |= {
         "architectures": [class_name(config, of)], "id2label": {str(number): label for number, label in enumerate(labels)},

@@ -1,0 +1,91 @@
+"""Checkpoints of several modalities: a config.json with a `text_config`, and a language model beside a vision tower and a projector.
+
+The language model is one of `FAMILIES`, and read, trained and run as that; an entry of `NESTED` says where it is. What is beside it is
+carried along (convert/beside.py).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import ModelConfig
+
+MODULES = "model.language_model."  # what transformers 5 calls the text model's modules, and so PEFT, whatever the file calls its tensors
+
+
+class Nested(NamedTuple):
+    """One outer `model_type`.
+
+    texts     the `model_type` of its text_config -> the family that this is; the first where text_config says none
+    stem      what the names of the language model's tensors begin with in files on the hub, where a text model's begin with "model."
+    beside    what the names of the other tensors begin with, in any file ("model." may stand before it)
+    defaults  what transformers takes for keys that text_config leaves out, where it is not what the family takes
+    """
+
+    texts: Mapping[str, str]
+    stem: str
+    beside: tuple[str, ...]
+    defaults: Mapping[str, Any] = {}
+
+
+_LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector."))
+NESTED: dict[str, Nested] = {
+    "gemma3": Nested(
+        {"gemma3_text": "gemma3_text"},
+        **_LLAVA,
+        defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
+    ),
+    "mistral3": Nested({"mistral": "mistral"}, **_LLAVA),
+}
+
+
+def is_nested(hf: Mapping[str, Any]) -> bool:
+    """Whether config.json is of such a checkpoint."""
+    return isinstance(hf.get("model_type"), str) and hf["model_type"] in NESTED
+
+
+def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the language model alone, as a checkpoint of its family has it. ModelError where there is none of a known kind."""
+    outer, inner = NESTED[hf["model_type"]], hf.get("text_config")
+    if inner is None and "hidden_size" in hf:  # as Qwen 2 VL's files say it: flat
+        inner = {key: value for key, value in hf.items() if key not in ("model_type", "vision_config")}
+    if not isinstance(inner, Mapping):
+        raise ModelError(f"config.json of this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
+    kind = inner.get("model_type") or next(iter(outer.texts))
+    if kind not in outer.texts:
+        raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
+    if str((hf.get("architectures") or [""])[0]).endswith("Classification"):
+        raise ModelError(f"a scoring head on a {hf['model_type']} model is not supported; that of a {outer.texts[kind]} model is")
+    text = {**outer.defaults, **inner, "model_type": outer.texts[kind]}
+    if tied := [part["tie_word_embeddings"] for part in (hf, inner) if "tie_word_embeddings" in part]:
+        text["tie_word_embeddings"] = any(tied)  # whichever says it: older files have it inside
+    for key in ("dtype", "torch_dtype"):
+        text |= {key: hf[key]} if key in hf else {}
+    return {key: value for key, value in text.items() if key != "architectures"}
+
+
+def module(config: ModelConfig, name: str) -> str:
+    """What a row's tensor or module is called in the class of transformers 5 that opens the checkpoint."""
+    return re.sub(r"^model\.", MODULES, name) if config.outer else name
+
+
+def spellings(hf: Mapping[str, Any], name: str) -> Iterator[str]:
+    """What a text model's module may be called by the config.json of the whole."""
+    yield name
+    if is_nested(hf):
+        yield from (re.sub(r"^model\.", stem, name) for stem in {MODULES, NESTED[hf["model_type"]].stem})
+
+
+def changed(hf: Mapping[str, Any], **values) -> dict[str, Any]:
+    """config.json with other values of the language model's keys, where it has them."""
+    inside = is_nested(hf) and isinstance(hf.get("text_config"), Mapping)
+    return {**hf, "text_config": {**hf["text_config"], **values}} if inside else {**hf, **values}
+
+
+def alone(config: ModelConfig, architecture: str | None = None) -> ModelConfig:
+    """The language model of a nested `config` as a model of its own; `architecture`: what transformers calls the class that opens it."""
+    hf = text_config(json.loads(config.hf_json)) | ({"architectures": [architecture]} if architecture else {})
+    return dataclasses.replace(config, outer="", hf_json=json.dumps(hf))

@@ -1,0 +1,95 @@
+"""Checkpoints of several modalities: the language model is read and written, what is beside it comes out as it went in."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from jaxtune.config import LoraConfig
+from jaxtune.convert import hf
+from jaxtune.convert.load import load
+from jaxtune.convert.peft import load_adapter, save_adapter
+from jaxtune.errors import ModelError
+from jaxtune.export import export
+from jaxtune.peft import init_adapter
+
+GOLDEN = references.load("gemma3_nested")
+
+
+def write(folder, files=GOLDEN.files):
+    tiny.write(folder, GOLDEN.config, files)
+    (folder / "preprocessor_config.json").write_text('{"do_resize": true}')
+    return folder
+
+
+def test_what_is_beside_is_written_though_the_folder_is_gone(tmp_path):
+    model = load(write(tmp_path / "in"))
+    shutil.rmtree(tmp_path / "in")
+    params = jax.tree.map(lambda x: x * 2, model.params)
+    hf.save(model.config, params, tmp_path / "out", beside=model.beside)
+    written = tiny.read_all(tmp_path / "out")
+    assert written.keys() == GOLDEN.files.keys()
+    others = {name: array for name, array in GOLDEN.files.items() if references.BESIDE.match(name)}
+    assert others and all(np.array_equal(written[name], GOLDEN.files[name] * (1 if name in others else 2)) for name in written)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == GOLDEN.config
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == '{"do_resize": true}'
+    with pytest.raises(ModelError, match=r"beside=model\.beside"):
+        hf.save(model.config, params, tmp_path / "alone")
+
+
+def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
+    model = load(write(tmp_path / "in"))
+    hf.save(model.config, model.params | {"head": model.params["embed"] * 2}, tmp_path / "out", beside=model.beside)
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["tie_word_embeddings"] is said["text_config"]["tie_word_embeddings"] is False
+    assert "language_model.lm_head.weight" in tiny.read_all(tmp_path / "out") and "head" in load(tmp_path / "out").params
+
+
+@pytest.mark.parametrize("stem", ["model.language_model.", "language_model.model."])
+def test_names_of_either_age(tmp_path, stem):
+    head = "lm_head" if stem.startswith("model.") else "language_model.lm_head"
+    files = {references.TEXT.sub("", name): a for name, a in GOLDEN.files.items() if not references.BESIDE.match(name)}
+    files = {stem + name: a for name, a in files.items()} | {f"{head}.weight": GOLDEN.tensors["model.embed_tokens.weight"]}
+    files |= {name: a for name, a in GOLDEN.files.items() if references.BESIDE.match(name)}
+    jax.tree.map(np.testing.assert_array_equal, load(write(tmp_path / "in", files)).params, load(write(tmp_path / "usual")).params)
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.7.* is not part of the model"):
+        load(write(tmp_path / "more", files | {f"{stem}layers.7.mlp.up_proj.weight": np.ones((2, 2), np.float32)}))
+
+
+def test_the_language_model_alone(tmp_path):
+    export(write(tmp_path / "in"), tmp_path / "out", format="text")
+    assert tiny.read_all(tmp_path / "out").keys() == GOLDEN.tensors.keys()
+    whole, alone = load(tmp_path / "in"), load(tmp_path / "out")
+    assert (alone.hf_config["model_type"], alone.hf_config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert alone.config == dataclasses.replace(whole.config, outer="") and not (tmp_path / "out/preprocessor_config.json").exists()
+    jax.tree.map(np.testing.assert_array_equal, alone.params, whole.params)
+    with pytest.raises(ModelError, match="a language model and nothing else"):
+        export(tmp_path / "out", tmp_path / "again", format="text")
+
+
+def test_an_adapter_stays_within_the_language_model(tmp_path):
+    model = load(write(tmp_path / "in"))
+    fresh = init_adapter(jax.random.key(0), model, LoraConfig(r=2, exclude_modules=("o_proj",), modules_to_save=("q_norm",)))
+    pairs = {path: pair | {"b": jnp.ones_like(pair["b"])} for path, pair in fresh.params.items()}
+    adapter = dataclasses.replace(fresh, params=pairs)
+    save_adapter(adapter, model, tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert said["exclude_modules"] == r"(?!model\.language_model\.|lm_head$).*|(.*\.)?(o_proj)"
+    assert said["modules_to_save"] == [f"model.language_model.layers.{layer}.self_attn.q_norm" for layer in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "adapter", model).params, adapter.params)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("model.language_model.", "language_model.model."): a for name, a in tensors.items()}, file)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "adapter", model).params, adapter.params)  # an older file
+    save_file(tensors | {"base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 8))}, file)
+    with pytest.raises(ModelError, match=r"1 tensors change what is beside the language model"):
+        load_adapter(tmp_path / "adapter", model)
+    export(tmp_path / "in", tmp_path / "merged")  # and a model is exported as it is
+    assert tiny.read_all(tmp_path / "merged").keys() == GOLDEN.files.keys()
