@@ -36,6 +36,8 @@ SMALL = TINY | dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24)  
 GEMMA = dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
 NO_HEAD_DIM = {key: value for key, value in TINY.items() if key != "head_dim"}
 PHI3 = NO_HEAD_DIM | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
+GRANITEMOE = dict(attention_multiplier=0.4, embedding_multiplier=3.0, residual_multiplier=0.22, logits_scaling=4.0)
+GRANITEMOE |= dict(num_local_experts=5, num_experts_per_tok=2, tie_word_embeddings=True)
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
 BARE = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rms_norm_eps")} | dict(hidden_size=32)
 COHERE = BARE | dict(tie_word_embeddings=True, logit_scale=0.25)
@@ -155,6 +157,8 @@ CASES = {
         residual_multiplier=0.22,
         logits_scaling=4.0,
     ),
+    "granitemoe": SMALL | GRANITEMOE | dict(model_type="granitemoe", attention_bias=True),
+    "granitemoeshared": SMALL | GRANITEMOE | dict(model_type="granitemoeshared", shared_intermediate_size=20, num_hidden_layers=1),
     "gpt2": GPT2 | dict(model_type="gpt2"),
     "gpt2_unscaled": GPT2
     | dict(model_type="gpt2", n_layer=2, n_inner=40, scale_attn_weights=False, activation_function="gelu", tie_word_embeddings=False),

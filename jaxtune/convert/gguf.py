@@ -12,7 +12,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
 
 # Where llama.cpp turns neighbouring pairs of dimensions instead of halves of a head, its files hold q and k with their rows interleaved.
-INTERLEAVED = ("llama", "mistral", "mixtral", "granite", "smollm3")
+INTERLEAVED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "smollm3")
 # Tensors that are not parameters; what they say is in the config.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -291,6 +291,13 @@ def _granite(m: _Metadata) -> dict[str, Any]:
     }
 
 
+def _granitemoe(m: _Metadata) -> dict[str, Any]:
+    if m.get("expert_shared_feed_forward_length"):
+        raise ModelError(f"{m.file.path}: a Granite mixture with a shared expert cannot be read from GGUF; give the original")
+    chosen = {"num_local_experts": m("expert_count"), "num_experts_per_tok": m("expert_used_count")}
+    return {key: value for key, value in _granite(m).items() if key != "mlp_bias"} | {"model_type": "granitemoe"} | chosen
+
+
 ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen2": lambda m: {"model_type": "qwen2"},
@@ -303,14 +310,16 @@ ARCHITECTURES: dict[str, Callable[[_Metadata], dict[str, Any]]] = {
     "phi3": _phi3,
     "gpt-oss": _gpt_oss,
     "granite": _granite,
+    "granitemoe": _granitemoe,
     "smollm3": lambda m: {"model_type": "smollm3", "no_rope_layer_interval": 4},
     "olmo2": lambda m: {"model_type": "olmo2"},
     "olmoe": _olmoe,
 }
 CLASSES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM", "gpt_oss": "GptOssForCausalLM", "olmoe": "OlmoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "gpt_oss": "GptOssForCausalLM",
+    "granite": "GraniteForCausalLM", "granitemoe": "GraniteMoeForCausalLM", "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmoe": "OlmoeForCausalLM",
+    "phi3": "Phi3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "smollm3": "SmolLM3ForCausalLM",
 }  # fmt: skip
 

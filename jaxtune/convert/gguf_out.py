@@ -82,7 +82,7 @@ def save_gguf(
 
 def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     """What llama.cpp's loader has no place for, as tried with it."""
-    if c.out_bias and architecture not in ("llama", "granite", "gpt-oss"):
+    if c.out_bias and architecture not in ("llama", "granite", "granitemoe", "gpt-oss"):
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {architecture} model; this one has attention_bias")
     if c.mlp_bias and architecture not in ("llama", "granite"):
         raise ModelError(f"llama.cpp knows no biases of the feed-forward part of a {architecture} model; this one has mlp_bias")
@@ -300,6 +300,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[GGUFWriter, ModelConfig], None]]] 
     "olmoe": ("olmoe", _plain_experts),
     "phi3": ("phi3", _phi3),
     "granite": ("granite", _granite),
+    "granitemoe": ("granitemoe", _granite),
     "smollm3": ("smollm3", _smollm3),
 }
 assert ARCHITECTURES.keys() >= set(INTERLEAVED)

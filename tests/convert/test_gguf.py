@@ -250,7 +250,8 @@ LIKE_LLAMA_CPP = {
     "olmo2": dict(hidden_size=64),
     "smollm3": dict(layer_types=None, no_rope_layers=None),
 }
-FAMILIES = ["gemma", "linear", "llama", "llama3", "mistral", "mixtral", "olmoe", "phi3", "phi4_mini", "qwen3", *LIKE_LLAMA_CPP]
+FAMILIES = ["gemma", "granitemoe", "linear", "llama", "llama3", "mistral", "mixtral", "olmoe", "phi3", "phi4_mini", "qwen3"]
+FAMILIES += LIKE_LLAMA_CPP
 
 
 def family_config(case):

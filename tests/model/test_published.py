@@ -132,6 +132,18 @@ PUBLISHED = {
     ),
     "glm-4-9b-chat-hf": (dict(model_type="glm", vocab_size=151552) | size(4096, 13696, 40, 32), 9399951360),
     "GLM-4-9B-0414": (dict(model_type="glm4", vocab_size=151552) | size(4096, 13696, 40, 32), 9400279040),
+    "granite-3.1-3b-a800m": (
+        dict(model_type="granitemoe", vocab_size=49155, num_key_value_heads=8, tie_word_embeddings=True, num_local_experts=40)
+        | dict(num_experts_per_tok=8, attention_multiplier=0.015625, embedding_multiplier=12.0, residual_multiplier=0.22)
+        | size(1536, 512, 32, 24),
+        3298793472,
+    ),
+    "granitemoeshared": (  # counted by hand: no card says it
+        dict(model_type="granitemoeshared", vocab_size=49152, num_key_value_heads=8, tie_word_embeddings=True, num_local_experts=62)
+        | dict(num_experts_per_tok=6, shared_intermediate_size=1024)
+        | size(1536, 512, 40, 24),
+        6370887168,
+    ),
     "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
     "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
     "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),

@@ -44,7 +44,7 @@ EXPERTS = {
     "parameters": {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "mlp.experts.gate_up_proj"],
                    "rank_pattern": {"down_proj": 2}},
     "its parameters": {"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"down_proj": 2},
-                       "target_parameters": ["experts.down_proj", "mlp.experts.gate_up_proj", "router.weight"]},
+                       "target_parameters": ["experts.down_proj", "experts.gate_up_proj", "router.weight"]},
     "one parameter": {"r": 4, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True},
     "old names": {"r": 2, "target_modules": ["k_proj", "w1", "w2", "w3"]},
     "regex of experts": {"r": 2, "target_modules": r".*layers\.1\..*[qv]_proj"},
@@ -85,7 +85,7 @@ OTHERS |= dict.fromkeys(BESIDE, "gemma3_nested")
 EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in name]
 EACH += [("tied", name) for name in ("head", "embedding", "DoRA of the ends", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
-EACH += [("gpt_oss", "all-linear of experts"), ("gpt_oss", "its parameters")]
+EACH += [("gpt_oss", "all-linear of experts"), ("gpt_oss", "its parameters"), ("granitemoe", "its parameters")]
 EACH += [("qwen2_moe", "all-linear of experts"), ("olmoe", "all-linear of experts")]
 EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
 
@@ -96,7 +96,7 @@ def folders(tmp_path_factory):
     for kind in ("untied", "tied"):
         shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
         tiny.write(root / kind, shape, tiny.hf_tensors(shape))
-    for kind in ("gemma3_nested", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
+    for kind in ("gemma3_nested", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt2", "gpt_neox", *FUSED):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.files.items()})
     return {folder.name: folder for folder in root.iterdir()}

@@ -23,7 +23,7 @@ from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
-from jaxtune.model.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxtune.model.families.nested import NESTED
 
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "from_hf"]
@@ -40,6 +40,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "granite": GRANITE,
+    "granitemoe": GRANITEMOE,
+    "granitemoeshared": GRANITEMOESHARED,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,

@@ -30,6 +30,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpt_neox": ("GPTNeoX", BOTH),
     "gpt_oss": ("GptOss", BOTH),
     "granite": ("Granite", ()),
+    "granitemoe": ("GraniteMoe", ()),
+    "granitemoeshared": ("GraniteMoeShared", ()),
     "llama": ("Llama", BOTH),
     "mistral": ("Mistral", BOTH),
     "mixtral": ("Mixtral", BOTH),

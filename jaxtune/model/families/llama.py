@@ -127,21 +127,20 @@ OLMO2 = Family(_olmo2, _olmo2_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_toke
 # ---- Granite: multipliers ----
 
 
-def _granite(hf: dict[str, Any]) -> ModelConfig:
+def granite_config(hf: dict[str, Any], **changes) -> ModelConfig:
+    """Its four multipliers; the same for Granite's mixtures."""
     return llama_config(
         hf,
         attention_scale=float(hf["attention_multiplier"]),
         embedding_multiplier=float(hf["embedding_multiplier"]),
         residual_multiplier=float(hf["residual_multiplier"]),
         logits_scaling=float(hf["logits_scaling"]),
+        **changes,
     )
 
 
-GRANITE = Family(
-    _granite,
-    pre_norm_layer,
-    DEFAULTS | dict(attention_multiplier=1.0, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0),
-)
+MULTIPLIERS = dict(attention_multiplier=1.0, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+GRANITE = Family(granite_config, pre_norm_layer, DEFAULTS | MULTIPLIERS)
 
 
 # ---- Phi-3, Phi-3.5, Phi-4, Phi-4-mini: fused projections, part of a head turns, longrope ----

@@ -1,12 +1,12 @@
-"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE."""
+"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE, Granite's."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window, windows
-from jaxtune.model.families.llama import DEFAULTS, llama_config
+from jaxtune.model.families.llama import DEFAULTS, MULTIPLIERS, granite_config, llama_config
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
-from jaxtune.model.row import Row
+from jaxtune.model.row import Part, Row
 
 
 def experts(c: ModelConfig, router: str, gate: str, up: str, down: str) -> Rows:
@@ -193,3 +193,32 @@ QWEN3_MOE = Family(
         router_aux_loss_coef=0.001,
     ),
 )
+
+
+# ---- Granite's mixtures: Granite with experts, which a file holds in one tensor, and perhaps one that all tokens share ----
+
+
+def _granitemoe(hf: dict[str, Any]) -> ModelConfig:
+    layers, shared = list(range(hf["num_hidden_layers"])), hf.get("shared_intermediate_size", 0)
+    moe = moe_of(hf, hf["num_local_experts"], hf["intermediate_size"], layers, normalize=True, shared_intermediate_size=shared)
+    return granite_config(hf, mlp_bias=False, moe=moe)
+
+
+def _granitemoe_layer(c: ModelConfig, layer: int) -> Rows:
+    assert c.moe is not None
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    two, both = "block_sparse_moe.output_linear", "block_sparse_moe.input_linear"
+    for name, row in experts(c, "block_sparse_moe.router.layer", both, both, two):
+        part = {"experts_gate": Part(0, 2), "experts_up": Part(1, 2), "experts_down": Part()}.get(name)
+        yield name, row._replace(part=part)
+    if inner := c.moe.shared_intermediate_size:
+        yield from linear("shared_gate_up", 2 * inner, c.hidden_size, ("mlp", "embed"), "shared_mlp.input_linear", "ffn_up_shexp")
+        yield from linear("shared_down", c.hidden_size, inner, ("embed", "mlp"), "shared_mlp.output_linear", "ffn_down_shexp")
+
+
+_GRANITE = DEFAULTS | MULTIPLIERS | dict(num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001)
+_GRANITE_MODULES = ("block_sparse_moe.router", "block_sparse_moe.experts")
+GRANITEMOE = Family(_granitemoe, _granitemoe_layer, _GRANITE, moe=_GRANITE_MODULES)
+GRANITEMOESHARED = Family(_granitemoe, _granitemoe_layer, _GRANITE | dict(shared_intermediate_size=0), moe=_GRANITE_MODULES)
