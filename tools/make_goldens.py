@@ -52,6 +52,10 @@ NEOX = dict(
     rotary_pct=0.25,
     rotary_emb_base=1000,
 )
+MINISTRAL = dict(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=4, mscale=1.0, mscale_all_dim=1.0)
+MINISTRAL |= dict(llama_4_scaling_beta=0.5)
+QWEN_VL = {key: value for key, value in SMALL.items() if key != "head_dim"} | dict(hidden_size=32, num_attention_heads=2)
+VISUAL = dict(depth=1, num_heads=2, intermediate_size=8, patch_size=2, spatial_merge_size=1)
 TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
 
@@ -187,6 +191,23 @@ CASES |= {
         vision_config=TOWER | dict(model_type="pixtral", head_dim=4),
         tie_word_embeddings=False,
         image_token_index=95,
+    ),
+    "ministral3": SMALL | dict(model_type="ministral3", rope_parameters=MINISTRAL),
+    "qwen2_5_vl": dict(
+        model_type="qwen2_5_vl",
+        text_config=QWEN_VL | dict(model_type="qwen2_5_vl_text", rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])),
+        vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=32, fullatt_block_indexes=[0]),
+    ),
+    "qwen2_vl": dict(
+        model_type="qwen2_vl",
+        **QWEN_VL | dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])),
+        vision_config=VISUAL | dict(embed_dim=8, hidden_size=32),
+    ),
+    "qwen3_vl": dict(
+        model_type="qwen3_vl",
+        text_config=SMALL
+        | dict(model_type="qwen3_vl_text", rope_scaling=dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)),
+        vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4, deepstack_visual_indexes=[0]),
     ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own

@@ -67,6 +67,10 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     q, k, v = projections(config, w, x_BTD)
     q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
     q, k = (rotate(x, place.cos, place.sin, config.interleaved) for x in (q, k))
+    if config.query_growth[0]:
+        rate, length = config.query_growth
+        growth_BT = 1 + rate * jnp.log1p((place.queries.positions // length).astype(jnp.float32))
+        q = q * growth_BT[..., None, None].astype(q.dtype)
     if "prefix" in w:
         k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:

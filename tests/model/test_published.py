@@ -92,6 +92,20 @@ PUBLISHED = {
         nested("mistral3", vocab_size=131072, head_dim=128, rope_theta=1e9, sliding_window=None, **size(5120, 32768, 40, 32)),
         23572403200,
     ),
+    "Ministral-3-8B": (dict(model_type="ministral3", vocab_size=131072) | size(4096, 14336, 34, 32), 8489553920),
+    "Qwen2.5-VL-7B": (
+        dict(model_type="qwen2_5_vl", vocab_size=152064, num_key_value_heads=4, vision_config={}, **size(3584, 18944, 28, 28)),
+        7615616512,
+    ),
+    "Qwen2-VL-2B": (
+        dict(model_type="qwen2_vl", vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, vision_config={})
+        | size(1536, 8960, 28, 12),
+        1543714304,
+    ),
+    "Qwen3-VL-4B": (
+        nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
+        4022468096,
+    ),
     "Phi-3-mini-4k": (dict(model_type="phi3", vocab_size=32064, sliding_window=2047) | size(3072, 8192, 32, 32), 3821079552),
     "Phi-3-mini-128k": (
         dict(model_type="phi3", vocab_size=32064, max_position_embeddings=131072, original_max_position_embeddings=4096)

@@ -23,6 +23,7 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "parallel_residual": False,
+    "query_growth": (0.0, 1),
 }
 OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks")
 
@@ -95,6 +96,10 @@ SWITCHES = {
         "embed_scale", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "one rope", "rope 0 kind",
         "rope 1 theta", "hidden_act", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm",
     },
+    "gemma3_nested": {
+        "embed_scale", "attention_scale", "layer_windows", "window of one more", "one rope", "rope 0 kind", "rope 0 theta", "q_norm",
+        "k_norm", "attn_post_norm", "mlp_post_norm",
+    },
     "glm": {"interleaved", "rope 0 dim", "_bias", "norm_eps"},
     "glm4": {"interleaved", "rope 0 dim", "attn_post_norm", "mlp_post_norm"},
     "gpt2": {"positions", "_bias", "norm", "norm_eps", "hidden_act"},
@@ -111,7 +116,9 @@ SWITCHES = {
     "linear": {"rope 0 kind"},
     "llama": {"_bias", "norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"},
     "llama3": {"rope 0 kind"},
+    "ministral3": {"query_growth", "rope 0 kind"},
     "mistral": {"layer_windows", "window of one more"},
+    "mistral3": set(),
     "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
     "olmo2": {"q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "norm_eps"},
     "olmoe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
@@ -121,9 +128,12 @@ SWITCHES = {
     "qwen2": {"_bias", "layer_windows", "window of one more"},
     "qwen2_full": {"_bias"},
     "qwen2_moe": {"_bias", "layer_windows", "window of one more", "moe normalize", "moe chosen", "moe shared", "shared_router"},
+    "qwen2_5_vl": {"_bias"},
+    "qwen2_vl": {"_bias"},
     "qwen3": {"q_norm", "k_norm"},
     "qwen3_moe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
     "qwen3_moe_raw": {"moe normalize", "moe chosen", "layer_windows", "window of one more", "q_norm", "k_norm"},
+    "qwen3_vl": {"q_norm", "k_norm", "rope 0 theta"},
     "qwen3_yarn": {"rope 0 kind", "rope 0 attention_factor", "_bias", "q_norm", "k_norm"},
     "smollm3": {"layer_ropes"},
     "smollm3_window": {"layer_ropes", "layer_windows", "window of one more"},

@@ -22,7 +22,7 @@ from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
-from jaxtune.model.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from jaxtune.model.families.llama import GRANITE, LLAMA, MINISTRAL3, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxtune.model.families.nested import NESTED
 
@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": GRANITEMOE,
     "granitemoeshared": GRANITEMOESHARED,
     "llama": LLAMA,
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "olmo2": OLMO2,

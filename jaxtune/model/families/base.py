@@ -57,6 +57,7 @@ class ModelConfig:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
+    query_growth: tuple[float, int] = (0.0, 1)  # (b, n): a query at position p times 1 + b ln(1 + floor(p / n)) (Llama 4's temperature)
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
     logits_scaling: float = 1.0  # logits are divided by it

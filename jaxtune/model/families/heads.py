@@ -33,6 +33,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "granitemoe": ("GraniteMoe", ()),
     "granitemoeshared": ("GraniteMoeShared", ()),
     "llama": ("Llama", BOTH),
+    "ministral3": ("Ministral3", BOTH),
     "mistral": ("Mistral", BOTH),
     "mixtral": ("Mixtral", BOTH),
     "olmo2": ("Olmo2", (SEQUENCE,)),

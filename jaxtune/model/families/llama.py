@@ -1,5 +1,6 @@
 """Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, OLMo 2, Granite, Phi-3."""
 
+import dataclasses
 from typing import Any
 
 from jaxtune.errors import ModelError
@@ -39,6 +40,39 @@ def _mistral(hf: dict[str, Any]) -> ModelConfig:
 
 MISTRAL = Family(
     _mistral, pre_norm_layer, DEFAULTS | dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+)
+
+
+# ---- Ministral 3: yarn, and queries that grow with their position ----
+
+
+def _ministral3(hf: dict[str, Any]) -> ModelConfig:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or hf["rope_parameters"]
+    growth = (float(rope.get("llama_4_scaling_beta") or 0.0), int(rope.get("original_max_position_embeddings") or 1))
+    return dataclasses.replace(_mistral(hf), query_growth=growth)
+
+
+MINISTRAL3 = Family(
+    _ministral3,
+    pre_norm_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=262144,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        pad_token_id=11,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=1e6,
+            factor=16.0,
+            original_max_position_embeddings=16384,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.1,
+        ),
+    ),
 )
 
 

@@ -32,13 +32,17 @@ class Nested(NamedTuple):
 
 
 _LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector."))
+_QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80)
 NESTED: dict[str, Nested] = {
     "gemma3": Nested(
         {"gemma3_text": "gemma3_text"},
         **_LLAVA,
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
-    "mistral3": Nested({"mistral": "mistral"}, **_LLAVA),
+    "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA),
+    "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2),
+    "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2),
+    "qwen3_vl": Nested({"qwen3_vl_text": "qwen3"}, MODULES, ("visual.",), dict(rope_theta=5e5, max_position_embeddings=128000)),
 }
 
 
@@ -62,9 +66,17 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     text = {**outer.defaults, **inner, "model_type": outer.texts[kind]}
     if tied := [part["tie_word_embeddings"] for part in (hf, inner) if "tie_word_embeddings" in part]:
         text["tie_word_embeddings"] = any(tied)  # whichever says it: older files have it inside
+    for key in ("rope_scaling", "rope_parameters"):
+        text |= {key: _one_axis(text[key])} if isinstance(text.get(key), Mapping) else {}
     for key in ("dtype", "torch_dtype"):
         text |= {key: hf[key]} if key in hf else {}
     return {key: value for key, value in text.items() if key != "architectures"}
+
+
+def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions of Qwen's text tokens: along time, height and width they are the same (mrope), which is plain rotation."""
+    kept = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
 def module(config: ModelConfig, name: str) -> str:
