@@ -40,6 +40,7 @@ GRANITEMOE = dict(attention_multiplier=0.4, embedding_multiplier=3.0, residual_m
 GRANITEMOE |= dict(num_local_experts=5, num_experts_per_tok=2, tie_word_embeddings=True)
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
 BARE = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rms_norm_eps")} | dict(hidden_size=32)
+MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
 COHERE = BARE | dict(tie_word_embeddings=True, logit_scale=0.25)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
@@ -173,6 +174,19 @@ CASES = {
     | dict(model_type="cohere2", attention_bias=True, num_hidden_layers=3, sliding_window=5, sliding_window_pattern=3),
     "glm": SMALL | dict(model_type="glm", partial_rotary_factor=0.5, attention_bias=True),
     "glm4": SMALL | dict(model_type="glm4", partial_rotary_factor=0.5, attention_bias=False),
+    "olmo": BARE | dict(model_type="olmo", clip_qkv=0.6),
+    "olmo3": SMALL | MIXED | dict(model_type="olmo3", rope_scaling=YARN | dict(rope_type="yarn", beta_fast=4.0)),
+    "exaone4": SMALL | MIXED | dict(model_type="exaone4", sliding_window_pattern="LG"),
+    "phi": BARE | dict(model_type="phi", layer_norm_eps=1e-3, qk_layernorm=True),
+    "starcoder2": BARE | dict(model_type="starcoder2", norm_epsilon=1e-3, sliding_window=5),
+    "stablelm": BARE | dict(model_type="stablelm", layer_norm_eps=1e-3, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "nemotron": SMALL | dict(model_type="nemotron", norm_eps=1e-3, partial_rotary_factor=0.5, rope_theta=100.0),
+    "arcee": SMALL | dict(model_type="arcee", mlp_bias=True),
+    "ministral": SMALL | MIXED | dict(model_type="ministral"),
+    "seed_oss": SMALL | dict(model_type="seed_oss"),
+    "ernie4_5": SMALL | dict(model_type="ernie4_5", use_bias=True),
+    "helium": BARE | dict(model_type="helium", head_dim=8, rms_norm_eps=1e-3),
+    "hunyuan": SMALL | dict(model_type="hunyuan_v1_dense", rope_scaling=dict(type="dynamic", alpha=50.0, factor=1.0)),
 }
 # checkpoints that hold more than a language model
 CASES |= {

@@ -117,7 +117,8 @@ def attach(model: Model, head: Head | None, key: jax.Array, mesh: Mesh | None = 
         log.warning("transformers has no %s; the result is laid out as one, but only jaxtune opens it", name)
     if model.tokenizer is not None and model.tokenizer.pad_token is None:
         model.tokenizer.pad_token = model.tokenizer.eos_token  # saved with the model: what its batches are padded with is not scored
-    params = {name: leaf for name, leaf in model.params.items() if name != "head"} | _fresh(config, _dtype(model), key, mesh)
+    kept = {name: leaf for name, leaf in model.params.items() if name not in ("head", "head_bias")}
+    params = kept | _fresh(config, _dtype(model), key, mesh)
     return dataclasses.replace(model, config=config, params=params, hf_config=json.loads(config.hf_json))
 
 

@@ -50,7 +50,10 @@ def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
     """The norm of that name, or x itself where the tree has none; a feed-forward part beside the attention may share that one's."""
     if name == "mlp_norm" and name not in w and config.parallel_residual:
         name = "attn_norm"
-    return NORMS[config.norm](x, w[name], w.get(f"{name}_bias"), config.norm_eps) if name in w else x
+    if name not in w and name not in config.bare_norms:
+        return x
+    scale = w[name] if name in w else jnp.ones((), x.dtype)
+    return NORMS[config.norm](x, scale, w.get(f"{name}_bias"), config.norm_eps)
 
 
 def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -65,8 +68,11 @@ def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
 def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
     """Self-attention with grouped key/value heads and rotary positions."""
     q, k, v = projections(config, w, x_BTD)
-    q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
+    if not config.qk_norm_last:
+        q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
     q, k = (rotate(x, place.cos, place.sin, config.interleaved) for x in (q, k))
+    if config.qk_norm_last:
+        q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
     if config.query_growth[0]:
         rate, length = config.query_growth
         growth_BT = 1 + rate * jnp.log1p((place.queries.positions // length).astype(jnp.float32))
@@ -117,6 +123,8 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
         parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]
+    if config.qkv_clip:
+        parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
     return tuple(part.reshape(B, T, -1, h) for part in parts)
 
 

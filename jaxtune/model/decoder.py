@@ -161,7 +161,7 @@ def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
 
 
 def output_head(params: dict) -> dict:
-    """What makes logits: the matrix `head [V, D]`, the embedding itself where it is tied, and `head_bias [V]` where an adapter has one.
+    """What makes logits: the matrix `head [V, D]`, the embedding itself where it is tied, and `head_bias [V]` where there is one.
 
     Raises ModelError for a model that scores instead.
     """

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -47,10 +48,16 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: floa
     return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def layer_norm_offset(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """The same with `1 + scale`, as Nemotron does."""
+    return layer_norm(x, 1.0 + scale.astype(jnp.float32), bias, eps)
+
+
 NORMS = {
     "rms": rms_norm,
     "rms_float32": rms_norm_float32,
     "rms_offset": rms_norm_offset,
     "layer": layer_norm,
     "layer_unbiased": layer_norm,
+    "layer_offset": layer_norm_offset,
 }

@@ -35,6 +35,8 @@ def spec(config: ModelConfig) -> dict[str, Row]:
         rows |= dict(heads.rows(c))
     elif not c.tie_word_embeddings:
         rows["head"] = Row(*table, f"{family.ends['head']}.weight", "output.weight")
+    if c.head_bias and not c.num_labels:
+        rows["head_bias"] = Row((c.vocab_size,), ("vocab",), "zeros", f"{family.ends['head']}.bias", "output.bias")
     if c.value_head:
         rows |= dict(heads.value_rows(c))
     return rows

@@ -10,10 +10,12 @@ from jaxtune.model.families import FAMILIES, from_hf
 NO_LOGITS = {
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp", "eod_token_id",
+    "embedding_dropout", "residual_dropout",
 }  # fmt: skip
 # Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
-BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern"}
+BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
+                  "sliding_window_pattern"}  # fmt: skip
 UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"}}  # transformers reads them nowhere
 
 

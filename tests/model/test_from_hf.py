@@ -66,6 +66,9 @@ def test_every_family_has_a_golden():
         ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not implemented"),
         ("gpt2", dict(n_layer=0), "n_layer=0"),
         ("cohere", dict(logit_scale=0.0), "logit_scale=0.0; it needs a number above 0"),
+        ("exaone4", dict(layer_types=None, sliding_window_pattern="LLLG"), "sliding_window_pattern is 'LLLG' and layer_types is missing"),
+        ("olmo", dict(clip_qkv=-1.0), "clip_qkv=-1.0; it needs a number above 0"),
+        ("stablelm", dict(qk_layernorm=True), "qk_layernorm=True is not implemented for stablelm"),
         ("cohere2", dict(sliding_window=None), "sliding_window is None"),
     ],
 )
@@ -104,6 +107,16 @@ def test_keys_left_out_mean_what_transformers_takes():
     assert cohere2.layer_windows == (4096, 4096, 4096, 0, 4096, 4096) and cohere2.layer_ropes == (0, 0, 0, -1, 0, 0)
     assert cohere2.logits_scaling == 16 and from_hf(bare | dict(model_type="cohere")).ropes[0].theta == 5e5
     assert from_hf(bare | dict(model_type="glm")).ropes[0].dim == 64
+    exaone = from_hf(bare | dict(model_type="exaone4", num_key_value_heads=4))
+    assert exaone.layer_windows == (4096, 4096, 4096, 0, 4096, 4096) and exaone.layer_ropes == (0, 0, 0, -1, 0, 0)
+    whole = from_hf(bare | dict(model_type="exaone4", num_key_value_heads=4, sliding_window=None))
+    assert whole.layer_windows == (0,) * 6 and whole.layer_ropes == (0,) * 6
+    olmo3 = from_hf(bare | dict(model_type="olmo3"))
+    assert olmo3.layer_ropes == (1, 1, 1, 0, 1, 1) and [rope.theta for rope in olmo3.ropes] == [5e5, 5e5]
+    ministral3 = from_hf(bare | dict(model_type="ministral3", num_key_value_heads=2))
+    assert ministral3.query_growth == (0.1, 16384) and ministral3.ropes[0].kind == "yarn" and ministral3.ropes[0].theta == 1e6
+    assert from_hf(bare | dict(model_type="ministral", num_key_value_heads=2)).layer_windows == (4096,) * 6
+    assert from_hf(bare | dict(model_type="nemotron")).hidden_act == "relu2"
     moe = from_hf(bare | dict(model_type="qwen3_moe", num_local_experts=4, num_experts_per_tok=2, decoder_sparse_step=3)).moe
     assert moe.layers == (2, 5) and moe.num_experts == 4
 

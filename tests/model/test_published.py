@@ -158,6 +158,40 @@ PUBLISHED = {
         | size(1536, 512, 40, 24),
         6370887168,
     ),
+    "OLMo-7B-hf": (dict(model_type="olmo", vocab_size=50304) | size(4096, 11008, 32, 32), 6888095744),
+    "Olmo-3-7B": (dict(model_type="olmo3", vocab_size=100278) | size(4096, 11008, 32, 32), 7298011136),
+    "EXAONE-4.0-32B": (
+        dict(model_type="exaone4", vocab_size=102400, num_key_value_heads=8, rope_theta=1e6) | size(5120, 27392, 64, 40),
+        32003216384,
+    ),
+    "phi-1_5": (dict(model_type="phi", vocab_size=51200) | size(2048, 8192, 24, 32), 1418270720),
+    "phi-2": (dict(model_type="phi", vocab_size=51200, partial_rotary_factor=0.4) | size(2560, 10240, 32, 32), 2779683840),
+    "starcoder2-3b": (
+        dict(model_type="starcoder2", vocab_size=49152, num_key_value_heads=2, sliding_window=4096) | size(3072, 12288, 30, 24),
+        3030371328,
+    ),
+    "stablelm-2-1_6b": (dict(model_type="stablelm", vocab_size=100352, use_qkv_bias=True) | size(2048, 5632, 24, 32), 1644515328),
+    "Minitron-4B": (
+        dict(model_type="nemotron", vocab_size=256000, num_key_value_heads=8, head_dim=128) | size(3072, 9216, 32, 24),
+        4190509056,
+    ),
+    "AFM-4.5B": (
+        dict(model_type="arcee", vocab_size=128004, num_key_value_heads=4, head_dim=128) | size(2560, 18432, 36, 20),
+        4619184640,
+    ),
+    "Ministral-8B": (
+        dict(model_type="ministral", vocab_size=131072, head_dim=128, layer_types=["sliding_attention"] * 36)
+        | size(4096, 12288, 36, 32),
+        8019808256,
+    ),
+    "Seed-OSS-36B": (dict(model_type="seed_oss", vocab_size=155136, rope_theta=1e7) | size(5120, 27648, 64, 80), 36151104512),
+    "ERNIE-4.5-0.3B": (dict(model_type="ernie4_5", vocab_size=103424) | size(1024, 3072, 18, 16), 360748032),
+    "helium-1-preview-2b": (dict(model_type="helium", vocab_size=48000) | size(2560, 7040, 24, 20), 2172643840),
+    "Hunyuan-0.5B": (
+        dict(model_type="hunyuan_v1_dense", vocab_size=120818, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+        | size(1024, 3584, 24, 16),
+        539010048,
+    ),
     "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
     "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
     "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),

@@ -23,6 +23,9 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "parallel_residual": False,
+    "bare_norms": (),
+    "qk_norm_last": False,
+    "qkv_clip": 0.0,
     "query_growth": (0.0, 1),
 }
 OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks")
@@ -84,9 +87,12 @@ def lacking(params: dict) -> dict[str, dict]:
 GENERIC = {"norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"}  # every model has them: tried where they are listed
 # what makes each case more than a plain Llama; complete but for the generic ones
 SWITCHES = {
+    "arcee": {"_bias", "hidden_act"},
     "cohere": {"parallel_residual", "logits_scaling", "interleaved", "q_norm", "k_norm", "norm", "norm_eps", "attn_norm"},
     "cohere2": {"parallel_residual", "logits_scaling", "interleaved", "layer_ropes", "layer_windows", "window of one more", "_bias"},
     "dynamic": {"rope 0 kind"},
+    "ernie4_5": {"interleaved", "_bias"},
+    "exaone4": {"layer_ropes", "layer_windows", "window of one more", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"},
     "gemma": {"embed_scale", "norm", "hidden_act"},
     "gemma2": {
         "embed_scale", "attention_softcap", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "norm", "norm_eps",
@@ -113,15 +119,25 @@ SWITCHES = {
                    "moe chosen"},
     "granitemoeshared": {"embedding_multiplier", "residual_multiplier", "attention_scale", "logits_scaling", "moe normalize", "moe chosen",
                          "moe shared"},
+    "helium": {"interleaved", "norm_eps"},
+    "hunyuan": {"qk_norm_last", "q_norm", "k_norm", "rope 0 theta"},
     "linear": {"rope 0 kind"},
     "llama": {"_bias", "norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"},
     "llama3": {"rope 0 kind"},
+    "ministral": {"layer_windows", "window of one more"},
     "ministral3": {"query_growth", "rope 0 kind"},
     "mistral": {"layer_windows", "window of one more"},
     "mistral3": set(),
     "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
+    "nemotron": {"rope 0 dim", "_bias", "norm", "norm_eps", "hidden_act"},
+    "olmo": {"bare_norms", "qkv_clip", "norm", "norm_eps"},
     "olmo2": {"q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "norm_eps"},
     "olmoe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
+    "olmo3": {
+        "rope 0 kind", "rope 0 attention_factor", "rope 1 theta", "one rope", "layer_windows", "window of one more", "q_norm", "k_norm",
+        "attn_post_norm", "mlp_post_norm",
+    },
+    "phi": {"parallel_residual", "rope 0 dim", "_bias", "q_norm", "k_norm", "attn_norm", "norm", "norm_eps", "hidden_act"},
     "phi3": {"layer_windows", "window of one more"},
     "phi4_mini": {"rope 0 kind", "rope 0 attention_factor"},
     "phi4_mini_short": {"rope 0 kind", "rope 0 attention_factor"},
@@ -135,8 +151,11 @@ SWITCHES = {
     "qwen3_moe_raw": {"moe normalize", "moe chosen", "layer_windows", "window of one more", "q_norm", "k_norm"},
     "qwen3_vl": {"q_norm", "k_norm", "rope 0 theta"},
     "qwen3_yarn": {"rope 0 kind", "rope 0 attention_factor", "_bias", "q_norm", "k_norm"},
+    "seed_oss": {"_bias"},
     "smollm3": {"layer_ropes"},
     "smollm3_window": {"layer_ropes", "layer_windows", "window of one more"},
+    "stablelm": {"rope 0 dim", "_bias", "norm"},
+    "starcoder2": {"layer_windows", "window of one more", "_bias", "norm", "norm_eps", "hidden_act"},
 }  # fmt: skip
 
 

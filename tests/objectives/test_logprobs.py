@@ -23,8 +23,11 @@ BATCH = Batch(TOKENS, WEIGHTS, np.broadcast_to(np.arange(17, dtype=np.int32), (3
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def model(request):
-    config = from_hf(tiny.LLAMA | {"tie_word_embeddings": request.param == "tied", "initializer_range": 0.3})
-    return config, init_params(jax.random.key(0), config)
+    tied = request.param == "tied"
+    config = from_hf(tiny.LLAMA | {"tie_word_embeddings": tied, "initializer_range": 0.3})
+    config = dataclasses.replace(config, head_bias=not tied)
+    params = init_params(jax.random.key(0), config)
+    return config, params if tied else params | {"head_bias": jax.random.normal(jax.random.key(1), (config.vocab_size,))}
 
 
 def plain(config, params, batch):

@@ -22,15 +22,34 @@ from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
-from jaxtune.model.families.llama import GRANITE, LLAMA, MINISTRAL3, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from jaxtune.model.families.layer_norms import ARCEE, NEMOTRON, PHI, STABLELM, STARCODER2
+from jaxtune.model.families.llama import (
+    ERNIE4_5,
+    GRANITE,
+    HELIUM,
+    HUNYUAN,
+    LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SEED_OSS,
+    SMOLLM3,
+)
 from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxtune.model.families.nested import NESTED
+from jaxtune.model.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
 
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
+    "arcee": ARCEE,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "ernie4_5": ERNIE4_5,
+    "exaone4": EXAONE4,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
@@ -42,18 +61,28 @@ FAMILIES: dict[str, Family] = {
     "granite": GRANITE,
     "granitemoe": GRANITEMOE,
     "granitemoeshared": GRANITEMOESHARED,
+    "helium": HELIUM,
+    "hunyuan_v1_dense": HUNYUAN,
     "llama": LLAMA,
+    "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "nemotron": NEMOTRON,
+    "olmo": OLMO,
     "olmo2": OLMO2,
+    "olmo3": OLMO3,
     "olmoe": OLMOE,
+    "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
+    "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
 }
 
 
@@ -85,7 +114,7 @@ _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
            "moe_intermediate_size")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
-             "query_pre_attn_scalar", "logit_scale")  # fmt: skip
+             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv")  # fmt: skip
 
 
 def _check_numbers(hf: Mapping[str, Any], family: Family) -> None:

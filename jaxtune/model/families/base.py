@@ -56,7 +56,11 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    head_bias: bool = False  # of the vocabulary's head
+    bare_norms: tuple[str, ...] = ()  # norms without parameters, which so have no rows
     qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
+    qk_norm_last: bool = False  # these come after the rotation
+    qkv_clip: float = 0.0  # queries, keys and values are cut to -clip ... clip; 0: they are not
     query_growth: tuple[float, int] = (0.0, 1)  # (b, n): a query at position p times 1 + b ln(1 + floor(p / n)) (Llama 4's temperature)
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
@@ -158,6 +162,14 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
     if fields["hidden_act"] not in ACTIVATIONS:
         raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     return ModelConfig(**fields)
+
+
+def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) -> tuple[Rope, Rope]:
+    """The rotary schemes of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_scaling` of full ones (4)."""
+    nested = hf.get("rope_parameters") or {}
+    full = dict(rope_scaling=(nested.get("full_attention") or {}) | (hf.get("rope_scaling") or {}), rope_parameters=None)
+    sliding = dict(rope_scaling=nested.get("sliding_attention"), rope_parameters=None, rope_theta=sliding_theta)
+    return Rope.from_hf({**hf, **full}, head_dim), Rope.from_hf({**hf, **sliding}, head_dim)
 
 
 def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:

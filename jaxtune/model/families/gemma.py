@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, windows
+from jaxtune.model.families.base import Family, ModelConfig, common, ropes_by_kind, windows
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, pre_norm_layer, query_key_norms
-from jaxtune.model.rope import Rope
 
 DEFAULTS = dict(
     num_key_value_heads=16,
@@ -74,11 +73,8 @@ GEMMA2 = Family(_gemma2, _gemma2_layer, _SANDWICH, REFUSED)
 
 
 def _gemma3(hf: dict[str, Any]) -> ModelConfig:
-    nested = hf.get("rope_parameters") or {}
-    full = dict(rope_scaling=(nested.get("full_attention") or {}) | (hf.get("rope_scaling") or {}), rope_parameters=None)
-    sliding = dict(rope_scaling=nested.get("sliding_attention"), rope_parameters=None, rope_theta=hf["rope_local_base_freq"])
     head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    ropes = (Rope.from_hf(hf | full, head_dim), Rope.from_hf(hf | sliding, head_dim))
+    ropes = ropes_by_kind(hf, head_dim, hf["rope_local_base_freq"])
     config = _gemma2(hf, hf["sliding_window_pattern"] - 1, attention_softcap=0.0, ropes=ropes)
     return dataclasses.replace(config, layer_ropes=tuple(1 if window else 0 for window in config.layer_windows))
 

@@ -19,8 +19,11 @@ SUFFIX = {SEQUENCE: "ForSequenceClassification", TOKEN: "ForTokenClassification"
 BOTH = (SEQUENCE, TOKEN)
 # model_type -> what transformers' classes begin with, and which of the two it has
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "arcee": ("Arcee", BOTH),
     "cohere": ("Cohere", ()),
     "cohere2": ("Cohere2", ()),
+    "ernie4_5": ("Ernie4_5", ()),
+    "exaone4": ("Exaone4", BOTH),
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
@@ -32,18 +35,28 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "granite": ("Granite", ()),
     "granitemoe": ("GraniteMoe", ()),
     "granitemoeshared": ("GraniteMoeShared", ()),
+    "helium": ("Helium", BOTH),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", (SEQUENCE,)),
     "llama": ("Llama", BOTH),
+    "ministral": ("Ministral", BOTH),
     "ministral3": ("Ministral3", BOTH),
     "mistral": ("Mistral", BOTH),
     "mixtral": ("Mixtral", BOTH),
+    "nemotron": ("Nemotron", BOTH),
+    "olmo": ("Olmo", (SEQUENCE,)),
     "olmo2": ("Olmo2", (SEQUENCE,)),
+    "olmo3": ("Olmo3", (SEQUENCE,)),
     "olmoe": ("Olmoe", ()),
+    "phi": ("Phi", BOTH),
     "phi3": ("Phi3", BOTH),
     "qwen2": ("Qwen2", BOTH),
     "qwen2_moe": ("Qwen2Moe", BOTH),
     "qwen3": ("Qwen3", BOTH),
     "qwen3_moe": ("Qwen3Moe", BOTH),
+    "seed_oss": ("SeedOss", BOTH),
     "smollm3": ("SmolLM3", BOTH),
+    "stablelm": ("StableLm", BOTH),
+    "starcoder2": ("Starcoder2", BOTH),
 }
 CLASSIFIERS = ("gpt2", "gpt_neox")  # whose token head is called classifier; everyone else's is score
 VALUE = {"value": "v_head.summary.weight", "value_bias": "v_head.summary.bias"}

@@ -1,4 +1,4 @@
-"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, OLMo 2, Granite, Phi-3."""
+"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, Granite, Phi-3, Ministral, ..."""
 
 import dataclasses
 from typing import Any
@@ -40,6 +40,19 @@ def _mistral(hf: dict[str, Any]) -> ModelConfig:
 
 MISTRAL = Family(
     _mistral, pre_norm_layer, DEFAULTS | dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+)
+
+
+# ---- Ministral: windows by layer ----
+
+
+def _ministral(hf: dict[str, Any]) -> ModelConfig:
+    kind = "sliding_attention" if hf["sliding_window"] is not None else "full_attention"
+    return common(hf, layer_windows=windows(hf, hf.get("layer_types") or [kind] * hf["num_hidden_layers"]))
+
+
+MINISTRAL = Family(
+    _ministral, pre_norm_layer, DEFAULTS | dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 )
 
 
@@ -140,22 +153,87 @@ SMOLLM3 = Family(
 )
 
 
-# ---- OLMo 2: norms after attention and feed-forward instead of before, and over whole queries and keys ----
+# ---- Seed-OSS, ERNIE 4.5, Helium: other biases, neighbours that turn together ----
 
 
-def _olmo2(hf: dict[str, Any]) -> ModelConfig:
-    return llama_config(hf, norm="rms_float32", mlp_bias=False)
+def _seed_oss(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(hf, out_bias=bool(hf["attention_out_bias"]))
 
 
-def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
+def _seed_oss_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
-    yield from query_key_norms(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
-    yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "post_attention_norm")
     yield from mlp(c)
-    yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
 
 
-OLMO2 = Family(_olmo2, _olmo2_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=1))
+SEED_OSS = Family(
+    _seed_oss,
+    _seed_oss_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=524288,
+        attention_bias=True,
+        attention_out_bias=False,
+        pad_token_id=1,
+    ),
+)
+
+
+def _ernie(hf: dict[str, Any]) -> ModelConfig:
+    bias = bool(hf["use_bias"])
+    return common(hf, interleaved=True, qkv_bias=bias, out_bias=bias, mlp_bias=bias)
+
+
+ERNIE4_5 = Family(
+    _ernie,
+    pre_norm_layer,
+    dict(
+        num_key_value_heads=2,
+        head_dim=128,
+        hidden_act="silu",
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        use_bias=False,
+        rope_theta=5e5,
+        pad_token_id=0,
+    ),
+)
+
+
+def _helium(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(hf, interleaved=True, norm="rms_float32", out_bias=False)
+
+
+HELIUM = Family(
+    _helium,
+    pre_norm_layer,
+    DEFAULTS
+    | dict(num_key_value_heads=20, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-8, rope_theta=1e5, pad_token_id=3),
+)
+
+
+# ---- HunYuan: norms of queries and keys after they turned; a rotary base stretched by alpha ----
+
+
+def _hunyuan(hf: dict[str, Any]) -> ModelConfig:
+    head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    said = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if (said.get("rope_type") or said.get("type")) == "dynamic" and said.get("alpha"):
+        theta = said.get("rope_theta") or hf.get("rope_theta") or 1e4
+        said = dict(rope_type="default", rope_theta=theta * said["alpha"] ** (head_dim / (head_dim - 2)))
+    return llama_config(hf | dict(rope_scaling=said), mlp_bias=False, qk_norm_last=True)
+
+
+def _hunyuan_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from pre_norm_layer(c, layer)
+    yield from query_key_norms(c, c.head_dim, c.head_dim, "query_layernorm", "key_layernorm")
+
+
+HUNYUAN = Family(_hunyuan, _hunyuan_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=0))
 
 
 # ---- Granite: multipliers ----

@@ -10,10 +10,12 @@ Rows = Iterator[tuple[str, Row]]
 
 def norm(c: ModelConfig, name: str, hf: str, gguf: str, *shape: int) -> Rows:
     """A norm over the residual stream, or over the last of `shape` numbers inside the attention."""
+    if name in c.bare_norms:
+        return
     axes: tuple[str | None, ...] = (None,) * len(shape) if shape else ("embed",)
     shape = shape or (c.hidden_size,)
-    yield name, Row(shape, axes, "zeros" if c.norm == "rms_offset" else "ones", f"{hf}.weight", f"{gguf}.weight")
-    if c.norm == "layer":
+    yield name, Row(shape, axes, "zeros" if c.norm.endswith("_offset") else "ones", f"{hf}.weight", f"{gguf}.weight")
+    if c.norm in ("layer", "layer_offset"):
         yield f"{name}_bias", Row(shape, axes, "zeros", f"{hf}.bias", f"{gguf}.bias")
 
 
@@ -26,19 +28,19 @@ def linear(
         yield f"{name}_bias", Row((out,), axes[:1], "zeros", f"{hf}.bias", f"{gguf}.bias")
 
 
-def attention(c: ModelConfig) -> Rows:
-    """Projections q, k, v and o."""
+def attention(c: ModelConfig, out: str = "o_proj") -> Rows:
+    """Projections q, k, v and o, which Hugging Face calls `out`."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     yield from linear("q", q, c.hidden_size, ("heads", "embed"), "self_attn.q_proj", "attn_q", c.qkv_bias)
     yield from linear("k", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.k_proj", "attn_k", c.qkv_bias)
     yield from linear("v", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.v_proj", "attn_v", c.qkv_bias)
-    yield from linear("o", c.hidden_size, q, ("embed", "heads"), "self_attn.o_proj", "attn_output", c.out_bias)
+    yield from linear("o", c.hidden_size, q, ("embed", "heads"), f"self_attn.{out}", "attn_output", c.out_bias)
 
 
-def query_key_norms(c: ModelConfig, q_width: int, k_width: int) -> Rows:
-    """Norms of queries and keys before they turn: over a head, or over the whole projection, as the widths say."""
-    yield from norm(c, "q_norm", "self_attn.q_norm", "attn_q_norm", q_width)
-    yield from norm(c, "k_norm", "self_attn.k_norm", "attn_k_norm", k_width)
+def query_key_norms(c: ModelConfig, q_width: int, k_width: int, q: str = "q_norm", k: str = "k_norm") -> Rows:
+    """Norms of queries and keys: over a head, or over the whole projection, as the widths say; `q` and `k` are Hugging Face's names."""
+    yield from norm(c, "q_norm", f"self_attn.{q}", "attn_q_norm", q_width)
+    yield from norm(c, "k_norm", f"self_attn.{k}", "attn_k_norm", k_width)
 
 
 def mlp(c: ModelConfig) -> Rows:
@@ -56,6 +58,12 @@ def shared_expert(c: ModelConfig, hf: str) -> Rows:
     yield from linear("shared_gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate_shexp")
     yield from linear("shared_up", inner, width, ("mlp", "embed"), f"{hf}.up_proj", "ffn_up_shexp")
     yield from linear("shared_down", width, inner, ("embed", "mlp"), f"{hf}.down_proj", "ffn_down_shexp")
+
+
+def plain_mlp(c: ModelConfig, up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> Rows:
+    """A feed-forward network without a gate."""
+    yield from linear("up", c.intermediate_size, c.hidden_size, ("mlp", "embed"), up, "ffn_up", c.mlp_bias)
+    yield from linear("down", c.hidden_size, c.intermediate_size, ("embed", "mlp"), down, "ffn_down", c.mlp_bias)
 
 
 def fused_mlp(c: ModelConfig) -> Rows:

@@ -1,0 +1,90 @@
+"""OLMo 1 to 3 and EXAONE 4: norms without parameters, then norms after attention and feed-forward instead of before."""
+
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows
+from jaxtune.model.families.llama import DEFAULTS, llama_config
+from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
+
+# ---- OLMo: LayerNorms without parameters, queries, keys and values cut ----
+
+
+def _olmo(hf: dict[str, Any]) -> ModelConfig:
+    clip = float(hf["clip_qkv"] or 0)
+    return llama_config(
+        hf, norm="layer_unbiased", norm_eps=1e-5, bare_norms=("attn_norm", "mlp_norm", "norm"), mlp_bias=False, qkv_clip=clip
+    )
+
+
+def _olmo_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from attention(c)
+    yield from mlp(c)
+
+
+OLMO = Family(_olmo, _olmo_layer, DEFAULTS | dict(clip_qkv=None, pad_token_id=1))
+
+
+# ---- OLMo 2: norms over whole queries and keys too ----
+
+
+def _olmo2(hf: dict[str, Any], **changes) -> ModelConfig:
+    return llama_config(hf, norm="rms_float32", mlp_bias=False, **changes)
+
+
+def _post_norm_layer(c: ModelConfig, q_width: int, k_width: int) -> Rows:
+    yield from attention(c)
+    yield from query_key_norms(c, q_width, k_width)
+    yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
+    yield from mlp(c)
+    yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
+
+
+def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from _post_norm_layer(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+
+
+_OLMO2 = DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=1)
+OLMO2 = Family(_olmo2, _olmo2_layer, _OLMO2)
+
+
+# ---- OLMo 3: windows in three of four layers, whose rotation is never scaled ----
+
+
+def _sliding(hf: dict[str, Any], period: int) -> tuple[int, ...]:
+    """Windows by `layer_types`, or in all layers but every `period`-th (0: in none)."""
+    kinds = ["sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(hf["num_hidden_layers"])]
+    return windows(hf, hf.get("layer_types") or kinds)
+
+
+def _olmo3(hf: dict[str, Any]) -> ModelConfig:
+    head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    found = _sliding(hf, 4)
+    ropes = ropes_by_kind(hf, head_dim, 5e5)
+    return _olmo2(hf, ropes=ropes, layer_windows=found, layer_ropes=tuple(1 if window else 0 for window in found))
+
+
+OLMO3 = Family(_olmo3, _olmo2_layer, _OLMO2 | dict(sliding_window=4096, rope_theta=5e5))
+
+
+# ---- EXAONE 4: norms over heads; no positions in the layers without a window, where others have one ----
+
+
+def _exaone4(hf: dict[str, Any]) -> ModelConfig:
+    period = hf.get("sliding_window_pattern", 4) if hf["sliding_window"] else 0
+    if not hf.get("layer_types") and not isinstance(period, int):
+        raise ModelError(f"sliding_window_pattern is {period!r} and layer_types is missing; write layer_types, the kind of each layer")
+    found = _sliding(hf, period if isinstance(period, int) else 0)
+    ropes = tuple(0 if window or hf["sliding_window"] is None else -1 for window in found)
+    return llama_config(hf, layer_windows=found, layer_ropes=ropes)
+
+
+def _exaone4_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from _post_norm_layer(c, c.head_dim, c.head_dim)
+
+
+EXAONE4 = Family(
+    _exaone4,
+    _exaone4_layer,
+    DEFAULTS | dict(num_key_value_heads=32, rms_norm_eps=1e-5, sliding_window=4096),
+)
