@@ -32,12 +32,13 @@ from jaxtune.tree import unflatten
 def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:
     """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it (`dtype`: of a path, or of all)."""
     hf = json.loads(config.hf_json or "{}")
-    own = packed_as(hf)
-    kind = own or quantization
+    in_file = packed_as(hf)
+    kind = in_file or quantization
 
     def leaf(path, row):
-        if kind is None or not row.can_be_packed or own and is_skipped(hf, row.hf_names()[0].removesuffix(".weight")):
-            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype if isinstance(dtype, str) else dtype(path)))
+        if kind is None or not row.can_be_packed or in_file and is_skipped(hf, row.hf_names()[0].removesuffix(".weight")):
+            own = "float32" if row.float32 else dtype if isinstance(dtype, str) else dtype(path)
+            return jax.ShapeDtypeStruct(row.shape, jnp.dtype(own))
         *lead, out, width = row.shape
         packed = quant.abstract(kind, (out, width))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), packed)

@@ -59,6 +59,7 @@ def load_params(
         background.go_on()
         name, row = names[cell.name], rows[cell.path]
         own = dtype if isinstance(dtype, str) else dtype(cell.path)
+        own = "float32" if row.float32 and own != "auto" else own
         leaf = shards.leaf(name, cell, row, own) if shards else _leaf(source, name, cell, own, quantize)
         if not cell.index:
             tree[cell.path] = leaf
@@ -218,7 +219,8 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
     def dtype_of(cell: Cell) -> np.dtype:
         first = jax.tree.leaves(leaves[cell.path])[0]
         own = base.entries[stored[cell.name]].dtype if base and _is_abstract(first) else first.dtype
-        return np.dtype(dtype or (own if is_float(own) else config.dtype))
+        given = None if rows[cell.path].float32 else dtype
+        return np.dtype(given or (own if is_float(own) else config.dtype))
 
     def make(name: str) -> np.ndarray:
         cell, wanted = table[name], dtype_of(table[name])

@@ -19,14 +19,14 @@ from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
 from jaxtune.convert.mxfp4 import MXFP4, is_mxfp4
-from jaxtune.convert.names import unstack_experts
+from jaxtune.convert.names import leave_out, unstack_experts
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
 from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
-from jaxtune.model.families import ModelConfig, from_hf
+from jaxtune.model.families import FAMILIES, ModelConfig, from_hf
 from jaxtune.model.spec import spec
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -119,6 +119,8 @@ def open_model(source: str | os.PathLike) -> Opened:
     checkpoint: Any = Safetensors(path)
     config = from_hf(config_json)
     beside = set_apart(checkpoint, config, path)
+    ignored = FAMILIES[config.model_type].ignored
+    leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers))
     if any(row.part for row in spec(config).values()):
         checkpoint = Apart(MXFP4(checkpoint) if is_mxfp4(config_json) else checkpoint, config)
     else:

@@ -1,5 +1,6 @@
 """Which tensor of a checkpoint is which parameter: the names a tensor may go by, and what else a file may hold."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import numpy as np
 from jaxtune.convert.tensors import Checkpoint, Entry
 from jaxtune.errors import ModelError
 from jaxtune.model.row import Row
+
+log = logging.getLogger("jaxtune")
 
 # Buffers that old versions of transformers wrote beside the parameters: causal masks and rotary frequencies.
 HARMLESS = re.compile(r"(.*\.)?(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
@@ -95,6 +98,15 @@ def unstack_experts(entries: dict[str, Entry]) -> None:
         for number in range(stack.shape[0] * len(parts)):
             expert, part = divmod(number, len(parts))
             entries[f"{prefix}.{expert}.{parts[part]}.weight"] = matrix._replace(start=stack.start + number * matrix.nbytes)
+
+
+def leave_out(entries: dict[str, Entry], pattern: str | None) -> None:
+    """Take out what transformers leaves in the file too, and say so."""
+    names = [name for name in entries if pattern and re.fullmatch(pattern, name)]
+    for name in names:
+        del entries[name]
+    if names:
+        log.info("%d tensors that predict more tokens than the next are left out, as in transformers: %s ...", len(names), names[0])
 
 
 def is_float(dtype) -> bool:

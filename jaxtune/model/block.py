@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, attend
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.families.base import Latent
 from jaxtune.model.layers import ACTIVATIONS, NORMS
 from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.moe import RouterSums, mixture
@@ -17,6 +18,7 @@ from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
 
 RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
+LATENT_EPS = 1e-6  # of the norms of latents: transformers', whatever rms_norm_eps is
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
 
 
@@ -86,6 +88,7 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
     mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
+    mixed = mixed if config.latent is None else mixed[..., : config.latent.value]
     return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
 
 
@@ -112,8 +115,11 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
 def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
     """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`.
 
-    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or these head by head ("qkv_by_head").
+    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or these head by head ("qkv_by_head"), or from
+    latents.
     """
+    if config.latent is not None:
+        return _from_latents(config, config.latent, w, x_BTD)
     B, T, _ = x_BTD.shape
     H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
     if "qkv_by_head" in w:
@@ -126,6 +132,26 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     if config.qkv_clip:
         parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
     return tuple(part.reshape(B, T, -1, h) for part in parts)
+
+
+def _from_latents(config: ModelConfig, latent: Latent, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+    """What turns comes first in a head, here, so that it turns as in any model; values are filled up with zeros to a key's size."""
+
+    def linear_of(name, x):
+        return linear(w[name], x, w.get(f"{name}_bias"))
+
+    def normed(name, x):
+        return NORMS[config.norm](x, w[name], None, LATENT_EPS)
+
+    def heads(x):
+        return x.reshape(*x_BTD.shape[:2], config.num_heads, -1)
+
+    q = heads(linear_of("q_b", normed("q_a_norm", linear_of("q_a", x_BTD))) if latent.q_rank else linear_of("q", x_BTD))
+    low, turning = jnp.split(linear_of("kv_a", x_BTD), [latent.kv_rank], axis=-1)
+    still, v = jnp.split(heads(linear_of("kv_b", normed("kv_a_norm", low))), [latent.still], axis=-1)
+    turning = jnp.broadcast_to(turning[:, :, None], (*still.shape[:3], latent.turning))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, config.head_dim - latent.value)))
+    return jnp.concatenate([q[..., latent.still :], q[..., : latent.still]], -1), jnp.concatenate([turning, still], -1), v
 
 
 def _head_norm(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array) -> jax.Array:

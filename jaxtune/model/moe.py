@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxtune.model.families import ModelConfig
+from jaxtune.model.families import ModelConfig, Moe
 from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.layout import ROWS, each_part, partition, split
 from jaxtune.model.weight import grouped, linear
@@ -51,6 +51,36 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
     return parts(weights, x_BTD, live_BT)
 
 
+def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
+    """The router's probabilities `[N, E]`, the chosen experts' weights and numbers `[N, C]`, and the numbers of the likeliest ones, which
+    the load-balancing loss counts (transformers)."""
+    x_ND = x_ND.astype(jnp.float32) if moe.float32 else x_ND
+    logits_NE = linear(w["router"], x_ND, w.get("router_bias")).astype(jnp.float32)
+    probs_NE = jax.nn.softmax(logits_NE, axis=-1)
+    scores_NE = choice_NE = jax.nn.sigmoid(logits_NE) if moe.sigmoid else probs_NE
+    if "router_correction" in w:  # of the choice alone: what balances the experts' load in place of a loss (arXiv 2408.15664)
+        choice_NE = scores_NE + w["router_correction"].reshape(-1)
+    if moe.groups[0] > 1:
+        choice_NE = _within_groups(moe, choice_NE)
+    weights_NC, chosen_NC = jax.lax.top_k(choice_NE, moe.experts_per_token)
+    if choice_NE is not scores_NE:
+        weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, axis=-1)
+    if moe.normalize:
+        weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+    counted_NC = jax.lax.top_k(probs_NE, moe.experts_per_token)[1] if "router_correction" in w else chosen_NC
+    return probs_NE, weights_NC * moe.scale if moe.scale != 1.0 else weights_NC, chosen_NC, counted_NC
+
+
+def _within_groups(moe: Moe, choice_NE: jax.Array) -> jax.Array:
+    """`choice_NE`, -inf outside the groups that a token goes to: those with the largest score (DeepSeek-V2), or with sigmoids the largest
+    sum of two (V3)."""
+    groups, taken = moe.groups
+    of_group = choice_NE.reshape(choice_NE.shape[0], groups, -1)
+    score_NG = jax.lax.top_k(of_group, 2)[0].sum(-1) if moe.sigmoid else of_group.max(-1)
+    open_NG = jax.nn.one_hot(jax.lax.top_k(score_NG, taken)[1], groups, dtype=bool).any(1)
+    return jnp.where(open_NG[:, :, None], of_group, -jnp.inf).reshape(choice_NE.shape)
+
+
 def _gated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
     if config.moe is None or config.moe.clamp is None:
         return ACTIVATIONS[config.hidden_act](gate) * up
@@ -63,10 +93,7 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     assert config.moe is not None
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    probs_NE = jax.nn.softmax(linear(w["router"], x_ND, w.get("router_bias")).astype(jnp.float32), axis=-1)
-    weights_NC, chosen_NC = jax.lax.top_k(probs_NE, chosen_of)
-    if config.moe.normalize:
-        weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+    probs_NE, weights_NC, chosen_NC, counted_NC = _routed(config.moe, w, x_ND)
 
     order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
     sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)
@@ -81,5 +108,5 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     mixed = jnp.sum(out_NCD.astype(jnp.float32) * weights_NC[..., None], axis=1).astype(x_BTD.dtype)
 
     live_N1 = live_BT.reshape(-1, 1).astype(jnp.float32)
-    assignments_E = jnp.zeros(E, jnp.float32).at[chosen_NC].add(jnp.broadcast_to(live_N1, chosen_NC.shape))
+    assignments_E = jnp.zeros(E, jnp.float32).at[counted_NC].add(jnp.broadcast_to(live_N1, counted_NC.shape))
     return mixed.reshape(x_BTD.shape), RouterSums(assignments_E, jnp.sum(probs_NE * live_N1, axis=0), live_N1.sum())

@@ -23,7 +23,8 @@ class Row(NamedTuple):
 
     `shape` is `[L, ...]` where the row stacks layers, `[L, E, out, in]` where it stacks the experts of layers. Matrices are `[out, in]`
     here whatever the file does: `transposed` says that the Hugging Face file holds `[in, out]` (GPT-2's Conv1D), `part` that it holds a
-    layer's experts in one tensor, and where this row lies in it (convert/together.py).
+    layer's experts in one tensor, and where this row lies in it (convert/together.py). `float32`: kept so, in memory and in files, whatever
+    the model's dtype.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     layers: tuple[int, ...] = ()
     transposed: bool = False
     part: Part | None = None
+    float32: bool = False
 
     @property
     def is_matrix(self) -> bool:

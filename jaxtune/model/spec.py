@@ -44,7 +44,9 @@ def spec(config: ModelConfig) -> dict[str, Row]:
 
 def abstract(config: ModelConfig, dtype="float32") -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`: no memory."""
-    return unflatten({path: jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype)) for path, row in spec(config).items()})
+    return unflatten(
+        {path: jax.ShapeDtypeStruct(row.shape, jnp.dtype("float32" if row.float32 else dtype)) for path, row in spec(config).items()}
+    )
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype="float32") -> dict:
@@ -52,7 +54,7 @@ def init_params(key: jax.Array, config: ModelConfig, dtype="float32") -> dict:
 
     def leaf(number: int, row: Row) -> jax.Array:
         if row.init != "normal":
-            return jnp.full(row.shape, 1.0 if row.init == "ones" else 0.0, dtype)
+            return jnp.full(row.shape, 1.0 if row.init == "ones" else 0.0, "float32" if row.float32 else dtype)
         noise = jax.random.normal(jax.random.fold_in(key, number), row.shape, jnp.float32)
         return (noise * config.initializer_range).astype(dtype)
 

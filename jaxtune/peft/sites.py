@@ -33,10 +33,10 @@ EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_pr
 # and what the modules were called that they stand for; PEFT translates these
 HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
 RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
+_LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
-    "olmoe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
-    "qwen3_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "olmoe", "qwen3_moe"), _LIKE_QWEN),
 }
 
 

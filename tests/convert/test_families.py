@@ -76,6 +76,7 @@ def test_mxfp4_is_read_as_the_numbers_it_stands_for(tmp_path):
         ("gpt_neox", lambda name: name.replace("embed_out", "lm_head"), ["gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
         ("gpt_neox", lambda name: name, ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias"]),
         ("llama", lambda name: name.removeprefix("model."), []),
+        ("deepseek_v3", lambda name: name, ["model.layers.2.enorm.weight"]),  # layers that predict the token after next
     ],
 )
 def test_names_that_older_files_have(tmp_path, case, rename, buffers):

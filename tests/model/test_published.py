@@ -138,6 +138,20 @@ PUBLISHED = {
         | size(4096, 12800, 40, 32),
         8170848256,
     ),
+    "DeepSeek-V2-Lite": (
+        dict(model_type="deepseek_v2", vocab_size=102400, q_lora_rank=None, moe_intermediate_size=1408, n_routed_experts=64)
+        | dict(n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1)
+        | size(2048, 10944, 27, 16),
+        15706484224,
+    ),
+    "DeepSeek-V3": (
+        dict(model_type="deepseek_v3", vocab_size=129280, first_k_dense_replace=3) | size(7168, 18432, 61, 128),
+        671026419200,
+    ),
+    "GLM-4.5-Air": (
+        dict(model_type="glm4_moe", vocab_size=151552, head_dim=128, attention_bias=True) | size(4096, 10944, 46, 96),
+        106852251264,
+    ),
     "c4ai-command-r-v01": (dict(model_type="cohere", vocab_size=256000, rope_theta=8e6) | size(8192, 22528, 40, 64), 34980831232),
     "c4ai-command-r7b-12-2024": (
         dict(model_type="cohere2", vocab_size=256000, num_key_value_heads=8, rope_theta=50000, logit_scale=0.25)

@@ -28,7 +28,8 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "qkv_clip": 0.0,
     "query_growth": (0.0, 1),
 }
-OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks")
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks",
+            "router_correction")  # fmt: skip
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -65,6 +66,9 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
         moe = config.moe
         changed["moe normalize"] = dataclasses.replace(config, moe=dataclasses.replace(moe, normalize=not moe.normalize))
         changed["moe chosen"] = dataclasses.replace(config, moe=dataclasses.replace(moe, experts_per_token=1))
+        for name, plain in (("sigmoid", False), ("groups", (1, 1)), ("scale", 1.0)):
+            if getattr(moe, name) != plain:
+                changed[f"moe {name}"] = dataclasses.replace(config, moe=dataclasses.replace(moe, **{name: plain}))
         if moe.clamp:
             changed["moe clamp"] = dataclasses.replace(config, moe=dataclasses.replace(moe, clamp=(7.0, moe.clamp[1])))
         if moe.shared_intermediate_size:
@@ -90,6 +94,9 @@ SWITCHES = {
     "arcee": {"_bias", "hidden_act"},
     "cohere": {"parallel_residual", "logits_scaling", "interleaved", "q_norm", "k_norm", "norm", "norm_eps", "attn_norm"},
     "cohere2": {"parallel_residual", "logits_scaling", "interleaved", "layer_ropes", "layer_windows", "window of one more", "_bias"},
+    "deepseek_v2": {"interleaved", "rope 0 dim", "moe chosen", "moe groups", "moe scale", "moe shared", "moe normalize"},
+    "deepseek_v3": {"interleaved", "_bias", "rope 0 kind", "attention_scale", "moe chosen", "moe groups", "moe normalize", "moe scale",
+                    "moe shared", "moe sigmoid", "router_correction"},
     "dynamic": {"rope 0 kind"},
     "ernie4_5": {"interleaved", "_bias"},
     "exaone4": {"layer_ropes", "layer_windows", "window of one more", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"},
@@ -108,6 +115,8 @@ SWITCHES = {
     },
     "glm": {"interleaved", "rope 0 dim", "_bias", "norm_eps"},
     "glm4": {"interleaved", "rope 0 dim", "attn_post_norm", "mlp_post_norm"},
+    "glm4_moe": {"_bias", "rope 0 dim", "q_norm", "k_norm", "moe chosen", "moe normalize", "moe scale", "moe shared", "moe sigmoid",
+                 "router_correction"},
     "gpt2": {"positions", "_bias", "norm", "norm_eps", "hidden_act"},
     "gpt2_unscaled": {"positions", "_bias", "attention_scale", "hidden_act"},
     "gpt_neox": {"parallel_residual", "_bias", "rope 0 dim", "rope 0 theta", "hidden_act"},
@@ -200,4 +209,4 @@ def test_every_parameter_is_trained_and_padding_makes_no_nan(case):
     for path, row in spec(config).items():
         g = np.asarray(gradient[path])
         per_layer = np.abs(g).reshape(g.shape[0], -1).max(1) if row.layers else np.abs(g).max()[None]
-        assert np.isfinite(g).all() and (per_layer > 0).all(), path
+        assert np.isfinite(g).all() and (per_layer == 0 if path.endswith("router_correction") else per_layer > 0).all(), path

@@ -17,6 +17,7 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
 from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.cohere import COHERE, COHERE2
+from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2
@@ -48,6 +49,8 @@ FAMILIES: dict[str, Family] = {
     "arcee": ARCEE,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
     "gemma": GEMMA,
@@ -55,6 +58,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "glm": GLM,
     "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
@@ -109,7 +113,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, **heads.fields(settings), hf_json=json.dumps(hf))
 
 
-_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")  # whose tensors are listed one by one
+_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts")  # whose tensors are listed one by one
 _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
            "moe_intermediate_size")  # fmt: skip

@@ -29,7 +29,22 @@ class Moe:
     normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
     aux_loss_coef: float  # weight of the load-balancing loss in training
     shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
+    sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
+    groups: tuple[int, int] = (1, 1)  # experts lie in so many groups, and a token goes to those of so many
+    scale: float = 1.0  # of the chosen experts' weights
+    float32: bool = False  # whether the router multiplies in float32, whatever the model does
     clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Keys and values (and queries) of all heads from few numbers a token: DeepSeek's multi-head latent attention (arXiv 2405.04434)."""
+
+    kv_rank: int
+    q_rank: int  # 0: queries are made of x itself
+    turning: int  # numbers of a head's query and key that turn with the position; the key's are one for all heads
+    still: int  # and those that do not
+    value: int  # numbers of a head's value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +85,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of what attention and feed-forward add
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
     moe: Moe | None = None
+    latent: Latent | None = None
     padding_idx: int | None = None  # the token whose embedding is looked up without a gradient
     initializer_range: float = 0.02
     # a scoring head in place of the vocabulary's (families/heads.py)
@@ -116,6 +132,7 @@ class Family(NamedTuple):
     refused   key -> the values that change nothing; any other is a switch that is not implemented
     ends      the rows outside the layers -> their Hugging Face names
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
+    ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token ahead
     moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """
 
@@ -127,6 +144,7 @@ class Family(NamedTuple):
     prefix: str = "model.layers.{layer}."
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     pads: bool = True
+    ignored: str | None = None
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 

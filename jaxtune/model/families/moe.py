@@ -25,7 +25,7 @@ def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], norm
     chosen = hf["num_experts_per_tok"]
     if chosen > experts:
         raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
-    fields = dict(aux_loss_coef=float(hf["router_aux_loss_coef"])) | changes
+    fields = dict(aux_loss_coef=float(hf.get("router_aux_loss_coef") or 0.0)) | changes
     return Moe(experts, chosen, inner, tuple(layers), normalize, **fields) if layers else None
 
 
@@ -86,14 +86,15 @@ def _qwen2_moe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from attention(c)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
     if c.moe and layer in c.moe.layers:
-        yield from _qwen_experts(c)
+        yield from qwen_experts(c)
         yield from shared_expert(c, "mlp.shared_expert")
         yield from linear("shared_router", 1, c.hidden_size, (None, "embed"), "mlp.shared_expert_gate", "ffn_gate_inp_shexp")
     else:
         yield from mlp(c)
 
 
-def _qwen_experts(c: ModelConfig) -> Rows:
+def qwen_experts(c: ModelConfig) -> Rows:
+    """A router and experts under the names that Qwen gave them, and many after it."""
     expert = "mlp.experts.{expert}"
     return experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
 
@@ -135,7 +136,7 @@ def _olmoe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from attention(c)
     yield from query_key_norms(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
-    yield from _qwen_experts(c)
+    yield from qwen_experts(c)
 
 
 OLMOE = Family(
@@ -171,7 +172,7 @@ def _qwen3_moe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from query_key_norms(c, c.head_dim, c.head_dim)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
     if c.moe and layer in c.moe.layers:
-        yield from _qwen_experts(c)
+        yield from qwen_experts(c)
     else:
         yield from mlp(c)
 

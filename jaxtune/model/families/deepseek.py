@@ -1,0 +1,179 @@
+"""DeepSeek V2 and V3 (Moonlight too), with latent attention, and GLM 4.5 without; dense layers, then experts beside a shared one."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, Latent, ModelConfig, common
+from jaxtune.model.families.llama import DEFAULTS
+from jaxtune.model.families.moe import moe_of, qwen_experts
+from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
+from jaxtune.model.rope import Rope
+from jaxtune.model.row import Row
+
+
+def _experts_of(hf: dict[str, Any], **changes):
+    """All layers from `first_k_dense_replace` on; transformers has no load-balancing loss for these."""
+    number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
+    layers, inner = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])), hf["moe_intermediate_size"]
+    groups = (hf["n_group"] or 1, hf["topk_group"] or 1)
+    if number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
+        raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
+    fields = dict(
+        aux_loss_coef=0.0,
+        shared_intermediate_size=inner * hf["n_shared_experts"],
+        groups=groups,
+        scale=float(hf["routed_scaling_factor"]),
+        float32=True,
+    )
+    return moe_of(hf, number, inner, layers, **fields | changes)
+
+
+def _fed(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    if c.moe is None or layer not in c.moe.layers:
+        yield from mlp(c)
+        return
+    yield from qwen_experts(c)
+    if c.moe.sigmoid:
+        name = "mlp.gate.e_score_correction_bias"
+        yield "router_correction", Row((c.moe.num_experts,), ("experts",), "zeros", name, "exp_probs_b.bias", float32=True)
+    if c.moe.shared_intermediate_size:
+        yield from shared_expert(c, "mlp.shared_experts")
+
+
+# ---- DeepSeek V2 and V3 ----
+
+
+def _latent(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
+    heads, turning, still, value = hf["num_attention_heads"], hf["qk_rope_head_dim"], hf["qk_nope_head_dim"], hf["v_head_dim"]
+    if (hf.get("num_key_value_heads") or heads) != heads:
+        raise ModelError(f"num_key_value_heads={hf['num_key_value_heads']} is not num_attention_heads={heads}; latents make one for each")
+    if value > turning + still:
+        raise ModelError(f"v_head_dim={value} is more than qk_nope_head_dim + qk_rope_head_dim={turning + still}, which is not implemented")
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    scale, bias = (turning + still) ** -0.5, bool(hf["attention_bias"])
+    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default" and scaling.get("mscale_all_dim"):
+        scale *= (0.1 * scaling["mscale_all_dim"] * math.log(max(scaling["factor"], 1)) + 1) ** 2
+    return common(
+        hf | dict(head_dim=turning + still, num_key_value_heads=heads),
+        ropes=(Rope.from_hf(hf, turning, interleaved),),
+        attention_scale=scale,
+        latent=Latent(hf["kv_lora_rank"], hf["q_lora_rank"] or 0, turning, still, value),
+        qkv_bias=bias,
+        out_bias=bias,
+        **changes,
+    )
+
+
+def _deepseek_v2(hf: dict[str, Any]) -> ModelConfig:
+    if (method := hf["topk_method"]) not in ("greedy", "group_limited_greedy"):
+        raise ModelError(f"topk_method={method!r} is not supported for deepseek_v2; supported are greedy, group_limited_greedy")
+    groups = {} if method == "group_limited_greedy" else dict(n_group=1, topk_group=1)
+    return _latent(hf, interleaved=True, moe=_experts_of(hf | groups, normalize=False))
+
+
+def _deepseek_v3(hf: dict[str, Any]) -> ModelConfig:
+    moe = _experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    return _latent(hf, interleaved=bool(hf["rope_interleave"]), moe=moe)
+
+
+def _deepseek_layer(c: ModelConfig, layer: int) -> Rows:
+    assert c.latent is not None
+    low, width, q = c.latent, c.hidden_size, c.num_heads * c.head_dim
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    if low.q_rank:
+        yield from linear("q_a", low.q_rank, width, (None, "embed"), "self_attn.q_a_proj", "attn_q_a", c.qkv_bias)
+        yield from norm(c, "q_a_norm", "self_attn.q_a_layernorm", "attn_q_a_norm", low.q_rank)
+        yield from linear("q_b", q, low.q_rank, ("heads", "embed"), "self_attn.q_b_proj", "attn_q_b")
+    else:
+        yield from linear("q", q, width, ("heads", "embed"), "self_attn.q_proj", "attn_q")
+    yield from linear(
+        "kv_a", low.kv_rank + low.turning, width, (None, "embed"), "self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa", c.qkv_bias
+    )
+    yield from norm(c, "kv_a_norm", "self_attn.kv_a_layernorm", "attn_kv_a_norm", low.kv_rank)
+    both = c.num_heads * (low.still + low.value)
+    yield from linear("kv_b", both, low.kv_rank, ("heads", "embed"), "self_attn.kv_b_proj", "attn_kv_b")
+    yield from linear("o", width, c.num_heads * low.value, ("embed", "heads"), "self_attn.o_proj", "attn_output", c.out_bias)
+    yield from _fed(c, layer)
+
+
+_DEEPSEEK = DEFAULTS | dict(
+    kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_group=None, topk_group=None
+)
+DEEPSEEK_V2 = Family(
+    _deepseek_v2,
+    _deepseek_layer,
+    _DEEPSEEK
+    | dict(
+        first_k_dense_replace=0,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        moe_intermediate_size=1407,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+    ),
+    {"mlp_bias": (None, False), "norm_topk_prob": (None, False)},  # DeepSeek's own code reads the second, transformers' does not
+    required=(*Family._field_defaults["required"], "num_experts_per_tok"),
+)
+DEEPSEEK_V3 = Family(
+    _deepseek_v3,
+    _deepseek_layer,
+    _DEEPSEEK
+    | dict(
+        first_k_dense_replace=3,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        moe_intermediate_size=2048,
+        routed_scaling_factor=2.5,
+        n_group=8,
+        topk_group=4,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        rope_interleave=True,
+        max_position_embeddings=4096,
+    ),
+    ignored=r"model\.layers\.{layers}\..*",
+)
+
+
+# ---- GLM 4.5: grouped queries, half of a head turns ----
+
+
+def _glm4_moe(hf: dict[str, Any]) -> ModelConfig:
+    moe = _experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    config = common(hf, partial=True, qkv_bias=bool(hf["attention_bias"]), moe=moe)
+    return dataclasses.replace(config, qk_norm=bool(hf["use_qk_norm"]))
+
+
+def _glm4_moe_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    if c.qk_norm:
+        yield from query_key_norms(c, c.head_dim, c.head_dim)
+    yield from _fed(c, layer)
+
+
+GLM4_MOE = Family(
+    _glm4_moe,
+    _glm4_moe_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        moe_intermediate_size=1408,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_routed_experts=128,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        use_qk_norm=False,
+    ),
+    ignored=r"model\.layers\.{layers}\..*",
+)
