@@ -12,9 +12,11 @@ from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
 
 GOLDENS = Path(__file__).parent / "goldens"
-BESIDE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")  # names of what is beside a language model
-TEXT = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")  # and what those of it begin with
+BESIDE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")  # names beside a language model
+PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")  # and of those within
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
+NESTED = {"gemma3_nested", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"}  # their text families have cases of their own
+TEXT = [case for case in CASES if case not in NESTED]
 
 
 class Golden(NamedTuple):
@@ -44,7 +46,7 @@ def language_model(config: dict, files: dict[str, np.ndarray]) -> dict[str, np.n
     """The tensors of a file's language model, named as in a file that holds nothing else."""
     if "vision_config" not in config:
         return files
-    return {TEXT.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
+    return {PREFIX.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
 
 
 def tree(config, tensors: dict[str, np.ndarray]) -> dict:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+PROCESSORS = "chat_template.json"  # where older processors (Mistral Small 3's, say) kept the template
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -32,7 +33,7 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
         reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         models = [name for name in SENTENCEPIECE if (folder / name).is_file()]
@@ -44,6 +45,9 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
         elif not models and not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
             reason = "there is a tokenizer_config.json but no tokenizer.json; copy that from the model it came with"
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+    if tokenizer.chat_template is None and (folder / PROCESSORS).is_file():
+        tokenizer.chat_template = read_json(folder / PROCESSORS).get("chat_template")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:

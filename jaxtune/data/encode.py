@@ -75,7 +75,7 @@ class Encoder:
             self.ledger.rows += 1
             try:
                 if media := next((name for name in MEDIA if row.fields.get(name)), None):
-                    unseen = f"the row has {media}, which a language model does not see"
+                    unseen = f"the row has {media}, which are not trained: only text is, of any model"
                     self.ledger.problem("media", row, f"{unseen}; data.quality: {{media: keep}} trains on the text alone")
                 pieces, value = self.pieces(row, example), self._value(row, example)
                 _whole_characters(row, *(piece.text for piece in pieces))

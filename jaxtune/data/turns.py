@@ -52,7 +52,7 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
     elif isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         message["content"] = "".join(part["text"] for part in content)  # OpenAI's parts, all of them text
     elif isinstance(content, list) and (odd := [part["type"] for part in content if _is_media(part)]):
-        unseen = f"{where} ({message['role']}) holds a part of type {odd[0]!r}, which a language model does not see"
+        unseen = f"{where} ({message['role']}) holds a part of type {odd[0]!r}, which is not trained: only text is, of any model"
         raise row.fail(f"{unseen}; take the part, or the row, out")
     elif not isinstance(content, str):
         raise row.fail(f"{where} ({message['role']}): content must be a string, this is {short(content)}")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import references
 import tiny
+from chat import make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import LoraConfig
@@ -52,10 +53,18 @@ def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
     assert "language_model.lm_head.weight" in tiny.read_all(tmp_path / "out") and "head" in load(tmp_path / "out").params
 
 
+def test_the_template_of_an_older_processor(tmp_path):
+    tokenizer = make_tokenizer("chatml")
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(write(tmp_path / "in"))
+    (tmp_path / "in/chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load(tmp_path / "in").tokenizer.chat_template == template
+
+
 @pytest.mark.parametrize("stem", ["model.language_model.", "language_model.model."])
 def test_names_of_either_age(tmp_path, stem):
     head = "lm_head" if stem.startswith("model.") else "language_model.lm_head"
-    files = {references.TEXT.sub("", name): a for name, a in GOLDEN.files.items() if not references.BESIDE.match(name)}
+    files = {references.PREFIX.sub("", name): a for name, a in GOLDEN.files.items() if not references.BESIDE.match(name)}
     files = {stem + name: a for name, a in files.items()} | {f"{head}.weight": GOLDEN.tensors["model.embed_tokens.weight"]}
     files |= {name: a for name, a in GOLDEN.files.items() if references.BESIDE.match(name)}
     jax.tree.map(np.testing.assert_array_equal, load(write(tmp_path / "in", files)).params, load(write(tmp_path / "usual")).params)

@@ -102,7 +102,7 @@ ROWS = {
     "no messages": ({"messages": []}, {}, "line 2: 'messages' must be a list of messages"),
     "no role": ({"messages": [{"content": "a"}]}, {}, "line 2: message 1 of 'messages' must be like"),
     "content not a string": (chat(("user", "a"), ("assistant", 3)), {}, r"line 2: message 2 .*\(assistant\): content must be a string"),
-    "image": (chat(("user", [{"type": "text", "text": "a"}, {"type": "image", "text": None}])), {}, "part of type 'image'.*does not see"),
+    "image": (chat(("user", [{"type": "text", "text": "a"}, {"type": "image", "text": None}])), {}, "part of type 'image'.*only text is"),
     "settings that are none": (chat(("user", "a")) | {"chat_template_kwargs": "x"}, {}, "'chat_template_kwargs' must be an object like"),
     "thought that the template drops": (
         {"messages": [*CHAT["messages"][:-1], CHAT["messages"][-1] | {"reasoning_content": "hm"}]}, {},
@@ -140,7 +140,7 @@ def test_rows(case, config, tokenizers, tmp_path):
 
 def test_text_beside_images(config, tokenizers):
     rows = [CHAT, CHAT | {"images": []}, CHAT | {"images": ["a.png"]}]
-    with pytest.raises(DataError, match="line 3: the row has images, which a language model does not see"):
+    with pytest.raises(DataError, match="line 3: the row has images, which are not trained: only text is"):
         data.load(config(rows), tokenizers["chatml"])
     kept = [len(data.load(config(rows, quality={"media": policy}), tokenizers["chatml"]).train.documents) for policy in ("drop", "keep")]
     assert kept == [2, 3]

@@ -69,6 +69,8 @@ def decode(config, params, batch, steps) -> list[np.ndarray]:
 
 def test_cached_decode_equals_the_full_forward(case):
     name, golden, config, params = case
+    if name in references.NESTED:
+        return  # decoded as the text family that it is
     if name in ("dynamic", "phi4_mini"):
         return  # frequencies change as the text grows, and keys in the cache keep those of their time: not equal, there as here
     batch = references.layout(golden.documents, "left")

@@ -36,7 +36,7 @@ def test_logits(case):
     hf, tensors = oracle.saved(model)
     wanted = oracle.reference(model, texts)
     config = from_hf(hf)
-    params = references.tree(config, tensors)
+    params = references.tree(config, references.language_model(hf, tensors))
     for kind in ("right", "left", "packed"):
         batch = references.layout(texts, kind, alike=True)
         logits = batch.documents_of(forward(config, params, batch.tokens, batch.positions, batch.segments))
