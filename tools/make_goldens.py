@@ -234,6 +234,14 @@ CASES |= {
         | dict(model_type="qwen3_vl_text", rope_scaling=dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)),
         vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4, deepstack_visual_indexes=[0]),
     ),
+    "qwen3_vl_moe": dict(
+        model_type="qwen3_vl_moe",
+        text_config=SMALL
+        | QWEN3_MOE
+        | dict(model_type="qwen3_vl_moe_text", rope_scaling=dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)),
+        tie_word_embeddings=False,
+        vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4, deepstack_visual_indexes=[0]),
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

@@ -25,8 +25,8 @@ class Beside:
     written at its end, whatever has become of the folder.
     """
 
-    def __init__(self, folder: Path, entries: dict[str, Entry], stem: str, head: str):
-        self.folder, self.entries, self.stem, self.head = folder, entries, stem, head
+    def __init__(self, folder: Path, entries: dict[str, Entry], stem: str, head: str, turned: frozenset[str]):
+        self.folder, self.entries, self.stem, self.head, self.turned = folder, entries, stem, head, turned
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         self._maps = {file: np.memmap(file, np.uint8, "r") for file in {entry.file for entry in entries.values()}}
 
@@ -47,9 +47,14 @@ class Beside:
         if packed := [name for name in self.entries if name.endswith(PACKED)]:
             raise ModelError(f"{self.folder}: {packed[0]}: what is beside the language model is packed too; take the model before packing")
         own = {self.name(plan.name): plan.name for plan in plans}
-        renamed = [plan._replace(name=name) for name, plan in zip(own, plans, strict=True)]
+        turned = [plan._replace(shape=_swapped(plan.shape)) if plan.name in self.turned else plan for plan in plans]
+        renamed = [plan._replace(name=name) for name, plan in zip(own, turned, strict=True)]
         others = [Plan(name, entry.dtype, entry.shape) for name, entry in self.entries.items()]
-        return renamed + others, lambda name: make(own[name]) if name in own else self.read(name)
+
+        def make_own(name: str) -> np.ndarray:
+            return make(name).swapaxes(1, 2) if name in self.turned else make(name)
+
+        return renamed + others, lambda name: make_own(own[name]) if name in own else self.read(name)
 
     def leave_dense(self, config: ModelConfig, described: dict[str, Any]) -> None:
         """Say in a packed model's config.json that this is not packed, and the language model's modules under transformers' names."""
@@ -63,17 +68,50 @@ class Beside:
             (folder / name).write_bytes(data)
 
 
-def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> Beside | None:
-    """Leave a checkpoint its language model alone, under a text model's names; returns the rest. None for what is no more than that."""
+class Turned:
+    """A checkpoint whose tensors `names`, of all experts of a layer, lie `[E, in, out]` in the file; here they are `[E, out, in]`."""
+
+    def __init__(self, source: Safetensors, names: frozenset[str]):
+        self.source, self.names = source, names
+        self.entries = {name: e._replace(shape=_swapped(e.shape)) if name in names else e for name, e in source.entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        value = self.source.read(name)
+        return value.swapaxes(1, 2) if name in self.names else value
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[index]`; of an expert the first two of `index`."""
+        if name not in self.names:
+            return self.source.read_part(name, index)
+        experts, out = index
+        return self.source.read_part(name, (experts, slice(None), out)).swapaxes(1, 2)
+
+
+def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tuple[Safetensors | Turned, Beside | None]:
+    """A checkpoint's language model alone, under a text model's names, and the rest: None where it is no more than that."""
     if not config.outer:
-        return None
+        return checkpoint, None
     outer, entries = NESTED[config.outer], checkpoint.entries
     others = {name: entry for name, entry in entries.items() if name.removeprefix("model.").startswith(outer.beside)}
     own = [name for name in entries if name not in others]
     stem = next((stem for stem in STEMS if any(name.startswith(stem) for name in own)), outer.stem)
     head = HEADS[1] if stem == STEMS[1] else HEADS[0]
     checkpoint.entries = {_text_name(name, stem): entries[name] for name in own}
-    return Beside(folder, others, stem, head)
+    turned = frozenset(name for name, entry in checkpoint.entries.items() if outer.together and _lies_turned(name, entry, config))
+    return Turned(checkpoint, turned) if turned else checkpoint, Beside(folder, others, stem, head, turned)
+
+
+def _lies_turned(name: str, entry: Entry, config: ModelConfig) -> bool:
+    """Whether a tensor of experts lies `[E, in, out]`, as on the hub, and not as transformers 5 writes it."""
+    assert config.moe is not None
+    width, inner = config.hidden_size, config.moe.intermediate_size
+    shapes = {"mlp.experts.gate_up_proj": (width, 2 * inner), "mlp.experts.down_proj": (inner, width)}
+    return any(name.endswith(end) and entry.shape[1:] == shape for end, shape in shapes.items())
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _text_name(name: str, stem: str) -> str:

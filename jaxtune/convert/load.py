@@ -118,7 +118,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     config_json = read_json(path / "config.json")
     checkpoint: Any = Safetensors(path)
     config = from_hf(config_json)
-    beside = set_apart(checkpoint, config, path)
+    checkpoint, beside = set_apart(checkpoint, config, path)
     ignored = FAMILIES[config.model_type].ignored
     leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers))
     if any(row.part for row in spec(config).values()):

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxtune.model.families import FAMILIES, ModelConfig, heads
+from jaxtune.model.families import FAMILIES, ModelConfig, heads, nested
 from jaxtune.model.families.parts import norm
 from jaxtune.model.row import Row
 from jaxtune.tree import unflatten
@@ -22,7 +22,7 @@ def spec(config: ModelConfig) -> dict[str, Row]:
         shape, name = (c.max_position_embeddings, c.hidden_size), f"{family.ends['positions']}.weight"
         rows["positions"] = Row(shape, (None, "embed"), "normal", name, "position_embd.weight")
     for number, layers in enumerate(c.stacks):
-        for name, row in family.layer(c, layers[0]):
+        for name, row in ((name, nested.in_file(c, name, row)) for name, row in family.layer(c, layers[0])):
             rows[f"layers/{number}/{name}"] = row._replace(
                 shape=(len(layers), *row.shape),
                 axes=("layers", *row.axes),

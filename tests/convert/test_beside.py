@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import LoraConfig
 from jaxtune.convert import hf
-from jaxtune.convert.load import load
+from jaxtune.convert.load import load, open_model
 from jaxtune.convert.peft import load_adapter, save_adapter
 from jaxtune.errors import ModelError
 from jaxtune.export import export
+from jaxtune.model.spec import abstract
 from jaxtune.peft import init_adapter
 
 GOLDEN = references.load("gemma3_nested")
@@ -70,6 +71,21 @@ def test_names_of_either_age(tmp_path, stem):
     jax.tree.map(np.testing.assert_array_equal, load(write(tmp_path / "in", files)).params, load(write(tmp_path / "usual")).params)
     with pytest.raises(ModelError, match=r"tensor model\.layers\.7.* is not part of the model"):
         load(write(tmp_path / "more", files | {f"{stem}layers.7.mlp.up_proj.weight": np.ones((2, 2), np.float32)}))
+
+
+def test_experts_that_lie_turned_as_on_the_hub(tmp_path):
+    golden = references.load("qwen3_vl_moe")
+    turned = {name: np.ascontiguousarray(a.swapaxes(1, 2)) if ".mlp.experts." in name else a for name, a in golden.files.items()}
+    tiny.write(tmp_path / "hub", golden.config, turned)
+    tiny.write(tmp_path / "usual", golden.config, golden.files)
+    model, opened = load(tmp_path / "hub"), open_model(tmp_path / "hub")
+    jax.tree.map(np.testing.assert_array_equal, model.params, load(tmp_path / "usual").params)
+    hf.save(model.config, model.params, tmp_path / "loaded", beside=model.beside)
+    hf.save(opened.config, abstract(opened.config), tmp_path / "streamed", base=opened.checkpoint, beside=opened.beside)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "loaded"), turned)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "streamed"), turned)
+    with pytest.raises(ModelError, match="hold experts as a text model's do not"):
+        export(tmp_path / "hub", tmp_path / "alone", format="text")
 
 
 def test_the_language_model_alone(tmp_path):

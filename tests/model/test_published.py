@@ -102,6 +102,12 @@ PUBLISHED = {
         | size(1536, 8960, 28, 12),
         1543714304,
     ),
+    "Qwen3-VL-30B-A3B": (
+        nested("qwen3_vl_moe", vocab_size=151936, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+               moe_intermediate_size=768, **size(2048, 6144, 48, 32))  # fmt: skip
+        | {"tie_word_embeddings": False},
+        30532122624,
+    ),
     "Qwen3-VL-4B": (
         nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
         4022468096,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.row import Part, Row
 
 MODULES = "model.language_model."  # what transformers 5 calls the text model's modules, and so PEFT, whatever the file calls its tensors
 
@@ -23,16 +24,23 @@ class Nested(NamedTuple):
     stem      what the names of the language model's tensors begin with in files on the hub, where a text model's begin with "model."
     beside    what the names of the other tensors begin with, in any file ("model." may stand before it)
     defaults  what transformers takes for keys that text_config leaves out, where it is not what the family takes
+    fixed     what its code takes for them whatever text_config says
+    tied_inside  whether text_config's tie_word_embeddings counts where the whole says false, as older files have it
+    together  whether files hold a layer's experts in one tensor, where the family's hold each by itself
     """
 
     texts: Mapping[str, str]
     stem: str
     beside: tuple[str, ...]
     defaults: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
+    tied_inside: bool = False
+    together: bool = False
 
 
 _LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector."))
 _QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80)
+_QWEN3 = dict(rope_theta=5e5, max_position_embeddings=128000)
 NESTED: dict[str, Nested] = {
     "gemma3": Nested(
         {"gemma3_text": "gemma3_text"},
@@ -40,9 +48,22 @@ NESTED: dict[str, Nested] = {
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA),
-    "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2),
-    "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2),
-    "qwen3_vl": Nested({"qwen3_vl_text": "qwen3"}, MODULES, ("visual.",), dict(rope_theta=5e5, max_position_embeddings=128000)),
+    "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
+    "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
+    "qwen3_vl": Nested({"qwen3_vl_text": "qwen3"}, MODULES, ("visual.",), _QWEN3, dict(use_sliding_window=False)),
+    "qwen3_vl_moe": Nested(
+        {"qwen3_vl_moe_text": "qwen3_moe"},
+        MODULES,
+        ("visual.",),
+        _QWEN3 | dict(num_key_value_heads=16, num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408),
+        fixed=dict(use_sliding_window=False, norm_topk_prob=True),
+        together=True,
+    ),
+}
+_TOGETHER = {
+    "experts_gate": ("mlp.experts.gate_up_proj", Part(0, 2)),
+    "experts_up": ("mlp.experts.gate_up_proj", Part(1, 2)),
+    "experts_down": ("mlp.experts.down_proj", Part()),
 }
 
 
@@ -63,9 +84,9 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
     if str((hf.get("architectures") or [""])[0]).endswith("Classification"):
         raise ModelError(f"a scoring head on a {hf['model_type']} model is not supported; that of a {outer.texts[kind]} model is")
-    text = {**outer.defaults, **inner, "model_type": outer.texts[kind]}
-    if tied := [part["tie_word_embeddings"] for part in (hf, inner) if "tie_word_embeddings" in part]:
-        text["tie_word_embeddings"] = any(tied)  # whichever says it: older files have it inside
+    text = {**outer.defaults, **inner, **outer.fixed, "model_type": outer.texts[kind]}
+    if hf.get("tie_word_embeddings") or ("tie_word_embeddings" in hf and not outer.tied_inside):
+        text["tie_word_embeddings"] = bool(hf["tie_word_embeddings"])  # where transformers looks
     for key in ("rope_scaling", "rope_parameters"):
         text |= {key: _one_axis(text[key])} if isinstance(text.get(key), Mapping) else {}
     for key in ("dtype", "torch_dtype"):
@@ -77,6 +98,14 @@ def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Positions of Qwen's text tokens: along time, height and width they are the same (mrope), which is plain rotation."""
     kept = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
+
+
+def in_file(config: ModelConfig, name: str, row: Row) -> Row:
+    """The row of a layer as the files of its checkpoint have it."""
+    if not config.outer or not NESTED[config.outer].together or name not in _TOGETHER:
+        return row
+    hf, part = _TOGETHER[name]
+    return row._replace(hf=hf, part=part)
 
 
 def module(config: ModelConfig, name: str) -> str:
