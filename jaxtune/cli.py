@@ -12,15 +12,20 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from rich.console import Console
+from rich.table import Table
+
 from jaxtune import errors
 
 VERBS = {
     "train": "fine-tune a model as a config says",
+    "sweep": "a run for each combination of values, side by side",
     "evaluate": "perplexity and task metrics, base beside tuned",
     "generate": "sample from a model, with or without an adapter",
     "score": "score texts with a reward model or classifier",
     "export": "write a run's result as HF, PEFT or GGUF files",
     "data": "show what the model will see: counts, lengths, masks, problems",
+    "report": "runs side by side: what differs, their losses, what they measured",
     "plan": "will it fit, and what takes the memory",
 }
 
@@ -90,6 +95,14 @@ def add_columns(the_parser: argparse.ArgumentParser) -> None:
     """`--columns prompt=question completion=answer`: the config's `data.columns`, as a dict."""
     names = "the names of the file's own fields: prompt=question"
     the_parser.add_argument("--columns", nargs="+", action=_Columns, default={}, metavar="OURS=THEIRS", help=names)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print it whole: a terminal that is too narrow breaks its lines, but shows every number."""
+    width = console.width
+    console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    console.width = width
 
 
 def log_to_terminal() -> None:

@@ -72,10 +72,7 @@ class Report:
     def show(self, console: Console | None = None) -> None:
         """Print the table and the samples."""
         console = console or Console()
-        table, width = self._table(), console.width
-        console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
-        console.print(table)  # a terminal that is too narrow breaks its lines, but shows every number
-        console.width = width
+        cli.print_table(console, self._table())
         for sample in self.samples:
             console.print(_sample(sample))
 

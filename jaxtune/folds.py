@@ -17,10 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import data, distributed, runfolder
+from jaxtune import cli, data, distributed, runfolder
 from jaxtune.config import Config, interval
 from jaxtune.disk import write_text
 from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.runlog import chosen_evaluation
 
 log = logging.getLogger("jaxtune")
 FILE = "folds.json"
@@ -53,7 +54,7 @@ class CrossValidation:
         for name, mean in self.metrics.items():
             values = (mean, self.spread[name], *(fold[name] for fold in self.folds))
             table.add_row(name, *(f"{value:.4g}" for value in values))
-        (console or Console()).print(table)
+        cli.print_table(console or Console(), table)
 
 
 def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one: Callable[[Config], Any]) -> CrossValidation:
@@ -138,11 +139,9 @@ def _measured(config: Config, folder: Path) -> dict[str, float]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         rows = []
-    rows = [row for row in rows if config.metric_for_best_model in row]
-    if not rows:
+    row = chosen_evaluation(config, rows)
+    if row is None:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} has no evaluation that can be read; move {folder} away to train this fold again")
-    choose = max if config.greater_is_better else min
-    row = choose(rows, key=lambda row: row[config.metric_for_best_model]) if config.load_best_model_at_end else rows[-1]
     found = {name: value for name, value in row.items() if name.startswith("eval_") and value is not None}
     answers = folder / "evaluation.json"
     if answers.exists():

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import yaml
 
-from jaxtune.config import Config, read_yaml
+from jaxtune.config import Config, load_config, read_yaml
 from jaxtune.disk import make_folder, sha256, write_text
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.locks import lock
@@ -105,20 +105,28 @@ def let_go(config: Config) -> None:
 def differences(config: Config, folder: Path) -> list[str]:
     """`key: then -> now` for each key that changes what is computed. CheckpointError where the folder's config cannot be read."""
     try:
-        then = _leaves(read_yaml(folder / "config.yaml"))
+        then = leaves(read_yaml(folder / "config.yaml"))
     except ConfigError as error:
         raise CheckpointError(f"{error} It says which run this is: put it back as it was, or start again in another folder") from error
-    now = _leaves(json.loads(json.dumps(config.to_dict())))
+    now = leaves(json.loads(json.dumps(config.to_dict())))
     keys = [key for key in sorted(now.keys() | then.keys()) if key not in FREE and key.partition(".")[0] not in FREE]
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def read_config(folder: Path) -> Config:
+    """The config of the run in this folder. CheckpointError where it cannot be read."""
+    try:
+        return load_config(folder / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{error} It says which run {folder} is of: put it back as it was") from error
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxtune.disk import replacing, write_text
+from jaxtune.disk import write_text
 from jaxtune.errors import CheckpointError
+from jaxtune.picture import draw_loss
 
 PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
 # of the names in metrics.jsonl, those that a line of the terminal leaves out
@@ -96,6 +97,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 break
             raise CheckpointError(f"line {number} of {path} is not a line of metrics; remove it, or move the file away.") from None
     return rows
+
+
+def chosen_evaluation(config: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of a run's metrics the evaluation that its result has: the last, or the best one where that model is kept. None without one."""
+    name = config.metric_for_best_model
+    rows = [row for row in rows if row.get(name) is not None]
+    if not rows or not config.load_best_model_at_end:
+        return rows[-1] if rows else None
+    return (max if config.greater_is_better else min)(rows, key=lambda row: row[name])
 
 
 def _history(path: Path, start: int) -> list[dict[str, Any]]:
@@ -206,60 +216,3 @@ class _Bar:
                 self.progress.stop()
         for handler, stream in self.streams:
             handler.setStream(stream)
-
-
-# ---- the picture ----
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """An exponential mean over about a fiftieth of the curve, corrected for its start as Adam's moments are."""
-    decay = 1 - min(1.0, 50 / len(values))
-    mean, out = 0.0, []
-    for number, value in enumerate(values, 1):
-        mean = decay * mean + (1 - decay) * value
-        out.append(mean / (1 - decay**number))
-    return out
-
-
-def draw_loss(history: list[dict[str, Any]], path: Path, name: str = "loss") -> None:
-    """`loss` and `eval_loss` (`reward` and `eval_reward`) over steps, as a PNG that is replaced whole; nothing where there are none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    train = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-    evals = [(row["step"], row[f"eval_{name}"]) for row in history if row.get(f"eval_{name}") is not None]
-    if not train and not evals:
-        return
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if train:
-        steps, values = zip(*train, strict=True)
-        smooth = _smooth(list(values))
-        if smooth != list(values):
-            axes.plot(steps, values, color="#4477aa", alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color="#4477aa", linewidth=2, label=f"train  {smooth[-1]:.3f}", marker="." if len(train) < 3 else None)
-    if evals:
-        steps, values = zip(*evals, strict=True)
-        best = (max if name == "reward" else min)(range(len(values)), key=values.__getitem__)
-        note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
-        axes.plot(steps, values, color="#cc6633", linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
-    _frame(axes, [value for _, value in train], [value for _, value in evals])
-    axes.set_ylabel(name)
-    if name == "reward":
-        axes.legend(frameon=False, loc="upper left")
-    with replacing(path) as scratch:
-        figure.savefig(scratch, format="png")
-
-
-def _frame(axes: Any, train: list[float], evals: list[float]) -> None:
-    """Axes that a single wild step does not flatten."""
-    top = sorted(train)[math.ceil(0.99 * len(train)) - 1 :][:1]
-    low, high = min(train + evals), max(top + evals)
-    pad = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - pad, high + pad)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")

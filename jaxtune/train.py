@@ -72,7 +72,7 @@ def train(
     compilation.enable_cache(config)
     distributed.check_joined(config.distributed, answers=bool(config.evaluate.metric))
     mesh = parallel.make_mesh(config.mesh)
-    config = _settle(config)
+    config = settled(config)
     if config.data.kfold is None or config.data.fold is not None:
         return _train(config, mesh, reward_funcs)
     tokenizer = open_model(config.model).tokenizer
@@ -156,8 +156,8 @@ def _check_tables(config: Config) -> None:
     metrics.find_all(config.evaluate.metric)  # they are called at the end, and a mistake is to be heard of at the start
 
 
-def _settle(config: Config) -> Config:
-    """Values that depend on the machine."""
+def settled(config: Config) -> Config:
+    """With the values that depend on the machine."""
     changes: dict[str, Any] = {}
     if config.dtype == "auto":
         changes["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -9,7 +9,7 @@ import tty
 import pytest
 
 from jaxtune.errors import CheckpointError
-from jaxtune.runlog import RunLog, draw_loss, duration, read_metrics
+from jaxtune.runlog import RunLog, duration, read_metrics
 
 
 def train_steps(log, steps):
@@ -130,17 +130,6 @@ def test_a_terminal_that_has_gone_ends_no_run(tmp_path):
     os.close(ours)
     os.write(ready, b"x")
     assert child.wait(60) == 0 and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
-
-
-def test_the_picture_is_drawn_whole_and_again(tmp_path):
-    draw_loss([], tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
-    draw_loss([{"step": 0, "eval_loss": 3.0}], tmp_path / "loss.png")
-    first = (tmp_path / "loss.png").read_bytes()
-    draw_loss([{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}], tmp_path / "loss.png")
-    second = (tmp_path / "loss.png").read_bytes()
-    assert first[:8] == second[:8] == b"\x89PNG\r\n\x1a\n" and first != second
-    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
 def test_durations():

@@ -61,7 +61,8 @@ ELSEWHERE = ("trl", "training", "logging")  # groups of Axolotl and Unsloth whos
 PATHS = {prefix + name: kind for prefix, fields in GROUPS.items() for name, kind in fields.items() if f"{prefix}{name}." not in GROUPS}
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What a text of YAML holds; ConfigError, naming `where` it is from, for one that is none."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -80,7 +81,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a file; give the path of a YAML config.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8; give the path of a YAML config.") from None
-    raw = _parse(text, str(path))
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} holds {'nothing' if raw is None else 'no keys'}; write lines such as `model: FOLDER`.")
     return dict(raw)
@@ -115,7 +116,7 @@ def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override; write key=value, with dots for nested keys: lora.r=32")
-    return key.strip(), None if value.strip() == "None" else _parse(value, f"the value of {key.strip()}")
+    return key.strip(), None if value.strip() == "None" else parse_yaml(value, f"the value of {key.strip()}")
 
 
 def _unknown(path: str) -> ConfigError:

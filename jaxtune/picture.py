@@ -1,0 +1,95 @@
+"""Pictures of losses over steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtune.disk import replacing
+
+TRAIN, EVAL = "#4477aa", "#cc6633"
+MANY = ("#4477aa", "#cc6633", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#555555", "#ee6677")
+History = Sequence[Mapping[str, Any]]  # rows of a metrics.jsonl
+
+
+def draw_loss(history: History, path: Path, name: str = "loss") -> None:
+    """`loss` and `eval_loss` (`reward` and `eval_reward`) over steps, as a PNG that is replaced whole; nothing where there are none."""
+    train, evals = _points(history, name), _points(history, f"eval_{name}")
+    if not train and not evals:
+        return
+    figure, axes = _figure()
+    if train:
+        steps, values = zip(*train, strict=True)
+        smooth = smoothed(values)
+        if smooth != list(values):
+            axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth, color=TRAIN, linewidth=2, label=f"train  {smooth[-1]:.3f}", marker="." if len(train) < 3 else None)
+    if evals:
+        steps, values = zip(*evals, strict=True)
+        best = (max if name == "reward" else min)(range(len(values)), key=values.__getitem__)
+        note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
+        axes.plot(steps, values, color=EVAL, linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
+    axes.legend(frameon=False, loc="upper left" if name == "reward" else "upper right")
+    _save(figure, axes, [train], [evals], name, path)
+
+
+def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") -> None:
+    """Several runs' smoothed `loss` as lines and `eval_loss` as dots on dashes, a colour each, as a PNG; nothing where there are none."""
+    points = {run: (_points(rows, name), _points(rows, f"eval_{name}")) for run, rows in histories.items()}
+    points = {run: both for run, both in points.items() if any(both)}
+    if not points:
+        return
+    figure, axes = _figure(4.5 + 0.17 * len(points))
+    for number, (run, (train, evals)) in enumerate(points.items()):
+        colour, label = MANY[number % len(MANY)], run
+        if train:
+            steps, values = zip(*train, strict=True)
+            axes.plot(steps, smoothed(values), color=colour, linewidth=1.5, label=label)
+            label = None
+        if evals:
+            steps, values = zip(*evals, strict=True)
+            axes.plot(steps, values, color=colour, linewidth=1.5, linestyle="--", marker="o", markersize=4, label=label)
+    figure.legend(frameon=False, fontsize="small", loc="outside upper left")
+    _save(figure, axes, [train for train, _ in points.values()], [evals for _, evals in points.values()], name, path)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential mean over about a fiftieth of the curve, corrected for its start as Adam's moments are."""
+    decay = 1 - min(1.0, 50 / len(values))
+    mean, out = 0.0, []
+    for number, value in enumerate(values, 1):
+        mean = decay * mean + (1 - decay) * value
+        out.append(mean / (1 - decay**number))
+    return out
+
+
+Points = Sequence[tuple[int, float]]
+
+
+def _points(history: History, name: str) -> Points:
+    return [(row["step"], row[name]) for row in history if row.get(name) is not None]
+
+
+def _figure(height: float = 4.5) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, axes: Any, trains: Sequence[Points], evals: Sequence[Points], name: str, path: Path) -> None:
+    """Axes that a single wild step does not flatten, and the file."""
+    tops = [sorted(value for _, value in train)[math.ceil(0.99 * len(train)) - 1] for train in trains if train]
+    seen = [value for points in (*trains, *evals) for _, value in points]
+    low, high = min(seen), max(tops + [value for points in evals for _, value in points])
+    pad = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - pad, high + pad)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png")

@@ -1,0 +1,171 @@
+"""Runs side by side: the keys in which they differ, their losses, and what they measured.
+
+    jaxtune report runs/a runs/b --plot losses.png
+
+RUN is a run's folder, or one that holds such folders (of a sweep, of cross-validation). Only what the runs have written is read.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtune import cli, errors
+from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.picture import History, draw_runs, smoothed
+from jaxtune.runfolder import leaves, read_config
+from jaxtune.runlog import chosen_evaluation, read_metrics
+
+NAMES = {"output_dir", "resume", "run_name"}  # keys that say which run it is, not what it does
+
+
+@dataclasses.dataclass
+class Entry:
+    """One run.
+
+    Attributes:
+        run: its folder.
+        keys: values of the keys that are not the same in all runs.
+        step: how far it has come, of `steps`.
+        finished: whether its result is there.
+        metrics: `loss` (smoothed, as in its picture), the `eval_*` of the evaluation that counts (the last, or the best one where that
+            model is the result), and `tuned_*` of its evaluation.json.
+    """
+
+    run: str
+    keys: dict[str, Any]
+    step: int
+    steps: int | None
+    finished: bool
+    metrics: dict[str, float]
+    history: History = dataclasses.field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the history."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "history"}
+
+
+@dataclasses.dataclass
+class Report:
+    """Runs side by side, the best first where they have the metric `by`.
+
+    Attributes:
+        by: the metric they are sorted by, or None.
+        runs: an `Entry` each.
+    """
+
+    by: str | None
+    runs: list[Entry]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
+        return {"by": self.by, "runs": [run.to_dict() for run in self.runs]}
+
+    def draw(self, path: str | os.PathLike) -> None:
+        """The losses of all runs over their steps, as a PNG."""
+        names = {run.run: ", ".join(f"{key}={value}" for key, value in run.keys.items()) or run.run for run in self.runs}
+        distinct = len(set(names.values())) == len(names)
+        draw_runs({names[run.run] if distinct else run.run: run.history for run in self.runs}, Path(path))
+
+    def show(self, console: Console | None = None) -> None:
+        """Print a table, a row for each run."""
+        keys, metrics = _all(run.keys for run in self.runs), _all(run.metrics for run in self.runs)
+        table = Table(box=None)
+        for name in ("run", *keys, "step", *metrics):
+            table.add_column(name, justify="right" if name in metrics or name == "step" else "left", no_wrap=True)
+        for run in self.runs:
+            values = (f"{run.metrics[name]:.4g}" if name in run.metrics else "" for name in metrics)
+            step = f"{run.step}" if run.finished else f"{run.step} of {run.steps or '?'}"
+            table.add_row(run.run, *(str(run.keys.get(key)) for key in keys), step, *values)
+        cli.print_table(console or Console(), table)
+
+
+def report(runs: str | os.PathLike | Sequence[str | os.PathLike], by: str | None = None) -> Report:
+    """What these runs have written, side by side.
+
+    runs  folders of runs, or folders of such folders
+    by    the metric to sort by (of the rows' `metrics`); None: the first run's `metric_for_best_model`, where all have it
+
+    Raises CheckpointError for a folder that holds no run, or files that cannot be read; ConfigError for a metric that no run has.
+    """
+    given = [runs] if isinstance(runs, (str, os.PathLike)) else runs
+    folders = [folder for one in given for folder in _runs_in(Path(one).expanduser())]
+    configs = [read_config(folder) for folder in folders]
+    flat = [{key: value for key, value in leaves(config.to_dict()).items() if key not in NAMES} for config in configs]
+    differ = [key for key in _all(flat) if any(one.get(key) != flat[0].get(key) for one in flat)]
+    keys = [{key: one.get(key) for key in differ} for one in flat]
+    found = [_entry(*one) for one in zip(folders, configs, keys, strict=True)]
+    known = _all(entry.metrics for entry in found)
+    if by is not None and by not in known:
+        raise ConfigError(f"--by {by}: no run has measured it; there are {', '.join(known) or 'no metrics yet'}")
+    if by is None and configs[0].metric_for_best_model in known:
+        by = configs[0].metric_for_best_model
+    if by is not None:
+        sign = 1 if by.endswith(("loss", "perplexity")) else -1
+        found.sort(key=lambda entry: sign * entry.metrics[by] if by in entry.metrics else math.inf)
+    return Report(by, found)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "run.json").is_file():
+        return [folder]
+    inside = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    if not inside:
+        raise CheckpointError(f"{folder} holds no run (no run.json), nor do folders in it; give the folder that a run was written to")
+    return inside
+
+
+def _entry(folder: Path, config: Any, keys: dict[str, Any]) -> Entry:
+    file = folder / "metrics.jsonl"
+    history = read_metrics(file) if file.is_file() else []
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    metrics = {"loss": smoothed(losses)[-1]} if losses else {}
+    evaluation = chosen_evaluation(config, history) or {}
+    metrics |= {name: value for name, value in evaluation.items() if name.startswith("eval_") and value is not None}
+    try:
+        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["counts"]["steps"]
+        answers = folder / "evaluation.json"
+        tuned = json.loads(answers.read_text(encoding="utf-8"))["tuned"] if answers.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {error}); leave it out, or put its files back") from error
+    metrics |= {f"tuned_{name}": value for name, value in tuned.items()}
+    return Entry(str(folder), keys, history[-1]["step"] if history else 0, steps, is_finished(folder), metrics, history)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder has left its result."""
+    return (folder / "adapter").is_dir() or (folder / "model").is_dir()
+
+
+def _all(tables: Any) -> list[str]:
+    """The keys of all tables, in their order."""
+    return list(dict.fromkeys(key for table in tables for key in table))
+
+
+def main() -> None:
+    """`python -m jaxtune.report`."""
+    parser = cli.parser("report", __doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, or a folder of such folders")
+    parser.add_argument("--by", metavar="METRIC", help="sort by this metric (default: the config's metric_for_best_model)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the losses of all runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    arguments = parser.parse_args()
+    found = report(arguments.runs, arguments.by)
+    if arguments.plot:
+        found.draw(arguments.plot)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), default=str))
+    else:
+        found.show()
+
+
+cli.callable_module(__name__, report)
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,130 @@
+"""One config over several values of its keys: a run for each combination, one after the other, and all of them side by side.
+
+    jaxtune sweep CONFIG.yaml max_steps=200 --over learning_rate=1e-4,3e-4 lora.r=8,16
+
+Runs lie in OUTPUT_DIR/learning_rate=0.0001,lora.r=8 and so on. All configs are checked before the first run begins; one that fails on its
+way (its loss is no number) is told and the others go on. With resume=true what is done is left, what was stopped goes on, and new values
+may be added.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxtune import cli, distributed, errors, runfolder
+from jaxtune.config import Config, load_config
+from jaxtune.config.load import parse_yaml
+from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.loop import TrainingError
+from jaxtune.report import Report, is_finished, report
+from jaxtune.train import settled, train
+
+log = logging.getLogger("jaxtune")
+
+
+def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Sequence[Any]], overrides: Sequence[str] = ()) -> Report | None:
+    """Train every combination of the values in `over` (key -> values, as in the config; dots for nested keys); what they measured.
+
+    None where a signal has stopped it (and, of several processes, on all but the first).
+
+    Raises:
+        ConfigError: a key or value that the config cannot have, or nothing to sweep over; before the first run.
+        CheckpointError: `output_dir` holds something and `resume` is not set, or a run of other values.
+        TrainingError: no run has come to its end.
+    """
+    config = load_config(config, overrides)
+    runs = combinations(config, over)
+    distributed.start(config.distributed)
+    runs = {name: settled(run) for name, run in runs.items()}
+    folder = Path(next(iter(runs.values())).output_dir).parent
+    if runfolder.is_used(folder) and not config.resume:
+        raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
+    begun = {name for name, run in runs.items() if _is_begun(run)}
+    failed: dict[str, str] = {}
+    for number, (name, run) in enumerate(runs.items(), 1):
+        if name in begun and is_finished(folder / name):
+            log.info("run %d of %d: %s is done", number, len(runs), name)
+            continue
+        log.info("run %d of %d: %s", number, len(runs), name)
+        try:
+            stopped = train(run.replace(resume=name in begun)).interrupted
+        except TrainingError as error:
+            failed[name] = str(error)
+            log.warning("%s: %s", name, error)
+            continue
+        if stopped:
+            log.warning("stopped in run %d of %d; the same command with resume=true goes on", number, len(runs))
+            return None
+    if len(failed) == len(runs):
+        raise TrainingError("no run has come to its end: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    if not distributed.is_first():
+        return None
+    found = report(folder)
+    found.draw(folder / "losses.png")
+    log.info("%d runs%s; their losses: %s", len(runs), f", {len(failed)} of which failed" if failed else "", folder / "losses.png")
+    return found
+
+
+def _is_begun(run: Config) -> bool:
+    """Whether the folder holds this run. CheckpointError where it holds another."""
+    folder = Path(run.output_dir)
+    if not (folder / "config.yaml").is_file():
+        return False
+    if different := runfolder.differences(run, folder):
+        raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    return True
+
+
+def combinations(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str, Config]:
+    """`key=value,key=value` -> the config of that run, in a folder of that name."""
+    if not over:
+        raise ConfigError("there is nothing to sweep over; write --over KEY=VALUE,VALUE, such as --over learning_rate=1e-4,3e-4")
+    if config.data.kfold is not None and config.data.fold is None:
+        raise ConfigError("data.kfold is a run for each fold already; sweep over the folds: --over data.fold=0,1,2")
+    if "output_dir" in over or "resume" in over:
+        raise ConfigError("output_dir and resume are the sweep's, and its runs have folders in there; write them before --over")
+    folder = Path(config.output_dir or f"runs/{Path(config.model).stem}-sweep")
+    runs = {}
+    for values in itertools.product(*over.values()):
+        words = [f"{key}={_text(value)}" for key, value in zip(over, values, strict=True)]
+        name = ",".join(word.replace(os.sep, "_") for word in words)
+        if name in runs:
+            raise ConfigError(f"--over: {name} is there twice; leave one")
+        runs[name] = load_config(config, [*words, f"output_dir={yaml.safe_dump(str(folder / name)).strip()}"])
+    return runs
+
+
+def _text(value: Any) -> str:
+    """A value as YAML writes it in a line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip() or not values.strip():
+        raise ConfigError(f"--over {text}: write KEY=VALUE,VALUE, such as learning_rate=1e-4,3e-4")
+    return key.strip(), parse_yaml(f"[{values}]", f"--over {key.strip()}")
+
+
+def main() -> None:
+    """`python -m jaxtune.sweep`."""
+    parser = cli.config_parser("sweep", __doc__)
+    values = "a key and the values it is to have"
+    parser.add_argument("--over", metavar="KEY=VALUE,VALUE", nargs="+", action="extend", default=[], help=values)
+    arguments = cli.parse(parser)
+    cli.log_to_terminal()
+    axes = [_axis(text) for text in arguments.over]
+    found = sweep(arguments.config, dict(axes), arguments.overrides)
+    if found:
+        found.show()
+
+
+cli.callable_module(__name__, sweep)
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,28 @@
+"""Pictures are PNG files, written whole."""
+
+from jaxtune.picture import draw_loss, draw_runs
+
+EVAL, TRAIN = {"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}
+
+
+def test_the_picture_is_drawn_whole_and_again(tmp_path):
+    draw_loss([], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+    draw_loss([{"step": 0, "eval_loss": 3.0}], tmp_path / "loss.png")
+    first = (tmp_path / "loss.png").read_bytes()
+    draw_loss([{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}], tmp_path / "loss.png")
+    second = (tmp_path / "loss.png").read_bytes()
+    assert first[:8] == second[:8] == b"\x89PNG\r\n\x1a\n" and first != second
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_runs_in_one_picture(tmp_path):
+    """A run without numbers has no line, and without any there is no picture."""
+    path = tmp_path / "runs.png"
+    draw_runs({"a": [], "b": [{"step": 1, "loss": None}]}, path)
+    assert not path.exists()
+    pictures = []
+    for runs in ({"a": [EVAL, TRAIN]}, {"a": [EVAL, TRAIN], "b": [TRAIN | {"loss": 9.0}, EVAL], "c": []}):
+        draw_runs(runs, path)
+        pictures.append(path.read_bytes())
+    assert all(picture[:8] == b"\x89PNG\r\n\x1a\n" for picture in pictures) and pictures[0] != pictures[1]

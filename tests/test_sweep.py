@@ -1,0 +1,74 @@
+"""A run for each combination; what is done is left, what fails is told; and runs side by side."""
+
+import json
+
+import pytest
+import tiny
+
+from jaxtune import report, sweep
+from jaxtune.config import load_config
+from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.sweep import _axis, combinations
+
+CONFIG = {"model": "m", "data": {"train": "x.jsonl"}, "output_dir": "runs/x"}
+
+
+def test_combinations():
+    over = dict(map(_axis, ["learning_rate=1e-4, 3e-4", "lora.target_modules=[q_proj],all-linear", "lr_scheduler_type=linear"]))
+    runs = combinations(load_config(CONFIG), over)
+    assert list(runs)[:2] == [
+        "learning_rate=0.0001,lora.target_modules=[q_proj],lr_scheduler_type=linear",
+        "learning_rate=0.0001,lora.target_modules=all-linear,lr_scheduler_type=linear",
+    ]
+    assert [run.learning_rate for run in runs.values()] == [1e-4, 1e-4, 3e-4, 3e-4]
+    assert [run.lora.target_modules for run in runs.values()] == 2 * [("q_proj",), "all-linear"]
+    assert [run.output_dir for run in runs.values()] == [f"runs/x/{name}" for name in runs]
+    assert set(combinations(load_config(CONFIG), {"model": ["org/a", "b"]})) == {"model=org_a", "model=b"}
+
+
+@pytest.mark.parametrize(
+    "axes, changes, words",
+    [
+        ([], {}, "nothing to sweep over"),
+        (["learning_rate"], {}, "write KEY=VALUE,VALUE"),
+        (["lora.q=1"], {}, "lora.q is not a key; did you mean lora.r"),
+        (["seed=1,1"], {}, "seed=1 is there twice"),
+        (["resume=true"], {}, "before --over"),
+        (["seed=1"], {"data": {"train": "x.jsonl", "kfold": 3}}, "data.fold=0,1,2"),
+    ],
+)
+def test_what_cannot_be_swept_over(axes, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        combinations(load_config(CONFIG | changes), dict(map(_axis, axes)))
+
+
+def test_a_sweep(tmp_path, caplog):
+    tiny.write_chat_model(tmp_path / "model", tiny.LLAMA | {"num_hidden_layers": 1})
+    rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in "one two three fox dog lazy".split()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "runs"), "max_steps": 2, "logging_steps": 1, "lora": {"r": 2},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32, "eval": 0.3}, "report_to": "none", "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    found = sweep(config, {"learning_rate": [1e-3, 1e35]})
+    ended = [(run.keys["learning_rate"], run.step, run.finished) for run in found.runs]
+    assert ended == [(1e-3, 2, True), (1e35, 1, False)]
+    assert found.by == "eval_loss" and found.runs[0].metrics.keys() >= {"loss", "eval_loss"}
+    assert "learning_rate=1.0e+35: " in caplog.text and (tmp_path / "runs" / "losses.png").is_file()
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        sweep(config, {"learning_rate": [1e-3]})
+    with pytest.raises(CheckpointError, match="max_steps: 2 -> 3"):
+        sweep(config, {"learning_rate": [1e-3]}, ["resume=true", "max_steps=3"])
+    with caplog.at_level("INFO"):
+        assert sweep(config, {"learning_rate": [1e-3]}, ["resume=true"]).runs == found.runs
+    assert "run 1 of 1: learning_rate=0.001 is done" in caplog.text
+
+    one = report(tmp_path / "runs" / "learning_rate=0.001")
+    assert [run.keys for run in one.runs] == [{}] and one.to_dict()["runs"][0]["metrics"] == one.runs[0].metrics
+    assert report(tmp_path / "runs", by="loss").by == "loss"
+    with pytest.raises(ConfigError, match="no run has measured it"):
+        report(tmp_path / "runs", by="nothing")
+    with pytest.raises(CheckpointError, match="holds no run"):
+        report(tmp_path / "model")
