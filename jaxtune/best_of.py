@@ -95,7 +95,7 @@ def find_reward(reward: Any) -> Callable[[list, list[str]], np.ndarray]:
     """`(prompts, completions) -> scores [n]` of a reward model, a folder of one, or a function or its name."""
     named = isinstance(reward, (str, os.PathLike)) and not os.path.exists(os.fspath(reward)) and _is_function(os.fspath(reward))
     if callable(reward) or named:
-        name, function = metrics.find(os.fspath(reward) if named else reward)  # type: ignore[arg-type]
+        name, function = metrics.find_in(metrics.METRICS, os.fspath(reward) if named else reward, "reward")  # type: ignore[arg-type]
         ask = functools.partial(metrics.called, f"the reward function {name}", function)
         return lambda prompts, completions: _checked(name, ask(prompts=prompts, completions=completions), len(completions))
     model = load_scorer(reward) if isinstance(reward, (str, os.PathLike)) else reward

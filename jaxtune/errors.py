@@ -31,6 +31,12 @@ class ModelError(JaxtuneError):
     """A model, tokenizer or adapter file, or a switch in its config that is not implemented."""
 
 
+def check_argument(name: str, value: object, kind: type | tuple[type, ...], instead: str) -> None:
+    """ModelError where an argument of a function is of another kind than it takes; `instead` is what to write."""
+    if not isinstance(value, kind):
+        raise ModelError(f"{name} is of type {type(value).__name__}; {instead}")
+
+
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, or write to another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from jaxtune import cli, errors
 from jaxtune.compilation import in_32_bits
+from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
-from jaxtune.errors import ConfigError, DataError, ModelError
+from jaxtune.errors import ConfigError, DataError, ModelError, check_argument
 from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import Row, Run
 from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
@@ -85,6 +86,7 @@ def generate_tokens(
     Raises DataError for a prompt that cannot be used, ConfigError for a setting out of range, ModelError for a missing template and for
     logits that are not numbers.
     """
+    check_argument("model", model, Model, "give a model: jt.generate(jt.load(folder), prompts)")
     sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
     for name, value in (("max_new_tokens", max_new_tokens), ("num_return_sequences", num_return_sequences), ("batch_size", batch_size)):
         if value is not None and value < 1:

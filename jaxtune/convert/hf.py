@@ -22,7 +22,7 @@ from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, write_tensors
 from jaxtune.convert.together import plans_of_files
 from jaxtune.convert.tokenizer import save_tokenizer
-from jaxtune.errors import ModelError
+from jaxtune.errors import ModelError, check_argument
 from jaxtune.model.families import ModelConfig, from_hf, nested
 from jaxtune.model.spec import spec
 from jaxtune.model.weight import Matrix, dense, is_weight
@@ -157,6 +157,7 @@ def save(
 
     The folder is written beside `out` and renamed. Raises ModelError when `out` is there and not empty. Returns `out`.
     """
+    check_argument("config", config, ModelConfig, "write jt.save(model.config, model.params, out, tokenizer=model.tokenizer)")
     with new_folder(out) as folder:
         write_model(folder, config, params, tokenizer, generation_config, dtype, base, beside, keep_packed, max_shard_size)
     return Path(out)

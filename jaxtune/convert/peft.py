@@ -23,7 +23,7 @@ from jaxtune.convert.peft_config import PREFIX, config_json, names_of_today, rea
 from jaxtune.convert.peft_embeddings import check_vocabulary, read_embeddings
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
 from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
-from jaxtune.errors import ModelError
+from jaxtune.errors import ModelError, check_argument
 from jaxtune.model.families import heads
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.row import Row
@@ -99,6 +99,8 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
 
     The folder is written beside and renamed. Raises ModelError when `out` is there and not empty.
     """
+    check_argument("adapter", adapter, Adapter, "write jt.save_adapter(adapter, model, out)")
+    check_argument("model", model, Model, "write jt.save_adapter(adapter, model, out)")
     kind, tensors = kind_of(adapter.config), {}
     adapter = kind.settled(adapter)
     rows, adapted = adaptable(model.config), {site.path: site.ranks for site in adapter.sites}
@@ -156,6 +158,8 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     Raises ModelError for another kind of adapter, a field we cannot honour, and tensors that are missing, extra or of the wrong
     shape, naming them.
     """
+    check_argument("path", path, (str, os.PathLike), "write jt.load_adapter(folder, model)")
+    check_argument("model", model, Model, "write jt.load_adapter(folder, model)")
     path = Path(path).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")

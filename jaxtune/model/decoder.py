@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxtune.errors import ModelError
+from jaxtune.errors import ModelError, check_argument
 from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import norm
@@ -129,11 +129,17 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
     A token sees those before it of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask will
     do); all 1 where it is left out. `positions_BT`: places inside a document; 0, 1, 2, ... of the row where they are left out. Pure: may
     be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh. Derivatives are taken in reverse (`jax.grad`, also
-    of a `jax.grad`); `jax.jvp` is not defined. Raises ModelError for tokens of another shape or kind.
+    of a `jax.grad`); `jax.jvp` is not defined. Raises ModelError for tokens of another shape or kind, and (not when
+    traced) for those that the vocabulary lacks.
     """
+    check_argument("config", config, ModelConfig, "write jt.forward(model.config, model.params, tokens)")
     tokens_BT = jnp.asarray(tokens_BT)
     if tokens_BT.ndim != 2 or not tokens_BT.size or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: tokens[None]")
+    if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.is_fully_addressable:
+        least, most = int(tokens_BT.min()), int(tokens_BT.max())
+        if least < 0 or most >= config.vocab_size:
+            raise ModelError(f"the tokens are from {least} to {most}; this model's are from 0 to {config.vocab_size - 1}")
     return logits(config, params, hidden(config, params, tokens_BT, positions_BT, segments_BT).hidden_BTD)
 
 

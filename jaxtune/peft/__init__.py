@@ -3,13 +3,13 @@
 `METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` makes plain arrays of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune.config import LoraConfig
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, check_argument
 from jaxtune.model.weight import dense, is_weight
 from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, partial, prompts, vera
 from jaxtune.peft.adapter import Adapter, Kind
@@ -95,6 +95,7 @@ def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
 
     O(1): swaps leaves, computes nothing; call it inside jit. `key` switches dropout on.
     """
+    check_argument("base", base, Mapping, "give a model's parameters: jt.compose(model.params, adapter)")
     if trainable is None:
         return base
     if isinstance(trainable, Adapter):
@@ -121,6 +122,7 @@ def merge(base: dict, trainable: Any = None, dtype: Any = None) -> dict:
             f"an adapter of method {trainable.config.group} is tokens before a text, no change of a matrix, so there is nothing to merge; "
             "use it as it is"
         )
+    check_argument("base", base, Mapping, "give a model's parameters: jt.merge(model.params, adapter)")
     own = flatten(base)
     dtype = dtype or dense(base["embed"]).dtype
     saved = trainable.saved if isinstance(trainable, Adapter) else {}
