@@ -17,7 +17,7 @@ log = logging.getLogger("jaxtune")
 
 KERNELS = {"flash": ("gpu", "cuda"), "splash": ("tpu",)}  # and the platforms they are for
 HEAD = 256  # the largest head that they take
-LONGEST = 4096  # tokens of the longest row that they are compared at
+LONGEST, MOST_ROWS = 4096, 2  # of the rows that they are compared at: beside the weights there may be little room
 TOLERANCE = 0.02  # relative: bfloat16 probabilities, rounded in another order, are 0.005 apart
 
 
@@ -78,7 +78,7 @@ def _shape(config, model_config, mesh: Mesh) -> Shape:
     tensor, tokens = mesh.shape["tensor"], min(config.data.max_length, LONGEST)
     heads, kv_heads = model_config.num_heads // tensor, model_config.num_kv_heads // tensor
     scale, cap = model_config.attention_scale, model_config.attention_softcap
-    return Shape(config.per_device_train_batch_size, tokens, heads, kv_heads, model_config.head_dim, scale, cap, config.dtype)
+    return Shape(min(config.per_device_train_batch_size, MOST_ROWS), tokens, heads, kv_heads, model_config.head_dim, scale, cap, config.dtype)
 
 
 @functools.lru_cache
