@@ -78,7 +78,8 @@ def _shape(config, model_config, mesh: Mesh) -> Shape:
     tensor, tokens = mesh.shape["tensor"], min(config.data.max_length, LONGEST)
     heads, kv_heads = model_config.num_heads // tensor, model_config.num_kv_heads // tensor
     scale, cap = model_config.attention_scale, model_config.attention_softcap
-    return Shape(min(config.per_device_train_batch_size, MOST_ROWS), tokens, heads, kv_heads, model_config.head_dim, scale, cap, config.dtype)
+    rows = min(config.per_device_train_batch_size, MOST_ROWS)
+    return Shape(rows, tokens, heads, kv_heads, model_config.head_dim, scale, cap, config.dtype)
 
 
 @functools.lru_cache
