@@ -275,7 +275,7 @@ def _muon(config: Config, momentum=0.95, nesterov=True, ns_steps=5) -> optax.Gra
         return jax.tree.map(lambda m: orthogonalize(m, ns_steps) * (0.2 * max(m.shape[-2:]) ** 0.5), ahead), trace
 
     def label(path, p):
-        return "muon" if STACKED.search(_name(path)) and p.ndim >= 3 else "adam"
+        return "muon" if STACKED.search(name := _name(path)) and p.ndim >= 3 and "norm" not in name else "adam"
 
     muon = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
     return optax.partition({"muon": muon, "adam": _adam(config)}, lambda params: jax.tree_util.tree_map_with_path(label, params))

@@ -201,6 +201,14 @@ def test_orthogonalize_brings_singular_values_near_one():
     np.testing.assert_allclose(orthogonalize(m.mT), orthogonalize(m).mT, atol=1e-5)
 
 
+def test_muon_leaves_norms_with_a_scale_for_each_head_to_adam():
+    tx, grad = optimizer(config(optim="muon", learning_rate=0.1), 10), jnp.arange(1.0, 25).reshape(2, 3, 4)
+    params = {"layers": {"0": {"q": jnp.zeros((2, 3, 4)), "q_norm": jnp.ones((2, 3, 4))}}}
+    moved = tx.update(jax.tree.map(lambda _: grad, params), tx.init(params), params)[0]["layers"]["0"]
+    np.testing.assert_allclose(moved["q_norm"], -0.1, rtol=1e-4)  # Adam's first step
+    assert np.ptp(np.asarray(moved["q"])) > 0.01
+
+
 def test_loraplus_and_embedding_rates():
     tx = optimizer(config(method="lora", optim="sgd", learning_rate=0.1, loraplus_lr_ratio=16), 5)
     pair = {"a": jnp.ones((3, 2, 4)), "b": jnp.ones((3, 4, 2)), "magnitude": jnp.ones((3, 4))}

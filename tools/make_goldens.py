@@ -44,6 +44,8 @@ GRANITEMOE |= dict(num_local_experts=5, num_experts_per_tok=2, tie_word_embeddin
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
 BARE = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rms_norm_eps")} | dict(hidden_size=32)
 MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
+OLD = {key: BARE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")}
+FALCON = OLD | dict(model_type="falcon", ffn_hidden_size=24, layer_norm_epsilon=1e-3)
 COHERE = BARE | dict(tie_word_embeddings=True, logit_scale=0.25)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
@@ -198,6 +200,11 @@ CASES = {
     "ernie4_5": SMALL | dict(model_type="ernie4_5", use_bias=True),
     "helium": BARE | dict(model_type="helium", head_dim=8, rms_norm_eps=1e-3),
     "hunyuan": SMALL | dict(model_type="hunyuan_v1_dense", rope_scaling=dict(type="dynamic", alpha=50.0, factor=1.0)),
+    "falcon": FALCON | dict(num_kv_heads=2, new_decoder_architecture=True, bias=True),
+    "falcon_one_head": FALCON | dict(multi_query=True, parallel_attn=True),
+    "gpt_bigcode": GPT2 | dict(model_type="gpt_bigcode", n_layer=2),
+    "gptj": GPT2 | dict(model_type="gptj", n_layer=2, rotary_dim=4),
+    "opt": OLD | dict(model_type="opt", ffn_dim=24, pad_token_id=0),
 }
 # checkpoints that hold more than a language model
 CASES |= {

@@ -49,8 +49,8 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
 
 
 def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
-    """The norm of that name, or x itself where the tree has none; a feed-forward part beside the attention may share that one's."""
-    if name == "mlp_norm" and name not in w and config.parallel_residual:
+    """The norm of that name, or x itself where the tree has none."""
+    if name == "mlp_norm" and config.shared_norm:
         name = "attn_norm"
     if name not in w and name not in config.bare_norms:
         return x
@@ -115,17 +115,17 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
 def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
     """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`.
 
-    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or these head by head ("qkv_by_head"), or from
-    latents.
+    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or the queries of each head of keys, that head,
+    its values ("qkv_by_head"), or from latents.
     """
     if config.latent is not None:
         return _from_latents(config, config.latent, w, x_BTD)
     B, T, _ = x_BTD.shape
     H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
     if "qkv_by_head" in w:
-        joint = linear(w["qkv_by_head"], x_BTD, w.get("qkv_by_head_bias")).reshape(B, T, H, 3, h)
-        return tuple(joint[:, :, :, part] for part in range(3))
-    if "qkv" in w:
+        joint = linear(w["qkv_by_head"], x_BTD, w.get("qkv_by_head_bias")).reshape(B, T, K, H // K + 2, h)
+        parts = [joint[:, :, :, :-2], joint[:, :, :, -2], joint[:, :, :, -1]]
+    elif "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
         parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]

@@ -61,7 +61,7 @@ def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, 
     if config.embedding_multiplier != 1.0:
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
-        x_BTD = x_BTD + rows(params["positions"], queries.positions, config.dtype)
+        x_BTD = x_BTD + rows(params["positions"], queries.positions + config.position_offset, config.dtype)
     x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
     return x_BTD, Shared(*cos_sin(config.ropes, queries.positions, queries.segments), queries, keys)
 

@@ -19,7 +19,7 @@ def spec(config: ModelConfig) -> dict[str, Row]:
     table = (c.vocab_size, c.hidden_size), ("vocab", "embed"), "normal"
     rows = {"embed": Row(*table, f"{family.ends['embed']}.weight", "token_embd.weight")}
     if "positions" in family.ends:
-        shape, name = (c.max_position_embeddings, c.hidden_size), f"{family.ends['positions']}.weight"
+        shape, name = (c.position_offset + c.max_position_embeddings, c.hidden_size), f"{family.ends['positions']}.weight"
         rows["positions"] = Row(shape, (None, "embed"), "normal", name, "position_embd.weight")
     for number, layers in enumerate(c.stacks):
         for name, row in ((name, nested.in_file(c, name, row)) for name, row in family.layer(c, layers[0])):

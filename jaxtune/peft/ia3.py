@@ -17,8 +17,13 @@ from jaxtune.peft.sites import named, names
 QVD, KVD = (("q_proj", "v_proj", "down_proj"), ("down_proj",)), (("k_proj", "v_proj", "down_proj"), ("down_proj",))
 DEFAULTS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), QVD) | dict.fromkeys(("llama", "mistral"), KVD) | {
     "mixtral": (("k_proj", "v_proj"), ()),  # w2, that PEFT names too, is no module of today's transformers
+    "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
     "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     "gpt_neox": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
+    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
+    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
+    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
 }  # fmt: skip
 
 

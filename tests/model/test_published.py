@@ -212,6 +212,21 @@ PUBLISHED = {
         | size(1024, 3584, 24, 16),
         539010048,
     ),
+    "falcon-7b": (
+        dict(model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, num_kv_heads=71),
+        6921720704,
+    ),
+    "falcon-40b": (
+        dict(model_type="falcon", vocab_size=65024, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8)
+        | dict(new_decoder_architecture=True),
+        41303293952,
+    ),
+    "starcoderbase-1b": (
+        dict(model_type="gpt_bigcode", vocab_size=49152, n_embd=2048, n_layer=24, n_head=16, n_positions=8192),
+        1137207296,
+    ),
+    "gpt-j-6b": (dict(model_type="gptj", vocab_size=50400, n_embd=4096, n_layer=28, n_head=16), 6050882784),
+    "opt-1.3b": (dict(model_type="opt", vocab_size=50272, ffn_dim=8192) | size(2048, None, 24, 32), 1315758080),
     "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
     "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
     "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),

@@ -18,9 +18,10 @@ from jaxtune.model.families import heads, nested
 from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
+from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.glm import GLM, GLM4
-from jaxtune.model.families.gpt2 import GPT2
+from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.layer_norms import ARCEE, NEMOTRON, PHI, STABLELM, STARCODER2
@@ -42,6 +43,7 @@ from jaxtune.model.families.llama import (
 from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
+from jaxtune.model.families.opt import OPT
 
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "from_hf"]
 
@@ -53,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
+    "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
@@ -60,8 +63,10 @@ FAMILIES: dict[str, Family] = {
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
+    "gpt_bigcode": GPT_BIGCODE,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
+    "gptj": GPTJ,
     "granite": GRANITE,
     "granitemoe": GRANITEMOE,
     "granitemoeshared": GRANITEMOESHARED,
@@ -77,6 +82,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "olmoe": OLMOE,
+    "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
     "qwen2": QWEN2,

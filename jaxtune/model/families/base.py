@@ -72,6 +72,7 @@ class ModelConfig:
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     head_bias: bool = False  # of the vocabulary's head
+    position_offset: int = 0  # the row of learned positions that the first token has
     bare_norms: tuple[str, ...] = ()  # norms without parameters, which so have no rows
     qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
     qk_norm_last: bool = False  # these come after the rotation
@@ -84,6 +85,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0  # of whatever enters the first layer, given embeddings too
     residual_multiplier: float = 1.0  # of what attention and feed-forward add
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
+    shared_norm: bool = False  # the feed-forward part begins with the attention's norm
     moe: Moe | None = None
     latent: Latent | None = None
     padding_idx: int | None = None  # the token whose embedding is looked up without a gradient

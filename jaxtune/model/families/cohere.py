@@ -29,6 +29,7 @@ def _cohere(hf: dict[str, Any], **changes) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
         parallel_residual=True,
+        shared_norm=True,
         logits_scaling=1 / hf["logit_scale"],
         qk_norm=bool(hf.get("use_qk_norm")),
     )

@@ -1,31 +1,39 @@
-"""GPT-2: LayerNorms, learned positions, q, k and v in one matrix, a plain feed-forward; its files hold matrices as `[in, out]`."""
+"""GPT-2, GPT-BigCode (StarCoder 1) and GPT-J: LayerNorms, a plain feed-forward; GPT-2's files hold matrices as `[in, out]`."""
 
 from typing import Any
 
 from jaxtune.model.families.base import Family, ModelConfig, common
-from jaxtune.model.families.parts import Rows, linear, norm
+from jaxtune.model.families.parts import Rows, linear, norm, plain_mlp
+from jaxtune.model.rope import Rope
+
+DEFAULTS = dict(n_positions=1024, n_inner=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head")
+PREFIX = "transformer.h.{layer}."
+ENDS = {"embed": "transformer.wte", "norm": "transformer.ln_f", "head": "lm_head"}
+POSITIONS = ENDS | {"positions": "transformer.wpe"}
 
 
-def _gpt2(hf: dict[str, Any]) -> ModelConfig:
-    width, heads = hf["n_embd"], hf["n_head"]
+def _named(hf: dict[str, Any], **changes) -> ModelConfig:
+    """From GPT-2's names of what others call hidden_size, ..."""
+    width = hf["n_embd"]
     named = hf | dict(
         hidden_size=width,
         intermediate_size=hf["n_inner"] or 4 * width,
         num_hidden_layers=hf["n_layer"],
-        num_attention_heads=heads,
+        num_attention_heads=hf["n_head"],
         max_position_embeddings=hf["n_positions"],
         head_dim=None,
         num_key_value_heads=None,
     )
-    return common(
-        named,
-        norm="layer",
-        norm_eps=hf["layer_norm_epsilon"],
-        hidden_act=hf["activation_function"],
-        attention_scale=(width // heads) ** -0.5 if hf["scale_attn_weights"] else 1.0,
-        ropes=(),
-        layer_ropes=(-1,) * hf["n_layer"],
-    )
+    return common(named, norm="layer", norm_eps=hf["layer_norm_epsilon"], hidden_act=hf["activation_function"], **changes)
+
+
+# ---- GPT-2: learned positions, q, k and v in one matrix ----
+
+
+def _gpt2(hf: dict[str, Any], **changes) -> ModelConfig:
+    scale = (hf["n_embd"] // hf["n_head"]) ** -0.5 if hf["scale_attn_weights"] else 1.0
+    return _named(hf, attention_scale=scale, ropes=(), layer_ropes=(-1,) * hf["n_layer"], **changes)
 
 
 def _gpt2_layer(c: ModelConfig, layer: int) -> Rows:
@@ -41,17 +49,66 @@ def _gpt2_layer(c: ModelConfig, layer: int) -> Rows:
 GPT2 = Family(
     _gpt2,
     _gpt2_layer,
-    dict(
-        n_positions=1024,
-        n_inner=None,
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        tie_word_embeddings=True,
-    ),
+    DEFAULTS | dict(activation_function="gelu_new", scale_attn_weights=True),
     refused={"scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False)},
-    required=("vocab_size", "n_embd", "n_layer", "n_head"),
-    prefix="transformer.h.{layer}.",
-    ends={"embed": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"},
+    required=REQUIRED,
+    prefix=PREFIX,
+    ends=POSITIONS,
+    pads=False,
+)
+
+
+# ---- GPT-BigCode: the same with one head of keys and values ----
+
+
+def _gpt_bigcode(hf: dict[str, Any]) -> ModelConfig:
+    return _gpt2(hf, num_kv_heads=1 if hf["multi_query"] else hf["n_head"], mlp_bias=True)
+
+
+def _gpt_bigcode_layer(c: ModelConfig, layer: int) -> Rows:
+    width, joint = c.hidden_size, c.hidden_size + 2 * c.num_kv_heads * c.head_dim
+    yield from norm(c, "attn_norm", "ln_1", "attn_norm")
+    yield from linear("qkv_by_head", joint, width, ("heads", "embed"), "attn.c_attn", "attn_qkv", bias=True)
+    yield from linear("o", width, width, ("embed", "heads"), "attn.c_proj", "attn_output", bias=True)
+    yield from norm(c, "mlp_norm", "ln_2", "ffn_norm")
+    yield from plain_mlp(c, "mlp.c_fc", "mlp.c_proj")
+
+
+GPT_BIGCODE = Family(
+    _gpt_bigcode,
+    _gpt_bigcode_layer,
+    DEFAULTS | dict(activation_function="gelu_pytorch_tanh", scale_attn_weights=True, multi_query=True),
+    refused={"add_cross_attention": (None, False)},
+    required=REQUIRED,
+    prefix=PREFIX,
+    ends=POSITIONS,
+    pads=False,
+)
+
+
+# ---- GPT-J: side by side under one norm, neighbours in a part of a head turn, a bias of the head ----
+
+
+def _gptj(hf: dict[str, Any]) -> ModelConfig:
+    rope = Rope(hf["rotary_dim"] or hf["n_embd"] // hf["n_head"], interleaved=True)
+    return _named(hf, ropes=(rope,), parallel_residual=True, shared_norm=True, mlp_bias=True, head_bias=True)
+
+
+def _gptj_layer(c: ModelConfig, layer: int) -> Rows:
+    width = c.hidden_size
+    yield from norm(c, "attn_norm", "ln_1", "attn_norm")
+    for name in "qkv":
+        yield from linear(name, width, width, ("heads", "embed"), f"attn.{name}_proj", f"attn_{name}")
+    yield from linear("o", width, width, ("embed", "heads"), "attn.out_proj", "attn_output")
+    yield from plain_mlp(c, "mlp.fc_in", "mlp.fc_out")
+
+
+GPTJ = Family(
+    _gptj,
+    _gptj_layer,
+    DEFAULTS | dict(n_positions=2048, activation_function="gelu_new", rotary_dim=64, tie_word_embeddings=False),
+    required=REQUIRED,
+    prefix=PREFIX,
+    ends=ENDS,
     pads=False,
 )

@@ -26,6 +26,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "deepseek_v3": ("DeepseekV3", BOTH),
     "ernie4_5": ("Ernie4_5", ()),
     "exaone4": ("Exaone4", BOTH),
+    "falcon": ("Falcon", BOTH),
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
@@ -33,8 +34,10 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "glm4": ("Glm4", BOTH),
     "glm4_moe": ("Glm4Moe", ()),
     "gpt2": ("GPT2", BOTH),
+    "gpt_bigcode": ("GPTBigCode", BOTH),
     "gpt_neox": ("GPTNeoX", BOTH),
     "gpt_oss": ("GptOss", BOTH),
+    "gptj": ("GPTJ", (SEQUENCE,)),
     "granite": ("Granite", ()),
     "granitemoe": ("GraniteMoe", ()),
     "granitemoeshared": ("GraniteMoeShared", ()),
@@ -50,6 +53,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "olmo2": ("Olmo2", (SEQUENCE,)),
     "olmo3": ("Olmo3", (SEQUENCE,)),
     "olmoe": ("Olmoe", ()),
+    "opt": ("OPT", (SEQUENCE,)),
     "phi": ("Phi", BOTH),
     "phi3": ("Phi3", BOTH),
     "qwen2": ("Qwen2", BOTH),
@@ -61,7 +65,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "stablelm": ("StableLm", BOTH),
     "starcoder2": ("Starcoder2", BOTH),
 }
-CLASSIFIERS = ("gpt2", "gpt_neox")  # whose token head is called classifier; everyone else's is score
+CLASSIFIERS = ("falcon", "gpt2", "gpt_bigcode", "gpt_neox")  # whose token head is called classifier; everyone else's is score
 VALUE = {"value": "v_head.summary.weight", "value_bias": "v_head.summary.bias"}
 PATHS = ("score", "score_bias", *VALUE)  # which every method trains
 

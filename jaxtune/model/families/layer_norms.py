@@ -14,9 +14,8 @@ DEFAULTS = dict(num_key_value_heads=None, tie_word_embeddings=False)
 
 
 def _phi(hf: dict[str, Any]) -> ModelConfig:
-    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "head_bias"), True)
-    qk_norm = bool(hf["qk_layernorm"])
-    return common(hf, partial=True, norm="layer", norm_eps=hf["layer_norm_eps"], parallel_residual=True, qk_norm=qk_norm, **biases)
+    on = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "head_bias", "parallel_residual", "shared_norm"), True)
+    return common(hf, partial=True, norm="layer", norm_eps=hf["layer_norm_eps"], qk_norm=bool(hf["qk_layernorm"]), **on)
 
 
 def _phi_layer(c: ModelConfig, layer: int) -> Rows:
@@ -81,13 +80,14 @@ def _stablelm(hf: dict[str, Any]) -> ModelConfig:
         norm_eps=hf["layer_norm_eps"],
         qkv_bias=bool(hf["use_qkv_bias"]),
         parallel_residual=side_by_side,
+        shared_norm=side_by_side,
     )
 
 
 def _stablelm_layer(c: ModelConfig, layer: int) -> Rows:
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
-    if not c.parallel_residual:
+    if not c.shared_norm:
         yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
     yield from mlp(c)
 
