@@ -185,7 +185,7 @@ def test_a_fully_tuned_run_is_its_model(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(format="onnx"), "format 'onnx' is not known; there are hf, peft, gguf"),
+        (dict(format="onnx"), "format 'onnx' is not known; there are hf, text, peft, gguf"),
         (dict(format="gguf", type="q9"), "type 'q9' is not a GGUF type"),
         (dict(merge=True, format="peft"), "format peft is for an adapter as it is"),
         (dict(merge=True, dtype="int8"), "dtype 'int8' is not one of"),
