@@ -98,6 +98,9 @@ CASES = {
     | dict(model_type="deepseek_v2", q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=3.0),
     "deepseek_v3": DEEPSEEK
     | dict(model_type="deepseek_v3", attention_bias=True, rope_scaling=YARN | dict(beta_fast=4.0, mscale=1.0, mscale_all_dim=1.0)),
+    "ernie4_5_moe": SMALL
+    | dict(model_type="ernie4_5_moe", tie_word_embeddings=True, moe_num_experts=5, moe_k=2, moe_intermediate_size=20)
+    | dict(moe_num_shared_experts=1, moe_layer_start_index=1),
     "gemma": TINY | GEMMA | dict(model_type="gemma", hidden_act="gelu"),
     "gemma2": TINY
     | GEMMA
@@ -276,7 +279,7 @@ def make_model(config: dict, seed: int):
             else:
                 p.add_(0.2 * torch.randn(p.shape))
             p.copy_(p.half().float())
-        for name, b in model.named_buffers():
+        for name, b in (*model.named_buffers(), *model.named_parameters()):
             if name.endswith("e_score_correction_bias"):
                 b.copy_((0.2 * torch.randn(b.shape)).half().float())
     return model

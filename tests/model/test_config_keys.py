@@ -17,7 +17,8 @@ NO_LOGITS = {
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
                   "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn"}  # fmt: skip
 # keys beside which others count, or that the class has no default for
-NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2)}
+NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+          "ernie4_5_moe": dict(moe_layer_end_index=20)}
 UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "gpt_bigcode": {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
           **dict.fromkeys(("deepseek_v2", "deepseek_v3"), {"head_dim", "qk_head_dim"})}  # transformers reads them nowhere

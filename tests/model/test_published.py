@@ -154,6 +154,10 @@ PUBLISHED = {
         dict(model_type="deepseek_v3", vocab_size=129280, first_k_dense_replace=3) | size(7168, 18432, 61, 128),
         671026419200,
     ),
+    "ERNIE-4.5-21B-A3B": (
+        dict(model_type="ernie4_5_moe", vocab_size=103424, num_key_value_heads=4, head_dim=128) | size(2560, 12288, 28, 20),
+        21825437888,
+    ),
     "GLM-4.5-Air": (
         dict(model_type="glm4_moe", vocab_size=151552, head_dim=128, attention_bias=True) | size(4096, 10944, 46, 96),
         106852251264,

@@ -104,6 +104,7 @@ SWITCHES = {
     "dynamic": {"rope 0 kind"},
     "ernie4_5": {"interleaved", "_bias"},
     "exaone4": {"layer_ropes", "layer_windows", "window of one more", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm"},
+    "ernie4_5_moe": {"interleaved", "moe chosen", "moe normalize", "moe shared", "router_correction"},
     "falcon": {"parallel_residual", "_bias", "norm", "norm_eps", "attn_norm", "mlp_norm", "hidden_act"},
     "falcon_one_head": {"parallel_residual", "shared_norm", "_bias"},
     "gemma": {"embed_scale", "norm", "hidden_act"},

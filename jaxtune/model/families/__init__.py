@@ -18,6 +18,7 @@ from jaxtune.model.families import heads, nested
 from jaxtune.model.families.base import Family, ModelConfig, Moe
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
+from jaxtune.model.families.ernie import ERNIE4_5_MOE
 from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.glm import GLM, GLM4
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "falcon": FALCON,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -119,7 +121,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, **heads.fields(settings), hf_json=json.dumps(hf))
 
 
-_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts")  # whose tensors are listed one by one
+# whose tensors are listed one by one
+_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
            "moe_intermediate_size")  # fmt: skip

@@ -26,6 +26,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "deepseek_v3": ("DeepseekV3", BOTH),
     "ernie4_5": ("Ernie4_5", ()),
     "exaone4": ("Exaone4", BOTH),
+    "ernie4_5_moe": ("Ernie4_5_Moe", ()),
     "falcon": ("Falcon", BOTH),
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
