@@ -35,12 +35,12 @@ TINY = dict(
 SMALL = TINY | dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24)  # for cases about one thing
 DEEPSEEK = {key: value for key, value in SMALL.items() if key != "head_dim"} | dict(num_key_value_heads=4)
 DEEPSEEK |= dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10)
-DEEPSEEK |= dict(moe_intermediate_size=20, n_routed_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3, first_k_dense_replace=1)
+DEEPSEEK |= dict(moe_intermediate_size=20, n_routed_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3)
 GEMMA = dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
 NO_HEAD_DIM = {key: value for key, value in TINY.items() if key != "head_dim"}
 PHI3 = NO_HEAD_DIM | dict(hidden_size=64, intermediate_size=40, num_hidden_layers=2)
 GRANITEMOE = dict(attention_multiplier=0.4, embedding_multiplier=3.0, residual_multiplier=0.22, logits_scaling=4.0)
-GRANITEMOE |= dict(num_local_experts=5, num_experts_per_tok=2, tie_word_embeddings=True)
+GRANITEMOE |= dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=20, tie_word_embeddings=True)
 QWEN3_MOE = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, intermediate_size=32)
 BARE = {key: value for key, value in SMALL.items() if key not in ("head_dim", "rms_norm_eps")} | dict(hidden_size=32)
 MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
@@ -84,9 +84,8 @@ CASES = {
     "qwen2": NO_HEAD_DIM
     | dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen2_full": SMALL | dict(model_type="qwen2", use_sliding_window=False, sliding_window=5, max_window_layers=0),
-    "qwen2_moe": NO_HEAD_DIM
-    | dict(model_type="qwen2_moe", num_hidden_layers=3, mlp_only_layers=[1], num_experts=6, num_experts_per_tok=3)
-    | dict(moe_intermediate_size=20, shared_expert_intermediate_size=24, norm_topk_prob=False)
+    "qwen2_moe": SMALL
+    | dict(model_type="qwen2_moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, shared_expert_intermediate_size=20)
     | dict(use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": TINY | dict(model_type="qwen3"),
     "qwen3_yarn": SMALL | dict(model_type="qwen3", attention_bias=True, rope_scaling=YARN | dict(beta_fast=4.0, beta_slow=1.0)),
@@ -95,12 +94,14 @@ CASES = {
     | dict(model_type="qwen3_moe", norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[1], num_hidden_layers=4),
     "qwen3_moe_raw": SMALL | QWEN3_MOE | dict(model_type="qwen3_moe", norm_topk_prob=False, use_sliding_window=True, sliding_window=5),
     "deepseek_v2": DEEPSEEK
-    | dict(model_type="deepseek_v2", q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=3.0),
+    | dict(model_type="deepseek_v2", q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=3.0)
+    | dict(first_k_dense_replace=0),
     "deepseek_v3": DEEPSEEK
-    | dict(model_type="deepseek_v3", attention_bias=True, rope_scaling=YARN | dict(beta_fast=4.0, mscale=1.0, mscale_all_dim=1.0)),
+    | dict(model_type="deepseek_v3", first_k_dense_replace=1, attention_bias=True)
+    | dict(rope_scaling=YARN | dict(beta_fast=4.0, mscale=1.0, mscale_all_dim=1.0)),
     "ernie4_5_moe": SMALL
-    | dict(model_type="ernie4_5_moe", tie_word_embeddings=True, moe_num_experts=5, moe_k=2, moe_intermediate_size=20)
-    | dict(moe_num_shared_experts=1, moe_layer_start_index=1),
+    | dict(model_type="ernie4_5_moe", tie_word_embeddings=True, moe_num_experts=6, moe_k=3, moe_intermediate_size=20)
+    | dict(moe_num_shared_experts=1, moe_layer_start_index=0),
     "gemma": TINY | GEMMA | dict(model_type="gemma", hidden_act="gelu"),
     "gemma2": TINY
     | GEMMA
@@ -160,14 +161,14 @@ CASES = {
         sliding_window=5,
     ),
     "olmo2": TINY | dict(model_type="olmo2"),
-    "olmoe": NO_HEAD_DIM
-    | dict(model_type="olmoe", num_hidden_layers=2, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None),
+    "olmoe": SMALL
+    | dict(model_type="olmoe", head_dim=4, intermediate_size=20, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=None),
     "glm4_moe": SMALL
-    | dict(model_type="glm4_moe", attention_bias=True, use_qk_norm=True, n_routed_experts=5, num_experts_per_tok=2)
-    | dict(num_nextn_predict_layers=0, moe_intermediate_size=20, routed_scaling_factor=1.5, norm_topk_prob=False)
+    | dict(model_type="glm4_moe", attention_bias=True, use_qk_norm=True, n_routed_experts=6, num_experts_per_tok=3)
+    | dict(first_k_dense_replace=0, num_nextn_predict_layers=0, moe_intermediate_size=20, routed_scaling_factor=1.5, norm_topk_prob=False)
     | dict(partial_rotary_factor=0.5),
-    "gpt_oss": TINY
-    | dict(model_type="gpt_oss", num_hidden_layers=2, intermediate_size=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=5)
+    "gpt_oss": SMALL
+    | dict(model_type="gpt_oss", intermediate_size=20, num_local_experts=6, num_experts_per_tok=3, sliding_window=5)
     | dict(swiglu_limit=0.7, rope_scaling=YARN | dict(truncate=False, beta_fast=4.0)),
     "granite": TINY
     | dict(

@@ -89,7 +89,7 @@ def _refuse_shapes(c: ModelConfig, architecture: str) -> None:
     computed = "gelu_pytorch_tanh" if architecture.startswith("gemma") else "silu"
     if ACTIVATIONS[c.hidden_act] is not ACTIVATIONS[computed]:
         raise ModelError(f"llama.cpp computes {computed} in a {architecture} model; this one has hidden_act {c.hidden_act}")
-    if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "olmo2", "olmoe", "phi3"):
+    if c.num_heads * c.head_dim != c.hidden_size and architecture in ("qwen2", "qwen2moe", "olmo2", "olmoe", "phi3"):
         raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {architecture} model; not this one")
 
 

@@ -207,7 +207,9 @@ def feed_forward(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place
         return _mlp(config, w, x_BTD), None
     segments = place.queries.segments
     mixed, sums = mixture(config, w, x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
-    if config.moe is None or not config.moe.shared_intermediate_size:
+    assert config.moe is not None
+    sums = None if config.moe.aux_loss_coef is None else sums
+    if not config.moe.shared_intermediate_size:
         return mixed, sums
     shared = _mlp(config, w, x_BTD, "shared_")
     if "shared_router" in w:

@@ -71,8 +71,9 @@ def test_sums_are_pooled_over_expert_layers_and_count_no_padding(case):
     assert float(jnp.abs(stack["router"]).max()) > 0
 
 
-def test_dense_models_have_no_sums():
-    golden = references.load("linear")
+@pytest.mark.parametrize("case", ["linear", "glm4_moe"])
+def test_dense_models_and_those_without_the_loss_have_no_sums(case):
+    golden = references.load(case)
     config = from_hf(golden.config)
     assert decoder.hidden(config, references.tree(config, golden.tensors), golden.documents[0][None]).aux is None
 

@@ -27,7 +27,7 @@ class Moe:
     intermediate_size: int
     layers: tuple[int, ...]
     normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
-    aux_loss_coef: float  # weight of the load-balancing loss in training
+    aux_loss_coef: float | None  # config.json's weight of the load-balancing loss; None: transformers has no such loss of this family
     shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
     sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
     groups: tuple[int, int] = (1, 1)  # experts lie in so many groups, and a token goes to those of so many

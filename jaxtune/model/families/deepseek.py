@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, Latent, ModelConfig, common
+from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
@@ -13,15 +13,15 @@ from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
 
-def _experts_of(hf: dict[str, Any], **changes):
+def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
     """All layers from `first_k_dense_replace` on; transformers has no load-balancing loss for these."""
     number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
     layers, inner = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])), hf["moe_intermediate_size"]
     groups = (hf["n_group"] or 1, hf["topk_group"] or 1)
     if number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
         raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
-    fields = dict(
-        aux_loss_coef=0.0,
+    fields: dict[str, Any] = dict(
+        aux_loss_coef=None,
         shared_intermediate_size=inner * hf["n_shared_experts"],
         groups=groups,
         scale=float(hf["routed_scaling_factor"]),

@@ -25,7 +25,7 @@ def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], norm
     chosen = hf["num_experts_per_tok"]
     if chosen > experts:
         raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
-    fields = dict(aux_loss_coef=float(hf.get("router_aux_loss_coef") or 0.0)) | changes
+    fields: dict[str, Any] = dict(aux_loss_coef=float(hf.get("router_aux_loss_coef") or 0.0)) | changes
     return Moe(experts, chosen, inner, tuple(layers), normalize, **fields) if layers else None
 
 
