@@ -168,14 +168,12 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. Not to norms and biases, as in HF's Trainer, nor to a router's
-    correction; to an adapter's arrays it does."""
+    """A tree of bool: whether weight decay applies. Not to norms and biases, as in HF's Trainer; to an adapter's arrays it does."""
 
     def one(path, leaf):
         name = _name(path)
-        last = name.rpartition("/")[2]
-        plain = _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias|correction", last)
-        return plain or name.startswith("params/") and "bias" not in last
+        own = name.rpartition("/")[2]
+        return name.startswith("params/") and "bias" not in own or _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias|correct", own)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
