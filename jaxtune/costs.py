@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.config import Config
+from jaxtune.model import delta
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
@@ -75,9 +76,13 @@ def inputs_kept(config: Config, model_config: ModelConfig) -> int:
 
 
 def _groups(model_config: ModelConfig, first: int = 0) -> list[tuple[int, int]]:
-    """`(number of groups, layers of each)` of the model from the stack of layer `first` on."""
-    stacks = [number for number, layers in enumerate(model_config.stacks) if layers[-1] >= first]
-    return [part[1:] for stack in stacks for part in groups(model_config, stack)]
+    """`(inputs kept, layers from one to the next)` of the model from the stacks of layer `first` on."""
+    found = []
+    for pattern in model_config.patterns:
+        width = sum(pattern.times)
+        if pattern.stacks[-1][-1] >= first:
+            found += [(number, size * width) if size > 1 else (number * width, 1) for _, number, size in groups(model_config, pattern)]
+    return found
 
 
 def _shares(config: Config, model_config: ModelConfig) -> tuple[float, float, bool]:
@@ -92,7 +97,8 @@ def _shares(config: Config, model_config: ModelConfig) -> tuple[float, float, bo
 
 
 class _Products(NamedTuple):
-    """Multiplications of one token's forward pass: of the layers' matrices, those of them that remat repeats, the head, attention."""
+    """Multiplications of one token's forward pass: of the layers' matrices, those of them that remat repeats, the head, attention (linear
+    attention's rule too)."""
 
     layers: float
     repeated: float
@@ -115,8 +121,10 @@ def _products(model_config: ModelConfig, length: int, trained: int | None, atten
         repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
     outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
     seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
-    spans = sum(min(seen, 2 * window or seen) for window in model_config.layer_windows)
-    return _Products(layers, repeated, outputs * model_config.hidden_size, model_config.num_heads * model_config.head_dim * spans)
+    spans = sum(min(seen, 2 * model_config.layer_windows[layer] or seen) for layer in model_config.attending)
+    mixed = model_config.num_heads * model_config.head_dim * spans
+    mixed += len(model_config.delta.layers) * delta.products(model_config.delta) if model_config.delta else 0
+    return _Products(layers, repeated, outputs * model_config.hidden_size, mixed)
 
 
 def flops(

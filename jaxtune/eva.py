@@ -25,7 +25,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.attention import Keys
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.stack import Shared, one_layer
+from jaxtune.model.layer import Shared, one_layer
 from jaxtune.model.weight import Matrix, Weight, linear
 from jaxtune.peft import METHODS
 from jaxtune.peft.adapter import Adapter
@@ -34,7 +34,8 @@ from jaxtune.peft.sites import Site, adaptable, is_parameter, names
 
 log = logging.getLogger("jaxtune")
 
-SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}  # matrices of a layer that are given what another one is given
+# matrices of a layer that are given what another one is given
+SAME_INPUT = {"k": "q", "v": "q", "up": "gate", "in_z": "in_qkv", "in_b": "in_qkv", "in_a": "in_qkv"}
 MOST = 256  # micro-batches that are looked at, whether or not all components stand still by then
 
 
@@ -130,15 +131,14 @@ class Watch:
             return True
         x_BTD, shared = _enter(self.model_config, self.params, batch)
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        for stack in range(len(self.model_config.stacks)):
+        for stack, layer in self.model_config.places:
             paths = tuple(path for path in sorted(set(self.input_of.values())) if path.startswith(f"layers/{stack}/"))
-            for layer in range(len(self.model_config.stacks[stack])):
-                before = {path: self.found[path, layer] for path in paths}
-                going = {path: self.going[path, layer] for path in paths}
-                weights = self.params["layers"][str(stack)]
-                static = self.model_config, stack, self.settings.tau
-                x_BTD, after = _layer(*static, weights, jnp.int32(layer), x_BTD, shared, live_BT, before, going, key)
-                self.found |= {(path, layer): components for path, components in after.items()}
+            before = {path: self.found[path, layer] for path in paths}
+            going = {path: self.going[path, layer] for path in paths}
+            weights = self.params["layers"][str(stack)]
+            static = self.model_config, stack, self.settings.tau
+            x_BTD, after = _layer(*static, weights, jnp.int32(layer), x_BTD, shared, live_BT, before, going, key)
+            self.found |= {(path, layer): components for path, components in after.items()}
         numbers = parallel.fetch({key: (one.values, one.total, one.still) for key, one in self.found.items()})
         self.ranks = self._share_out(numbers)
         for place in self.found:

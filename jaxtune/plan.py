@@ -35,6 +35,7 @@ from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.generation.batches import fitting_rows
 from jaxtune.largest import largest
 from jaxtune.model.families import ModelConfig
+from jaxtune.objectives.answers import unshared
 from jaxtune.objectives.distill import TEACHER
 from jaxtune.planned import Plan, show, side_by_side
 from jaxtune.shapes import abstract_step
@@ -58,6 +59,7 @@ def plan(
     """
     config = load_config(config, overrides)
     where, model_config = find_target(target), _model(config)
+    config = unshared(config, model_config)
     if where.name == "here":  # with the rows it is the program that `train` looks for
         enable_cache(config)
     if auto is not None:
@@ -76,6 +78,7 @@ WHOLE = {"trainable_parameters": ()}  # of an adapter there are none
 def compare(config: Config, target: str) -> dict[str, Plan | str]:
     """The same run by full tuning, LoRA and QLoRA; a reason where a method cannot be used."""
     where, model_config = find_target(target), _model(config)
+    config = unshared(config, model_config)
     rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
     found: dict[str, Plan | str] = {}
     for method, quantization in (("full", None), ("lora", None), ("qlora", config.quantization or "nf4-dq")):

@@ -20,11 +20,11 @@ from jaxtune import cli, compilation, data, distributed, errors, metrics, optim,
 from jaxtune.background import Background
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
-from jaxtune.config.objectives import draws_answers
+from jaxtune.config.objectives import ON_TOKENS, draws_answers
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
-from jaxtune.convert.load import Model, Opened, open_model
+from jaxtune.convert.load import Model, Opened, open_config, open_model
 from jaxtune.disk import write_text
 from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
@@ -32,6 +32,7 @@ from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.kernels import check_attention
 from jaxtune.loop import Loop
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives.answers import unshared
 from jaxtune.on_policy import OnPolicy
 from jaxtune.peft import METHODS, beginnings, compose
 from jaxtune.peft.adapter import Adapter
@@ -97,7 +98,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before anything long is done
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
-    opened = open_model(runfolder.base_of(runfolder.folder_of(config), config) if config.resume else config.model)
+    opened = open_model(_base(config))
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
     with Background(lambda: start.read_weights(config, opened, mesh)) as weights:
@@ -157,13 +158,19 @@ def _check_tables(config: Config) -> None:
 
 
 def settled(config: Config) -> Config:
-    """With the values that depend on the machine."""
+    """With the values that depend on the machine, and on the model."""
     changes: dict[str, Any] = {}
     if config.dtype == "auto":
         changes["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{Path(config.model.partition('#')[0]).stem}-{config.method}-{config.objective}"
-    return config.replace(**changes)
+    config = config.replace(**changes)
+    return config if config.objective in ON_TOKENS else unshared(config, open_config(_base(config)))
+
+
+def _base(config: Config) -> str:
+    """The model that the run trains over."""
+    return runfolder.base_of(runfolder.folder_of(config), config) if config.resume else config.model
 
 
 def _check_folder(config: Config) -> None:

@@ -47,6 +47,20 @@ MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window
 OLD = {key: BARE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")}
 FALCON = OLD | dict(model_type="falcon", ffn_hidden_size=24, layer_norm_epsilon=1e-3)
 COHERE = BARE | dict(tie_word_embeddings=True, logit_scale=0.25)
+QWEN3_5 = dict(
+    num_hidden_layers=6,
+    full_attention_interval=3,
+    hidden_size=16,
+    intermediate_size=24,
+    tie_word_embeddings=True,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True
+    ),
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -150,6 +164,7 @@ CASES = {
             type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], long_factor=[1.0, 1.5, 2.5, 4.0, 8.0, 16.0]
         ),
     ),
+    "qwen3_5": TINY | QWEN3_5 | dict(model_type="qwen3_5_text"),
     "smollm3": TINY | dict(model_type="smollm3", tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0]),
     "smollm3_window": SMALL
     | dict(
@@ -238,6 +253,12 @@ CASES |= {
         model_type="qwen2_vl",
         **QWEN_VL | dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])),
         vision_config=VISUAL | dict(embed_dim=8, hidden_size=32),
+    ),
+    "qwen3_5_nested": dict(
+        model_type="qwen3_5",
+        text_config=TINY | QWEN3_5 | dict(model_type="qwen3_5_text", num_hidden_layers=2, full_attention_interval=2),
+        vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4),
+        tie_word_embeddings=True,
     ),
     "qwen3_vl": dict(
         model_type="qwen3_vl",

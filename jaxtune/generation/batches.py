@@ -11,9 +11,10 @@ from jaxtune import parallel
 from jaxtune.errors import ModelError
 from jaxtune.generation.answer import Answer
 from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
-from jaxtune.model import virtual
+from jaxtune.model import decoder, virtual
 from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
+from jaxtune.tree import nbytes
 
 CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
 MOST_ROWS = 64  # rows of a batch, on each device that holds rows of its own, if no batch_size is given; or as many as
@@ -106,6 +107,6 @@ def _bucket(n: int, least: int = 1) -> int:
 def fitting_rows(config: Any, prompt: int, new: int) -> tuple[int, int]:
     """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`; and the bytes of one row's cache."""
     prompt = _bucket(prompt, LEAST_TOKENS)
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize * (prompt + new)
+    cache = nbytes(jax.eval_shape(lambda: decoder.init_cache(config, 1, prompt + new).memory))
     scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
     return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores))), cache

@@ -63,9 +63,8 @@ def prefill(
     cache, hidden_BD = out.cache, out.hidden_BTD[:, -1]
     if prompt_B is not None:
         seen_BV, hidden_BD = jax.tree.map(lambda x: x[prompt_B], (seen_BV, hidden_BD))
-        cache = cache.replace(
-            k=cache.k[:, prompt_B], v=cache.v[:, prompt_B], positions=cache.positions[prompt_B], segments=cache.segments[prompt_B]
-        )
+        memory = jax.tree.map(lambda x: x[:, prompt_B], cache.memory)
+        cache = cache.replace(memory=memory, positions=cache.positions[prompt_B], segments=cache.segments[prompt_B])
     state = State(
         cache=cache,
         tokens_BN=jnp.full((B, new), NONE, jnp.int32),
@@ -123,4 +122,5 @@ def with_slots(state: State, size: int) -> State:
         return jnp.pad(x, [(0, extra if n == axis else 0) for n in range(x.ndim)])
 
     c = state.cache
-    return state.replace(cache=c.replace(k=grow(c.k, 2), v=grow(c.v, 2), positions=grow(c.positions, 1), segments=grow(c.segments, 1)))
+    memory = c.memory._replace(k=grow(c.memory.k, 2), v=grow(c.memory.v, 2))
+    return state.replace(cache=c.replace(memory=memory, positions=grow(c.positions, 1), segments=grow(c.segments, 1)))

@@ -1,18 +1,20 @@
 """One layer: attention and feed-forward around the residual stream. Optional parts are used where the tree has them."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxtune.model import virtual
-from jaxtune.model.attention import Keys, attend
+from jaxtune.model.attention import attend
+from jaxtune.model.delta import delta_net
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.families.base import Latent
 from jaxtune.model.layers import ACTIVATIONS, NORMS
 from jaxtune.model.layout import constrain, each_part, partition, split
+from jaxtune.model.memory import Memory, Place
 from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
@@ -22,22 +24,12 @@ LATENT_EPS = 1e-6  # of the norms of latents: transformers', whatever rms_norm_e
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
 
 
-class Place(NamedTuple):
-    """Where a layer works: its rotation, its window, the tokens' places, its number (its slice of the cache)."""
-
-    cos: jax.Array
-    sin: jax.Array
-    window: jax.Array
-    queries: Keys
-    keys: Keys
-    number: jax.Array
-
-
-def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
-    """One layer; `kv` is the cache's (k, v) of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
+def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
+    """One layer; `kv` is the cache's memory of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
+    mixer = delta_net if "conv" in w else attention
 
     def attend_to(x_BTD):
-        return attention(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
+        return mixer(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
 
     if config.remat in RECOMPUTED and kv is None:  # of attention, only what its backward pass starts from waits for the rest of the layer
         kept = jax.checkpoint_policies.save_only_these_names("attention")
@@ -67,9 +59,9 @@ def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
 # ---- attention ----
 
 
-def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv):
+def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
     """Self-attention with grouped key/value heads and rotary positions."""
-    q, k, v = projections(config, w, x_BTD)
+    q, k, v, gate = projections(config, w, x_BTD)
     if not config.qk_norm_last:
         q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
     q, k = (rotate(x, place.cos, place.sin, config.interleaved) for x in (q, k))
@@ -83,12 +75,14 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
         k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:
         start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
-        kv = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv, (k, v), strict=True))
-        k, v = (jax.lax.dynamic_index_in_dim(cached, place.number, keepdims=False) for cached in kv)
+        cached = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv[:2], (k, v), strict=True))
+        kv = kv._replace(k=cached[0], v=cached[1])
+        k, v = (jax.lax.dynamic_index_in_dim(x, place.number, keepdims=False) for x in cached)
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
     mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
     mixed = mixed if config.latent is None else mixed[..., : config.latent.value]
+    mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
 
 
@@ -112,29 +106,34 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
     return parts(q, k, v, sinks_H, place.queries, place.keys, place.window)
 
 
-def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`.
+def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and what the result's gate is made of, `[B, T, H, h]` (None: it has none).
 
     From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or the queries of each head of keys, that head,
-    its values ("qkv_by_head"), or from latents.
+    its values ("qkv_by_head"), or from latents; a gate comes with the queries, head by head ("q_and_gate").
     """
     if config.latent is not None:
-        return _from_latents(config, config.latent, w, x_BTD)
+        return *_from_latents(config, config.latent, w, x_BTD), None
     B, T, _ = x_BTD.shape
     H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
+    gate = None
     if "qkv_by_head" in w:
         joint = linear(w["qkv_by_head"], x_BTD, w.get("qkv_by_head_bias")).reshape(B, T, K, H // K + 2, h)
         parts = [joint[:, :, :, :-2], joint[:, :, :, -2], joint[:, :, :, -1]]
     elif "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
-        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q", "k", "v")]
+        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q_and_gate" if "q_and_gate" in w else "q", "k", "v")]
     if config.qkv_clip:
         parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
-    return tuple(part.reshape(B, T, -1, h) for part in parts)
+    if "q_and_gate" in w:
+        parts[0], gate = jnp.split(parts[0].reshape(B, T, H, 2 * h), 2, axis=-1)
+        gate = checkpoint_name(gate, "attention")
+    q, k, v = (part.reshape(B, T, -1, h) for part in parts)
+    return q, k, v, gate
 
 
-def _from_latents(config: ModelConfig, latent: Latent, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+def _from_latents(config: ModelConfig, latent: Latent, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What turns comes first in a head, here, so that it turns as in any model; values are filled up with zeros to a key's size."""
 
     def linear_of(name, x):

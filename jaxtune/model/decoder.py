@@ -1,6 +1,6 @@
 """The decoder: tokens -> hidden states -> logits, as pure functions of (config, params).
 
-Layers of one kind make a stack: a stack is model/stack.py, one layer model/block.py.
+Layers of one kind make a stack: stacks are model/stack.py, one layer model/block.py.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,19 @@ from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import norm
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.layer import Shared
 from jaxtune.model.layout import constrain
+from jaxtune.model.memory import Memory
 from jaxtune.model.moe import RouterSums
 from jaxtune.model.rope import cos_sin
-from jaxtune.model.stack import Shared, run
+from jaxtune.model.stack import run
 from jaxtune.model.weight import linear, rows
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens so far, `[L, B, S, K, h]`, and where they stand, `[B, S]`; `length` slots are filled."""
+    """What the layers keep of the tokens so far, and where keys and values stand, `[B, S]`; `length` slots are filled."""
 
-    k: jax.Array
-    v: jax.Array
+    memory: Memory
     positions: jax.Array
     segments: jax.Array
     length: jax.Array
@@ -33,9 +34,13 @@ class Cache(struct.PyTreeNode):
 
 def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     """An empty cache for `batch` rows of up to `size` tokens."""
-    kv = jnp.zeros((config.num_layers, batch, size, config.num_kv_heads, config.head_dim), config.dtype)
+    kv = jnp.zeros((len(config.attending), batch, size, config.num_kv_heads, config.head_dim), config.dtype)
+    state = tail = None
+    if (d := config.delta) is not None:
+        state = jnp.zeros((len(d.layers), batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32)
+        tail = jnp.zeros((len(d.layers), batch, d.kernel - 1, d.channels), config.dtype)
     ids = jnp.zeros((batch, size), jnp.int32)
-    return Cache(kv, kv, ids, ids, jnp.zeros((), jnp.int32))
+    return Cache(Memory(kv, kv, state, tail), ids, ids, jnp.zeros((), jnp.int32))
 
 
 class Output(NamedTuple):
@@ -86,6 +91,9 @@ def hidden(
     some (None: where there is no cache).
     """
     (B, T), given = tokens_BT.shape, positions_BT is not None
+    if config.carries_state and (parents_BT is not None or virtual.count(params)):
+        what = "shared prompts (data.shared_prompts: false)" if parents_BT is not None else "virtual tokens (method: lora)"
+        raise ModelError(f"layers of this {config.model_type} model carry a state through each document, so that there are no {what}")
     if segments_BT is None:
         segments_BT = jnp.ones((B, T), jnp.int32)
     if positions_BT is None:
@@ -107,17 +115,17 @@ def hidden(
             positions=jax.lax.dynamic_update_slice(cache.positions, positions_BT, (0, start)),
             segments=jax.lax.dynamic_update_slice(cache.segments, segments_BT, (0, start)),
         )
-        keys = Keys(jnp.broadcast_to(jnp.arange(cache.k.shape[2]), cache.positions.shape), cache.positions, cache.segments)
+        keys = Keys(jnp.broadcast_to(jnp.arange(cache.positions.shape[1]), cache.positions.shape), cache.positions, cache.segments)
         keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
 
     x_BTD, shared = entered(config, params, x_BTD, queries, keys)
-    kv, routed = None if cache is None else (cache.k, cache.v), []
-    for stack in range(len(config.stacks)):
-        weights = virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)]
-        x_BTD, kv, sums = run(config, stack, weights, x_BTD, shared, kv)
-        routed += [sums] if sums is not None else []
+    kv, routed = None if cache is None else cache.memory, []
+    for pattern in config.patterns:
+        weights = [virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
+        x_BTD, kv, sums = run(config, pattern, weights, x_BTD, shared, kv)
+        routed += [of_stack for of_stack in sums if of_stack is not None]
     if cache is not None and kv is not None:
-        cache = cache.replace(k=kv[0], v=kv[1], length=cache.length + T)
+        cache = cache.replace(memory=kv, length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
     x_BTD = x_BTD[:, P:] if P and first else x_BTD
     return Output(norm(config, params, "norm", x_BTD), cache, aux)

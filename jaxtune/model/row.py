@@ -39,13 +39,13 @@ class Row(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a linear layer's, quantised and adapted as such: not norms, biases, embeddings, routers, experts."""
+        """Whether it is a linear layer's, quantised and adapted as such: not norms, biases, embeddings, convolutions, routers, experts."""
         return bool(self.layers) and len(self.shape) == 3 and "experts" not in self.axes and self.init == "normal"
 
     @property
     def is_experts(self) -> bool:
         """Whether it stacks matrices of experts, `[L, E, out, in]`."""
-        return len(self.shape) == 4
+        return "experts" in self.axes and len(self.shape) == 4
 
     @property
     def can_be_packed(self) -> bool:

@@ -1,4 +1,7 @@
-"""A stack of equal layers, one after the other, and what its backward pass keeps of them.
+"""Stacks of equal layers, one layer after the other, and what their backward pass keeps of them.
+
+Stacks of one pattern (`ModelConfig.patterns`) are gone through in units, which have some layers of each; mostly there is one stack, whose
+units are its layers.
 
 Where layers are computed again, the backward pass is written here, not derived: it goes through groups of layers, last first, from the
 input of each group (Chen et al., arXiv 1604.06174), makes the inputs of its layers again, then each layer itself. A layer's weights are
@@ -11,33 +14,20 @@ step is then part of the backward pass.
 | `dots`    | products and attention                      | the rest                                  |
 | `full`    | each layer's input                          | each layer                                |
 | `offload` | each layer's input, in the host's memory    | each layer                                |
-| `groups`  | the inputs of about sqrt(L) groups          | each layer, and all but a group's last one twice |
+| `groups`  | the inputs of about sqrt(L) groups of units | each layer, and all but a group's last one twice |
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxtune.model import nf4_kernel
-from jaxtune.model.attention import Keys
-from jaxtune.model.block import RECOMPUTED, Place, block
-from jaxtune.model.families import ModelConfig
-from jaxtune.model.layout import constrain, split
-from jaxtune.model.quant import NF4, Int8
-from jaxtune.model.spec import spec
-
-
-class Shared(NamedTuple):
-    """What all layers work with: rotations `[R, B, T, h / 2]` and the tokens' places."""
-
-    cos: jax.Array
-    sin: jax.Array
-    queries: Keys
-    keys: Keys
+from jaxtune.model.block import RECOMPUTED
+from jaxtune.model.families import ModelConfig, Pattern
+from jaxtune.model.layer import Layer, Shared, cut, name_of, one_layer, opened
 
 
 class Update(struct.PyTreeNode):
@@ -58,199 +48,179 @@ class Update(struct.PyTreeNode):
     taken: list = struct.field(pytree_node=False)
 
 
-def run(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared, kv):
-    """`x_BTD` after all layers of that stack, the cache's (k, v), and the sums of its routers (None without experts)."""
+def run(config: ModelConfig, pattern: Pattern, weights: list[dict], x_BTD: jax.Array, shared: Shared, kv):
+    """`x_BTD` after all layers of a pattern, the cache's memory, and of each stack the sums of its routers (None without
+    experts). `weights`: of each stack."""
     sums: Any  # the routers' of each layer
     if kv is None and config.remat in RECOMPUTED:
-        weights = dict(weights)
-        x_BTD, sums = _recomputed(config, stack, weights, x_BTD, shared, weights.pop("update", None))
+        weights = [dict(own) for own in weights]
+        x_BTD, sums = _recomputed(config, pattern, weights, x_BTD, shared, [own.pop("update", None) for own in weights])
+        sums = jax.tree.map(lambda x: x.sum(1), sums)
     else:
+        stacked = [opened(config, stack, own) for stack, own in zip(pattern.numbers, weights, strict=True)]
 
-        weights, whole = _opened(config, stack, weights)
+        def unit(carry, scanned):
+            number, weights = scanned
+            sums = []
+            for stack, times, own, (_, whole) in zip(pattern.numbers, pattern.times, weights, stacked, strict=True):
 
-        def layer(carry, scanned):
-            number, w = scanned
-            x_BTD, kv, sums = one_layer(config, stack, number, whole(w, number), carry[0], shared, carry[1])
-            return (x_BTD, kv), sums
+                def layer(carry, scanned, stack=stack, whole=whole):
+                    number, w = scanned
+                    x_BTD, kv, sums = one_layer(config, stack, number, whole(w, number), carry[0], shared, carry[1])
+                    return (x_BTD, kv), sums
 
-        if config.remat == "dots":
-            kept = jax.checkpoint_policies.save_only_these_names("linear", "attention")
-            layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)  # a scan cannot be CSE'd across
-        (x_BTD, kv), sums = jax.lax.scan(layer, (x_BTD, kv), (jnp.arange(len(config.stacks[stack])), weights))
+                if config.remat == "dots":
+                    kept = jax.checkpoint_policies.save_only_these_names("linear", "attention")
+                    layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)  # a scan cannot be CSE'd across
+                # weights go in as they come: of a slice of them autodiff would keep a copy for each layer
+                carry, of_stack = layer(carry, (number, own)) if times == 1 else jax.lax.scan(layer, carry, (_layers(number, times), own))
+                sums.append(of_stack if times == 1 else jax.tree.map(lambda x: x.sum(0), of_stack))
+            return carry, sums
+
+        def by_unit(own: dict, times: int) -> dict:
+            return own if times == 1 else jax.tree.map(lambda x: x.reshape(pattern.units, times, *x.shape[1:]), own)
+
+        scanned = [by_unit(own, times) for (own, _), times in zip(stacked, pattern.times, strict=True)]
+        (x_BTD, kv), sums = jax.lax.scan(unit, (x_BTD, kv), (jnp.arange(pattern.units), scanned))
     return x_BTD, kv, jax.tree.map(lambda x: x.sum(0), sums)
-
-
-def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
-    """`x_BTD` after layer `number` of the stack, whose weights are `w`; the cache's (k, v) and its router's sums."""
-    layers = config.stacks[stack]
-    rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
-    window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
-    place = Place(shared.cos[rope], shared.sin[rope], window, shared.queries, shared.keys, jnp.asarray(layers)[number])
-    x_BTD, kv, sums = block(config, w, x_BTD, place, kv)
-    return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
-
-
-# ---- a layer's weights ----
-
-
-class _Layer(Mapping):
-    """One layer's weights by name, each cut out of the stack where it is asked for: cut ahead of a checkpoint, they would be kept for it.
-
-    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`, such as `q` or `q/a`.
-    """
-
-    def __init__(self, config: ModelConfig, stack: int, weights: dict, number: jax.Array, own: dict[str, jax.Array] | None = None):
-        self.config, self.stack, self.weights, self.number, self.own = config, stack, weights, number, own or {}
-
-    def __getitem__(self, name: str):
-        stacked, whole = _opened(self.config, self.stack, {name: self.weights[name]})
-
-        def cut(path, leaf):
-            own = self.own.get(_name(path))
-            return _cut(leaf, self.number) if own is None else own
-
-        return whole(jax.tree_util.tree_map_with_path(cut, stacked), self.number)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _cut(leaf: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
-
-
-def _opened(config: ModelConfig, stack: int, weights: dict):
-    """What to cut layers out of, and `whole(layer, number)`, which makes a layer's weights of what was cut: packed matrices come together
-    over the mesh, and the kernel takes 4-bit ones from their stack.
-
-    The kernel only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
-    if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
-        return weights, lambda layer, number: _brought(config, stack, layer)
-    weights, put = nf4_kernel.hold(weights, config.mesh)
-    return weights, lambda layer, number: put(_brought(config, stack, layer), number)
-
-
-def _brought(config: ModelConfig, stack: int, layer: dict) -> dict:
-    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
-    moves eight times the bytes."""
-    if config.mesh is None:
-        return layer
-    axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in spec(config).items()}
-
-    def bring(name: str, leaf):
-        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
-            return leaf
-        names = [axis if axis != "embed" else None for axis in axes[name][1:]]
-        if isinstance(leaf, NF4):  # packed the other way round
-            names[-2:] = names[:-3:-1]
-        fields = {"codes": leaf.codes, "absmax": leaf.absmax}
-        return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})
-
-    return {
-        name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))
-        for name, leaf in layer.items()
-    }
 
 
 # ---- layers that the backward pass computes again ----
 
 
 class _Kept(struct.PyTreeNode):
-    """What the backward pass starts from: `inputs[part]` are the inputs of the groups of `groups`, `[groups, B, T, D]`."""
+    """What the backward pass starts from. `inputs[i]` are those of the groups of `groups`: of a group of one unit the inputs of its
+    layers, `[groups, times, B, T, D]` for each stack, of others the first one, `[groups, B, T, D]`."""
 
-    weights: dict
+    weights: list[dict]
     shared: Shared
-    inputs: list[jax.Array]
-    update: Update | None
-    trained: tuple[bool, ...] = struct.field(pytree_node=False)  # by leaf of `weights`
+    inputs: list[Any]
+    updates: list[Update | None]
+    trained: tuple[tuple[bool, ...], ...] = struct.field(pytree_node=False)  # by stack, by leaf of its weights
 
 
-def groups(config: ModelConfig, stack: int) -> list[tuple[int, int, int]]:
-    """`(first layer, number of groups, layers of a group)`: groups of one size, and a smaller one where they do not divide the stack."""
-    L = len(config.stacks[stack])
-    size = 1
+def groups(config: ModelConfig, pattern: Pattern) -> list[tuple[int, int, int]]:
+    """`(first unit, number of groups, units of a group)`: groups of one size, and a smaller one where they do not divide the units."""
+    units, layers, size = pattern.units, sum(pattern.times), 1
     if config.remat == "groups":  # fewest inputs at one time; groups that differ are compiled twice
-        size = min(range(1, L + 1), key=lambda size: (-(-L // size) + size + (L % size > 0), size))
-    parts = [(0, L // size, size)]
-    return parts if L % size == 0 else [*parts, (L - L % size, 1, L % size)]
+
+        def inputs(size: int) -> int:
+            return -(-units // size) * (layers if size == 1 else 1) + size * layers + (units % size > 0)
+
+        size = min(range(1, units + 1), key=lambda size: (inputs(size), size))
+    parts = [(0, units // size, size)]
+    return parts if units % size == 0 else [*parts, (units - units % size, 1, units % size)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recomputed(config, stack, weights, x_BTD, shared, update):
-    def layer(x_BTD, number):
-        x_BTD, _, sums = one_layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
+def _recomputed(config, pattern, weights, x_BTD, shared, updates):
+    def unit(x_BTD, number):
+        x_BTD, _, sums = _unit(config, pattern, _plain(config, pattern, weights), number, x_BTD, shared, keep=False)
         return x_BTD, sums
 
-    return jax.lax.scan(layer, x_BTD, jnp.arange(len(config.stacks[stack])))
+    return jax.lax.scan(unit, x_BTD, jnp.arange(pattern.units))
 
 
-def _recomputed_fwd(config, stack, weights, x_BTD, shared, update):
-    trained = tuple(leaf.perturbed for leaf in jax.tree.leaves(weights))
+def _plain(config, pattern, weights):
+    """A layer's weights by its place in the pattern and its number in its stack."""
+    return lambda place, number: Layer(config, pattern.first + place, weights[place], number)
+
+
+def _unit(config, pattern, layer_of: Callable, number, x_BTD, shared, keep: bool):
+    """`x_BTD` after a unit; of each stack its layers' inputs (None if they are not to be kept) and their routers' sums, `[times, ...]`."""
+    inputs, sums = [], []
+    for place, times in enumerate(pattern.times):
+
+        def layer(x_BTD, number, place=place):
+            after, _, sums = one_layer(config, pattern.first + place, number, layer_of(place, number), x_BTD, shared)
+            return after, (x_BTD if keep else None, sums)
+
+        x_BTD, number = _after(pattern, x_BTD, number)
+        x_BTD, (before, of_stack) = _scan(layer, x_BTD, _layers(number, times))
+        inputs.append(before)
+        sums.append(of_stack)
+    return x_BTD, inputs, sums
+
+
+def _after(pattern: Pattern, x_BTD, number):
+    """The number once `x_BTD` is there: else the layers of a unit, whose weights are cut out by it, begin all at once."""
+    return (x_BTD, number) if len(pattern.stacks) == 1 else jax.lax.optimization_barrier((x_BTD, number))
+
+
+def _recomputed_fwd(config, pattern, weights, x_BTD, shared, updates):
+    trained = tuple(tuple(leaf.perturbed for leaf in jax.tree.leaves(own)) for own in weights)
     assert not any(leaf.perturbed for leaf in jax.tree.leaves(shared)), "places have no gradient"
-    assert update is None or not any(trained), "gradients and an update of the same weights"
-    weights, x_BTD, shared, update = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared, update))
+    assert not any(update and any(own) for update, own in zip(updates, trained, strict=True)), "gradients and an update of the same weights"
+    weights, x_BTD, shared, updates = jax.tree.map(lambda primal: primal.value, (weights, x_BTD, shared, updates))
 
-    def layer(x_BTD, number):
-        x_BTD, _, sums = one_layer(config, stack, number, _Layer(config, stack, weights, number), x_BTD, shared)
-        return x_BTD, sums
+    def unit(x_BTD, number, keep=False):
+        after, inputs, sums = _unit(config, pattern, _plain(config, pattern, weights), number, x_BTD, shared, keep)
+        return after, (inputs, sums)
 
     def group(x_BTD, numbers):
-        after, sums = jax.lax.scan(layer, x_BTD, numbers) if numbers.shape[0] > 1 else _single(layer, x_BTD, numbers)
-        kept = jax.device_put(x_BTD, jax.memory.Space.Host) if config.remat == "offload" else x_BTD
+        if numbers.shape[0] == 1:
+            after, (kept, sums) = unit(x_BTD, numbers[0], keep=True)
+            sums = jax.tree.map(lambda x: x[None], sums)
+        else:
+            after, (_, sums) = jax.lax.scan(unit, x_BTD, numbers)
+            kept = x_BTD
+        kept = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), kept) if config.remat == "offload" else kept
         return after, (kept, sums)
 
     inputs, sums = [], []
-    for part in groups(config, stack):
-        x_BTD, (kept, of_part) = jax.lax.scan(group, x_BTD, _numbers(*part))
+    for own in groups(config, pattern):
+        x_BTD, (kept, of_group) = jax.lax.scan(group, x_BTD, _numbers(*own))
         inputs.append(kept)
-        sums.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_part))
-    return (x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), *sums)), _Kept(weights, shared, inputs, update, trained)
+        sums.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_group))
+    return (x_BTD, jax.tree.map(lambda *x: jnp.concatenate(x), *sums)), _Kept(weights, shared, inputs, updates, trained)
 
 
-def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
+def _recomputed_bwd(config, pattern, kept: _Kept, cotangents):
     dx_BTD, dsums = jax.tree.map(_number, cotangents, is_leaf=_is_zero)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(kept.weights)
-    trained = {_name(path): leaf for (path, leaf), yes in zip(leaves, kept.trained, strict=True) if yes}
-    found = _Gradients(trained) if kept.update is None else _Updates(kept.update)
+    found = [_found(*own) for own in zip(kept.weights, kept.trained, kept.updates, strict=True)]
 
-    def forward(x_BTD, number, own=None):
-        w = _Layer(config, stack, kept.weights, number, own)
-        x_BTD, _, sums = one_layer(config, stack, number, w, x_BTD, kept.shared)
-        return x_BTD, sums
+    def layer_of(place, number, own=None):
+        own = found[place].weights(number) if own is None else own
+        return Layer(config, pattern.first + place, kept.weights[place], number, own)
 
-    def layer(carry, scanned):
+    def layer(place, carry, scanned):
         (dx_BTD, so_far), (number, x_BTD, dsums) = carry, scanned
 
         def of(x_BTD, own):
-            return forward(x_BTD, number, own)
+            x_BTD, _, sums = one_layer(config, pattern.first + place, number, layer_of(place, number, own), x_BTD, kept.shared)
+            return x_BTD, sums
 
         # under a checkpoint, whose own backward pass leaves out what no gradient needs; the result itself is dropped here
-        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, found.weights(number))
+        _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, found[place].weights(number))
         dx_BTD, own = pull((dx_BTD, dsums))
-        return (dx_BTD, found.add(so_far, number, own)), None
+        return (dx_BTD, found[place].add(so_far, number, own)), None
+
+    def unit(carry, scanned):
+        (dx_BTD, so_far), (number, inputs, dsums) = carry, scanned
+        so_far = list(so_far)
+        for place, times in reversed(list(enumerate(pattern.times))):
+            dx_BTD, number = _after(pattern, dx_BTD, number)
+            layers = _layers(number, times), inputs[place], dsums[place]
+            (dx_BTD, so_far[place]), _ = _scan(functools.partial(layer, place), (dx_BTD, so_far[place]), layers, reverse=True)
+        return (dx_BTD, so_far), None
 
     def group(carry, scanned):
-        numbers, x_BTD, dsums = scanned
-        x_BTD = jax.device_put(x_BTD, jax.memory.Space.Device) if config.remat == "offload" else x_BTD
-        if numbers.shape[0] == 1:
-            return _single(layer, carry, (numbers, x_BTD[None], dsums))
-        inputs = jnp.zeros((numbers.shape[0], *x_BTD.shape), x_BTD.dtype).at[0].set(x_BTD)
+        numbers, inputs, dsums = scanned
+        inputs = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), inputs) if config.remat == "offload" else inputs
+        if (size := numbers.shape[0]) == 1:
+            return _scan(unit, carry, (numbers, jax.tree.map(lambda x: x[None], inputs), dsums))
 
-        def again(i, inputs):
-            return inputs.at[i + 1].set(forward(inputs[i], numbers[i], found.weights(numbers[i]))[0])
+        def again(i, carry):
+            x_BTD, inputs = carry
+            x_BTD, own, _ = _unit(config, pattern, layer_of, numbers[i], x_BTD, kept.shared, keep=True)
+            return x_BTD, [whole.at[i].set(x) for whole, x in zip(inputs, own, strict=True)]
 
-        inputs = jax.lax.fori_loop(0, numbers.shape[0] - 1, again, inputs)
-        return jax.lax.scan(layer, carry, (numbers, inputs, dsums), reverse=True)[0], None
+        inputs = inputs, [jnp.zeros((size, times, *inputs.shape), inputs.dtype) for times in pattern.times]
+        _, inputs = again(size - 1, jax.lax.fori_loop(0, size - 1, again, inputs))  # of the last, nobody asks for the result
+        return jax.lax.scan(unit, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
-    carry: Any = (dx_BTD, found.none())
-    for (first, number, size), inputs in reversed(list(zip(groups(config, stack), kept.inputs, strict=True))):
+    carry: Any = (dx_BTD, [own.none() for own in found])
+    for (first, number, size), inputs in reversed(list(zip(groups(config, pattern), kept.inputs, strict=True))):
 
         def by_group(x, first=first, number=number, size=size):
             return x[first : first + number * size].reshape(number, size, *x.shape[1:])
@@ -258,7 +228,19 @@ def _recomputed_bwd(config, stack, kept: _Kept, cotangents):
         scanned = _numbers(first, number, size), inputs, jax.tree.map(by_group, dsums)
         carry, _ = jax.lax.scan(group, carry, scanned, reverse=True)
     dx_BTD, grads = carry
-    return tree.unflatten([grads.get(_name(path)) for path, _ in leaves]), dx_BTD, None, None
+
+    def gradients(own: dict, found: dict) -> dict:
+        return jax.tree_util.tree_map_with_path(lambda path, _: found.get(name_of(path)), own)
+
+    return [gradients(*of_stack) for of_stack in zip(kept.weights, grads, strict=True)], dx_BTD, None, None
+
+
+def _found(weights: dict, trained: tuple[bool, ...], update: Update | None) -> "_Gradients":
+    """What the backward pass gathers of a stack."""
+    if update is not None:
+        return _Updates(update)
+    leaves = zip(jax.tree_util.tree_flatten_with_path(weights)[0], trained, strict=True)
+    return _Gradients({name_of(path): leaf for (path, leaf), yes in leaves if yes})
 
 
 class _Gradients:
@@ -272,7 +254,7 @@ class _Gradients:
 
     def weights(self, number):
         """A layer's own."""
-        return {path: _cut(leaf, number) for path, leaf in self.trained.items()}
+        return {path: cut(leaf, number) for path, leaf in self.trained.items()}
 
     def add(self, so_far, number, own):
         return {path: grad.at[number].set(own[path]) for path, grad in so_far.items()}
@@ -322,7 +304,14 @@ def _numbers(first: int, number: int, size: int) -> jax.Array:
     return first + jnp.arange(number * size).reshape(number, size)
 
 
-def _single(function, carry, xs):
-    """`lax.scan` of one step, without a loop."""
+def _layers(unit: jax.Array, times: int) -> jax.Array:
+    """Numbers of a unit's layers in their stack, `[times]`."""
+    return unit * times + jnp.arange(times)
+
+
+def _scan(function, carry, xs, reverse: bool = False):
+    """`lax.scan`; of one step without a loop."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(function, carry, xs, reverse=reverse)
     carry, out = function(carry, jax.tree.map(lambda x: x[0], xs))
     return carry, jax.tree.map(lambda x: x[None], out)

@@ -1,5 +1,7 @@
 """From tokens to whole answers: sums by answer, and the same under the reference model."""
 
+import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.rope import BY_LENGTH
 from jaxtune.objectives.logprobs import TokenLogprobs, token_logprobs
 
+log = logging.getLogger("jaxtune")
 REFERENCE = "reference"  # in `base`: the reference model's tree, where it is not the base itself
 
 
@@ -66,6 +69,15 @@ def reference_logps(config: Any, model_config: ModelConfig, base: dict, batch: B
         return batch.answers.ref_logps
     reference = base.get(REFERENCE, base)
     return jax.lax.stop_gradient(answer_logprobs(config, model_config, reference, batch).logp_BS)
+
+
+def unshared(config: Any, model_config: ModelConfig) -> Any:
+    """The run's config with a prompt for each answer (`data.shared_prompts: false`) where the model's layers carry a state, which cannot go
+    on from another segment; as it is else."""
+    if not (model_config.carries_state and config.data.shared_prompts):
+        return config
+    log.info("data.shared_prompts: false, since layers of this model carry a state through each text: answers have prompts of their own")
+    return config.replace(data=dataclasses.replace(config.data, shared_prompts=False))
 
 
 def check_shared_prompts(model_config: ModelConfig, longest: int) -> None:

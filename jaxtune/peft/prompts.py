@@ -39,6 +39,11 @@ class PromptKind(Kind):
         if model_config.num_labels or model_config.value_head:
             head = "value" if model_config.value_head else "scoring"
             raise ConfigError(f"method {config.group} trains no {head} head; write method: lora, which does")
+        if model_config.carries_state:
+            raise ConfigError(
+                f"method {config.group} puts virtual tokens before every document of a row, but layers of this {model_config.model_type} "
+                "model carry a state from token to token and begin each document with none; write method: lora"
+            )
         if self.peft_type != "PREFIX_TUNING" and any(rope.kind in BY_LENGTH for rope in model_config.ropes):
             raise ConfigError(
                 f"method {config.group}: this model turns positions by a text's length, so that virtual tokens differ from text to text; "

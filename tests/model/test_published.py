@@ -19,6 +19,14 @@ LLAMA31 = dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     ),
 )
+QWEN3_5 = dict(
+    vocab_size=248320,
+    full_attention_interval=4,
+    max_position_embeddings=262144,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[11, 11, 10], mrope_interleaved=True
+    ),
+)
 LONGROPE = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1.5] * 48)
 
 
@@ -108,6 +116,14 @@ PUBLISHED = {
         | {"tie_word_embeddings": False},
         30532122624,
     ),
+    # without the head for further tokens (mtp), which is carried along
+    "Qwen3.5-0.8B": (
+        nested("qwen3_5", **QWEN3_5 | dict(num_key_value_heads=2, linear_num_value_heads=16, **size(1024, 3584, 24, 8)))
+        | dict(tie_word_embeddings=True),
+        752393024,
+    ),
+    "Qwen3.5-4B": (dict(model_type="qwen3_5_text", tie_word_embeddings=True) | QWEN3_5 | size(2560, 9216, 32, 16), 4205751296),
+    "Qwen3.5-27B": (nested("qwen3_5", **QWEN3_5 | dict(linear_num_value_heads=48, **size(5120, 17408, 64, 24))), 26895998464),
     "Qwen3-VL-4B": (
         nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
         4022468096,

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
-from jaxtune.model.families.base import Family, ModelConfig, Moe
+from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
@@ -45,8 +45,9 @@ from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OL
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
+from jaxtune.model.families.qwen3_5 import QWEN3_5
 
-__all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "from_hf"]
+__all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
     "arcee": ARCEE,
@@ -90,6 +91,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_5_text": QWEN3_5,
     "qwen3_moe": QWEN3_MOE,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
@@ -125,7 +127,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 _LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
-           "moe_intermediate_size")  # fmt: skip
+           "moe_intermediate_size", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
+           "linear_num_key_heads", "linear_num_value_heads")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
              "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv")  # fmt: skip
 

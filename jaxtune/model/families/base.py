@@ -1,6 +1,7 @@
 """`ModelConfig`: what `spec` and `forward` need to know about a model; `Family`: how one `model_type` of Hugging Face says it."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -48,6 +49,24 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention in the layers `layers` (model/delta.py): heads of keys and queries, each shared by some heads of values, and how
+    many tokens the convolution before them sees."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    layers: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the convolution is over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything `spec` and `forward` need to know about a model; hashable, so that it can be a static argument of jit."""
 
@@ -88,6 +107,7 @@ class ModelConfig:
     shared_norm: bool = False  # the feed-forward part begins with the attention's norm
     moe: Moe | None = None
     latent: Latent | None = None
+    delta: DeltaNet | None = None
     padding_idx: int | None = None  # the token whose embedding is looked up without a gradient
     initializer_range: float = 0.02
     # a scoring head in place of the vocabulary's (families/heads.py)
@@ -115,14 +135,73 @@ class ModelConfig:
         return any(rope.interleaved for rope in self.ropes)
 
     @property
-    def stacks(self) -> tuple[tuple[int, ...], ...]:
-        """Layer numbers of each stack: consecutive layers with the same rows, scanned together."""
+    def patterns(self) -> tuple["Pattern", ...]:
+        """The layers in order, as patterns one after the other; a pattern of kinds of layers that repeats is compiled once."""
         sparse = set(self.moe.layers) if self.moe else set()
+        linear = set(self.delta.layers) if self.delta else set()
+        return _patterns(tuple((i in sparse, i in linear, sum(cut <= i for cut in self.cuts)) for i in range(self.num_layers)))
 
-        def kind(layer: int) -> tuple[bool, int]:
-            return layer in sparse, sum(cut <= layer for cut in self.cuts)
+    @property
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        """Layer numbers of each stack: layers with the same rows, scanned together."""
+        return tuple(stack for pattern in self.patterns for stack in pattern.stacks)
 
-        return tuple(tuple(run) for _, run in itertools.groupby(range(self.num_layers), key=kind))
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each layer, its stack and its number there."""
+        found = {layer: (stack, n) for stack, layers in enumerate(self.stacks) for n, layer in enumerate(layers)}
+        return [found[layer] for layer in range(self.num_layers)]
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers with keys and values: all but those of linear attention."""
+        return tuple(layer for layer in range(self.num_layers) if self.delta is None or layer not in self.delta.layers)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether layers hand a state from token to token: what comes before a token is then all of its row's document, so that a text
+        cannot go on from another segment (shared prompts), nor from virtual tokens."""
+        return self.delta is not None
+
+
+class Pattern(NamedTuple):
+    """Layers that follow one pattern: `times[i]` layers of stack i, for each stack in turn, and that `units` times. Mostly there is one
+    stack, and a unit is one of its layers."""
+
+    first: int  # the number of its first stack
+    stacks: tuple[tuple[int, ...], ...]
+    times: tuple[int, ...]
+
+    @property
+    def units(self) -> int:
+        """How often the pattern is gone through."""
+        return len(self.stacks[0]) // self.times[0]
+
+    @property
+    def numbers(self) -> range:
+        """Of its stacks."""
+        return range(self.first, self.first + len(self.stacks))
+
+
+@functools.lru_cache(maxsize=64)
+def _patterns(kinds: tuple) -> tuple[Pattern, ...]:
+    """`ModelConfig.patterns` of layers of these kinds: at each place the one whose repetitions reach furthest, the shortest of those."""
+    patterns, start, stack = [], 0, 0
+    while start < len(kinds):
+        size, units = 1, 1
+        for length in range(1, (len(kinds) - start) // 2 + 1):
+            first, n = kinds[start : start + length], 1
+            while kinds[start + n * length : start + (n + 1) * length] == first:
+                n += 1
+            if n > 1 and n * length > size * units:
+                size, units = length, n
+            if start + size * units == len(kinds):
+                break
+        runs = [list(run) for _, run in itertools.groupby(range(start, start + size), key=lambda i: kinds[i])]
+        stacks = tuple(tuple(unit * size + i for unit in range(units) for i in run) for run in runs)
+        patterns.append(Pattern(stack, stacks, tuple(map(len, runs))))
+        start, stack = start + size * units, stack + len(runs)
+    return tuple(patterns)
 
 
 class Family(NamedTuple):

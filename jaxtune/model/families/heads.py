@@ -60,6 +60,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("Qwen2", BOTH),
     "qwen2_moe": ("Qwen2Moe", BOTH),
     "qwen3": ("Qwen3", BOTH),
+    "qwen3_5_text": ("Qwen3_5Text", (SEQUENCE,)),
     "qwen3_moe": ("Qwen3Moe", BOTH),
     "seed_oss": ("SeedOss", BOTH),
     "smollm3": ("SmolLM3", BOTH),

@@ -50,6 +50,7 @@ NESTED: dict[str, Nested] = {
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
+    "qwen3_5": Nested({"qwen3_5_text": "qwen3_5_text"}, MODULES, ("visual.", "mtp.")),
     "qwen3_vl": Nested({"qwen3_vl_text": "qwen3"}, MODULES, ("visual.",), _QWEN3, dict(use_sliding_window=False)),
     "qwen3_vl_moe": Nested(
         {"qwen3_vl_moe_text": "qwen3_moe"},

@@ -1,0 +1,105 @@
+"""One layer of a stack: where it works, and its weights, cut out of the stack where they are used."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.model import nf4_kernel
+from jaxtune.model.attention import Keys
+from jaxtune.model.block import block
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.layout import constrain, split
+from jaxtune.model.memory import Place
+from jaxtune.model.quant import NF4, Int8
+from jaxtune.model.spec import spec
+
+
+class Shared(NamedTuple):
+    """What all layers work with: rotations `[R, B, T, h / 2]` and the tokens' places."""
+
+    cos: jax.Array
+    sin: jax.Array
+    queries: Keys
+    keys: Keys
+
+
+def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
+    """`x_BTD` after layer `number` of the stack, whose weights are `w`; the cache's memory and its router's sums."""
+    layers = config.stacks[stack]
+    rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
+    window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
+    alike = config.attending if layers[0] in config.attending else config.delta.layers if config.delta else ()
+    slot = jnp.asarray([alike.index(i) for i in layers])[number]
+    place = Place(shared.cos[rope], shared.sin[rope], window, shared.queries, shared.keys, slot)
+    x_BTD, kv, sums = block(config, w, x_BTD, place, kv)
+    return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
+
+
+class Layer(Mapping):
+    """One layer's weights by name, each cut out of the stack where it is asked for: cut ahead of a checkpoint, they would be kept for it.
+
+    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`, such as `q` or `q/a`.
+    """
+
+    def __init__(self, config: ModelConfig, stack: int, weights: dict, number: jax.Array, own: dict[str, jax.Array] | None = None):
+        self.config, self.stack, self.weights, self.number, self.own = config, stack, weights, number, own or {}
+
+    def __getitem__(self, name: str):
+        stacked, whole = opened(self.config, self.stack, {name: self.weights[name]})
+
+        def cut_out(path, leaf):
+            own = self.own.get(name_of(path))
+            return cut(leaf, self.number) if own is None else own
+
+        return whole(jax.tree_util.tree_map_with_path(cut_out, stacked), self.number)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def name_of(path: tuple) -> str:
+    """A leaf's path in a stack's weights, such as `q` or `q/a`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def cut(leaf: jax.Array, number: jax.Array) -> jax.Array:
+    """One layer's part of a leaf."""
+    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
+
+
+def opened(config: ModelConfig, stack: int, weights: dict):
+    """What to cut layers out of, and `whole(layer, number)`, which makes a layer's weights of what was cut: packed matrices come together
+    over the mesh, and the kernel takes 4-bit ones from their stack.
+
+    The kernel only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
+    if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
+        return weights, lambda layer, number: _brought(config, stack, layer)
+    weights, put = nf4_kernel.hold(weights, config.mesh)
+    return weights, lambda layer, number: put(_brought(config, stack, layer), number)
+
+
+def _brought(config: ModelConfig, stack: int, layer: dict) -> dict:
+    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
+    moves eight times the bytes."""
+    if config.mesh is None:
+        return layer
+    axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in spec(config).items()}
+
+    def bring(name: str, leaf):
+        if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
+            return leaf
+        names = [axis if axis != "embed" else None for axis in axes[name][1:]]
+        if isinstance(leaf, NF4):  # packed the other way round
+            names[-2:] = names[:-3:-1]
+        fields = {"codes": leaf.codes, "absmax": leaf.absmax}
+        return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})
+
+    return {
+        name: jax.tree.map(lambda leaf, name=name: bring(name, leaf), leaf, is_leaf=lambda leaf: isinstance(leaf, NF4 | Int8))
+        for name, leaf in layer.items()
+    }

@@ -1,0 +1,28 @@
+"""What a layer is given beside its input: where it works, and what layers keep of the tokens before."""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxtune.model.attention import Keys
+
+
+class Place(NamedTuple):
+    """Where a layer works: its rotation, its window, the tokens' places, its slice of the memory."""
+
+    cos: jax.Array
+    sin: jax.Array
+    window: jax.Array
+    queries: Keys
+    keys: Keys
+    number: jax.Array
+
+
+class Memory(NamedTuple):
+    """What is kept of the tokens so far: by attention layers their keys and values, `[L, B, S, K, h]`; by linear layers (model/delta.py)
+    a state, float32 `[L, B, H, k, v]`, and what the convolution looks back at, `[L, B, W - 1, C]`. None where there are no such layers."""
+
+    k: jax.Array | None = None
+    v: jax.Array | None = None
+    state: jax.Array | None = None
+    tail: jax.Array | None = None

@@ -1,0 +1,87 @@
+"""The gated delta rule by chunks against the recurrence token by token, and what carries a state from call to call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.model import delta
+
+B, K, H, WIDTH, VALUE = 2, 2, 4, 8, 6
+
+
+def inputs(T, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((B, T, heads, width)) for heads, width in ((K, WIDTH), (K, WIDTH), (H, VALUE)))
+    k[:, : T // 2] = k[:, :1]  # the same key again and again: the hardest triangular system
+    g, beta = -rng.exponential(0.2, (B, T, H)), rng.uniform(0, 1, (B, T, H))
+    begins = rng.uniform(size=(B, T)) < 0.02
+    state = rng.standard_normal((B, H, WIDTH, VALUE))
+    return [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, beta)], jnp.asarray(begins), jnp.asarray(state, jnp.float32)
+
+
+def by_token(q, k, v, g, beta, begins, state):
+    """The formula, in its order."""
+    q, k = (x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    q, k = (jnp.repeat(x, H // K, axis=2) for x in (q * WIDTH**-0.5, k))
+
+    def token(state, now):
+        q, k, v, g, beta, begins = now
+        state = jnp.where(begins[:, None, None, None], 0, state) * jnp.exp(g)[..., None, None]
+        new = (v - jnp.einsum("bhkv,bhk->bhv", state, k)) * beta[..., None]
+        state = state + k[..., None] * new[..., None, :]
+        return state, jnp.einsum("bhkv,bhk->bhv", state, q)
+
+    state, out = jax.lax.scan(token, state, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, g, beta, begins)))
+    return out.swapaxes(0, 1), state
+
+
+def close(found, wanted, tolerance=2e-5):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * float(jnp.abs(other).max()))
+
+
+def test_chunks_are_the_recurrence(monkeypatch):
+    monkeypatch.setattr(delta, "BLOCK", 128)
+    T = 200  # two blocks, and a chunk that is not full
+    parts, begins, state = inputs(T)
+    weights = np.random.default_rng(1).standard_normal((B, T, H, VALUE))
+
+    def total(rule):
+        def of(parts, state):
+            out, last = rule(*parts, begins, state)
+            return (out * weights).sum() + jnp.square(last).sum(), (out, last)
+
+        return jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(parts, state)
+
+    close(total(delta.gated_delta_rule), total(by_token))
+
+
+def test_a_state_and_a_tail_go_on():
+    """A row in pieces is the row, for the rule and for the convolution."""
+    parts, begins, state = inputs(100)
+    w, x = jnp.asarray(np.random.default_rng(2).standard_normal((5, 4))), parts[0][..., 0, :5]
+
+    @jax.jit
+    def through(parts, x, begins, state, tail):
+        out, state = delta.gated_delta_rule(*parts, begins, state)
+        mixed, tail = delta.convolution(w, x, begins, tail)
+        return out, mixed, state, tail
+
+    tail = jnp.zeros((B, 3, 5))
+    whole, found = through(parts, x, begins, state, tail), []
+    for piece in (slice(0, 98), slice(98, 99), slice(99, 100)):
+        *own, state, tail = through([part[:, piece] for part in parts], x[:, piece], begins[:, piece], state, tail)
+        found.append(own)
+    out, mixed = (jnp.concatenate(own, axis=1) for own in zip(*found, strict=True))
+    close((out, mixed, state, tail), whole)
+
+
+def test_no_state_is_kept_for_a_token():
+    T, width = 4096, 64
+
+    def total(*parts):
+        return delta.gated_delta_rule(*parts, jnp.zeros((1, T), bool))[0].sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, T, *own), jnp.float32) for own in ((1, width), (1, width), (1, width), (1,), (1,))]
+    memory = jax.jit(jax.grad(total, argnums=range(5))).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < T * width * width * 4 / 4
