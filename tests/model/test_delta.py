@@ -3,8 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import references
 
-from jaxtune.model import delta
+from jaxtune.config import PrefixTuningConfig, PromptTuningConfig, load_config
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.model import decoder, delta
+from jaxtune.model.families import from_hf
+from jaxtune.objectives.answers import unshared
+from jaxtune.peft import kind_of
 
 B, K, H, WIDTH, VALUE = 2, 2, 4, 8, 6
 
@@ -85,3 +92,16 @@ def test_no_state_is_kept_for_a_token():
     shapes = [jax.ShapeDtypeStruct((1, T, *own), jnp.float32) for own in ((1, width), (1, width), (1, width), (1,), (1,))]
     memory = jax.jit(jax.grad(total, argnums=range(5))).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < T * width * width * 4 / 4
+
+
+def test_what_a_state_rules_out():
+    """A text that goes on from another segment: never computed, and not laid out."""
+    config, other = (from_hf(references.load(name).config) for name in ("qwen3_5", "qwen3"))
+    run = load_config({"model": "m", "objective": "dpo", "data": {"train": "x"}})
+    assert run.data.shared_prompts and unshared(run, other) is run and not unshared(run, config).data.shared_prompts
+    tokens = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ModelError, match="data.shared_prompts: false"):
+        decoder.hidden(config, {}, tokens, parents_BT=tokens)
+    for method in (PromptTuningConfig(num_virtual_tokens=2), PrefixTuningConfig(num_virtual_tokens=2)):
+        with pytest.raises(ConfigError, match="carry a state .* write method: lora"):
+            kind_of(method).init(jax.random.key(0), config, {}, method)
