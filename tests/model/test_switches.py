@@ -161,7 +161,6 @@ SWITCHES = {
     "qwen2_moe": {"_bias", "layer_windows", "window of one more", "moe normalize", "moe chosen", "moe shared", "shared_router"},
     "qwen3": {"q_norm", "k_norm"},
     "qwen3_5": {"_bias", "rope 0 dim", "q_norm", "k_norm"},
-    "qwen3_5_nested": {"_bias", "rope 0 dim", "q_norm", "k_norm"},
     "qwen3_moe": {"moe normalize", "moe chosen", "q_norm", "k_norm"},
     "qwen3_moe_raw": {"moe normalize", "moe chosen", "layer_windows", "window of one more", "q_norm", "k_norm"},
     "qwen3_yarn": {"rope 0 kind", "rope 0 attention_factor", "_bias", "q_norm", "k_norm"},
