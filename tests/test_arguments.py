@@ -19,6 +19,12 @@ def given(tmp_path_factory):
     return model, jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(r=2)), folder / "out"
 
 
+def test_tokens_may_be_constants_of_a_traced_function(given):
+    model, tokens = given[0], jax.numpy.asarray(TOKENS)
+    logits = jax.jit(lambda params: jt.forward(model.config, params, tokens))(model.params)
+    np.testing.assert_allclose(logits, jt.forward(model.config, model.params, tokens), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [

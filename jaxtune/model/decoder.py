@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
@@ -145,7 +146,8 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
     if tokens_BT.ndim != 2 or not tokens_BT.size or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: tokens[None]")
     if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.is_fully_addressable:
-        least, most = int(tokens_BT.min()), int(tokens_BT.max())
+        known = np.asarray(tokens_BT)  # inside another function's trace too, where jnp would make tracers of constants
+        least, most = int(known.min()), int(known.max())
         if least < 0 or most >= config.vocab_size:
             raise ModelError(f"the tokens are from {least} to {most}; this model's are from 0 to {config.vocab_size - 1}")
     return logits(config, params, hidden(config, params, tokens_BT, positions_BT, segments_BT).hidden_BTD)
