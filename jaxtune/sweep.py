@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from jaxtune import cli, distributed, errors, runfolder
@@ -57,6 +58,7 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
             failed[name] = str(error)
             log.warning("%s: %s", name, error)
             continue
+        jax.clear_caches()  # a program takes a few of the 65,530 memory maps of a process on Linux, which many runs would use up
         if stopped:
             log.warning("stopped in run %d of %d; the same command with resume=true goes on", number, len(runs))
             return None

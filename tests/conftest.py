@@ -48,6 +48,18 @@ def pytest_unconfigure(config):
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+MANY_MAPS = 15_000  # of the 65,530 that Linux allows a process: each compiled program takes a few, and one too many is the process's end
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """After a module that leaves many programs compiled."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MANY_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def all_optimizations():
     """For modules that judge the programs that other chips' compilers make for users."""
