@@ -68,7 +68,7 @@ def test_a_step_in_the_backward_pass_leaves_one_layers_gradients(peak):
 @pytest.mark.parametrize("target, tokens", [("v5e-1", 2048), ("h100", ROW)])  # a v5e has shorter rows, and splash's, in its VMEM
 def test_groups_leave_the_inputs_of_groups(peak, target, tokens):
     """Of 12 layers 4 groups of 3: 4 inputs, and 3 of the group at hand, instead of 12."""
-    row = {"attention": "xla"} if tokens == ROW else {"attention": "xla", "data": {"train": "x.jsonl", "max_length": tokens}}
+    row = {} if tokens == ROW else {"attention": "xla", "data": {"train": "x.jsonl", "max_length": tokens}}
     saved = peak(target, 12, **row) - peak(target, 12, gradient_checkpointing="groups", **row)
     assert saved > 0.9 * (12 - 4 - 3) * tokens * 512 * 2
 
@@ -80,10 +80,10 @@ def test_a_long_row_leaves_its_residual_stream_and_a_few_more_of_its_size(peak):
     assert long < (4 + 16) * tokens * 512 * 2  # 18.5 of that size; the whole `[T, F]` would add some 9
 
 
-@pytest.mark.parametrize("target, kernel", [("v5e-1", "splash"), ("h100", "flash")])
-def test_a_kernel_compiles_and_takes_no_more_memory(peak, target, kernel):
-    kernels, plain = peak(target, 4, attention=kernel), peak(target, 4, attention="xla")
-    assert kernels == peak(target, 4) <= plain  # auto
+@pytest.mark.parametrize("target", ["v5e-1", "h100"])
+def test_a_kernel_compiles_and_takes_no_more_memory(peak, target):
+    """`auto` is the kernel there (tests/test_kernels.py)."""
+    assert peak(target, 4) < peak(target, 4, attention="xla")
 
 
 @pytest.mark.parametrize("back", [False, True])
