@@ -21,6 +21,7 @@ from jaxtune import cli, data, distributed, runfolder
 from jaxtune.config import Config, interval
 from jaxtune.disk import write_text
 from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.runfolder import measured, read_entry
 from jaxtune.runlog import chosen_evaluation
 
 log = logging.getLogger("jaxtune")
@@ -90,30 +91,18 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
 
 def _check_free(config: Config) -> None:
     runfolder.check_free(config)
-    folder = runfolder.folder_of(config)
-    if config.resume and (different := runfolder.differences(config, folder)):
-        raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    if config.resume:
+        runfolder.check_same(config)
 
 
 def _done(folder: Path, rows: list[data.Source]) -> list[dict[str, float]]:
     """What the finished folds measured, if they were trained on these rows."""
     file = folder / FILE
-    done: list[dict[str, float]] = _read(file, "folds") if os.path.lexists(file) else []
+    done: list[dict[str, float]] = read_entry(file, "folds") if os.path.lexists(file) else []
     for number in range(len(done)):
-        if _read(folder / f"fold_{number}" / "run.json", "data")["fingerprint"] != rows[number].fingerprint:
+        if read_entry(folder / f"fold_{number}" / "run.json", "data")["fingerprint"] != rows[number].fingerprint:
             raise CheckpointError(f"the rows are not those fold {number} of {folder} was trained on; put them back, or use another folder")
     return done
-
-
-def _read(file: Path, key: str) -> Any:
-    """One entry of a JSON file that says what is done."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}: {error}), and says what of this run is done; put it back as it was, or start "
-            "again in another folder"
-        ) from error
 
 
 def _clear(folder: Path) -> None:
@@ -142,11 +131,7 @@ def _measured(config: Config, folder: Path) -> dict[str, float]:
     row = chosen_evaluation(config, rows)
     if row is None:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} has no evaluation that can be read; move {folder} away to train this fold again")
-    found = {name: value for name, value in row.items() if name.startswith("eval_") and value is not None}
-    answers = folder / "evaluation.json"
-    if answers.exists():
-        found |= {f"tuned_{name}": value for name, value in _read(answers, "tuned").items()}
-    return found
+    return measured(folder, row)
 
 
 def _summary(folder: Path, folds: list[dict[str, float]], interrupted: bool = False) -> CrossValidation:

@@ -19,7 +19,7 @@ from rich.table import Table
 from jaxtune import cli, errors
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.picture import History, draw_runs, smoothed
-from jaxtune.runfolder import leaves, read_config
+from jaxtune.runfolder import leaves, measured, read_config, read_entry
 from jaxtune.runlog import chosen_evaluation, read_metrics
 
 NAMES = {"output_dir", "resume", "run_name"}  # keys that say which run it is, not what it does
@@ -126,15 +126,8 @@ def _entry(folder: Path, config: Any, keys: dict[str, Any]) -> Entry:
     history = read_metrics(file) if file.is_file() else []
     losses = [row["loss"] for row in history if row.get("loss") is not None]
     metrics = {"loss": smoothed(losses)[-1]} if losses else {}
-    evaluation = chosen_evaluation(config, history) or {}
-    metrics |= {name: value for name, value in evaluation.items() if name.startswith("eval_") and value is not None}
-    try:
-        steps = json.loads((folder / "run.json").read_text(encoding="utf-8"))["counts"]["steps"]
-        answers = folder / "evaluation.json"
-        tuned = json.loads(answers.read_text(encoding="utf-8"))["tuned"] if answers.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {error}); leave it out, or put its files back") from error
-    metrics |= {f"tuned_{name}": value for name, value in tuned.items()}
+    metrics |= measured(folder, chosen_evaluation(config, history) or {})
+    steps = read_entry(folder / "run.json", "counts").get("steps")
     return Entry(str(folder), keys, history[-1]["step"] if history else 0, steps, is_finished(folder), metrics, history)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ PACKAGES = ("jaxtune", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tr
 def folder_of(config: Config) -> Path:
     """The run's folder."""
     return Path(config.output_dir).expanduser()
+
+
+def default_folder(config: Config, kind: str) -> str:
+    """Where results lie that the config names no folder for."""
+    return f"runs/{Path(config.model.partition('#')[0]).stem}-{kind}"
 
 
 def base_of(folder: Path, config: Config) -> str:
@@ -113,6 +119,13 @@ def differences(config: Config, folder: Path) -> list[str]:
     return [f"{key}: {then.get(key)} -> {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
 
 
+def check_same(config: Config) -> None:
+    """CheckpointError where the config's folder holds another run."""
+    folder = folder_of(config)
+    if different := differences(config, folder):
+        raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+
+
 def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
@@ -127,6 +140,26 @@ def read_config(folder: Path) -> Config:
         return load_config(folder / "config.yaml")
     except ConfigError as error:
         raise CheckpointError(f"{error} It says which run {folder} is of: put it back as it was") from error
+
+
+def read_entry(file: Path, key: str) -> Any:
+    """One entry of a JSON file that says what is done."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({type(error).__name__}: {error}), and says what of this run is done; put it back as it was, or start "
+            "again in another folder"
+        ) from error
+
+
+def measured(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """What a run has measured: `eval_*` of one evaluation, and `tuned_*` of its evaluation.json, where there is one."""
+    found = {name: value for name, value in evaluation.items() if name.startswith("eval_") and value is not None}
+    answers = folder / "evaluation.json"
+    if answers.exists():
+        found |= {f"tuned_{name}": value for name, value in read_entry(answers, "tuned").items()}
+    return found
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -77,8 +77,7 @@ def _is_begun(run: Config) -> bool:
     folder = Path(run.output_dir)
     if not (folder / "config.yaml").is_file():
         return False
-    if different := runfolder.differences(run, folder):
-        raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
+    runfolder.check_same(run)
     return True
 
 
@@ -90,7 +89,7 @@ def combinations(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str,
         raise ConfigError("data.kfold is a run for each fold already; sweep over the folds: --over data.fold=0,1,2")
     if "output_dir" in over or "resume" in over:
         raise ConfigError("output_dir and resume are the sweep's, and its runs have folders in there; write them before --over")
-    folder = Path(config.output_dir or f"runs/{Path(config.model).stem}-sweep")
+    folder = Path(config.output_dir or runfolder.default_folder(config, "sweep"))
     runs = {}
     for values in itertools.product(*over.values()):
         words = [f"{key}={_text(value)}" for key, value in zip(over, values, strict=True)]

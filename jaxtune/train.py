@@ -163,7 +163,7 @@ def settled(config: Config) -> Config:
     if config.dtype == "auto":
         changes["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.output_dir is None:
-        changes["output_dir"] = f"runs/{Path(config.model.partition('#')[0]).stem}-{config.method}-{config.objective}"
+        changes["output_dir"] = runfolder.default_folder(config, f"{config.method}-{config.objective}")
     config = config.replace(**changes)
     return config if config.objective in ON_TOKENS else unshared(config, open_config(_base(config)))
 

@@ -273,13 +273,24 @@ def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) ->
 
 def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:
     """The window of each layer from its type; `ModelError` for a type that is neither sliding nor full, or a missing window."""
-    if len(layer_types) != hf["num_hidden_layers"]:
-        raise ModelError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={hf['num_hidden_layers']}")
-    if unknown := set(layer_types) - {"sliding_attention", "full_attention"}:
-        raise ModelError(f"layer_types: {sorted(unknown)[0]!r} is not supported; supported are sliding_attention, full_attention")
+    check_layer_types(hf, layer_types, "sliding_attention", "full_attention")
     if "sliding_attention" in layer_types and not hf.get("sliding_window"):
         raise ModelError(f"layer_types has sliding_attention but sliding_window is {hf.get('sliding_window')!r}, not a number of tokens")
     return tuple(hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in layer_types)
+
+
+def windows_by_period(hf: Mapping[str, Any], period: int) -> tuple[int, ...]:
+    """The window of each layer by `layer_types`; without them of all layers but every `period`-th (0: of none)."""
+    kinds = ["sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(hf["num_hidden_layers"])]
+    return windows(hf, hf.get("layer_types") or kinds)
+
+
+def check_layer_types(hf: Mapping[str, Any], layer_types: list[str], *known: str) -> None:
+    """`ModelError` for a list that is not of all layers, or holds a type that is not `known`."""
+    if len(layer_types) != hf["num_hidden_layers"]:
+        raise ModelError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={hf['num_hidden_layers']}")
+    if unknown := set(layer_types) - set(known):
+        raise ModelError(f"layer_types: {sorted(unknown)[0]!r} is not supported; supported are {', '.join(known)}")
 
 
 def one_window(hf: Mapping[str, Any]) -> tuple[int, ...]:

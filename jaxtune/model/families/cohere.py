@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, windows
+from jaxtune.model.families.base import Family, ModelConfig, common, windows_by_period
 from jaxtune.model.families.parts import Rows, attention, mlp, norm
 
 DEFAULTS = dict(
@@ -52,9 +52,7 @@ COHERE = Family(_cohere, _cohere_layer, DEFAULTS | dict(use_qk_norm=False, rope_
 
 
 def _cohere2(hf: dict[str, Any]) -> ModelConfig:
-    layers, period = range(hf["num_hidden_layers"]), hf["sliding_window_pattern"]
-    kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in layers]
-    found = windows(hf, hf.get("layer_types") or kinds)
+    found = windows_by_period(hf, hf["sliding_window_pattern"])
     ropes = tuple(0 if window else -1 for window in found)
     return _cohere(hf | dict(head_dim=None, use_qk_norm=False), layer_windows=found, layer_ropes=ropes)
 

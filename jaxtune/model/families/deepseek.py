@@ -1,6 +1,5 @@
 """DeepSeek V2 and V3 (Moonlight too), with latent attention, and GLM 4.5 without; dense layers, then experts beside a shared one."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -143,8 +142,7 @@ DEEPSEEK_V3 = Family(
 
 def _glm4_moe(hf: dict[str, Any]) -> ModelConfig:
     moe = _experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
-    config = common(hf, partial=True, qkv_bias=bool(hf["attention_bias"]), moe=moe)
-    return dataclasses.replace(config, qk_norm=bool(hf["use_qk_norm"]))
+    return common(hf, partial=True, qkv_bias=bool(hf["attention_bias"]), qk_norm=bool(hf["use_qk_norm"]), moe=moe)
 
 
 def _glm4_moe_layer(c: ModelConfig, layer: int) -> Rows:

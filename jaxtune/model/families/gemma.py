@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, ropes_by_kind, windows
+from jaxtune.model.families.base import Family, ModelConfig, common, ropes_by_kind, windows_by_period
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, pre_norm_layer, query_key_norms
 
 DEFAULTS = dict(
@@ -36,15 +36,13 @@ GEMMA = Family(_gemma1, pre_norm_layer, DEFAULTS, REFUSED)
 # ---- Gemma 2 ----
 
 
-def _gemma2(hf: dict[str, Any], sliding_per_full: int = 1, **changes) -> ModelConfig:
-    layers, period = range(hf["num_hidden_layers"]), sliding_per_full + 1
-    kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in layers]
+def _gemma2(hf: dict[str, Any], period: int = 2, **changes) -> ModelConfig:
     fields = dict(
         hidden_act=hf["hidden_activation"],
         attention_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=hf["attn_logit_softcapping"] or 0.0,
         logits_softcap=hf["final_logit_softcapping"] or 0.0,
-        layer_windows=windows(hf, hf.get("layer_types") or kinds),
+        layer_windows=windows_by_period(hf, period),
     )
     return _gemma(hf, **fields | changes)
 
@@ -75,7 +73,7 @@ GEMMA2 = Family(_gemma2, _gemma2_layer, _SANDWICH, REFUSED)
 def _gemma3(hf: dict[str, Any]) -> ModelConfig:
     head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
     ropes = ropes_by_kind(hf, head_dim, hf["rope_local_base_freq"])
-    config = _gemma2(hf, hf["sliding_window_pattern"] - 1, attention_softcap=0.0, ropes=ropes)
+    config = _gemma2(hf, hf["sliding_window_pattern"], attention_softcap=0.0, ropes=ropes)
     return dataclasses.replace(config, layer_ropes=tuple(1 if window else 0 for window in config.layer_windows))
 
 

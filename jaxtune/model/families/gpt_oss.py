@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, windows
+from jaxtune.model.families.base import Family, ModelConfig, common, windows_by_period
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of
 from jaxtune.model.families.parts import Rows, attention, linear, norm
@@ -15,11 +15,10 @@ def _gpt_oss(hf: dict[str, Any]) -> ModelConfig:
     layers, bias = range(hf["num_hidden_layers"]), bool(hf["attention_bias"])
     if not hf.get("rope_scaling") and not hf.get("rope_parameters"):
         hf = hf | {"rope_scaling": YARN}
-    kinds = hf.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in layers]
     number = hf.get("num_experts") or hf["num_local_experts"]
     clamp = float(hf["swiglu_limit"]), float(hf["swiglu_alpha"])
     moe = moe_of(hf, number, hf["intermediate_size"], list(layers), normalize=True, clamp=clamp)
-    return common(hf, norm="rms_float32", qkv_bias=bias, out_bias=bias, layer_windows=windows(hf, kinds), moe=moe)
+    return common(hf, norm="rms_float32", qkv_bias=bias, out_bias=bias, layer_windows=windows_by_period(hf, 2), moe=moe)
 
 
 def _gpt_oss_layer(c: ModelConfig, layer: int) -> Rows:

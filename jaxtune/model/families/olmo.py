@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows
+from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows_by_period
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
 
@@ -51,15 +51,9 @@ OLMO2 = Family(_olmo2, _olmo2_layer, _OLMO2)
 # ---- OLMo 3: windows in three of four layers, whose rotation is never scaled ----
 
 
-def _sliding(hf: dict[str, Any], period: int) -> tuple[int, ...]:
-    """Windows by `layer_types`, or in all layers but every `period`-th (0: in none)."""
-    kinds = ["sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(hf["num_hidden_layers"])]
-    return windows(hf, hf.get("layer_types") or kinds)
-
-
 def _olmo3(hf: dict[str, Any]) -> ModelConfig:
     head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    found = _sliding(hf, 4)
+    found = windows_by_period(hf, 4)
     ropes = ropes_by_kind(hf, head_dim, 5e5)
     return _olmo2(hf, ropes=ropes, layer_windows=found, layer_ropes=tuple(1 if window else 0 for window in found))
 
@@ -74,7 +68,7 @@ def _exaone4(hf: dict[str, Any]) -> ModelConfig:
     period = hf.get("sliding_window_pattern", 4) if hf["sliding_window"] else 0
     if not hf.get("layer_types") and not isinstance(period, int):
         raise ModelError(f"sliding_window_pattern is {period!r} and layer_types is missing; write layer_types, the kind of each layer")
-    found = _sliding(hf, period if isinstance(period, int) else 0)
+    found = windows_by_period(hf, period if isinstance(period, int) else 0)
     ropes = tuple(0 if window or hf["sliding_window"] is None else -1 for window in found)
     return llama_config(hf, layer_windows=found, layer_ropes=ropes)
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import DeltaNet, Family, ModelConfig, common
-from jaxtune.model.families.parts import Rows, linear, mlp, norm, query_key_norms
+from jaxtune.model.families.base import DeltaNet, Family, ModelConfig, check_layer_types, common
+from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
@@ -15,10 +15,7 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
     """The kind of each layer; where none are listed, every `full_attention_interval`-th is full attention."""
     layers = range(hf["num_hidden_layers"])
     kinds = hf.get("layer_types") or [FULL if (i + 1) % hf["full_attention_interval"] == 0 else LINEAR for i in layers]
-    if len(kinds) != len(layers):
-        raise ModelError(f"layer_types has {len(kinds)} entries for num_hidden_layers={len(layers)}")
-    if unknown := set(kinds) - {LINEAR, FULL}:
-        raise ModelError(f"layer_types: {sorted(unknown)[0]!r} is not supported; supported are {LINEAR}, {FULL}")
+    check_layer_types(hf, kinds, LINEAR, FULL)
     if FULL not in kinds:
         raise ModelError(f"layer_types: a model without a {FULL} layer is not implemented for {hf['model_type']}")
     return kinds
@@ -58,11 +55,7 @@ def linear_attention(c: ModelConfig, d: DeltaNet) -> Rows:
 
 def gated_attention(c: ModelConfig) -> Rows:
     """Attention whose queries' projection holds the gate of its result too, head by head."""
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield from linear("q_and_gate", 2 * q, c.hidden_size, ("heads", "embed"), "self_attn.q_proj", "attn_q", c.qkv_bias)
-    yield from linear("k", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.k_proj", "attn_k", c.qkv_bias)
-    yield from linear("v", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.v_proj", "attn_v", c.qkv_bias)
-    yield from linear("o", c.hidden_size, q, ("embed", "heads"), "self_attn.o_proj", "attn_output", c.out_bias)
+    yield from attention(c, gated=True)
     yield from query_key_norms(c, c.head_dim, c.head_dim)
 
 
