@@ -96,6 +96,8 @@ def _check_settings(given: Mapping[str, Any]) -> None:
             fits = isinstance(value, list | tuple) and all(map(positive, value))
         elif key in ("type", "rope_type"):
             fits = isinstance(value, str)
+        elif key in ("mscale", "mscale_all_dim", "llama_4_scaling_beta"):
+            fits = positive(value) or (value == 0 and not isinstance(value, bool))
         else:
             fits = not key.endswith(("factor", "theta", "embeddings", "beta_fast", "beta_slow")) or positive(value)
         if not fits:

@@ -1,5 +1,6 @@
 """config.json: what is refused, by name, and what is not worth a word."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -13,6 +14,7 @@ FIRST = {}  # a golden config of every family
 for name in references.CASES:
     FIRST.setdefault(references.load(name).hub["model_type"], references.load(name).hub)
 LLAMA = FIRST["llama"]
+YARN = dict(type="yarn", rope_theta=10.0, factor=2.0, llama_4_scaling_beta=0.3)
 LONGROPE = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8)
 
 
@@ -78,12 +80,46 @@ def test_every_family_has_a_golden():
         ("olmo", dict(clip_qkv=-1.0), "clip_qkv=-1.0; it needs a number above 0"),
         ("stablelm", dict(qk_layernorm=True), "qk_layernorm=True is not implemented for stablelm"),
         ("cohere2", dict(sliding_window=None), "sliding_window is None"),
+        ("qwen2_moe", dict(decoder_sparse_step=0), "decoder_sparse_step=0; it needs a whole number above 0"),
+        ("granitemoe", dict(logits_scaling=None), "logits_scaling=None; it needs a number"),
+        ("mixtral", dict(num_experts_per_tok=0), "num_experts_per_tok=0 is no number of experts"),
+        ("gemma3_text", dict(rope_scaling=dict(type="linear", factor=8.0)), "type='linear'; transformers reads rope_type there"),
+        ("deepseek_v3", dict(rope_scaling=dict(type="yarn", mscale_all_dim=1.0)), "rope_type 'yarn' needs factor"),
+        ("llama", dict(rope_scaling="yarn"), "rope_scaling='yarn'; it needs an object"),
+        ("llama", dict(head_dim=None, hidden_size=3), "num_attention_heads=4 is more than hidden_size=3 has room for"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(model_type, change, message):
     with pytest.raises(ModelError) as error:
         from_hf(FIRST[model_type] | change)
     assert message in str(error.value)
+
+
+def test_a_value_of_another_kind_is_no_traceback():
+    for model_type, hub in FIRST.items():
+        keys = {*hub, "architectures", "layer_types", "num_experts", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+        keys |= {*FAMILIES[model_type].defaults} if model_type in FAMILIES else {"text_config"}
+        for key in keys:
+            for value in (None, "x", [1], {"full_attention": "x"}, -1, float("nan")):
+                with contextlib.suppress(ModelError):
+                    spec(from_hf(hub | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "same"),
+    [
+        # transformers' AutoConfig takes a Mistral with layer_types for a Ministral
+        ("mistral", dict(layer_types=["full_attention", "sliding_attention"] * 2), dict(model_type="ministral")),
+        ("mixtral", dict(num_experts=5), dict(num_local_experts=5, num_experts=None)),
+        ("gpt2", dict(max_position_embeddings=16), dict(n_positions=16)),
+        ("ministral3", dict(rope_scaling=YARN), dict(rope_parameters=YARN, rope_scaling=None)),
+        ("ministral3", dict(rope_parameters=None), dict(rope_parameters=FAMILIES["ministral3"].defaults["rope_parameters"])),
+    ],
+)
+def test_two_spellings_of_one_model(model_type, change, same):
+    other = FIRST[model_type] | change | same
+    assert from_hf(FIRST[model_type] | change) == from_hf({key: value for key, value in other.items() if value is not None})
+    assert from_hf(FIRST[model_type] | change) != from_hf(FIRST[model_type])
 
 
 def test_a_missing_key_is_named():
@@ -146,6 +182,8 @@ def test_a_nested_config_is_that_of_its_language_model():
     said = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, model_type="gemma3_text", sliding_window=1024)
     gemma = from_hf(dict(model_type="gemma3", text_config=said))  # as the hub has 4b
     assert (gemma.vocab_size, gemma.num_heads, gemma.num_kv_heads, gemma.head_dim) == (262208, 8, 4, 256) and gemma.tie_word_embeddings
+    layer_types = dict(text_config=FIRST["mistral3"]["text_config"] | dict(layer_types=["full_attention"]))
+    assert from_hf(FIRST["mistral3"] | layer_types) == from_hf(FIRST["mistral3"])  # a Mistral within: no Ministral
     mistral = FIRST["mistral3"] | dict(tie_word_embeddings=True)
     assert from_hf(mistral).tie_word_embeddings  # what the whole says, since that is where transformers looks
 

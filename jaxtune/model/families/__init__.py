@@ -105,6 +105,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if nested.is_nested(hf):
         return dataclasses.replace(from_hf(nested.text_config(hf)), outer=hf["model_type"], hf_json=json.dumps(hf))
     model_type = hf.get("model_type")
+    if model_type == "mistral" and hf.get("layer_types"):  # transformers' AutoConfig does the same: windows by layer
+        return dataclasses.replace(from_hf({**hf, "model_type": "ministral"}), hf_json=json.dumps(hf))
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join([*FAMILIES, *NESTED])}")
     family = FAMILIES[model_type]
@@ -112,7 +114,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(hf.get(key), int) or hf[key] < 1:
             given = f"has {key}={hf[key]!r}" if key in hf else f"lacks {key}"
             raise ModelError(f"config.json of this {model_type} model {given}; it needs a positive whole number there")
-    _check_numbers(hf, family)
+    _check_values(hf, family)
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
@@ -126,34 +128,50 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 # whose tensors are listed one by one
 _LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 10_000
-_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "n_inner", "sliding_window",
-           "moe_intermediate_size", "full_attention_interval", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
-           "linear_num_key_heads", "linear_num_value_heads")  # fmt: skip
+_COUNTS = ("num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings", "n_positions",
+           "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size", "full_attention_interval", "linear_conv_kernel_dim",
+           "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
+           "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+_WHOLE = (*_LISTED[2:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
+          "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
+          "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
-             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv")  # fmt: skip
+             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor")  # fmt: skip
+_WANTED = {
+    **dict.fromkeys(_COUNTS, "a whole number above 0"),
+    **dict.fromkeys(_WHOLE, "a whole number"),
+    **dict.fromkeys(_POSITIVE, "a number above 0"),
+    **dict.fromkeys(("initializer_range", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
+    **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers"), "a list"),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
+}
+_KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))
+# whose null says something, whatever the default is
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "q_lora_rank", "n_group", "topk_group",
+             "attn_logit_softcapping", "final_logit_softcapping", "router_aux_loss_coef", "partial_rotary_factor", "rotary_dim",
+             "pad_token_id", "initializer_range", "init_std", "rope_parameters")  # fmt: skip
 
 
-def _check_numbers(hf: Mapping[str, Any], family: Family) -> None:
-    """Values of the kind that transformers' own default for the key has; null is the default where that is null."""
-    for key in _LISTED:
-        if isinstance(hf.get(key), int) and hf[key] > _MOST:
-            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={hf[key]}; at most {_MOST} are possible")
-    for key, default in {**dict.fromkeys(_COUNTS), **dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}.items():
-        value = hf.get(key)
-        if key not in hf or (value is None and (default is None or key in _COUNTS)):
+def _check_values(hf: Mapping[str, Any], family: Family) -> None:
+    """Values of the kind that a key needs, or that transformers' own default for it has; null where it says something."""
+    defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
+    for key, value in hf.items():
+        if key in _LISTED and isinstance(value, int) and value > _MOST:
+            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={value}; at most {_MOST} are possible")
+        default = defaults.get(key)
+        wants = _WANTED.get(key) or next((name for kind, name in _KINDS if isinstance(default, kind)), "")
+        if not wants or (value is None and (default is None or key in _NULLABLE)):
             continue
-        wants = "a whole number above 0" if key in _COUNTS else "a number above 0" if key in _POSITIVE else ""
-        wants = wants or next((f"a {word}" for kind, word in _KINDS if isinstance(default, kind)), "")
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         fits = {
             "a whole number above 0": number and isinstance(value, int) and (value > 0 or key == "sliding_window"),
+            "a whole number": number and isinstance(value, int),
             "a number above 0": number and value > 0,
             "a truth value": isinstance(value, bool),
-            "a number": number or value is None,
+            "a number": number,
             "a text": isinstance(value, str),
+            "a list": isinstance(value, list | tuple),
+            "an object": isinstance(value, Mapping),
         }
-        if wants and not fits[wants]:
+        if not fits[wants]:
             raise ModelError(f"config.json of this {hf['model_type']} model has {key}={value!r}; it needs {wants} there")
-
-
-_KINDS = ((bool, "truth value"), (int | float, "number"), (str, "text"))

@@ -229,11 +229,21 @@ class Family(NamedTuple):
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 
+def architecture(hf: Mapping[str, Any]) -> str:
+    """The class of transformers that config.json names first; "" where it names none."""
+    names = hf.get("architectures") or [""]
+    if not isinstance(names, list | tuple):
+        raise ModelError(f"config.json of this {hf['model_type']} model has architectures={names!r}; it needs a list there")
+    return str(names[0])
+
+
 def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False, **changes) -> ModelConfig:
     """The fields nearly all families spell alike, and `changes` to them; `partial`: part of a head may turn, `interleaved`: see `Rope`."""
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     kv_heads = hf.get("num_key_value_heads") or heads
+    if not head_dim:
+        raise ModelError(f"num_attention_heads={heads} is more than hidden_size={hf['hidden_size']} has room for")
     if heads % kv_heads:
         raise ModelError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     fields: dict[str, Any] = dict(
@@ -265,10 +275,15 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
 
 def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) -> tuple[Rope, Rope]:
     """The rotary schemes of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_scaling` of full ones (4)."""
-    nested = hf.get("rope_parameters") or {}
-    full = dict(rope_scaling=(nested.get("full_attention") or {}) | (hf.get("rope_scaling") or {}), rope_parameters=None)
-    sliding = dict(rope_scaling=nested.get("sliding_attention"), rope_parameters=None, rope_theta=sliding_theta)
-    return Rope.from_hf({**hf, **full}, head_dim), Rope.from_hf({**hf, **sliding}, head_dim)
+    nested, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    full, sliding = (nested.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
+    if wrong := next((rope for rope in (full, sliding) if not isinstance(rope, Mapping)), None):
+        raise ModelError(f"rope_parameters of this {hf['model_type']} model holds {wrong!r}; it needs an object for each kind of layer")
+    if not nested and "rope_type" not in scaling and scaling.get("type", "default") != "default":
+        raise ModelError(f"rope_scaling of this {hf['model_type']} model has type={scaling['type']!r}; transformers reads rope_type there")
+    hf = {**hf, "rope_parameters": None}
+    of_sliding = Rope.from_hf({**hf, "rope_scaling": sliding, "rope_theta": sliding_theta}, head_dim)
+    return Rope.from_hf({**hf, "rope_scaling": {**full, **scaling}}, head_dim), of_sliding
 
 
 def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:

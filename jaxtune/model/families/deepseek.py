@@ -17,7 +17,7 @@ def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
     number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
     layers, inner = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])), hf["moe_intermediate_size"]
     groups = (hf["n_group"] or 1, hf["topk_group"] or 1)
-    if number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
+    if min(groups) < 1 or number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
         raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
     fields: dict[str, Any] = dict(
         aux_loss_coef=None,
@@ -51,13 +51,13 @@ def _latent(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
         raise ModelError(f"num_key_value_heads={hf['num_key_value_heads']} is not num_attention_heads={heads}; latents make one for each")
     if value > turning + still:
         raise ModelError(f"v_head_dim={value} is more than qk_nope_head_dim + qk_rope_head_dim={turning + still}, which is not implemented")
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope, scaling = Rope.from_hf(hf, turning, interleaved), hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     scale, bias = (turning + still) ** -0.5, bool(hf["attention_bias"])
     if (scaling.get("rope_type") or scaling.get("type") or "default") != "default" and scaling.get("mscale_all_dim"):
-        scale *= (0.1 * scaling["mscale_all_dim"] * math.log(max(scaling["factor"], 1)) + 1) ** 2
+        scale *= (0.1 * scaling["mscale_all_dim"] * math.log(max(rope.factor, 1)) + 1) ** 2
     return common(
         hf | dict(head_dim=turning + still, num_key_value_heads=heads),
-        ropes=(Rope.from_hf(hf, turning, interleaved),),
+        ropes=(rope,),
         attention_scale=scale,
         latent=Latent(hf["kv_lora_rank"], hf["q_lora_rank"] or 0, turning, still, value),
         qkv_bias=bias,

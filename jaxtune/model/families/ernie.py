@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
@@ -13,8 +12,6 @@ from jaxtune.model.row import Row
 def _ernie4_5_moe(hf: dict[str, Any]) -> ModelConfig:
     number, chosen = hf.get("num_experts") or hf["moe_num_experts"], hf.get("num_experts_per_tok") or hf["moe_k"]
     first, last, step = hf["moe_layer_start_index"], hf["moe_layer_end_index"], hf["moe_layer_interval"]
-    if step < 1:
-        raise ModelError(f"moe_layer_interval={step} is no number of layers; it has to be 1 or more")
     last = hf["num_hidden_layers"] - 1 if last == -1 else last
     layers = [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0 and first <= layer <= last]
     inner = hf["moe_intermediate_size"]

@@ -21,7 +21,7 @@ def _named(hf: dict[str, Any], **changes) -> ModelConfig:
         intermediate_size=hf["n_inner"] or 4 * width,
         num_hidden_layers=hf["n_layer"],
         num_attention_heads=hf["n_head"],
-        max_position_embeddings=hf["n_positions"],
+        max_position_embeddings=hf.get("max_position_embeddings") or hf["n_positions"],  # two names of one key, in transformers too
         head_dim=None,
         num_key_value_heads=None,
     )
@@ -32,8 +32,8 @@ def _named(hf: dict[str, Any], **changes) -> ModelConfig:
 
 
 def _gpt2(hf: dict[str, Any], **changes) -> ModelConfig:
-    scale = (hf["n_embd"] // hf["n_head"]) ** -0.5 if hf["scale_attn_weights"] else 1.0
-    return _named(hf, attention_scale=scale, ropes=(), layer_ropes=(-1,) * hf["n_layer"], **changes)
+    changes |= {} if hf["scale_attn_weights"] else dict(attention_scale=1.0)
+    return _named(hf, ropes=(), layer_ropes=(-1,) * hf["n_layer"], **changes)
 
 
 def _gpt2_layer(c: ModelConfig, layer: int) -> Rows:

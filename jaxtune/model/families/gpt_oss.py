@@ -13,7 +13,7 @@ YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, trunca
 
 def _gpt_oss(hf: dict[str, Any]) -> ModelConfig:
     layers, bias = range(hf["num_hidden_layers"]), bool(hf["attention_bias"])
-    if not hf.get("rope_scaling") and not hf.get("rope_parameters"):
+    if not hf.get("rope_scaling") and hf.get("rope_parameters") is None:
         hf = hf | {"rope_scaling": YARN}
     number = hf.get("num_experts") or hf["num_local_experts"]
     clamp = float(hf["swiglu_limit"]), float(hf["swiglu_alpha"])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.families.base import ModelConfig, architecture
 from jaxtune.model.row import Row
 
 SEQUENCE, TOKEN = "sequence", "token"
@@ -88,7 +88,7 @@ def value_rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
 
 def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says about such a head, as fields of `ModelConfig`; nothing for a language model."""
-    name = str((hf.get("architectures") or [""])[0])
+    name = architecture(hf)
     of = next((of for of, suffix in SUFFIX.items() if name.endswith(suffix)), None)
     if of is None:
         return {}

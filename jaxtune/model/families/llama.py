@@ -60,9 +60,10 @@ MINISTRAL = Family(
 
 
 def _ministral3(hf: dict[str, Any]) -> ModelConfig:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or hf["rope_parameters"]
-    growth = (float(rope.get("llama_4_scaling_beta") or 0.0), int(rope.get("original_max_position_embeddings") or 1))
-    return dataclasses.replace(_mistral(hf), query_growth=growth)
+    hf = hf | {"rope_parameters": hf.get("rope_scaling") or hf["rope_parameters"] or MINISTRAL3.defaults["rope_parameters"]}
+    config, rope, key = _mistral(hf), hf["rope_parameters"], "original_max_position_embeddings"
+    growth = (float(rope.get("llama_4_scaling_beta") or 0.0), int(hf.get(key) or rope.get(key) or hf["max_position_embeddings"]))
+    return dataclasses.replace(config, query_growth=growth)
 
 
 MINISTRAL3 = Family(

@@ -25,6 +25,8 @@ def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], norm
     chosen = hf["num_experts_per_tok"]
     if chosen > experts:
         raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
+    if chosen < 1:
+        raise ModelError(f"num_experts_per_tok={chosen} is no number of experts; it has to be 1 or more")
     fields: dict[str, Any] = dict(aux_loss_coef=float(hf.get("router_aux_loss_coef") or 0.0)) | changes
     return Moe(experts, chosen, inner, tuple(layers), normalize, **fields) if layers else None
 
@@ -33,7 +35,8 @@ def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], norm
 
 
 def _mixtral(hf: dict[str, Any]) -> ModelConfig:
-    moe = moe_of(hf, hf["num_local_experts"], hf["intermediate_size"], list(range(hf["num_hidden_layers"])), normalize=True)
+    number = hf.get("num_experts") or hf["num_local_experts"]  # two names of one key, in transformers too
+    moe = moe_of(hf, number, hf["intermediate_size"], list(range(hf["num_hidden_layers"])), normalize=True)
     return common(hf, layer_windows=one_window(hf), moe=moe)
 
 
@@ -67,7 +70,7 @@ MIXTRAL = Family(
 
 
 def _sparse(hf: dict[str, Any], number: int) -> list[int]:
-    dense, step = set(hf["mlp_only_layers"] or ()), hf["decoder_sparse_step"]
+    dense, step = hf["mlp_only_layers"] or (), hf["decoder_sparse_step"]
     return [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
 
 
@@ -160,7 +163,7 @@ OLMOE = Family(
 
 
 def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
-    number = hf.get("num_local_experts") or hf.get("num_experts", 128)  # transformers 5 writes the first, the hub has the second
+    number = hf.get("num_local_experts") or hf["num_experts"]  # transformers 5 writes the first, the hub has the second
     moe = moe_of(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
     sliding = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
     return llama_config(hf, mlp_bias=False, layer_windows=one_window(sliding), moe=moe)
@@ -189,6 +192,7 @@ QWEN3_MOE = Family(
         decoder_sparse_step=1,
         mlp_only_layers=None,
         moe_intermediate_size=768,
+        num_experts=128,
         num_experts_per_tok=8,
         norm_topk_prob=False,
         router_aux_loss_coef=0.001,

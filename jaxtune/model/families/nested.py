@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.families.base import ModelConfig, architecture
 from jaxtune.model.row import Part, Row
 
 MODULES = "model.language_model."  # what transformers 5 calls the text model's modules, and so PEFT, whatever the file calls its tensors
@@ -47,7 +47,7 @@ NESTED: dict[str, Nested] = {
         **_LLAVA,
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
-    "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA),
+    "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen3_5": Nested({"qwen3_5_text": "qwen3_5_text"}, MODULES, ("visual.", "mtp.")),
@@ -81,9 +81,9 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(inner, Mapping):
         raise ModelError(f"config.json of this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
     kind = inner.get("model_type") or next(iter(outer.texts))
-    if kind not in outer.texts:
+    if not isinstance(kind, str) or kind not in outer.texts:
         raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
-    if str((hf.get("architectures") or [""])[0]).endswith("Classification"):
+    if architecture(hf).endswith("Classification"):
         raise ModelError(f"a scoring head on a {hf['model_type']} model is not supported; that of a {outer.texts[kind]} model is")
     text = {**outer.defaults, **inner, **outer.fixed, "model_type": outer.texts[kind]}
     if hf.get("tie_word_embeddings") or ("tie_word_embeddings" in hf and not outer.tied_inside):

@@ -5,7 +5,6 @@ from typing import Any
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import DeltaNet, Family, ModelConfig, check_layer_types, common
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms
-from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -34,8 +33,7 @@ def delta_net(hf: dict[str, Any]) -> DeltaNet | None:
 def _qwen3_5(hf: dict[str, Any]) -> ModelConfig:
     bias = bool(hf["attention_bias"])
     # rotary positions of images and text in one (mrope): text alone has the same number in each of the three, so it is plain rotation
-    ropes = (Rope.from_hf(hf, hf["head_dim"]),)
-    return common(hf, norm="rms_offset", qkv_bias=bias, out_bias=bias, ropes=ropes, delta=delta_net(hf))
+    return common(hf, partial=True, norm="rms_offset", qkv_bias=bias, out_bias=bias, delta=delta_net(hf))
 
 
 def linear_attention(c: ModelConfig, d: DeltaNet) -> Rows:
