@@ -63,6 +63,7 @@ def test_every_family_has_a_golden():
         ("deepseek_v2", dict(topk_method="noaux_tc"), "topk_method='noaux_tc' is not supported for deepseek_v2"),
         ("deepseek_v2", dict(num_key_value_heads=2), "num_key_value_heads=2 is not num_attention_heads=4"),
         ("deepseek_v3", dict(v_head_dim=32), "v_head_dim=32 is more than qk_nope_head_dim + qk_rope_head_dim=20"),
+        ("deepseek_v3", dict(n_group=6, topk_group=4), "n_group=6 of 6 experts are groups of one"),
         ("glm4_moe", dict(n_group=4), "n_group=4 and topk_group=1 leave no 3 of 6 experts"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not implemented for olmoe"),
         ("smollm3", dict(no_rope_layers=[1]), "no_rope_layers has 1 entries"),

@@ -19,6 +19,8 @@ def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
     groups = (hf["n_group"] or 1, hf["topk_group"] or 1)
     if min(groups) < 1 or number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
         raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
+    if changes.get("sigmoid") and groups[0] > 1 and number // groups[0] < 2:
+        raise ModelError(f"n_group={groups[0]} of {number} experts are groups of one; a group is judged by its two best experts")
     fields: dict[str, Any] = dict(
         aux_loss_coef=None,
         shared_intermediate_size=inner * hf["n_shared_experts"],
