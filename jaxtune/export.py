@@ -33,7 +33,7 @@ from jaxtune.convert.peft import load_adapter
 from jaxtune.convert.tensors import read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
-from jaxtune.model.families import NESTED, nested
+from jaxtune.model.families import nested
 from jaxtune.model.spec import abstract
 from jaxtune.peft import compose, kind_of
 from jaxtune.runfolder import base_of
@@ -100,7 +100,7 @@ def export(
         raise ModelError(f"{run} scores texts, and GGUF files are written of language models only; export it with --format hf")
     if format == "text" and not opened.config.outer:
         raise ModelError(f"{run} is a language model and nothing else; export it with --format hf")
-    if format == "text" and NESTED[opened.config.outer].together:
+    if format == "text" and opened.config.together:
         raise ModelError(f"the files of a {opened.config.outer} model hold experts as a text model's do not; export it with --format hf")
     if found.adapter is None:
         with new_folder(out) as folder:

@@ -16,7 +16,7 @@ BESIDE = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.") 
 PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")  # and of those within
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 # their text families have cases of their own
-NESTED = {"gemma3_nested", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5_nested", "qwen3_vl", "qwen3_vl_moe"}
+NESTED = {"gemma3_nested", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl", "qwen3_vl_moe"}
 TEXT = [case for case in CASES if case not in NESTED]
 
 

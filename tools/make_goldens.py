@@ -61,6 +61,7 @@ QWEN3_5 = dict(
     linear_key_head_dim=8,
     linear_value_head_dim=8,
 )
+EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, shared_expert_intermediate_size=12)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -273,6 +274,19 @@ CASES |= {
         | dict(model_type="qwen3_vl_moe_text", rope_scaling=dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)),
         tie_word_embeddings=False,
         vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4, deepstack_visual_indexes=[0]),
+    ),
+}
+# later ones: a case's seed is its place here
+CASES |= {
+    "qwen3_next": TINY
+    | QWEN3_5
+    | dict(model_type="qwen3_next", num_hidden_layers=2, full_attention_interval=2, mlp_only_layers=[1])
+    | dict(norm_topk_prob=False, **EXPERTS),
+    "qwen3_5_moe_nested": dict(
+        model_type="qwen3_5_moe",
+        text_config=TINY | QWEN3_5 | dict(model_type="qwen3_5_moe_text", num_hidden_layers=2, full_attention_interval=2, **EXPERTS),
+        vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4),
+        tie_word_embeddings=True,
     ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own

@@ -26,7 +26,7 @@ from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
-from jaxtune.model.families import FAMILIES, ModelConfig, from_hf
+from jaxtune.model.families import FAMILIES, ModelConfig, from_hf, nested
 from jaxtune.model.spec import spec
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -119,6 +119,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     checkpoint: Any = Safetensors(path)
     config = from_hf(config_json)
     checkpoint, beside = set_apart(checkpoint, config, path)
+    config = nested.as_in_file(config, checkpoint.entries) if beside else config
     ignored = FAMILIES[config.model_type].ignored
     leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers))
     if any(row.part for row in spec(config).values()):

@@ -7,6 +7,7 @@ few products a chunk and one step of a scan. The backward pass makes a block of 
 are the inputs and a state every `BLOCK` tokens. At a document's first token the state is 0 again, and the convolution looks no further.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -29,24 +30,22 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     assert config.delta is not None
     (B, T, _), d = x_BTD.shape, config.delta
 
-    def projected(name: str) -> jax.Array:
-        return linear(w[name], x_BTD, w.get(f"{name}_bias"))
-
     def whole(x: jax.Array, *shape: int) -> jax.Array:
         """Heads where they are on the mesh, a row's tokens together: a state goes through all of them."""
         x = x.reshape(B, T, *shape)
         return constrain(config.mesh, x, "rows", None, "heads", *(None,) * (x.ndim - 3))
 
     begins_BT = _begins(place.queries, None if kv is None else place.keys)
-    qkv_BTC = whole(checkpoint_name(projected("in_qkv"), "attention"), d.channels)
-    gate_BTHv = checkpoint_name(projected("in_z"), "attention").reshape(B, T, d.value_heads, d.value_dim)
+    qkv_BTC, gate_BTC, b_BTH, a_BTH = _projections(d, w, x_BTD)
+    qkv_BTC = whole(checkpoint_name(qkv_BTC, "attention"), d.channels)
+    gate_BTHv = checkpoint_name(gate_BTC, "attention").reshape(B, T, d.value_heads, d.value_dim)
     tail, state = (None, None) if kv is None else (_at(kv.tail, place.number), _at(kv.state, place.number))
     mixed_BTC, tail = convolution(w["conv"][:, 0], qkv_BTC, begins_BT, tail)
     keys, values, width = (d.key_heads, d.key_dim), (d.value_heads, d.value_dim), d.key_heads * d.key_dim
     q, k, v = jnp.split(ACTIVATIONS[config.hidden_act](mixed_BTC), [width, 2 * width], axis=-1)
     q, k, v = (whole(x, heads, size) for x, heads, size in ((q, *keys), (k, *keys), (v, *values)))
 
-    a_BTH, b_BTH = (whole(projected(name).astype(jnp.float32), d.value_heads) for name in ("in_a", "in_b"))
+    a_BTH, b_BTH = (whole(x.astype(jnp.float32), d.value_heads) for x in (a_BTH, b_BTH))
     g_BTH = -jnp.exp(w["a_log"].astype(jnp.float32)) * jax.nn.softplus(a_BTH + w["dt_bias"].astype(jnp.float32))
     mixed_BTHv, state = gated_delta_rule(q, k, v, g_BTH, jax.nn.sigmoid(b_BTH), begins_BT, state)
     if kv is not None:
@@ -54,6 +53,25 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     mixed_BTHv = rms_norm(mixed_BTHv, w["state_norm"], None, config.norm_eps).astype(jnp.float32)
     mixed_BTHv = (mixed_BTHv * ACTIVATIONS["silu"](gate_BTHv.astype(jnp.float32))).astype(x_BTD.dtype)
     return linear(w["out"], mixed_BTHv.reshape(B, T, -1), w.get("out_bias")), kv
+
+
+def _projections(d: DeltaNet, w: Mapping, x_BTD: jax.Array) -> list[jax.Array]:
+    """Queries, keys and values of all heads, the gate, and what writing and decay are made of: from a matrix each, or from two that go
+    head of keys by head of keys (Qwen 3 Next)."""
+
+    def projected(name: str) -> jax.Array:
+        return linear(w[name], x_BTD, w.get(f"{name}_bias"))
+
+    if "in_qkvz" not in w:
+        return [projected(name) for name in ("in_qkv", "in_z", "in_b", "in_a")]
+
+    def apart(name: str, *sizes: int) -> list[jax.Array]:
+        by_head = projected(name).reshape(*x_BTD.shape[:2], d.key_heads, -1)
+        return [part.reshape(*x_BTD.shape[:2], -1) for part in jnp.split(by_head, list(itertools.accumulate(sizes)), axis=-1)]
+
+    group = d.value_heads // d.key_heads
+    *qkv, gate = apart("in_qkvz", d.key_dim, d.key_dim, group * d.value_dim)
+    return [jnp.concatenate(qkv, axis=-1), gate, *apart("in_ba", group)]
 
 
 def _begins(queries: Keys, keys: Keys | None) -> jax.Array:

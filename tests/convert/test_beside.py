@@ -88,6 +88,28 @@ def test_experts_that_lie_turned_as_on_the_hub(tmp_path):
         export(tmp_path / "hub", tmp_path / "alone", format="text")
 
 
+def test_experts_in_one_tensor_as_on_the_hub_where_transformers_writes_each_by_itself(tmp_path):
+    golden = references.load("qwen3_5_moe_nested")
+    together, experts = {}, {}
+    for name, array in golden.files.items():
+        prefix, found, rest = name.partition(".mlp.experts.")
+        if found:
+            experts.setdefault((prefix, rest.split(".")[1]), []).append(array)
+        else:
+            together[name] = array
+    for prefix in {prefix for prefix, _ in experts}:
+        gate, up, down = (np.stack(experts[prefix, part]) for part in ("gate_proj", "up_proj", "down_proj"))
+        together |= {f"{prefix}.mlp.experts.gate_up_proj": np.concatenate([gate, up], 1), f"{prefix}.mlp.experts.down_proj": down}
+    tiny.write(tmp_path / "hub", golden.config, together)
+    tiny.write(tmp_path / "usual", golden.config, golden.files)
+    model = load(tmp_path / "hub")
+    jax.tree.map(np.testing.assert_array_equal, model.params, load(tmp_path / "usual").params)
+    hf.save(model.config, model.params, tmp_path / "out", beside=model.beside)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), together)
+    export(tmp_path / "usual", tmp_path / "alone", format="text")
+    assert tiny.read_all(tmp_path / "alone").keys() == golden.tensors.keys()
+
+
 def test_the_language_model_alone(tmp_path):
     export(write(tmp_path / "in"), tmp_path / "out", format="text")
     assert tiny.read_all(tmp_path / "out").keys() == GOLDEN.tensors.keys()

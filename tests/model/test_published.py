@@ -124,6 +124,18 @@ PUBLISHED = {
     ),
     "Qwen3.5-4B": (dict(model_type="qwen3_5_text", tie_word_embeddings=True) | QWEN3_5 | size(2560, 9216, 32, 16), 4205751296),
     "Qwen3.5-27B": (nested("qwen3_5", **QWEN3_5 | dict(linear_num_value_heads=48, **size(5120, 17408, 64, 24))), 26895998464),
+    "Qwen3-Next-80B-A3B": (
+        dict(model_type="qwen3_next", vocab_size=151936, rope_theta=1e7) | size(2048, 5120, 48, 16),
+        79674391296,
+    ),
+    "Qwen3.5-35B-A3B": (
+        nested("qwen3_5_moe", **QWEN3_5, hidden_size=2048, num_hidden_layers=40, num_attention_heads=16) | dict(tie_word_embeddings=False),
+        34660610688,
+    ),
+    "Qwen3.5-35B-A3B (text)": (
+        dict(model_type="qwen3_5_moe_text", hidden_size=2048, num_hidden_layers=40, num_attention_heads=16) | QWEN3_5,
+        34660610688,
+    ),
     "Qwen3-VL-4B": (
         nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
         4022468096,

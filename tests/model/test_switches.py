@@ -172,7 +172,7 @@ SWITCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", references.TEXT)
+@pytest.mark.parametrize("case", [case for case in references.TEXT if case != "qwen3_next"])  # qwen3_5's switches and qwen2_moe's
 def test_every_switch_shows(case):
     golden = references.load(case)
     config = from_hf(golden.config)

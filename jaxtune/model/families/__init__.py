@@ -45,7 +45,7 @@ from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OL
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
-from jaxtune.model.families.qwen3_5 import QWEN3_5
+from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "from_hf"]
 
@@ -91,8 +91,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
     "qwen3_5_text": QWEN3_5,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
@@ -103,7 +105,8 @@ FAMILIES: dict[str, Family] = {
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """`ModelConfig` of a config.json dict; `ModelError` for a family or a switch we do not implement."""
     if nested.is_nested(hf):
-        return dataclasses.replace(from_hf(nested.text_config(hf)), outer=hf["model_type"], hf_json=json.dumps(hf))
+        outer = hf["model_type"]
+        return dataclasses.replace(from_hf(nested.text_config(hf)), outer=outer, together=NESTED[outer].together, hf_json=json.dumps(hf))
     model_type = hf.get("model_type")
     if model_type == "mistral" and hf.get("layer_types"):  # transformers' AutoConfig does the same: windows by layer
         return dataclasses.replace(from_hf({**hf, "model_type": "ministral"}), hf_json=json.dumps(hf))

@@ -16,7 +16,7 @@ from jaxtune.model.row import Row
 
 # the fields of a ModelConfig that say how to compute it, or what is beside it: two configs that differ in them alone are of one model
 HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts", "value_head",
-       "outer")  # fmt: skip
+       "outer", "together")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,7 @@ class ModelConfig:
     pad_token_id: int | None = None  # never a text's last token, for a sequence's score
     value_head: bool = False  # a value of every token beside the vocabulary's head, which objective ppo trains
     outer: str = ""  # the `model_type` of the checkpoint that this is the language model of (families/nested.py); "": it is the whole
+    together: bool = False  # its files hold a layer's experts in one tensor, where the family's hold each by itself
     # how to compute it, not what it is
     dtype: str = "float32"  # of activations and products
     attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)

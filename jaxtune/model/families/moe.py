@@ -69,7 +69,8 @@ MIXTRAL = Family(
 # ---- Qwen 2 MoE: an expert that all tokens share, weighed by a gate of its own ----
 
 
-def _sparse(hf: dict[str, Any], number: int) -> list[int]:
+def sparse_layers(hf: dict[str, Any], number: int) -> list[int]:
+    """The layers that have experts, `number` of them, by Qwen's keys."""
     dense, step = hf["mlp_only_layers"] or (), hf["decoder_sparse_step"]
     return [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
 
@@ -77,7 +78,7 @@ def _sparse(hf: dict[str, Any], number: int) -> list[int]:
 def _qwen2_moe(hf: dict[str, Any]) -> ModelConfig:
     number, sliding, layers = hf["num_experts"], hf["use_sliding_window"], range(hf["num_hidden_layers"])
     inner, shared = hf["moe_intermediate_size"], hf["shared_expert_intermediate_size"]
-    moe = moe_of(hf, number, inner, _sparse(hf, number), bool(hf["norm_topk_prob"]), shared_intermediate_size=shared)
+    moe = moe_of(hf, number, inner, sparse_layers(hf, number), bool(hf["norm_topk_prob"]), shared_intermediate_size=shared)
     turns = [bool((layer + 1) % 2 and layer < hf["max_window_layers"] and sliding) for layer in layers]
     kinds = hf.get("layer_types") or ["sliding_attention" if turn else "full_attention" for turn in turns]
     hf = hf | {"sliding_window": hf["sliding_window"] if sliding else None}
@@ -88,12 +89,18 @@ def _qwen2_moe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
-    if c.moe and layer in c.moe.layers:
-        yield from qwen_experts(c)
+    yield from qwen_fed(c, layer)
+
+
+def qwen_fed(c: ModelConfig, layer: int) -> Rows:
+    """A layer's feed-forward part: dense, or experts under Qwen's names, with one that all tokens share where there is one."""
+    if c.moe is None or layer not in c.moe.layers:
+        yield from mlp(c)
+        return
+    yield from qwen_experts(c)
+    if c.moe.shared_intermediate_size:
         yield from shared_expert(c, "mlp.shared_expert")
         yield from linear("shared_router", 1, c.hidden_size, (None, "embed"), "mlp.shared_expert_gate", "ffn_gate_inp_shexp")
-    else:
-        yield from mlp(c)
 
 
 def qwen_experts(c: ModelConfig) -> Rows:
@@ -164,7 +171,7 @@ OLMOE = Family(
 
 def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
     number = hf.get("num_local_experts") or hf["num_experts"]  # transformers 5 writes the first, the hub has the second
-    moe = moe_of(hf, number, hf["moe_intermediate_size"], _sparse(hf, number), bool(hf["norm_topk_prob"]))
+    moe = moe_of(hf, number, hf["moe_intermediate_size"], sparse_layers(hf, number), bool(hf["norm_topk_prob"]))
     sliding = hf | {"sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None}
     return llama_config(hf, mlp_bias=False, layer_windows=one_window(sliding), moe=moe)
 
@@ -174,10 +181,7 @@ def _qwen3_moe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from attention(c)
     yield from query_key_norms(c, c.head_dim, c.head_dim)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
-    if c.moe and layer in c.moe.layers:
-        yield from qwen_experts(c)
-    else:
-        yield from mlp(c)
+    yield from qwen_fed(c, layer)
 
 
 QWEN3_MOE = Family(

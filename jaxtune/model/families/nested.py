@@ -7,7 +7,7 @@ carried along (convert/beside.py).
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.errors import ModelError
@@ -26,7 +26,7 @@ class Nested(NamedTuple):
     defaults  what transformers takes for keys that text_config leaves out, where it is not what the family takes
     fixed     what its code takes for them whatever text_config says
     tied_inside  whether text_config's tie_word_embeddings counts where the whole says false, as older files have it
-    together  whether files hold a layer's experts in one tensor, where the family's hold each by itself
+    together  whether files hold a layer's experts in one tensor, where the family's hold each by itself and nobody says how
     """
 
     texts: Mapping[str, str]
@@ -51,6 +51,7 @@ NESTED: dict[str, Nested] = {
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen3_5": Nested({"qwen3_5_text": "qwen3_5_text"}, MODULES, ("visual.", "mtp.")),
+    "qwen3_5_moe": Nested({"qwen3_5_moe_text": "qwen3_5_moe_text"}, MODULES, ("visual.", "mtp.")),
     "qwen3_vl": Nested({"qwen3_vl_text": "qwen3"}, MODULES, ("visual.",), _QWEN3, dict(use_sliding_window=False)),
     "qwen3_vl_moe": Nested(
         {"qwen3_vl_moe_text": "qwen3_moe"},
@@ -103,10 +104,17 @@ def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_file(config: ModelConfig, name: str, row: Row) -> Row:
     """The row of a layer as the files of its checkpoint have it."""
-    if not config.outer or not NESTED[config.outer].together or name not in _TOGETHER:
+    if not config.together or name not in _TOGETHER:
         return row
     hf, part = _TOGETHER[name]
     return row._replace(hf=hf, part=part)
+
+
+def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config of a checkpoint with tensors of these names: its experts together or apart as they are there."""
+    if config.moe is None:
+        return config
+    return dataclasses.replace(config, together=any(name.endswith(_TOGETHER["experts_down"][0]) for name in names))
 
 
 def module(config: ModelConfig, name: str) -> str:
@@ -130,4 +138,4 @@ def changed(hf: Mapping[str, Any], **values) -> dict[str, Any]:
 def alone(config: ModelConfig, architecture: str | None = None) -> ModelConfig:
     """The language model of a nested `config` as a model of its own; `architecture`: what transformers calls the class that opens it."""
     hf = text_config(json.loads(config.hf_json)) | ({"architectures": [architecture]} if architecture else {})
-    return dataclasses.replace(config, outer="", hf_json=json.dumps(hf))
+    return dataclasses.replace(config, outer="", together=False, hf_json=json.dumps(hf))

@@ -1,10 +1,12 @@
-"""Qwen 3.5 (text): three of four layers are Gated DeltaNet (model/delta.py), every fourth full attention with an output gate."""
+"""Qwen 3.5 (text) and Qwen 3 Next: three of four layers are Gated DeltaNet (model/delta.py), every fourth full attention with an output
+gate; dense, or with a mixture of experts in each layer."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import DeltaNet, Family, ModelConfig, check_layer_types, common
-from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms
+from jaxtune.model.families.moe import moe_of, qwen_fed, sparse_layers
+from jaxtune.model.families.parts import Rows, attention, linear, norm, query_key_norms
 from jaxtune.model.row import Row
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -30,19 +32,24 @@ def delta_net(hf: dict[str, Any]) -> DeltaNet | None:
     return own if layers else None
 
 
-def _qwen3_5(hf: dict[str, Any]) -> ModelConfig:
+def _qwen3_5(hf: dict[str, Any], **changes) -> ModelConfig:
     bias = bool(hf["attention_bias"])
     # rotary positions of images and text in one (mrope): text alone has the same number in each of the three, so it is plain rotation
-    return common(hf, partial=True, norm="rms_offset", qkv_bias=bias, out_bias=bias, delta=delta_net(hf))
+    return common(hf, partial=True, norm="rms_offset", qkv_bias=bias, out_bias=bias, delta=delta_net(hf), **changes)
 
 
-def linear_attention(c: ModelConfig, d: DeltaNet) -> Rows:
-    """Projections, the convolution `[channels, 1, W]`, decay, the gated norm and the way out."""
-    values, width = d.value_heads * d.value_dim, c.hidden_size
-    yield from linear("in_qkv", d.channels, width, ("heads", "embed"), "linear_attn.in_proj_qkv", "attn_qkv")
-    yield from linear("in_z", values, width, ("heads", "embed"), "linear_attn.in_proj_z", "attn_gate")
-    yield from linear("in_b", d.value_heads, width, ("heads", "embed"), "linear_attn.in_proj_b", "ssm_beta")
-    yield from linear("in_a", d.value_heads, width, ("heads", "embed"), "linear_attn.in_proj_a", "ssm_alpha")
+def linear_attention(c: ModelConfig, d: DeltaNet, by_head: bool = False) -> Rows:
+    """Projections, the convolution `[channels, 1, W]`, decay, the gated norm and the way out; `by_head`: the projections lie in two
+    matrices, head of keys by head of keys."""
+    values, width, wide = d.value_heads * d.value_dim, c.hidden_size, ("heads", "embed")
+    if by_head:
+        yield from linear("in_qkvz", d.channels + values, width, wide, "linear_attn.in_proj_qkvz", "ssm_in")
+        yield from linear("in_ba", 2 * d.value_heads, width, wide, "linear_attn.in_proj_ba", "ssm_ba")
+    else:
+        yield from linear("in_qkv", d.channels, width, wide, "linear_attn.in_proj_qkv", "attn_qkv")
+        yield from linear("in_z", values, width, wide, "linear_attn.in_proj_z", "attn_gate")
+        yield from linear("in_b", d.value_heads, width, wide, "linear_attn.in_proj_b", "ssm_beta")
+        yield from linear("in_a", d.value_heads, width, wide, "linear_attn.in_proj_a", "ssm_alpha")
     channels = (d.channels, 1, d.kernel), ("heads", None, None)
     yield "conv", Row(*channels, "normal", "linear_attn.conv1d.weight", "ssm_conv1d.weight")
     yield "dt_bias", Row((d.value_heads,), ("heads",), "ones", "linear_attn.dt_bias", "ssm_dt.bias")
@@ -57,16 +64,11 @@ def gated_attention(c: ModelConfig) -> Rows:
     yield from query_key_norms(c, c.head_dim, c.head_dim)
 
 
-def mixer(c: ModelConfig, layer: int) -> Rows:
-    """A layer's norm and what mixes its tokens."""
+def _layer(c: ModelConfig, layer: int, by_head: bool = False) -> Rows:
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
-    yield from linear_attention(c, c.delta) if c.delta and layer in c.delta.layers else gated_attention(c)
-
-
-def _qwen3_5_layer(c: ModelConfig, layer: int) -> Rows:
-    yield from mixer(c, layer)
+    yield from linear_attention(c, c.delta, by_head) if c.delta and layer in c.delta.layers else gated_attention(c)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "post_attention_norm")
-    yield from mlp(c)
+    yield from qwen_fed(c, layer)
 
 
 DEFAULTS = dict(
@@ -85,4 +87,37 @@ DEFAULTS = dict(
     linear_num_key_heads=16,
     linear_num_value_heads=32,
 )
-QWEN3_5 = Family(_qwen3_5, _qwen3_5_layer, DEFAULTS)
+QWEN3_5 = Family(_qwen3_5, _layer, DEFAULTS)
+
+
+# ---- with experts, and one that all tokens share ----
+
+
+def _qwen3_5_moe(hf: dict[str, Any], layers: list[int] | None = None, normalize: bool = True) -> ModelConfig:
+    inner, shared = hf["moe_intermediate_size"], hf["shared_expert_intermediate_size"]
+    layers = list(range(hf["num_hidden_layers"])) if layers is None else layers
+    moe = moe_of(hf, hf["num_experts"], inner, layers, normalize, shared_intermediate_size=shared)
+    return _qwen3_5({"intermediate_size": inner, **hf}, moe=moe)
+
+
+def _qwen3_next(hf: dict[str, Any]) -> ModelConfig:
+    return _qwen3_5_moe(hf, sparse_layers(hf, hf["num_experts"]), bool(hf["norm_topk_prob"]))
+
+
+_MOE = DEFAULTS | dict(
+    num_key_value_heads=2,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+    num_experts_per_tok=8,
+    num_experts=256,
+    router_aux_loss_coef=0.001,
+)
+QWEN3_5_MOE = Family(
+    _qwen3_5_moe, _layer, _MOE, required=tuple(key for key in Family._field_defaults["required"] if key != "intermediate_size")
+)
+QWEN3_NEXT = Family(
+    _qwen3_next,
+    lambda c, layer: _layer(c, layer, by_head=True),
+    _MOE | dict(num_experts_per_tok=10, num_experts=512, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=None),
+    ignored=r"mtp\..*",
+)
