@@ -24,7 +24,6 @@ from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
 from jaxtune.convert.bitsandbytes import Bitsandbytes
 from jaxtune.convert.folders import new_folder
-from jaxtune.convert.gguf import CLASSES
 from jaxtune.convert.gguf_out import TYPES, save_gguf
 from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
 from jaxtune.convert.merge import Packed, composed
@@ -34,6 +33,7 @@ from jaxtune.convert.tensors import read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.families import nested
+from jaxtune.model.families.heads import language_class
 from jaxtune.model.spec import abstract
 from jaxtune.peft import compose, kind_of
 from jaxtune.runfolder import base_of
@@ -217,7 +217,7 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, form
     if format in ("hf", "text"):
         config, beside = opened.config, opened.beside
         if format == "text":
-            config, beside = nested.alone(config, CLASSES.get(config.model_type)), None
+            config, beside = nested.alone(config, language_class(config.model_type)), None
         hf.write_model(folder, config, params, opened.tokenizer, opened.generation_config, dtype, base, beside)
         return folder
     name = name.removesuffix(".gguf")

@@ -106,6 +106,38 @@ def _tensor_info(cursor: "_Cursor", path: Path) -> tuple[str, GGMLQuantizationTy
     return name, kind, shape, cursor.number("Q")
 
 
+_COUNTS = ("attention.head_count", "attention.key_length", "embedding_length", "feed_forward_length", "block_count", "context_length")
+
+
+class Metadata:
+    """The keys of a file's architecture: `m("block_count")` is `llama.block_count`; ModelError when a needed one is missing."""
+
+    def __init__(self, file: GGUFFile):
+        self.file = file
+        self.architecture: str = file.metadata.get("general.architecture", "")
+
+    def __call__(self, key: str) -> Any:
+        """The value, one for all layers."""
+        value = self.get(key)
+        if value is None:
+            raise ModelError(f"{self.file.path}: the metadata lacks {self.architecture}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ModelError(f"{self.file.path}: {self.architecture}.{key} differs from layer to layer; that is not supported")
+            value = value[0]
+        if key in _COUNTS and not (isinstance(value, int) and value > 0):
+            raise ModelError(f"{self.file.path}: {self.architecture}.{key} is {value!r}; it has to be a whole number above 0")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is stored, or `default`."""
+        return self.file.metadata.get(f"{self.architecture}.{key}", default)
+
+    def has(self, *names: str) -> bool:
+        """Whether the file holds one of these tensors."""
+        return any(name in self.file.tensors for name in names)
+
+
 class _Cursor:
     """Reads little-endian values one after another."""
 

@@ -96,3 +96,4 @@ def test_every_family_says_which_classes_transformers_has():
         assert {of: f"{start}{heads.SUFFIX[of]}" for of in kinds} == {
             of: names[model_type] for of, names in known.items() if model_type in names
         }
+        assert heads.language_class(model_type) == modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

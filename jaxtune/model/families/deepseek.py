@@ -31,8 +31,8 @@ def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
     return moe_of(hf, number, inner, layers, **fields | changes)
 
 
-def _fed(c: ModelConfig, layer: int) -> Rows:
-    yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+def _fed(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows:
+    yield from norm(c, "mlp_norm", "post_attention_layernorm", gguf)
     if c.moe is None or layer not in c.moe.layers:
         yield from mlp(c)
         return
@@ -152,7 +152,7 @@ def _glm4_moe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from attention(c)
     if c.qk_norm:
         yield from query_key_norms(c, c.head_dim, c.head_dim)
-    yield from _fed(c, layer)
+    yield from _fed(c, layer, "post_attention_norm")
 
 
 GLM4_MOE = Family(

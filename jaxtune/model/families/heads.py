@@ -131,6 +131,11 @@ def class_name(config: ModelConfig, of: str) -> str:
     return CLASSES[config.model_type][0] + SUFFIX[of]
 
 
+def language_class(model_type: str) -> str:
+    """The class of transformers that opens a language model of this family."""
+    return CLASSES[model_type][0].removesuffix("Text") + ("LMHeadModel" if model_type == "gpt2" else "ForCausalLM")
+
+
 def has_class(config: ModelConfig, of: str) -> bool:
     """Whether transformers has that class."""
     return of in CLASSES[config.model_type][1]

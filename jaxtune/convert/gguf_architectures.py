@@ -1,0 +1,363 @@
+"""What llama.cpp calls each family, and what the metadata of its files says: one table for both directions."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.convert import gguf_limits as limits
+from jaxtune.convert.gguf_file import Metadata
+from jaxtune.convert.gguf_keys import (
+    COMMON,
+    LEADING,
+    LOGIT_SCALE,
+    MULTIPLIERS,
+    NEEDED,
+    PATTERN,
+    SHARED,
+    Architecture,
+    Key,
+    experts,
+    moe,
+    window,
+)
+from jaxtune.convert.gguf_rope import partial_factor, rope_keys, rope_parameters
+from jaxtune.errors import ModelError
+from jaxtune.model.families import ModelConfig
+
+
+def keys_of(config: ModelConfig) -> dict[str, Any]:
+    """The metadata of a model, without the architecture's name in front. ModelError for what llama.cpp does not run."""
+    c, a = config, ARCHITECTURES[config.model_type]
+    limits.check(c, a)
+    norm = "layer_norm_epsilon" if c.norm.startswith("layer") else "layer_norm_rms_epsilon"
+    found = {"vocab_size": c.vocab_size} | {key.gguf: key.of(c) for key in COMMON}
+    found |= {"attention.value_length": c.head_dim, f"attention.{norm}": c.norm_eps}
+    if a.limited:
+        found["context_length"] = min([c.max_position_embeddings, *filter(None, c.layer_windows)])
+    found |= rope_keys(c.ropes[0], a.truncate) if c.ropes else {}
+    found |= {key.gguf: key.of(c) for key in a.keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def config_of(m: Metadata) -> dict[str, Any]:
+    """config.json of a file's metadata, but for its class and its special tokens."""
+    model_type = _READS[m.architecture](m) if m.architecture in _READS else MODEL_TYPES[m.architecture]
+    a = ARCHITECTURES[model_type]
+    norm = next((key for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon") if m.get(f"attention.{key}") is not None), None)
+    hf = {key.hf: _read(m, key) for key in COMMON}
+    hf["num_hidden_layers"] -= m.get("nextn_predict_layers", 0)
+    hf["num_key_value_heads"] = hf["num_key_value_heads"] or hf["num_attention_heads"]
+    hf["head_dim"] = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    hf["vocab_size"] = m.file.tensors["token_embd.weight"].shape[0]
+    hf["tie_word_embeddings"] = not m.has("output.weight")
+    hf["rope_parameters"] = rope_parameters(m, hf["head_dim"])
+    hf |= {a.eps: m(f"attention.{norm or 'layer_norm_rms_epsilon'}")} if a.eps else {}
+    hf |= {key.hf: _read(m, key) for key in a.keys if key.hf}
+    hf = {a.renamed.get(key, key): value for key, value in hf.items()}
+    return {"model_type": model_type} | hf | a.hf | a.read(m)
+
+
+def _read(m: Metadata, key: Key) -> Any:
+    return m(key.gguf) if key.missing is NEEDED or isinstance(m.get(key.gguf), list) else m.get(key.gguf, key.missing)
+
+
+def layer_types(m: Metadata) -> dict[str, Any]:
+    """The kind of each layer, of an architecture whose files say so; the ones before those had a full layer in four."""
+    given, layers = m.get(PATTERN.gguf), m("block_count")
+    kinds = given if isinstance(given, list) else [bool((layer + 1) % (given or 4)) for layer in range(layers)]
+    windows = m.get("attention.sliding_window")
+    return {"layer_types": ["sliding_attention" if windows and sliding else "full_attention" for sliding in kinds]}
+
+
+# ---- config.json of a file, where it is more than a key's value ----
+
+
+def _biases(*names: tuple[str, str]) -> Callable[[Metadata], dict[str, Any]]:
+    """Flags of config.json, and the tensors of the first layer whose presence they say."""
+    return lambda m: {flag: m.has(f"blk.0.{tensor}.bias") for flag, tensor in names}
+
+
+_LLAMA_BIASES = _biases(("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))
+_ATTENTION_BIAS = _biases(("attention_bias", "attn_q"))
+
+
+def _partial(m: Metadata) -> dict[str, Any]:
+    """Where part of a head turns by default."""
+    head_dim = m.get("attention.key_length") or m("embedding_length") // m("attention.head_count")
+    return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", head_dim), head_dim)}
+
+
+def _scalar(m: Metadata, model_type: str) -> int:
+    return limits.gemma_scalar(
+        model_type, m("block_count"), m("embedding_length"), m("attention.head_count"), m("attention.key_length")
+    )
+
+
+def _read_gemma3(m: Metadata) -> dict[str, Any]:
+    full = rope_parameters(m, m("attention.key_length")) | {"rope_theta": m.get("rope.freq_base", 1e6)}
+    sliding = {"rope_type": "default", "rope_theta": m.get("rope.freq_base_swa", 10000.0)}
+    return {"query_pre_attn_scalar": _scalar(m, "gemma3_text"), "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+def _read_olmo3(m: Metadata) -> dict[str, Any]:
+    full = rope_parameters(m, m.get("attention.key_length") or m("embedding_length") // m("attention.head_count"))
+    sliding = {"rope_type": "default", "rope_theta": full["rope_theta"]}
+    return layer_types(m) | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+def _read_falcon(m: Metadata) -> dict[str, Any]:
+    heads, kv_heads, two = m("attention.head_count"), m("attention.head_count_kv"), m.has("blk.0.attn_norm_2.weight")
+    new = two or kv_heads not in (1, heads)
+    return {
+        "num_kv_heads": kv_heads, "new_decoder_architecture": new, "multi_query": kv_heads == 1, "num_ln_in_parallel_attn": 1 + two,
+        "ffn_hidden_size": m("feed_forward_length"), "parallel_attn": True, "bias": False, "alibi": False,
+    }  # fmt: skip
+
+
+def _read_deepseek(m: Metadata) -> dict[str, Any]:
+    if m.get("attention.key_length_mla") is None:
+        raise ModelError(f"{m.file.path}: an old DeepSeek file without attention.key_length_mla cannot be read; convert the model anew")
+    turning, inner = m("rope.dimension_count"), m("expert_feed_forward_length")
+    rope = rope_parameters(m, turning)
+    if weight := m.get("rope.scaling.yarn_log_multiplier"):
+        rope |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    return {
+        "num_key_value_heads": m("attention.head_count"), "head_dim": turning, "q_lora_rank": m.get("attention.q_lora_rank") or None,
+        "qk_rope_head_dim": turning, "qk_nope_head_dim": m("attention.key_length_mla") - turning, "rope_parameters": rope,
+        "n_shared_experts": m("expert_shared_count"), "moe_intermediate_size": inner,
+    }  # fmt: skip
+
+
+def _read_ministral3(m: Metadata) -> dict[str, Any]:
+    rope = rope_parameters(m, m("attention.key_length"))
+    weight, growth = m.get("rope.scaling.yarn_log_multiplier"), m.get("attention.temperature_scale")
+    rope |= {"mscale": 1.0, "mscale_all_dim": weight} if weight else {}
+    return {"rope_parameters": rope | ({"llama_4_scaling_beta": growth} if growth else {})}
+
+
+def _read_phi3(m: Metadata) -> dict[str, Any]:
+    return {"original_max_position_embeddings": m.get("rope.scaling.original_context_length") or m("context_length")}
+
+
+def _read_stablelm(m: Metadata) -> dict[str, Any]:
+    flags = {"use_qkv_bias": m.has("blk.0.attn_q.bias"), "use_parallel_residual": not m.has("blk.0.ffn_norm.weight")}
+    return _partial(m) | flags
+
+
+def _read_ernie_moe(m: Metadata) -> dict[str, Any]:
+    shared = m.get("expert_shared_feed_forward_length", 0) // m("expert_feed_forward_length")
+    return {"moe_num_shared_experts": shared, "moe_layer_interval": 1, "moe_layer_end_index": -1, "use_bias": False}
+
+
+def _which_llama(m: Metadata) -> str:
+    return "mixtral" if m.get("expert_count") else "mistral" if m.get("attention.sliding_window") else "llama"
+
+
+# general.architecture, where several families share it -> which of them a file is
+_READS: dict[str, Callable[[Metadata], str]] = {
+    "llama": _which_llama,
+    "olmo2": lambda m: "olmo3" if m.get("attention.sliding_window") else "olmo2",
+    "granitemoe": lambda m: "granitemoeshared" if m.get("expert_shared_feed_forward_length") else "granitemoe",
+    "deepseek2": lambda m: "deepseek_v3" if m.has(f"blk.{m.get('leading_dense_block_count', 0)}.exp_probs_b.bias") else "deepseek_v2",
+}
+
+
+# ---- the table ----
+
+_OWN = ("llama3", "divisors")
+_GPT2 = dict(
+    hidden_size="n_embd", intermediate_size="n_inner", num_hidden_layers="n_layer", num_attention_heads="n_head",
+    max_position_embeddings="n_positions",
+)  # fmt: skip
+_TANH = "gelu_pytorch_tanh"
+
+
+def _groups(c: ModelConfig) -> tuple[int | None, int | None]:
+    """How many groups experts lie in, and a token goes to; not written where that is all of them."""
+    return c.moe.groups if c.moe and c.moe.groups[0] > c.moe.groups[1] else (None, None)
+
+
+def _sections(c: ModelConfig) -> list[int]:
+    """How many frequencies are of time, height and width; of text the three are one."""
+    return [(c.ropes[0].pairs + 2) // 3, (c.ropes[0].pairs + 1) // 3, c.ropes[0].pairs // 3, 0]
+
+
+_DEEPSEEK = Architecture(
+    "deepseek2",
+    (
+        *experts("n_routed_experts"),
+        LEADING,
+        Key("attention.head_count_kv", "", lambda c: 1),  # one head of keys and values, the latents themselves
+        Key("attention.key_length", "", lambda c: c.latent and c.latent.kv_rank + c.latent.turning),
+        Key("attention.value_length", "", lambda c: c.latent and c.latent.kv_rank),
+        Key("attention.key_length_mla", "", lambda c: c.head_dim),
+        Key("attention.value_length_mla", "v_head_dim", lambda c: c.latent and c.latent.value),
+        Key("attention.kv_lora_rank", "kv_lora_rank", lambda c: c.latent and c.latent.kv_rank),
+        Key("attention.q_lora_rank", "", lambda c: c.latent and c.latent.q_rank),
+        Key("expert_shared_count", "", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
+        Key("expert_weights_scale", "routed_scaling_factor", moe("scale"), 1.0),
+        Key("expert_weights_norm", "norm_topk_prob", moe("normalize"), False),
+        Key("expert_gating_func", "", lambda c: 2 if c.moe and c.moe.sigmoid else 1),
+        Key("expert_group_count", "n_group", lambda c: _groups(c)[0], 1),
+        Key("expert_group_used_count", "topk_group", lambda c: _groups(c)[1], 1),
+        Key("rope.scaling.attn_factor", "", lambda c: None),
+        Key("rope.scaling.yarn_log_multiplier", "", lambda c: 0.1 * weight if (weight := limits.mscale_all_dim(c)) else None),
+    ),
+    read=_read_deepseek,
+    check=limits.deepseek,
+    leading=True,
+    scaled=True,
+)  # fmt: skip
+_GRANITE = Architecture("granite", MULTIPLIERS, read=_LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN, scaled=True)
+_GRANITEMOE = _GRANITE._replace(
+    name="granitemoe", keys=(*MULTIPLIERS, *experts("num_local_experts", inner=None)), read=_ATTENTION_BIAS, biases=("out",), normalize=True
+)
+_LLAMA = Architecture("llama", read=_LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN)
+_MISTRAL = _LLAMA._replace(keys=(window(None),), read=lambda m: {}, limited=True)
+_GEMMA2 = Architecture(
+    "gemma2",
+    (
+        window(4096),
+        Key("attn_logit_softcapping", "attn_logit_softcapping", lambda c: c.attention_softcap or None, 50.0),
+        Key("final_logit_softcapping", "final_logit_softcapping", lambda c: c.logits_softcap or None, 30.0),
+    ),
+    read=lambda m: {"query_pre_attn_scalar": _scalar(m, "gemma2")},
+    check=limits.gemma2,
+    activation=_TANH,
+    period=2,
+    scaled=True,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": Architecture("arcee", activation="relu2", frequencies=_OWN),
+    "cohere": Architecture(
+        "command-r", (LOGIT_SCALE,), read=lambda m: {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},
+        check=limits.command_r, eps="layer_norm_eps", head=False, shares=True,
+    ),
+    "cohere2": Architecture(
+        "cohere2", (LOGIT_SCALE, window()), {"sliding_window_pattern": 4}, eps="layer_norm_eps", head=False, shares=True,
+        period=4,
+    ),
+    "deepseek_v2": _DEEPSEEK._replace(
+        keys=tuple(key._replace(hf="" if key.hf == "norm_topk_prob" else key.hf) for key in _DEEPSEEK.keys), hf={"topk_method": "greedy"}
+    ),
+    "deepseek_v3": _DEEPSEEK,
+    "ernie4_5": Architecture("ernie4_5"),
+    "ernie4_5_moe": Architecture(
+        "ernie4_5-moe",
+        (
+            *experts("moe_num_experts", "moe_k"),
+            LEADING._replace(hf="moe_layer_start_index"),
+            SHARED._replace(hf="", missing=0),
+            Key("interleave_moe_layer_step", "", lambda c: 1),
+        ),
+        read=_read_ernie_moe, leading=True, normalize=True,
+    ),
+    "exaone4": Architecture(
+        "exaone4", (window(None), PATTERN), read=layer_types, check=limits.exaone4, shares=True, period=None, frequencies=_OWN
+    ),
+    "falcon": Architecture("falcon", read=_read_falcon, check=limits.falcon, eps="layer_norm_epsilon", activation="gelu", shares=True),
+    "gemma": Architecture("gemma", activation=_TANH),
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2._replace(
+        name="gemma3",
+        keys=(
+            window(),
+            Key("final_logit_softcapping", "final_logit_softcapping", lambda c: c.logits_softcap or None, None),
+            Key("rope.freq_base_swa", "", lambda c: c.ropes[1].theta),
+        ),
+        read=_read_gemma3, check=limits.gemma3, period=6,
+    ),
+    "glm": Architecture("chatglm", read=lambda m: _partial(m) | _ATTENTION_BIAS(m), shares=True),
+    "glm4": Architecture("glm4", read=lambda m: _partial(m) | _ATTENTION_BIAS(m)),
+    "glm4_moe": Architecture(
+        "glm4moe",
+        (
+            *experts("n_routed_experts"), LEADING,
+            *(key for key in _DEEPSEEK.keys if key.gguf.startswith(("expert_weights", "expert_gating", "expert_group"))),
+            Key("expert_shared_count", "n_shared_experts", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
+        ),
+        read=lambda m: _partial(m) | _ATTENTION_BIAS(m) | {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},
+        check=limits.glm4_moe, leading=True,
+    ),
+    "gpt2": Architecture("gpt2", eps="layer_norm_epsilon", renamed=_GPT2, activation=_TANH),
+    "gpt_bigcode": Architecture(
+        "starcoder", read=lambda m: {"multi_query": m("attention.head_count_kv") == 1}, eps="layer_norm_epsilon", renamed=_GPT2,
+        activation=_TANH, biases=("mlp",),
+    ),
+    "gpt_neox": Architecture(
+        "gptneox", (Key("use_parallel_residual", "use_parallel_residual", lambda c: c.parallel_residual, True),),
+        read=lambda m: {"rotary_pct": _partial(m)["partial_rotary_factor"], "rotary_emb_base": m.get("rope.freq_base", 10000.0)},
+        check=limits.all_biases, eps="layer_norm_eps", activation="gelu", biases=("out", "mlp"), head=True,
+    ),
+    "gpt_oss": Architecture(
+        "gpt-oss", (*experts("num_local_experts", inner="intermediate_size"), window()),
+        read=lambda m: {"rope_parameters": rope_parameters(m, m("attention.key_length")) | {"truncate": False}},
+        check=limits.gpt_oss, biases=("out",), period=2, truncate=False,
+    ),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITEMOE,
+    "granitemoeshared": _GRANITEMOE._replace(keys=(*_GRANITEMOE.keys, SHARED._replace(hf="shared_intermediate_size"))),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "llama": _LLAMA,
+    "ministral": _MISTRAL,
+    "ministral3": Architecture(
+        "mistral3",
+        (
+            window(None),
+            Key("attention.temperature_scale", "", lambda c: c.query_growth[0] or None),
+            Key("rope.scaling.attn_factor", "", lambda c: None),
+            Key("rope.scaling.yarn_log_multiplier", "", lambda c: 1.0 if c.ropes[0].kind == "yarn" else None),
+        ),
+        read=_read_ministral3, check=limits.ministral3, limited=True,
+    ),
+    "mistral": _MISTRAL,
+    "mixtral": _MISTRAL._replace(keys=(window(None), *experts("num_local_experts", inner=None)), normalize=True),
+    "nemotron": Architecture(
+        "nemotron", read=lambda m: _partial(m) | _LLAMA_BIASES(m), eps="norm_eps", activation="relu2", biases=("out", "mlp"), head=True,
+        shares=True,
+    ),
+    "olmo": Architecture(
+        "olmo", (Key("attention.clamp_kqv", "clip_qkv", lambda c: c.qkv_clip or None, None),), eps="", shares=True
+    ),
+    "olmo2": Architecture("olmo2", head=True, shares=True),
+    "olmo3": Architecture("olmo2", (window(), PATTERN), read=_read_olmo3, check=limits.olmo3, head=True, shares=True, period=None),
+    "olmoe": Architecture("olmoe", experts("num_experts", inner=None), {"norm_topk_prob": False}, shares=True, normalize=False),
+    "phi": Architecture(
+        "phi2", read=_partial, check=limits.phi, eps="layer_norm_eps", activation=_TANH, biases=("out", "mlp"), head=True, shares=True
+    ),
+    "phi3": Architecture(
+        "phi3", (window(None)._replace(of=lambda c: max(c.layer_windows)),), read=_read_phi3, frequencies=("longrope",), shares=True,
+        limited=True,
+    ),
+    "qwen2": Architecture("qwen2", shares=True),
+    "qwen2_moe": Architecture(
+        "qwen2moe", (*experts("num_experts"), SHARED), {"norm_topk_prob": False}, check=limits.qwen2_moe, shares=True, normalize=False
+    ),
+    "qwen3": Architecture("qwen3"),
+    "qwen3_5_text": Architecture(
+        "qwen35",
+        (
+            Key("ssm.conv_kernel", "linear_conv_kernel_dim", lambda c: c.delta and c.delta.kernel),
+            Key("ssm.state_size", "linear_key_head_dim", lambda c: c.delta and c.delta.key_dim),
+            Key("ssm.group_count", "linear_num_key_heads", lambda c: c.delta and c.delta.key_heads),
+            Key("ssm.time_step_rank", "linear_num_value_heads", lambda c: c.delta and c.delta.value_heads),
+            Key("ssm.inner_size", "", lambda c: c.delta and c.delta.value_heads * c.delta.value_dim),
+            Key("full_attention_interval", "full_attention_interval", lambda c: 4, 4),
+            Key("rope.dimension_sections", "", _sections),
+        ),
+        read=lambda m: {"linear_value_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank")}, check=limits.qwen3_5,
+    ),
+    "qwen3_moe": Architecture("qwen3moe", experts("num_experts"), {"norm_topk_prob": True}, normalize=True),
+    "seed_oss": Architecture("seed_oss", read=_ATTENTION_BIAS),
+    "smollm3": Architecture("smollm3", hf={"no_rope_layer_interval": 4}, check=limits.smollm3),
+    "stablelm": Architecture(
+        "stablelm", (Key("use_parallel_residual", "", lambda c: c.parallel_residual),), read=_read_stablelm,
+        eps="layer_norm_eps", head=True, shares=True,
+    ),
+    "starcoder2": Architecture(
+        "starcoder2", (window(None),), {"use_bias": True}, check=limits.all_biases, eps="norm_epsilon", activation=_TANH,
+        biases=("out", "mlp"), shares=True, limited=True,
+    ),
+}  # fmt: skip
+# general.architecture -> the family that a file of it is, where no other shares it
+MODEL_TYPES = {architecture.name: model_type for model_type, architecture in ARCHITECTURES.items()}

@@ -1,0 +1,105 @@
+"""What an architecture of llama.cpp is, and the settings of its metadata: each a key of the file and a key of config.json."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtune.convert.gguf_file import Metadata
+from jaxtune.model.families import ModelConfig
+
+NEEDED = object()
+
+
+class Key(NamedTuple):
+    """One setting: `{architecture}.{gguf}` is `of(config)` (None: not written), and `hf` of config.json when it is read.
+
+    `missing` is what a file without the key means; NEEDED: there is no such file.
+    """
+
+    gguf: str
+    hf: str
+    of: Callable[[ModelConfig], Any]
+    missing: Any = NEEDED
+
+
+class Architecture(NamedTuple):
+    """How llama.cpp knows a `model_type`: as tried with it, and as its loaders and graphs say (src/models).
+
+    name         general.architecture
+    keys         beyond those that all have
+    hf           what config.json says of each such model
+    read         what config.json says besides, from a file's metadata
+    check        raises ModelError for what else llama.cpp does not run
+    eps          config.json's name of the norms' epsilon
+    renamed      config.json's own names of the common keys
+    activation   what it computes, whatever the file says
+    biases       which of "out" and "mlp" its loader has a place for
+    head         True: the vocabulary's head has to be a matrix of its own, False: it has to be the embedding
+    shares       head_dim has to be hidden_size / num_attention_heads
+    period       a layer in so many is full, the others have a window; 0: no windows; None: its keys say which
+    limited      it has no windows but is right up to their length, so that is how long a text may be
+    frequencies  the rope_types whose own frequencies it reads
+    truncate     whether YaRN's limits are rounded
+    leading      the first layers may be without experts
+    normalize    whether the chosen experts' weights are scaled to sum to one; None: its keys say
+    scaled       its keys, or its check, hold the attention's scale; else that is head_dim ** -0.5
+    """
+
+    name: str
+    keys: tuple[Key, ...] = ()
+    hf: dict[str, Any] = {}
+    read: Callable[[Metadata], dict[str, Any]] = lambda m: {}
+    check: Callable[[ModelConfig], None] = lambda c: None
+    eps: str = "rms_norm_eps"
+    renamed: dict[str, str] = {}
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    head: bool | None = None
+    shares: bool = False
+    period: int | None = 0
+    limited: bool = False
+    frequencies: tuple[str, ...] = ()
+    truncate: bool = True
+    leading: bool = False
+    normalize: bool | None = None
+    scaled: bool = False
+
+
+# ---- keys ----
+
+
+def moe(name: str) -> Callable[[ModelConfig], Any]:
+    """A field of the mixture of experts; None where there is none."""
+    return lambda c: getattr(c.moe, name) if c.moe else None
+
+
+def experts(number: str, chosen: str = "num_experts_per_tok", inner: str | None = "moe_intermediate_size") -> tuple[Key, ...]:
+    """How many experts there are, are chosen, and how wide they are; the names are config.json's."""
+    keys = (Key("expert_count", number, moe("num_experts")), Key("expert_used_count", chosen, moe("experts_per_token")))
+    return (*keys, Key("expert_feed_forward_length", inner, moe("intermediate_size"))) if inner else keys
+
+
+def window(missing: Any = NEEDED) -> Key:
+    """The length of the windows; not written where there are none."""
+    return Key("attention.sliding_window", "sliding_window", lambda c: max(c.layer_windows, default=0) or None, missing)
+
+
+COMMON = (
+    Key("context_length", "max_position_embeddings", lambda c: c.max_position_embeddings),
+    Key("embedding_length", "hidden_size", lambda c: c.hidden_size),
+    Key("feed_forward_length", "intermediate_size", lambda c: c.intermediate_size),
+    Key("block_count", "num_hidden_layers", lambda c: c.num_layers),
+    Key("attention.head_count", "num_attention_heads", lambda c: c.num_heads),
+    Key("attention.head_count_kv", "num_key_value_heads", lambda c: c.num_kv_heads, None),
+    Key("attention.key_length", "head_dim", lambda c: c.head_dim, None),
+)
+# read by `gguf_architectures.layer_types`
+PATTERN = Key("attention.sliding_window_pattern", "", lambda c: [bool(size) for size in c.layer_windows] if any(c.layer_windows) else None)
+MULTIPLIERS = (
+    Key("attention.scale", "attention_multiplier", lambda c: c.attention_scale),
+    Key("embedding_scale", "embedding_multiplier", lambda c: c.embedding_multiplier, 1.0),
+    Key("residual_scale", "residual_multiplier", lambda c: c.residual_multiplier, 1.0),
+    Key("logit_scale", "logits_scaling", lambda c: c.logits_scaling, 1.0),
+)
+SHARED = Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size", moe("shared_intermediate_size"))
+LEADING = Key("leading_dense_block_count", "first_k_dense_replace", lambda c: c.moe.layers[0] if c.moe else None, 0)
+LOGIT_SCALE = Key("logit_scale", "logit_scale", lambda c: 1 / c.logits_scaling)

@@ -1,0 +1,104 @@
+"""How llama.cpp lays a tensor out where it differs from Hugging Face: other names, another order of rows, two tensors instead of one."""
+
+import numpy as np
+
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.row import Row
+from jaxtune.model.spec import spec
+
+# Where llama.cpp turns neighbouring pairs of dimensions and Hugging Face halves of a head, files hold q and k with their rows interleaved.
+INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoeshared", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo",
+               "smollm3")  # fmt: skip
+# one tensor of Hugging Face's that is two there
+_DIVIDED = {"kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")}
+
+
+def names(path: str, row: Row) -> tuple[str, ...]:
+    """What the tensors of a row are called in a GGUF file, with {layer}."""
+    return tuple(f"blk.{{layer}}.{name}.weight" for name in _DIVIDED.get(_name(path), ())) or (row.gguf,)
+
+
+def to_gguf(config: ModelConfig, path: str, value: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A row's tensor in Hugging Face's layout as the tensors of `names`."""
+    name, row, one = _name(path), spec(config)[path], value.dtype.type(1)
+    if name == "kv_b":
+        heads = value.reshape(config.num_heads, -1, value.shape[-1])
+        still = _still(config)
+        return heads[:, :still].swapaxes(1, 2), heads[:, still:]
+    if name == "shared_gate_up":
+        return tuple(np.split(value, 2))
+    if name == "a_log":
+        value = -np.exp(value)
+    value = value + one if _is_offset(config, name, row) else value.T if row.transposed else value
+    order = _order(config, name, value.shape)
+    value = value if order is None else np.take(value, order[1], order[0])
+    return (value.reshape(_flat(row, value.shape)),)
+
+
+def to_hf(config: ModelConfig, path: str, values: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The inverse of `to_gguf`, but for axes of one, which are left out there."""
+    name, row, value = _name(path), spec(config)[path], values[0]
+    if name == "kv_b" and len(values) == 2:
+        heads = np.concatenate([value.swapaxes(1, 2), values[1]], axis=1)
+        return heads.reshape(-1, heads.shape[-1])
+    if name == "shared_gate_up" and len(values) == 2:
+        return np.concatenate(values)
+    if (order := _order(config, name, value.shape)) is not None:
+        value = np.take(value, np.argsort(order[1]), order[0])
+    if name == "a_log":
+        return np.log(-value)
+    return value - value.dtype.type(1) if _is_offset(config, name, row) else value.T if row.transposed else value
+
+
+def shapes(config: ModelConfig, path: str, row: Row) -> list[tuple[int, ...]]:
+    """The shapes of the tensors of `names`."""
+    shape = row.shape[1:] if row.layers else row.shape
+    if _name(path) == "kv_b":
+        H, still, rank = config.num_heads, _still(config), shape[1]
+        return [(H, rank, still), (H, shape[0] // H - still, rank)]
+    if _name(path) == "shared_gate_up":
+        return [(shape[0] // 2, shape[1])] * 2
+    return [_flat(row, shape)]
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _still(config: ModelConfig) -> int:
+    assert config.latent is not None
+    return config.latent.still
+
+
+def _flat(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of one are left out: a matrix of one row is a vector there."""
+    return shape if row.is_experts else tuple(size for size in shape if size != 1)
+
+
+def _is_offset(config: ModelConfig, name: str, row: Row) -> bool:
+    """Whether the row is a norm's w of `1 + w`, which llama.cpp's files hold with its one."""
+    return config.norm.endswith("_offset") and name.endswith("norm") and row.init == "zeros"
+
+
+def _order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:
+    """The order of llama.cpp's rows (or columns): the axis, and where along Hugging Face's each comes from; None: the same one."""
+    part, rows = name.removesuffix("_bias"), np.arange(shape[0])
+    if part in ("q", "k") and config.model_type in INTERLEAVED:
+        heads = config.num_heads if part == "q" else config.num_kv_heads
+        return 0, rows.reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+    if part == "qkv_by_head":
+        by_head = rows.reshape(config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, -1)
+        return 0, np.concatenate([by_head[:, :-2].ravel(), by_head[:, -2].ravel(), by_head[:, -1].ravel()])
+    return _linear_order(config, name, shape) if config.delta else None
+
+
+def _linear_order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:
+    """Linear attention: heads of values go round the heads of keys there, and lie beside theirs in Hugging Face's files."""
+    assert config.delta is not None
+    d, axis = config.delta, -1 if name == "out" else 0
+    sizes = dict.fromkeys(("in_z", "in_qkv", "conv", "out"), d.value_dim) | dict.fromkeys(("in_a", "in_b", "a_log", "dt_bias"), 1)
+    if name not in sizes:
+        return None
+    first = shape[axis] - d.value_heads * sizes[name]  # rows of queries and keys, before those of values
+    values = np.arange(first, shape[axis]).reshape(d.key_heads, d.value_heads // d.key_heads, -1).swapaxes(0, 1).ravel()
+    return axis, np.concatenate([np.arange(first), values])

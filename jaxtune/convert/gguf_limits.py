@@ -1,0 +1,175 @@
+"""What llama.cpp's loaders and graphs have no place for, architecture by architecture: refused here, with the reason."""
+
+import dataclasses
+import math
+
+from jaxtune.convert.gguf_keys import Architecture
+from jaxtune.convert.gguf_rope import mscale
+from jaxtune.errors import ModelError
+from jaxtune.model.families import ModelConfig
+from jaxtune.model.layers import ACTIVATIONS
+
+
+def check(c: ModelConfig, a: Architecture) -> None:
+    """ModelError for what the loader or the graph of this architecture has no place for."""
+    if c.out_bias and "out" not in a.biases:
+        raise ModelError(f"llama.cpp knows no bias of the attention's output in a {a.name} model; this one has attention_bias")
+    if c.mlp_bias and "mlp" not in a.biases:
+        raise ModelError(f"llama.cpp knows no biases of the feed-forward part of a {a.name} model; this one has mlp_bias")
+    if ACTIVATIONS[c.hidden_act] is not ACTIVATIONS[a.activation]:
+        raise ModelError(f"llama.cpp computes {a.activation} in a {a.name} model; this one has hidden_act {c.hidden_act}")
+    if a.shares and c.num_heads * c.head_dim != c.hidden_size:
+        raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {a.name} model; not this one")
+    if a.head is not None and c.tie_word_embeddings is a.head:
+        raise ModelError(f"llama.cpp wants {'a head of its own' if a.head else 'no head but the embedding'} in a {a.name} model")
+    if not a.scaled and not math.isclose(c.attention_scale, c.head_dim**-0.5, rel_tol=1e-6):
+        raise ModelError(f"llama.cpp scales the attention of a {a.name} model by head_dim ** -0.5; this one has {c.attention_scale:g}")
+    own = [rope.kind for rope in c.ropes if rope.kind in ("llama3", "divisors", "longrope") and rope.kind not in a.frequencies]
+    if own:
+        raise ModelError(f"llama.cpp reads no frequencies of rope_type {own[0]} in a {a.name} model; this one cannot be written")
+    _check_windows(c, a)
+    _check_experts(c, a)
+    a.check(c)
+
+
+def _check_windows(c: ModelConfig, a: Architecture) -> None:
+    windows = [bool(window) for window in c.layer_windows]
+    if a.period == 0 and any(windows) and not a.limited:
+        raise ModelError(f"llama.cpp has no windows in a {a.name} model; this one has (sliding_window, use_sliding_window)")
+    if a.period and windows != [bool((layer + 1) % a.period) for layer in range(c.num_layers)]:
+        raise ModelError(f"llama.cpp runs {c.model_type} with a full layer every {a.period}; this model's layer_types differ")
+
+
+def _check_experts(c: ModelConfig, a: Architecture) -> None:
+    if not any(key.gguf == "expert_count" for key in a.keys):
+        return
+    if c.moe is None or list(c.moe.layers) != list(range(c.moe.layers[0] if a.leading else 0, c.num_layers)):
+        where = "the last layers" if a.leading else "every layer"
+        raise ModelError(f"llama.cpp runs {c.model_type} with experts in {where}; this model differs")
+    if a.normalize is not None and c.moe.normalize is not a.normalize:
+        raise ModelError(f"llama.cpp runs {c.model_type} {'with' if a.normalize else 'without'} norm_topk_prob only; this model differs")
+
+
+def qwen2_moe(c: ModelConfig) -> None:
+    """Biases."""
+    if not c.qkv_bias:
+        raise ModelError("llama.cpp wants biases of q, k and v in a qwen2moe model; this one has qkv_bias false")
+
+
+def gpt_oss(c: ModelConfig) -> None:
+    """The experts' gate, and biases."""
+    if c.moe is None or c.moe.clamp != (7.0, 1.702) or not c.qkv_bias:
+        raise ModelError("llama.cpp runs gpt_oss with attention_bias and swiglu_limit 7 only; this model differs")
+
+
+# llama.cpp does not read Gemma's scale: the heads of these, the largest, count as a share of the residual stream, all others' as they are
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}
+
+
+def gemma_scalar(model_type: str, layers: int, width: int, heads: int, head_dim: int) -> int:
+    """What llama.cpp takes for `query_pre_attn_scalar`."""
+    return width // heads if layers == _LARGEST[model_type] else head_dim
+
+
+def gemma2(c: ModelConfig) -> None:
+    """The scale; soft caps."""
+    scalar = gemma_scalar(c.model_type, c.num_layers, c.hidden_size, c.num_heads, c.head_dim)
+    if not math.isclose(c.attention_scale, scalar**-0.5, rel_tol=1e-6):
+        raise ModelError(f"llama.cpp takes {scalar} as query_pre_attn_scalar of a {c.model_type} of {c.num_layers} layers; not this one")
+    if c.model_type == "gemma2" and not (c.logits_softcap and c.attention_softcap):
+        raise ModelError("llama.cpp caps attention and logits of every gemma2 model; this one lacks attn_ or final_logit_softcapping")
+
+
+def gemma3(c: ModelConfig) -> None:
+    """As Gemma 2; how the layers with windows turn."""
+    gemma2(c)
+    if c.ropes[1].kind != "default":
+        raise ModelError("llama.cpp has no rotary scaling for the sliding layers of Gemma 3; this model has")
+
+
+def smollm3(c: ModelConfig) -> None:
+    """Which layers have no positions."""
+    if [rope < 0 for rope in c.layer_ropes] != [(layer + 1) % 4 == 0 for layer in range(c.num_layers)]:
+        raise ModelError("llama.cpp runs SmolLM3 without positions in every fourth layer; this model differs")
+
+
+def olmo3(c: ModelConfig) -> None:
+    """How the layers with windows turn."""
+    if c.ropes[1] != dataclasses.replace(c.ropes[1], kind="default", theta=c.ropes[0].theta) or not any(c.layer_windows):
+        raise ModelError("llama.cpp runs OLMo 3 with windows, whose layers turn by the same unscaled rope_theta; this model differs")
+
+
+def exaone4(c: ModelConfig) -> None:
+    """Which layers have windows."""
+    if list(map(bool, c.layer_windows)) != [c.num_layers == 64 and bool((layer + 1) % 4) for layer in range(c.num_layers)]:
+        raise ModelError("llama.cpp runs EXAONE 4 with windows in three of four layers if it has 64, else with none; this model differs")
+
+
+def command_r(c: ModelConfig) -> None:
+    """Norms of queries and keys."""
+    if c.qk_norm is not (c.num_layers >= 64):
+        raise ModelError("llama.cpp runs Cohere with use_qk_norm if it has 64 layers or more, else without; this model differs")
+
+
+def phi(c: ModelConfig) -> None:
+    """Norms of queries and keys."""
+    if c.qk_norm:
+        raise ModelError("llama.cpp has no norms of queries and keys in a phi2 model; this one has qk_layernorm")
+
+
+def all_biases(c: ModelConfig) -> None:
+    """Biases that are not optional there."""
+    if not (c.qkv_bias and c.out_bias and c.mlp_bias):
+        raise ModelError(f"llama.cpp wants all biases in a {c.model_type} model; this one lacks some (use_bias, attention_bias)")
+
+
+def falcon(c: ModelConfig) -> None:
+    """The order of a layer's parts."""
+    if not c.parallel_residual or c.qkv_bias:
+        raise ModelError("llama.cpp runs Falcon with parallel_attn and without bias; this model differs")
+
+
+def deepseek(c: ModelConfig) -> None:
+    """Biases, groups of experts, and what YaRN does to the attention."""
+    assert c.latent is not None and c.moe is not None
+    rope, groups = c.ropes[0], c.moe.groups
+    if c.qkv_bias or not c.moe.shared_intermediate_size or c.latent.q_rank and c.num_layers in (26, 27):
+        raise ModelError("llama.cpp runs DeepSeek without attention_bias, with a shared expert, and 26 or 27 layers without q_lora_rank")
+    if groups[0] > groups[1] and not c.moe.sigmoid:
+        raise ModelError("llama.cpp chooses groups of experts as DeepSeek V3 does, not as topk_method group_limited_greedy")
+    if not rope.interleaved:
+        raise ModelError("llama.cpp turns neighbouring dimensions of a DeepSeek model; this one has rope_interleave false")
+    if not math.isclose(c.attention_scale, c.head_dim**-0.5 * mscale(rope.factor, mscale_all_dim(c) or 0.0) ** 2, rel_tol=1e-6) or (
+        rope.kind == "yarn" and not math.isclose(rope.attention_factor, 1, rel_tol=1e-6)
+    ):
+        raise ModelError("llama.cpp runs DeepSeek's yarn with mscale and mscale_all_dim alike; this model's differ")
+
+
+def mscale_all_dim(c: ModelConfig) -> float | None:
+    """DeepSeek's `mscale_all_dim`, by which its attention's scale grew."""
+    rope = c.ropes[0]
+    return (math.sqrt(c.attention_scale * c.head_dim**0.5) - 1) / (0.1 * math.log(rope.factor)) if rope.kind == "yarn" else None
+
+
+def glm4_moe(c: ModelConfig) -> None:
+    """The expert that all tokens share."""
+    if c.moe and not c.moe.shared_intermediate_size:
+        raise ModelError("llama.cpp runs GLM 4.5 with a shared expert; this model has none")
+
+
+def qwen3_5(c: ModelConfig) -> None:
+    """Which layers are linear, and how wide their heads are."""
+    if c.delta is None or c.delta.key_dim != c.delta.value_dim or c.delta.layers != tuple(i for i in range(c.num_layers) if (i + 1) % 4):
+        raise ModelError(
+            "llama.cpp runs Qwen 3.5 with full attention in every fourth layer, and linear heads of values as wide as those of keys; "
+            "this model differs"
+        )
+
+
+def ministral3(c: ModelConfig) -> None:
+    """How queries grow, and what YaRN does to the attention."""
+    rope, (growth, length) = c.ropes[0], c.query_growth
+    if rope.kind != "yarn" and growth or growth and length != rope.original_max:
+        raise ModelError("llama.cpp lets Ministral 3's queries grow by yarn's original_max_position_embeddings; this model differs")
+    if rope.kind == "yarn" and not math.isclose(rope.attention_factor, 1, rel_tol=1e-6):
+        raise ModelError("llama.cpp runs Ministral 3 with mscale and mscale_all_dim of 1; this model's differ")
