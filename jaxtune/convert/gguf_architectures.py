@@ -321,7 +321,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "olmo2": Architecture("olmo2", head=True, shares=True),
     "olmo3": Architecture("olmo2", (window(), PATTERN), read=_read_olmo3, check=limits.olmo3, head=True, shares=True, period=None),
-    "olmoe": Architecture("olmoe", experts("num_experts", inner=None), {"norm_topk_prob": False}, shares=True, normalize=False),
+    "olmoe": Architecture(
+        "olmoe", experts("num_experts", inner=None), {"norm_topk_prob": False}, check=limits.olmoe, shares=True, normalize=False
+    ),
     "phi": Architecture(
         "phi2", read=_partial, check=limits.phi, eps="layer_norm_eps", activation=_TANH, biases=("out", "mlp"), head=True, shares=True
     ),

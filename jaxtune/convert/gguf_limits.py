@@ -1,6 +1,7 @@
 """What llama.cpp's loaders and graphs have no place for, architecture by architecture: refused here, with the reason."""
 
 import dataclasses
+import logging
 import math
 
 from jaxtune.convert.gguf_keys import Architecture
@@ -8,6 +9,8 @@ from jaxtune.convert.gguf_rope import mscale
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layers import ACTIVATIONS
+
+log = logging.getLogger("jaxtune")
 
 
 def check(c: ModelConfig, a: Architecture) -> None:
@@ -50,6 +53,12 @@ def _check_experts(c: ModelConfig, a: Architecture) -> None:
         raise ModelError(f"llama.cpp runs {c.model_type} {'with' if a.normalize else 'without'} norm_topk_prob only; this model differs")
 
 
+def olmoe(c: ModelConfig) -> None:
+    """Heads of keys."""
+    if c.num_kv_heads != c.num_heads:
+        raise ModelError("llama.cpp runs OLMoE with as many heads of keys as of queries; this model has fewer (num_key_value_heads)")
+
+
 def qwen2_moe(c: ModelConfig) -> None:
     """Biases."""
     if not c.qkv_bias:
@@ -60,6 +69,8 @@ def gpt_oss(c: ModelConfig) -> None:
     """The experts' gate, and biases."""
     if c.moe is None or c.moe.clamp != (7.0, 1.702) or not c.qkv_bias:
         raise ModelError("llama.cpp runs gpt_oss with attention_bias and swiglu_limit 7 only; this model differs")
+    if c.ropes[0].kind == "yarn":
+        log.warning("llama.cpp rounds the limits of yarn, and this model does not (truncate false): its logits there are a little others")
 
 
 # llama.cpp does not read Gemma's scale: the heads of these, the largest, count as a share of the residual stream, all others' as they are
@@ -137,6 +148,8 @@ def deepseek(c: ModelConfig) -> None:
         raise ModelError("llama.cpp runs DeepSeek without attention_bias, with a shared expert, and 26 or 27 layers without q_lora_rank")
     if groups[0] > groups[1] and not c.moe.sigmoid:
         raise ModelError("llama.cpp chooses groups of experts as DeepSeek V3 does, not as topk_method group_limited_greedy")
+    if not math.isclose(c.norm_eps, 1e-6, rel_tol=1e-3):
+        log.warning("llama.cpp takes rms_norm_eps=%g for the latents' norms too, which is 1e-6 in transformers", c.norm_eps)
     if not rope.interleaved:
         raise ModelError("llama.cpp turns neighbouring dimensions of a DeepSeek model; this one has rope_interleave false")
     if not math.isclose(c.attention_scale, c.head_dim**-0.5 * mscale(rope.factor, mscale_all_dim(c) or 0.0) ** 2, rel_tol=1e-6) or (
@@ -158,7 +171,9 @@ def glm4_moe(c: ModelConfig) -> None:
 
 
 def qwen3_5(c: ModelConfig) -> None:
-    """Which layers are linear, and how wide their heads are."""
+    """Which layers are linear, how wide their heads are, and the epsilon of the lengths of queries and keys."""
+    if not math.isclose(c.norm_eps, 1e-6, rel_tol=1e-3):
+        raise ModelError(f"llama.cpp takes rms_norm_eps for what is 1e-6 in Qwen 3.5's linear layers; this model has {c.norm_eps:g}")
     if c.delta is None or c.delta.key_dim != c.delta.value_dim or c.delta.layers != tuple(i for i in range(c.num_layers) if (i + 1) % 4):
         raise ModelError(
             "llama.cpp runs Qwen 3.5 with full attention in every fourth layer, and linear heads of values as wide as those of keys; "

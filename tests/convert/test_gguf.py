@@ -257,18 +257,19 @@ LIKE_LLAMA_CPP = {
     "qwen2": dict(use_sliding_window=False, sliding_window="", layer_types="", head_dim=""),
     "qwen2_full": dict(head_dim=""),
     "qwen2_moe": dict(use_sliding_window=False, sliding_window="", layer_types="", hidden_size=64),
-    "qwen3_5": dict(num_hidden_layers=4, layer_types="", full_attention_interval=4),
+    "qwen3_5": dict(num_hidden_layers=4, layer_types="", full_attention_interval=4, rms_norm_eps=1e-6),
     "qwen3_yarn": dict(attention_bias=False),
     "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=""),
     "gemma2": dict(query_pre_attn_scalar=16),
     "gemma3": dict(query_pre_attn_scalar=16, num_hidden_layers=7, layer_types="", sliding_window_pattern=6, _sliding_window_pattern=6),
     "olmo2": dict(hidden_size=64),
+    "olmoe": dict(num_key_value_heads=4),
     "phi": dict(qk_layernorm=False),
     "seed_oss": dict(attention_out_bias=False),
     "smollm3": dict(layer_types="", no_rope_layers=""),
 }
 FAMILIES = ["ernie4_5_moe", "falcon_one_head", "gemma", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "granitemoe"]
-FAMILIES += ["granitemoeshared", "hunyuan", "linear", "llama", "llama3", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmoe"]
+FAMILIES += ["granitemoeshared", "hunyuan", "linear", "llama", "llama3", "ministral", "ministral3", "mistral", "mixtral", "olmo"]
 FAMILIES += ["phi3", "phi4_mini", "qwen3", "stablelm", "starcoder2", *LIKE_LLAMA_CPP]
 # what a file does not say, or says in other words: compared by hand, or of no account for what the model computes
 UNSAID = {"model_type", "ropes", "moe", "hidden_act", "padding_idx", "initializer_range", "max_position_embeddings", "hf_json"}
@@ -349,7 +350,9 @@ def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
         ("exaone4", "head_dim of a exaone4 model"),
         ("gpt2_unscaled", "computes gelu_pytorch_tanh"),
         ("gpt_neox_sequential", "wants all biases"),
-        ("qwen3_5", "full attention in every fourth layer"),
+        ("qwen3_5", "takes rms_norm_eps for what is 1e-6"),
+        ("olmoe", "as many heads of keys as of queries"),
+        ("phi", "no norms of queries and keys"),
         ("dynamic", "rope_type 'dynamic' cannot be written"),
         ("qwen2", "use_sliding_window"),
         ("qwen2_full", "takes hidden_size / num_attention_heads for the head_dim"),
