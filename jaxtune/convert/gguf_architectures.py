@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtune.convert import gguf_limits as limits
+from jaxtune.convert import gguf_readers as readers
 from jaxtune.convert.gguf_file import Metadata
 from jaxtune.convert.gguf_keys import (
     COMMON,
@@ -19,8 +20,7 @@ from jaxtune.convert.gguf_keys import (
     moe,
     window,
 )
-from jaxtune.convert.gguf_rope import partial_factor, rope_keys, rope_parameters
-from jaxtune.errors import ModelError
+from jaxtune.convert.gguf_rope import rope_keys, rope_parameters
 from jaxtune.model.families import ModelConfig
 
 
@@ -40,7 +40,7 @@ def keys_of(config: ModelConfig) -> dict[str, Any]:
 
 def config_of(m: Metadata) -> dict[str, Any]:
     """config.json of a file's metadata, but for its class and its special tokens."""
-    model_type = _READS[m.architecture](m) if m.architecture in _READS else MODEL_TYPES[m.architecture]
+    model_type = _SHARED_BY[m.architecture](m) if m.architecture in _SHARED_BY else MODEL_TYPES[m.architecture]
     a = ARCHITECTURES[model_type]
     norm = next((key for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon") if m.get(f"attention.{key}") is not None), None)
     hf = {key.hf: _read(m, key) for key in COMMON}
@@ -57,95 +57,7 @@ def config_of(m: Metadata) -> dict[str, Any]:
 
 
 def _read(m: Metadata, key: Key) -> Any:
-    return m(key.gguf) if key.missing is NEEDED or isinstance(m.get(key.gguf), list) else m.get(key.gguf, key.missing)
-
-
-def layer_types(m: Metadata) -> dict[str, Any]:
-    """The kind of each layer, of an architecture whose files say so; the ones before those had a full layer in four."""
-    given, layers = m.get(PATTERN.gguf), m("block_count")
-    kinds = given if isinstance(given, list) else [bool((layer + 1) % (given or 4)) for layer in range(layers)]
-    windows = m.get("attention.sliding_window")
-    return {"layer_types": ["sliding_attention" if windows and sliding else "full_attention" for sliding in kinds]}
-
-
-# ---- config.json of a file, where it is more than a key's value ----
-
-
-def _biases(*names: tuple[str, str]) -> Callable[[Metadata], dict[str, Any]]:
-    """Flags of config.json, and the tensors of the first layer whose presence they say."""
-    return lambda m: {flag: m.has(f"blk.0.{tensor}.bias") for flag, tensor in names}
-
-
-_LLAMA_BIASES = _biases(("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))
-_ATTENTION_BIAS = _biases(("attention_bias", "attn_q"))
-
-
-def _partial(m: Metadata) -> dict[str, Any]:
-    """Where part of a head turns by default."""
-    head_dim = m.get("attention.key_length") or m("embedding_length") // m("attention.head_count")
-    return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", head_dim), head_dim)}
-
-
-def _scalar(m: Metadata, model_type: str) -> int:
-    return limits.gemma_scalar(
-        model_type, m("block_count"), m("embedding_length"), m("attention.head_count"), m("attention.key_length")
-    )
-
-
-def _read_gemma3(m: Metadata) -> dict[str, Any]:
-    full = rope_parameters(m, m("attention.key_length")) | {"rope_theta": m.get("rope.freq_base", 1e6)}
-    sliding = {"rope_type": "default", "rope_theta": m.get("rope.freq_base_swa", 10000.0)}
-    return {"query_pre_attn_scalar": _scalar(m, "gemma3_text"), "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
-
-
-def _read_olmo3(m: Metadata) -> dict[str, Any]:
-    full = rope_parameters(m, m.get("attention.key_length") or m("embedding_length") // m("attention.head_count"))
-    sliding = {"rope_type": "default", "rope_theta": full["rope_theta"]}
-    return layer_types(m) | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
-
-
-def _read_falcon(m: Metadata) -> dict[str, Any]:
-    heads, kv_heads, two = m("attention.head_count"), m("attention.head_count_kv"), m.has("blk.0.attn_norm_2.weight")
-    new = two or kv_heads not in (1, heads)
-    return {
-        "num_kv_heads": kv_heads, "new_decoder_architecture": new, "multi_query": kv_heads == 1, "num_ln_in_parallel_attn": 1 + two,
-        "ffn_hidden_size": m("feed_forward_length"), "parallel_attn": True, "bias": False, "alibi": False,
-    }  # fmt: skip
-
-
-def _read_deepseek(m: Metadata) -> dict[str, Any]:
-    if m.get("attention.key_length_mla") is None:
-        raise ModelError(f"{m.file.path}: an old DeepSeek file without attention.key_length_mla cannot be read; convert the model anew")
-    turning, inner = m("rope.dimension_count"), m("expert_feed_forward_length")
-    rope = rope_parameters(m, turning)
-    if weight := m.get("rope.scaling.yarn_log_multiplier"):
-        rope |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
-    return {
-        "num_key_value_heads": m("attention.head_count"), "head_dim": turning, "q_lora_rank": m.get("attention.q_lora_rank") or None,
-        "qk_rope_head_dim": turning, "qk_nope_head_dim": m("attention.key_length_mla") - turning, "rope_parameters": rope,
-        "n_shared_experts": m("expert_shared_count"), "moe_intermediate_size": inner,
-    }  # fmt: skip
-
-
-def _read_ministral3(m: Metadata) -> dict[str, Any]:
-    rope = rope_parameters(m, m("attention.key_length"))
-    weight, growth = m.get("rope.scaling.yarn_log_multiplier"), m.get("attention.temperature_scale")
-    rope |= {"mscale": 1.0, "mscale_all_dim": weight} if weight else {}
-    return {"rope_parameters": rope | ({"llama_4_scaling_beta": growth} if growth else {})}
-
-
-def _read_phi3(m: Metadata) -> dict[str, Any]:
-    return {"original_max_position_embeddings": m.get("rope.scaling.original_context_length") or m("context_length")}
-
-
-def _read_stablelm(m: Metadata) -> dict[str, Any]:
-    flags = {"use_qkv_bias": m.has("blk.0.attn_q.bias"), "use_parallel_residual": not m.has("blk.0.ffn_norm.weight")}
-    return _partial(m) | flags
-
-
-def _read_ernie_moe(m: Metadata) -> dict[str, Any]:
-    shared = m.get("expert_shared_feed_forward_length", 0) // m("expert_feed_forward_length")
-    return {"moe_num_shared_experts": shared, "moe_layer_interval": 1, "moe_layer_end_index": -1, "use_bias": False}
+    return m(key.gguf) if key.missing is NEEDED or m.get(key.gguf) is not None else key.missing
 
 
 def _which_llama(m: Metadata) -> str:
@@ -153,7 +65,7 @@ def _which_llama(m: Metadata) -> str:
 
 
 # general.architecture, where several families share it -> which of them a file is
-_READS: dict[str, Callable[[Metadata], str]] = {
+_SHARED_BY: dict[str, Callable[[Metadata], str]] = {
     "llama": _which_llama,
     "olmo2": lambda m: "olmo3" if m.get("attention.sliding_window") else "olmo2",
     "granitemoe": lambda m: "granitemoeshared" if m.get("expert_shared_feed_forward_length") else "granitemoe",
@@ -202,16 +114,17 @@ _DEEPSEEK = Architecture(
         Key("rope.scaling.attn_factor", "", lambda c: None),
         Key("rope.scaling.yarn_log_multiplier", "", lambda c: 0.1 * weight if (weight := limits.mscale_all_dim(c)) else None),
     ),
-    read=_read_deepseek,
+    read=readers.deepseek,
     check=limits.deepseek,
     leading=True,
     scaled=True,
 )  # fmt: skip
-_GRANITE = Architecture("granite", MULTIPLIERS, read=_LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN, scaled=True)
+_GRANITE = Architecture("granite", MULTIPLIERS, read=readers.LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN, scaled=True)
 _GRANITEMOE = _GRANITE._replace(
-    name="granitemoe", keys=(*MULTIPLIERS, *experts("num_local_experts", inner=None)), read=_ATTENTION_BIAS, biases=("out",), normalize=True
-)
-_LLAMA = Architecture("llama", read=_LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN)
+    name="granitemoe", keys=(*MULTIPLIERS, *experts("num_local_experts", inner=None)), read=readers.ATTENTION_BIAS, biases=("out",),
+    normalize=True,
+)  # fmt: skip
+_LLAMA = Architecture("llama", read=readers.LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN)
 _MISTRAL = _LLAMA._replace(keys=(window(None),), read=lambda m: {}, limited=True)
 _GEMMA2 = Architecture(
     "gemma2",
@@ -220,7 +133,7 @@ _GEMMA2 = Architecture(
         Key("attn_logit_softcapping", "attn_logit_softcapping", lambda c: c.attention_softcap or None, 50.0),
         Key("final_logit_softcapping", "final_logit_softcapping", lambda c: c.logits_softcap or None, 30.0),
     ),
-    read=lambda m: {"query_pre_attn_scalar": _scalar(m, "gemma2")},
+    read=lambda m: {"query_pre_attn_scalar": readers.scalar(m, "gemma2")},
     check=limits.gemma2,
     activation=_TANH,
     period=2,
@@ -250,12 +163,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             SHARED._replace(hf="", missing=0),
             Key("interleave_moe_layer_step", "", lambda c: 1),
         ),
-        read=_read_ernie_moe, leading=True, normalize=True,
+        read=readers.ernie_moe, leading=True, normalize=True,
     ),
     "exaone4": Architecture(
-        "exaone4", (window(None), PATTERN), read=layer_types, check=limits.exaone4, shares=True, period=None, frequencies=_OWN
+        "exaone4", (window(None), PATTERN), read=readers.layer_types, check=limits.exaone4, shares=True, period=None, frequencies=_OWN
     ),
-    "falcon": Architecture("falcon", read=_read_falcon, check=limits.falcon, eps="layer_norm_epsilon", activation="gelu", shares=True),
+    "falcon": Architecture("falcon", read=readers.falcon, check=limits.falcon, eps="layer_norm_epsilon", activation="gelu", shares=True),
     "gemma": Architecture("gemma", activation=_TANH),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2._replace(
@@ -265,10 +178,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             Key("final_logit_softcapping", "final_logit_softcapping", lambda c: c.logits_softcap or None, None),
             Key("rope.freq_base_swa", "", lambda c: c.ropes[1].theta),
         ),
-        read=_read_gemma3, check=limits.gemma3, period=6,
+        read=readers.gemma3, check=limits.gemma3, period=6,
     ),
-    "glm": Architecture("chatglm", read=lambda m: _partial(m) | _ATTENTION_BIAS(m), shares=True),
-    "glm4": Architecture("glm4", read=lambda m: _partial(m) | _ATTENTION_BIAS(m)),
+    "glm": Architecture("chatglm", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m), shares=True),
+    "glm4": Architecture("glm4", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m)),
     "glm4_moe": Architecture(
         "glm4moe",
         (
@@ -276,7 +189,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             *(key for key in _DEEPSEEK.keys if key.gguf.startswith(("expert_weights", "expert_gating", "expert_group"))),
             Key("expert_shared_count", "n_shared_experts", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
         ),
-        read=lambda m: _partial(m) | _ATTENTION_BIAS(m) | {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},
+        read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m) | {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},
         check=limits.glm4_moe, leading=True,
     ),
     "gpt2": Architecture("gpt2", eps="layer_norm_epsilon", renamed=_GPT2, activation=_TANH),
@@ -286,7 +199,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_neox": Architecture(
         "gptneox", (Key("use_parallel_residual", "use_parallel_residual", lambda c: c.parallel_residual, True),),
-        read=lambda m: {"rotary_pct": _partial(m)["partial_rotary_factor"], "rotary_emb_base": m.get("rope.freq_base", 10000.0)},
+        read=lambda m: {"rotary_pct": readers.partial(m)["partial_rotary_factor"], "rotary_emb_base": m.get("rope.freq_base", 10000.0)},
         check=limits.all_biases, eps="layer_norm_eps", activation="gelu", biases=("out", "mlp"), head=True,
     ),
     "gpt_oss": Architecture(
@@ -308,27 +221,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             Key("rope.scaling.attn_factor", "", lambda c: None),
             Key("rope.scaling.yarn_log_multiplier", "", lambda c: 1.0 if c.ropes[0].kind == "yarn" else None),
         ),
-        read=_read_ministral3, check=limits.ministral3, limited=True,
+        read=readers.ministral3, check=limits.ministral3, limited=True,
     ),
     "mistral": _MISTRAL,
     "mixtral": _MISTRAL._replace(keys=(window(None), *experts("num_local_experts", inner=None)), normalize=True),
     "nemotron": Architecture(
-        "nemotron", read=lambda m: _partial(m) | _LLAMA_BIASES(m), eps="norm_eps", activation="relu2", biases=("out", "mlp"), head=True,
-        shares=True,
+        "nemotron", read=lambda m: readers.partial(m) | readers.LLAMA_BIASES(m), eps="norm_eps", activation="relu2",
+        biases=("out", "mlp"), head=True, shares=True,
     ),
     "olmo": Architecture(
         "olmo", (Key("attention.clamp_kqv", "clip_qkv", lambda c: c.qkv_clip or None, None),), eps="", shares=True
     ),
     "olmo2": Architecture("olmo2", head=True, shares=True),
-    "olmo3": Architecture("olmo2", (window(), PATTERN), read=_read_olmo3, check=limits.olmo3, head=True, shares=True, period=None),
+    "olmo3": Architecture("olmo2", (window(), PATTERN), read=readers.olmo3, check=limits.olmo3, head=True, shares=True, period=None),
     "olmoe": Architecture(
         "olmoe", experts("num_experts", inner=None), {"norm_topk_prob": False}, check=limits.olmoe, shares=True, normalize=False
     ),
     "phi": Architecture(
-        "phi2", read=_partial, check=limits.phi, eps="layer_norm_eps", activation=_TANH, biases=("out", "mlp"), head=True, shares=True
+        "phi2", read=readers.partial, check=limits.phi, eps="layer_norm_eps", activation=_TANH, biases=("out", "mlp"), head=True,
+        shares=True,
     ),
     "phi3": Architecture(
-        "phi3", (window(None)._replace(of=lambda c: max(c.layer_windows)),), read=_read_phi3, frequencies=("longrope",), shares=True,
+        "phi3", (window(None)._replace(of=lambda c: max(c.layer_windows)),), read=readers.phi3, frequencies=("longrope",), shares=True,
         limited=True,
     ),
     "qwen2": Architecture("qwen2", shares=True),
@@ -350,10 +264,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         read=lambda m: {"linear_value_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank")}, check=limits.qwen3_5,
     ),
     "qwen3_moe": Architecture("qwen3moe", experts("num_experts"), {"norm_topk_prob": True}, normalize=True),
-    "seed_oss": Architecture("seed_oss", read=_ATTENTION_BIAS),
+    "seed_oss": Architecture("seed_oss", read=readers.ATTENTION_BIAS),
     "smollm3": Architecture("smollm3", hf={"no_rope_layer_interval": 4}, check=limits.smollm3),
     "stablelm": Architecture(
-        "stablelm", (Key("use_parallel_residual", "", lambda c: c.parallel_residual),), read=_read_stablelm,
+        "stablelm", (Key("use_parallel_residual", "", lambda c: c.parallel_residual),), read=readers.stablelm,
         eps="layer_norm_eps", head=True, shares=True,
     ),
     "starcoder2": Architecture(

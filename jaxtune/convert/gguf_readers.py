@@ -1,0 +1,104 @@
+"""What config.json says of a GGUF file where that is more than the value of a key, architecture by architecture."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.convert import gguf_limits as limits
+from jaxtune.convert.gguf_file import Metadata
+from jaxtune.convert.gguf_keys import PATTERN
+from jaxtune.convert.gguf_rope import partial_factor, rope_parameters
+from jaxtune.errors import ModelError
+
+
+def layer_types(m: Metadata) -> dict[str, Any]:
+    """The kind of each layer, of an architecture whose files say so; the ones before those had a full layer in four."""
+    given, layers = m.get(PATTERN.gguf), m("block_count")
+    kinds = given if isinstance(given, list) else [bool((layer + 1) % (given or 4)) for layer in range(layers)]
+    windows = m.get("attention.sliding_window")
+    return {"layer_types": ["sliding_attention" if windows and sliding else "full_attention" for sliding in kinds]}
+
+
+def biases(*names: tuple[str, str]) -> Callable[[Metadata], dict[str, Any]]:
+    """Flags of config.json, and the tensors of the first layer whose presence they say."""
+    return lambda m: {flag: m.has(f"blk.0.{tensor}.bias") for flag, tensor in names}
+
+
+LLAMA_BIASES = biases(("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))
+ATTENTION_BIAS = biases(("attention_bias", "attn_q"))
+
+
+def partial(m: Metadata) -> dict[str, Any]:
+    """Where part of a head turns by default."""
+    head_dim = m.get("attention.key_length") or m("embedding_length") // m("attention.head_count")
+    return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", head_dim), head_dim)}
+
+
+def scalar(m: Metadata, model_type: str) -> int:
+    """Gemma's `query_pre_attn_scalar`, as llama.cpp takes it."""
+    return limits.gemma_scalar(
+        model_type, m("block_count"), m("embedding_length"), m("attention.head_count"), m("attention.key_length")
+    )
+
+
+def gemma3(m: Metadata) -> dict[str, Any]:
+    """Its scale, and a rotary scheme for each kind of layer."""
+    full = rope_parameters(m, m("attention.key_length")) | {"rope_theta": m.get("rope.freq_base", 1e6)}
+    sliding = {"rope_type": "default", "rope_theta": m.get("rope.freq_base_swa", 10000.0)}
+    return {"query_pre_attn_scalar": scalar(m, "gemma3_text"), "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+def olmo3(m: Metadata) -> dict[str, Any]:
+    """The kinds of layers, and a rotary scheme for each."""
+    full = rope_parameters(m, m.get("attention.key_length") or m("embedding_length") // m("attention.head_count"))
+    sliding = {"rope_type": "default", "rope_theta": full["rope_theta"]}
+    return layer_types(m) | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+def falcon(m: Metadata) -> dict[str, Any]:
+    """Which of Falcon's two architectures it is."""
+    heads, kv_heads, two = m("attention.head_count"), m("attention.head_count_kv"), m.has("blk.0.attn_norm_2.weight")
+    new = two or kv_heads not in (1, heads)
+    return {
+        "num_kv_heads": kv_heads, "new_decoder_architecture": new, "multi_query": kv_heads == 1, "num_ln_in_parallel_attn": 1 + two,
+        "ffn_hidden_size": m("feed_forward_length"), "parallel_attn": True, "bias": False, "alibi": False,
+    }  # fmt: skip
+
+
+def deepseek(m: Metadata) -> dict[str, Any]:
+    """Sizes of heads, which the file holds as sums, and what YaRN does to the attention."""
+    if m.get("attention.key_length_mla") is None:
+        raise ModelError(f"{m.file.path}: an old DeepSeek file without attention.key_length_mla cannot be read; convert the model anew")
+    turning, inner = m("rope.dimension_count"), m("expert_feed_forward_length")
+    rope = rope_parameters(m, turning)
+    if weight := m.get("rope.scaling.yarn_log_multiplier"):
+        rope |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    return {
+        "num_key_value_heads": m("attention.head_count"), "head_dim": turning, "q_lora_rank": m.get("attention.q_lora_rank") or None,
+        "qk_rope_head_dim": turning, "qk_nope_head_dim": m("attention.key_length_mla") - turning, "rope_parameters": rope,
+        "n_shared_experts": m("expert_shared_count"), "moe_intermediate_size": inner,
+    }  # fmt: skip
+
+
+def ministral3(m: Metadata) -> dict[str, Any]:
+    """YaRN, and how queries grow."""
+    rope = rope_parameters(m, m("attention.key_length"))
+    weight, growth = m.get("rope.scaling.yarn_log_multiplier"), m.get("attention.temperature_scale")
+    rope |= {"mscale": 1.0, "mscale_all_dim": weight} if weight else {}
+    return {"rope_parameters": rope | ({"llama_4_scaling_beta": growth} if growth else {})}
+
+
+def phi3(m: Metadata) -> dict[str, Any]:
+    """The length that longrope's factors change at."""
+    return {"original_max_position_embeddings": m.get("rope.scaling.original_context_length") or m("context_length")}
+
+
+def stablelm(m: Metadata) -> dict[str, Any]:
+    """Flags that tensors tell."""
+    flags = {"use_qkv_bias": m.has("blk.0.attn_q.bias"), "use_parallel_residual": not m.has("blk.0.ffn_norm.weight")}
+    return partial(m) | flags
+
+
+def ernie_moe(m: Metadata) -> dict[str, Any]:
+    """The expert that all tokens share."""
+    shared = m.get("expert_shared_feed_forward_length", 0) // m("expert_feed_forward_length")
+    return {"moe_num_shared_experts": shared, "moe_layer_interval": 1, "moe_layer_end_index": -1, "use_bias": False}
