@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxtune import cli, errors
@@ -29,8 +28,9 @@ from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
 from jaxtune.errors import ConfigError, DataError, ModelError, check_argument
 from jaxtune.generation.answer import Answer, Reader
-from jaxtune.generation.batches import Row, Run
-from jaxtune.generation.prompts import is_one_prompt, stop_tokens, token_ids
+from jaxtune.generation.batches import CHUNK, Row, Run
+from jaxtune.generation.decode import seed_words
+from jaxtune.generation.prompts import check_room, is_one_prompt, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
 from jaxtune.peft import virtual_tokens
 from jaxtune.peft.combine import Mixed, mix
@@ -108,17 +108,15 @@ def generate_tokens(
         config=replace(model.config, remat="none"),
         params=model.params,
         adapter=adapter,
-        sampling=sampling,
-        key=jax.random.key(seed, impl="threefry2x32"),
         stops=jnp.asarray(sorted(reader.stop_tokens), jnp.int32),
         new=max_new_tokens,
-        watched=stream is not None or bool(strings),
+        chunk=CHUNK if stream is not None or strings else None,
     )
-    rows = []
+    rows, words = [], seed_words(seed)
     for number in range(len(ids) * num_return_sequences):
         prompt, sample = divmod(number, num_return_sequences)
         on_text = None if stream is None else functools.partial(stream, number)
-        rows.append(Row(prompt, sample, ids[prompt], Answer(reader, on_text)))
+        rows.append(Row(prompt, sample, ids[prompt], Answer(reader, max_new_tokens, on_text), sampling, words))
     run.all(rows, batch_size)
     return [Completion(row.prompt, row.answer.tokens, row.answer.text, str(row.answer.finish_reason)) for row in rows]
 
@@ -129,14 +127,8 @@ def _encode(model: Any, prompts: Any, chat: bool | None, new: int, virtual: int)
         raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
     ids = [token_ids(model, prompt, f"prompt {number + 1} of {len(prompts)}", chat) for number, prompt in enumerate(prompts)]
-    most = model.config.max_position_embeddings - virtual
     for number, tokens in enumerate(ids):
-        if len(tokens) + new > most:
-            advice = f"max_new_tokens={most - len(tokens)} or less" if len(tokens) < most else f"a prompt of fewer than {most} tokens"
-            raise DataError(
-                f"prompt {number + 1} of {len(ids)} has {len(tokens)} tokens, and {new} more are asked for, but the model's "
-                f"max_position_embeddings{f', less {virtual} virtual tokens,' if virtual else ''} is {most}; use {advice}"
-            )
+        check_room(model.config, tokens, new, virtual, f"prompt {number + 1} of {len(ids)}")
     return ids
 
 
@@ -206,10 +198,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
     """What answers the prompts: None, the one adapter of all, or several mixed; and each prompt's choice."""
-    folders = dict(_name_and_folder(text) for text in arguments.adapter)
-    if len(folders) < len(arguments.adapter):
-        raise ConfigError(f"{len(arguments.adapter)} adapters need as many names; write --adapter first=DIR --adapter second=DIR")
-    adapters = {name: load_adapter(folder, model) for name, folder in folders.items()}
+    adapters = load_adapters(arguments.adapter, model)
     uses = [_choice(text) for text in arguments.use]
     if len(uses) > 1:
         if len(uses) != len(arguments.prompt):
@@ -221,6 +210,16 @@ def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tup
     if missing := [number for number, choice in enumerate(choices, 1) if choice is None]:
         raise ConfigError(f"prompt {missing[0]} of {len(choices)} names none of the adapters {', '.join(adapters)}; add --use, or base")
     return mix(adapters, [None if choice == BASE else choice for choice in choices]), choices
+
+
+def load_adapters(given: Sequence[str], model: Any) -> dict[str, Any]:
+    """The adapters of `--adapter [NAME=]DIR ...`, by name."""
+    folders = dict(_name_and_folder(text) for text in given)
+    if len(folders) < len(given):
+        raise ConfigError(f"{len(given)} adapters need as many names; write --adapter first=DIR --adapter second=DIR")
+    if BASE in folders:
+        raise ConfigError(f"{BASE} is the model without an adapter; give the adapter another name: --adapter NAME={folders[BASE]}")
+    return {name: load_adapter(folder, model) for name, folder in folders.items()}
 
 
 def _name_and_folder(text: str) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Reader(NamedTuple):
     """How tokens are read: the tokenizer, the tokens and the strings that end an answer."""
@@ -32,23 +34,24 @@ class Reader(NamedTuple):
 class Answer:
     """Tokens, text and `finish_reason` ("stop", "length", or None while it goes on) of one answer."""
 
-    def __init__(self, reader: Reader, on_text: Callable[[str], None] | None = None):
-        self.reader, self.on_text = reader, on_text
+    def __init__(self, reader: Reader, most: int, on_text: Callable[[str], None] | None = None):
+        self.reader, self.most, self.on_text = reader, most, on_text
         self.tokens: list[int] = []
+        self.logps: tuple[np.ndarray, ...] | None = None  # `decode.Logps` of at least these tokens, where they were asked for
         self.text, self.finish_reason, self._sent = "", None, 0
 
-    def update(self, tokens: list[int], last: bool) -> None:
-        """Take all tokens so far; `last`: there is no room for more. Nothing changes once the answer has ended."""
+    def update(self, tokens: list[int], logps: tuple[np.ndarray, ...] | None = None) -> None:
+        """Take all tokens so far, `most` at most. Nothing changes once the answer has ended."""
         if self.finish_reason is not None:
             return
-        known, self.tokens = len(self.tokens), tokens
-        self.text = self.reader.text(tokens)
+        known, self.tokens, self.logps = len(self.tokens), tokens[: self.most], logps
+        self.text = self.reader.text(self.tokens)
         if self.reader.stop_at(self.text) is not None:
             self._cut(known)
             self.finish_reason = "stop"
-        elif tokens[-1] in self.reader.stop_tokens:
+        elif self.tokens[-1] in self.reader.stop_tokens:
             self.finish_reason = "stop"
-        elif last:
+        elif len(self.tokens) == self.most:
             self.finish_reason = "length"
         if self.on_text is not None:
             certain = len(self.text) if self.finish_reason else self.reader.certain(self.text)

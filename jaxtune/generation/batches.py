@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxtune import parallel
 from jaxtune.errors import ModelError
 from jaxtune.generation.answer import Answer
-from jaxtune.generation.decode import NAN, NONE, Rows, decode, prefill, row_keys, with_slots
+from jaxtune.generation.decode import NAN, NONE, Rows, State, decode, prefill, row_keys, with_slots
+from jaxtune.generation.sampling import Sampling
 from jaxtune.model import decoder, virtual
 from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
@@ -23,26 +24,30 @@ LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter
 
 
 class Row(NamedTuple):
-    """One answer to be made: which sample of which prompt."""
+    """One answer to be made: which sample of which prompt, how its tokens are chosen, and the seed of its random key (`seed_words`)."""
 
     prompt: int
     sample: int
     ids: list[int]
     answer: Answer
+    sampling: Sampling
+    seed: np.ndarray
 
 
 class Run(NamedTuple):
-    """What all batches of one call share; with a mesh, its devices take the rows in turns."""
+    """What all batches of one call share; with a mesh, its devices take the rows in turns.
+
+    new: the most tokens of a row; chunk: tokens between two looks at the text, None: none before the end; likely: as in `prefill`.
+    """
 
     config: Any
     params: dict
     adapter: Any
-    sampling: Any
-    key: jax.Array
     stops: jax.Array
     new: int
-    watched: bool
+    chunk: int | None = None
     mesh: Mesh | None = None
+    likely: int | None = None
 
     def all(self, rows: list[Row], batch_size: int | None = None) -> None:
         """Make every answer, `batch_size` at a time."""
@@ -54,34 +59,29 @@ class Run(NamedTuple):
 
     def batch(self, rows: list[Row], size: int, devices: int = 1) -> None:
         """Answer a batch of prompts, padded with empty rows to a bucket of `size` at most."""
-        B = -(-min(_bucket(len(rows)), size) // devices) * devices
-        T = _bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
+        B = -(-min(bucket(len(rows)), size) // devices) * devices
+        T = bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
         lengths_B, prompt_B = np.zeros(B, np.int32), None
         lengths_B[: len(rows)] = [len(row.ids) for row in rows]
-        asked, own = [row.ids for row in rows], {row.prompt: row.ids for row in rows}
+        asked, own = [row.ids for row in rows], {tuple(row.ids): row.ids for row in rows}
         if len(own) < len(rows) and devices == 1 and not isinstance(self.adapter, Mixed):  # each prompt is read once
             asked, place = list(own.values()), {prompt: number for number, prompt in enumerate(own)}
-            prompt_B = np.resize([place[row.prompt] for row in rows], B)
-        prompts_PT = np.zeros((B if prompt_B is None else _bucket(len(asked)), T), np.int32)
+            prompt_B = np.resize([place[tuple(row.ids)] for row in rows], B)
+        prompts_PT = np.zeros((B if prompt_B is None else bucket(len(asked)), T), np.int32)
         for number, ids in enumerate(asked):
             prompts_PT[number, T - len(ids) :] = ids
-        places_B2 = np.resize([(row.prompt, row.sample) for row in rows], (B, 2))
+        filled = [rows[number % len(rows)] for number in range(B)]
+        places_B2 = np.asarray([(row.prompt, row.sample) for row in filled], np.int32)
+        keys_B, sampling = row_keys(np.stack([row.seed for row in filled]), places_B2), Sampling.of_rows([row.sampling for row in filled])
         adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
         params = compose(self.params, adapter)
         T += virtual.count(params)  # which take slots as prompts do
-        prompts_PT, lengths_B, keys_B = self._place((prompts_PT, jnp.asarray(lengths_B), row_keys(self.key, places_B2)))
+        prompts_PT, lengths_B, keys_B, sampling = self._place((prompts_PT, jnp.asarray(lengths_B), keys_B, sampling))
         shared = Rows(lengths_B, keys_B, self.stops)
-        state = prefill(self.config, params, self.sampling, shared, prompts_PT, self.new, prompt_B)
+        state = prefill(self.config, params, sampling, shared, prompts_PT, self.new, prompt_B, self.likely)
         while True:
-            tokens_BN, step = np.asarray(state.tokens_BN), int(state.step)
-            for row, tokens in zip(rows, tokens_BN, strict=False):
-                tokens = tokens[tokens != NONE].tolist()
-                if NAN in tokens:
-                    raise ModelError(
-                        f"token {len(tokens)} of the answer to prompt {row.prompt + 1} has logits that are not numbers (NaN): the weights "
-                        f"hold NaN, or {self.config.dtype} overflows; check the training run, or load with dtype=float32"
-                    )
-                row.answer.update(tokens, last=step == self.new)
+            step = int(state.step)
+            self._look(rows, state)
             ended = [row.answer.finish_reason is not None for row in rows]
             if all(ended):
                 return
@@ -91,22 +91,34 @@ class Run(NamedTuple):
             if step == slots - T + 1:
                 slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
                 state = with_slots(state, slots)
-            until = min(slots - T + 1, step + CHUNK if self.watched else self.new)
-            state = decode(self.config, params, self.sampling, shared, state.replace(done_B=self._place(done_B)), until)
+            until = min(slots - T + 1, step + self.chunk if self.chunk else self.new)
+            state = decode(self.config, params, sampling, shared, state.replace(done_B=self._place(done_B)), until)
+
+    def _look(self, rows: list[Row], state: State) -> None:
+        """Give every answer what it has so far."""
+        logps = None if state.logps is None else jax.tree.map(np.array, state.logps)  # copies: the state is donated
+        for number, (row, tokens) in enumerate(zip(rows, np.asarray(state.tokens_BN), strict=False)):
+            tokens = tokens[tokens != NONE].tolist()
+            if NAN in tokens:
+                raise ModelError(
+                    f"token {len(tokens)} of the answer to prompt {row.prompt + 1} has logits that are not numbers (NaN): the weights "
+                    f"hold NaN, or {self.config.dtype} overflows; check the training run, or load with dtype=float32"
+                )
+            row.answer.update(tokens, logps and (logps.chosen_BN[number], logps.likely_BNK[number], logps.logps_BNK[number]))
 
     def _place(self, tree: Any) -> Any:
         """Rows, where there is a mesh each on the device that makes their answers."""
         return tree if self.mesh is None else jax.device_put(tree, parallel.batch_sharding(self.mesh, False))
 
 
-def _bucket(n: int, least: int = 1) -> int:
+def bucket(n: int, least: int = 1) -> int:
     """The next power of two: sizes are padded to it, so that a run compiles few programs."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def fitting_rows(config: Any, prompt: int, new: int) -> tuple[int, int]:
     """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`; and the bytes of one row's cache."""
-    prompt = _bucket(prompt, LEAST_TOKENS)
+    prompt = bucket(prompt, LEAST_TOKENS)
     cache = nbytes(jax.eval_shape(lambda: decoder.init_cache(config, 1, prompt + new).memory))
     scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
     return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores))), cache

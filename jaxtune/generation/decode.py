@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxtune.generation.sampling import Sampling, choose
@@ -25,6 +26,14 @@ class Rows(struct.PyTreeNode):
     stops_S: jax.Array  # int32
 
 
+class Logps(struct.PyTreeNode):
+    """Log-probabilities, before penalty, temperature and filters: of the tokens chosen, and the K likeliest tokens with theirs."""
+
+    chosen_BN: jax.Array  # float32
+    likely_BNK: jax.Array  # int32
+    logps_BNK: jax.Array  # float32
+
+
 class State(struct.PyTreeNode):
     """A batch between two tokens."""
 
@@ -33,22 +42,34 @@ class State(struct.PyTreeNode):
     last_B: jax.Array  # int32, the newest token, not yet in the cache
     done_B: jax.Array  # bool
     seen_BV: jax.Array | None  # bool, tokens of prompt and answer; only where there is a repetition penalty
+    logps: Logps | None  # only where they are asked for
     step: jax.Array  # int32 [], how many tokens each row has been given
 
 
 @jax.jit
-def row_keys(key: jax.Array, places_B2: jax.Array) -> jax.Array:
-    """The random key of each row: `key` folded with the prompt's number, then with the sample's."""
-    return jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place[0]), place[1]))(places_B2)
+def row_keys(seeds_B2: jax.Array, places_B2: jax.Array) -> jax.Array:
+    """The random key of each row: its seed (uint32, `seed_words`) folded with the prompt's number, then with the sample's."""
+
+    def one(seed: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), place[0]), place[1])
+
+    return jax.vmap(one)(seeds_B2, places_B2)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new"))
+def seed_words(seed: int) -> np.ndarray:
+    """A seed as the two words of a threefry key."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new", "likely"))
 def prefill(
-    config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_PT: jax.Array, new: int, prompt_B: jax.Array | None = None
+    config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_PT: jax.Array, new: int, prompt_B: jax.Array | None = None,
+    likely: int | None = None,
 ) -> State:
     """The state after the first of `new` tokens, its cache just full. Logits are computed for the last position only.
 
     prompt_B: the prompt of each row, where rows share them, each of which is then read once; None: each row has its own.
+    likely: how many of the likeliest tokens are written down with their log-probabilities, beside that of the chosen one; None: nothing is.
     """
     (P, T), B = prompts_PT.shape, len(rows.lengths_B)
     lengths_P = rows.lengths_B if prompt_B is None else jnp.zeros(P, jnp.int32).at[prompt_B].max(rows.lengths_B)
@@ -71,6 +92,7 @@ def prefill(
         last_B=jnp.zeros(B, jnp.int32),
         done_B=rows.lengths_B == 0,
         seen_BV=seen_BV,
+        logps=None if likely is None else _no_logps((B, new), likely),
         step=jnp.zeros((), jnp.int32),
     )
     return _append(config, params, sampling, rows, state, hidden_BD)
@@ -100,13 +122,26 @@ def _append(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, s
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+    logps = None if state.logps is None else _write_logps(state.logps, logits_BV, tokens_B, state.step)
     return state.replace(
         tokens_BN=jax.lax.dynamic_update_slice(state.tokens_BN, written_B[:, None], (0, state.step)),
         last_B=tokens_B,
         done_B=state.done_B | nan_B | (tokens_B[:, None] == rows.stops_S[None]).any(-1),
         seen_BV=seen_BV,
+        logps=logps,
         step=state.step + 1,
     )
+
+
+def _no_logps(shape: tuple[int, int], likely: int) -> Logps:
+    return Logps(jnp.zeros(shape), jnp.zeros((*shape, likely), jnp.int32), jnp.zeros((*shape, likely)))
+
+
+def _write_logps(logps: Logps, logits_BV: jax.Array, tokens_B: jax.Array, step: jax.Array) -> Logps:
+    logps_BV = jax.nn.log_softmax(logits_BV)
+    largest_BK, likely_BK = jax.lax.top_k(logps_BV, logps.likely_BNK.shape[-1])
+    new = Logps(jnp.take_along_axis(logps_BV, tokens_B[:, None], 1), likely_BK[:, None], largest_BK[:, None])
+    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, step, 1), logps, new)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -27,13 +26,10 @@ def draw(
         config=dataclasses.replace(config, remat="none"),
         params=params,
         adapter=None,
-        sampling=sampling,
-        key=jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32"),
         stops=jnp.asarray(sorted(reader.stop_tokens), jnp.int32),
         new=most,
-        watched=False,
         mesh=mesh,
     )
-    rows = [Row(place, sample, ids, Answer(reader)) for place, ids in enumerate(prompts) for sample in range(each)]
+    rows = [Row(place, sample, ids, Answer(reader, most), sampling, words) for place, ids in enumerate(prompts) for sample in range(each)]
     run.all(rows)
     return [row.answer for row in rows], np.array([row.answer.finish_reason == "stop" for row in rows])

@@ -37,6 +37,17 @@ def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> l
     return _known(model, prompt, name)
 
 
+def check_room(config: Any, ids: Sequence[int], new: int, virtual: int, name: str, key: str = "max_new_tokens") -> None:
+    """DataError where a prompt of these tokens, after `virtual` ones, has no room for `new` more; `key` is what that number is called."""
+    most = config.max_position_embeddings - virtual
+    if len(ids) + new > most:
+        advice = f"{key}={most - len(ids)} or less" if len(ids) < most else f"a prompt of fewer than {most} tokens"
+        raise DataError(
+            f"{name} has {len(ids)} tokens, and {new} more are asked for, but the model's "
+            f"max_position_embeddings{f', less {virtual} virtual tokens,' if virtual else ''} is {most}; use {advice}"
+        )
+
+
 def _known(model: Any, ids: Sequence[Any], name: str) -> list[int]:
     """Token ids, each of them in the model's vocabulary: a tokenizer may have more tokens than the model has rows."""
     for token in ids:

@@ -5,8 +5,11 @@ take away is -inf. None of them sorts: the tokens to keep are found by bisection
 tenth of a sort of the vocabulary on a CPU.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxtune.errors import ConfigError
@@ -20,13 +23,15 @@ class Sampling(struct.PyTreeNode):
     top_p               keep the most likely tokens that together reach this probability
     min_p               keep the tokens at least this fraction as likely as the most likely one
     repetition_penalty  divide the logit (multiply, where negative) of every token that the prompt or the answer already holds
+
+    In a batch each is a column `[B, 1]` (`of_rows`), and a temperature of 0 is greedy.
     """
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    temperature: float | jax.Array | np.ndarray | None = None
+    top_k: float | jax.Array | np.ndarray | None = None
+    top_p: float | jax.Array | np.ndarray | None = None
+    min_p: float | jax.Array | np.ndarray | None = None
+    repetition_penalty: float | jax.Array | np.ndarray | None = None
 
     @classmethod
     def create(cls, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> "Sampling":
@@ -41,6 +46,22 @@ class Sampling(struct.PyTreeNode):
             return cls(repetition_penalty=penalty)
         return cls(float(temperature), int(top_k) or None, None if top_p == 1 else float(top_p), float(min_p) or None, penalty)
 
+    @classmethod
+    def of_rows(cls, each: Sequence["Sampling"]) -> "Sampling":
+        """That of a batch whose rows have one each: columns, float32 `[B, 1]`. What no row asks for stays out of the program."""
+
+        def column(name: str, off: float) -> np.ndarray | None:
+            values = [getattr(one, name) for one in each]
+            if all(value is None for value in values):
+                return None
+            return np.asarray([[off if value is None else value] for value in values], np.float32)
+
+        return cls(**{name: column(name, off) for name, off in _OFF.items()})
+
+
+# What takes nothing away: a sum of probabilities may round to 1 before the last token, so 1 would not do for top_p.
+_OFF = {"temperature": 0.0, "top_k": np.inf, "top_p": np.inf, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 def _check(name: str, value, holds: bool, wanted: str) -> None:
     if not holds:
@@ -53,7 +74,7 @@ def filtered(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None
         assert seen_BV is not None
         logits_BV = repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature is not None:
-        logits_BV = logits_BV / sampling.temperature
+        logits_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1)
     if sampling.top_k is not None:
         logits_BV = top_k(logits_BV, sampling.top_k)
     if sampling.top_p is not None:
@@ -67,7 +88,8 @@ def choose(sampling: Sampling, logits_BV: jax.Array, keys_B: jax.Array, seen_BV:
     """One token per row, int32 `[B]`: the most likely one, or a draw with the row's own key (so no row depends on another)."""
     logits_BV = filtered(sampling, logits_BV, seen_BV)
     if sampling.temperature is not None:
-        logits_BV = logits_BV + jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+        logits_BV = logits_BV + jnp.where(sampling.temperature > 0, noise_BV, 0)
     # Not argmax, which XLA does not vectorise on CPUs; the first of equals wins in both.
     return jax.lax.top_k(logits_BV, 1)[1][:, 0]
 

@@ -13,9 +13,9 @@ def tokenizer():
 
 def _grow(reader, tokens, pieces, step=1):
     """An answer that is shown `step` tokens more at a time."""
-    answer = Answer(reader, pieces.append)
+    answer = Answer(reader, len(tokens), pieces.append)
     for end in [*range(step, len(tokens), step), len(tokens)]:
-        answer.update(tokens[:end], last=end == len(tokens))
+        answer.update(tokens[:end])
     return answer
 
 
@@ -60,7 +60,7 @@ def test_what_may_be_the_beginning_of_a_stop_string_waits(tokenizer):
 
 def test_nothing_changes_after_the_end(tokenizer):
     tokens, pieces = tokenizer("one. two")["input_ids"], []
-    answer = Answer(Reader(tokenizer, frozenset(), (".",)), pieces.append)
-    answer.update(tokens, last=False)
-    answer.update(tokens + tokens, last=True)
+    answer = Answer(Reader(tokenizer, frozenset(), (".",)), 2 * len(tokens), pieces.append)
+    answer.update(tokens)
+    answer.update(tokens + tokens)
     assert (answer.text, answer.finish_reason, pieces) == ("one", "stop", ["one"])

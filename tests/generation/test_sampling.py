@@ -99,6 +99,19 @@ def test_a_draw_depends_on_its_own_key_only():
     assert together.tolist() == alone
 
 
+def test_rows_of_a_batch_have_settings_of_their_own():
+    """Each is drawn as by itself, bit for bit, greedy ones among them."""
+    settings = [(), (0.7, 5), (1.3, 0, 0.8), (0.9, 0, 1, 0.1), (0, 0, 1, 0, 1.5)]
+    each = [Sampling.create(*one) for one in settings]
+    logits, keys, seen = _logits(scale=0.5), jax.random.split(jax.random.key(2), 5), _logits(seed=1) > 2.0
+    together = Sampling.of_rows(each)
+    rows = filtered(together, logits, seen)
+    for n, one in enumerate(each):
+        assert np.array_equal(rows[n : n + 1], filtered(one, logits[n : n + 1], seen[n : n + 1]))
+        assert choose(together, logits, keys, seen)[n] == choose(one, logits[n : n + 1], keys[n : n + 1], seen[n : n + 1])[0]
+    assert Sampling.of_rows(each[:1] * 3) == Sampling()  # nothing that no row asks for
+
+
 def test_numbers_change_without_compiling_again():
     step = jax.jit(choose)
     keys = jax.random.split(jax.random.key(0), 5)
