@@ -44,7 +44,7 @@ _WHERE = {
     "load_config": "jaxtune.config",
     "JaxtuneError": "jaxtune.errors",
 }
-_VERBS = ("train", "sweep", "evaluate", "generate", "score", "export", "report", "plan")  # modules that can be called
+_VERBS = ("train", "sweep", "evaluate", "generate", "serve", "score", "export", "report", "plan")  # modules that can be called
 
 __all__ = ["__version__", *_WHERE, *_VERBS]
 

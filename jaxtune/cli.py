@@ -22,6 +22,7 @@ VERBS = {
     "sweep": "a run for each combination of values, side by side",
     "evaluate": "perplexity and task metrics, base beside tuned",
     "generate": "sample from a model, with or without an adapter",
+    "serve": "talk to a model over HTTP, base beside tuned, from any OpenAI client",
     "score": "score texts with a reward model or classifier",
     "export": "write a run's result as HF, PEFT or GGUF files",
     "data": "show what the model will see: counts, lengths, masks, problems",

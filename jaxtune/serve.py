@@ -1,0 +1,132 @@
+"""A model behind an OpenAI-compatible API, to talk to before it is handed on. It is no production server: for that, export the result
+and serve it by vLLM or llama.cpp.
+
+    jaxtune serve MODEL --adapter runs/first/adapter
+    curl http://127.0.0.1:8000/v1/chat/completions -d '{"model": "adapter", "messages": [{"role": "user", "content": "..."}]}'
+
+The model alone is called base, an adapter by its name (--adapter NAME=DIR; without one: adapter), so that the `model` of a request
+chooses between them. Requests that wait are answered together. docs/serving.md says what is understood.
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtune import cli, errors
+from jaxtune.convert.load import Model
+from jaxtune.convert.peft import load_adapter
+from jaxtune.errors import ConfigError, ModelError, check_argument
+from jaxtune.generate import BASE, load_adapters
+from jaxtune.serving.server import Server
+from jaxtune.serving.worker import Worker
+
+log = logging.getLogger("jaxtune")
+
+
+def serve(model: Any, adapters: Mapping[str, Any] | None = None, **settings: Any) -> None:
+    """Answer requests, as `open_server` says, until SIGTERM or Ctrl-C: what is being answered is finished, what waits refused. A second
+    one ends at once."""
+    with _interrupted() as stopped:
+        server = open_server(model, adapters, **settings)
+        server.start()
+        print(f"serving {', '.join(server.worker.names)} at {server.url}", flush=True)
+        while not stopped:
+            time.sleep(0.1)
+        log.info("stopping; answers that are under way are finished (once more: at once)")
+        server.stop()
+
+
+def open_server(
+    model: Any, adapters: Mapping[str, Any] | None = None, *, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None,
+    max_new_tokens: int = 1024, batch_size: int | None = None, log_requests: bool = False,
+) -> Server:  # fmt: skip
+    """A server that has its address, for `server.start()` and `server.stop()`.
+
+    adapters        by name: as `jt.load_adapter` or training gives them, or their folders; `base` is the model without one
+    port            0: any that is free; `server.url` says which
+    api_key         what clients have to send (Authorization: Bearer KEY); None: nothing
+    max_new_tokens  of an answer to a request that does not say; fewer, where the context has no room
+    batch_size      answers at a time; by default as many as fit a cache of 1 GiB, 64 at most
+    log_requests    log prompts and answers; without it neither is written anywhere
+
+    Raises ConfigError for an address that cannot be had or a setting out of range, ModelError for a model that writes no text.
+    """
+    check_argument("model", model, Model, "give a model: jt.serve(jt.load(folder))")
+    if model.tokenizer is None:
+        raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
+    if model.config.num_labels:
+        raise ModelError("the model scores texts and writes none; use jaxtune score")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be 1 or more")
+    if api_key == "":
+        raise ConfigError("the API key is empty; leave --api-key out, or give it a text")
+    served: dict[str, Any] = {BASE: None}
+    for name, given in (adapters or {}).items():
+        if name == BASE:
+            raise ConfigError(f"{BASE} is the model without an adapter; give the adapter another name")
+        served[name] = load_adapter(given, model) if isinstance(given, (str, os.PathLike)) else given
+    worker = Worker(model, served, batch_size)
+    server = Server(worker, host, port, api_key=api_key, max_new_tokens=max_new_tokens, log_requests=log_requests)
+    if api_key is None and not ipaddress.ip_address(server.server_name).is_loopback:
+        log.warning("anybody who reaches %s can ask this server; --api-key lets in those who know it", server.url)
+    return server
+
+
+@contextmanager
+def _interrupted() -> Iterator[list[int]]:
+    """A list that SIGTERM or Ctrl-C puts its number into; the second one is a KeyboardInterrupt."""
+    found: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        if found:
+            raise KeyboardInterrupt
+        found.append(number)
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = cli.parser("serve", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, .gguf file or pypi:PACKAGE==VERSION/PATH")
+    parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help="a PEFT adapter folder; several have names")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: all of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--api-key", metavar="KEY", help="what clients have to send; or in the environment, as JAXTUNE_API_KEY")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer to a request that does not say")
+    parser.add_argument("--batch-size", type=int, help="answers at a time")
+    parser.add_argument("--log-requests", action="store_true", help="log prompts and answers, which are written nowhere otherwise")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--quantization", help="nf4, nf4-dq or int8")
+    return cli.parse(parser)
+
+
+def main() -> None:
+    """`python -m jaxtune.serve`."""
+    from jaxtune.convert.load import load
+
+    arguments = _arguments()
+    cli.log_to_terminal()
+    model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    serve(
+        model, load_adapters(arguments.adapter, model), host=arguments.host, port=arguments.port,
+        api_key=arguments.api_key or os.environ.get("JAXTUNE_API_KEY"), max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size, log_requests=arguments.log_requests,
+    )  # fmt: skip
+
+
+cli.callable_module(__name__, serve)
+
+if __name__ == "__main__":
+    errors.run(main)

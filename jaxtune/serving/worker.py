@@ -1,0 +1,169 @@
+"""The one thread that computes. Requests that wait are taken together, as many as are for one model, and decoded side by side."""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxtune import errors
+from jaxtune.compilation import in_32_bits
+from jaxtune.generation.answer import Answer, Reader
+from jaxtune.generation.batches import CHUNK, Row, Run, bucket
+from jaxtune.generation.decode import seed_words
+from jaxtune.generation.prompts import stop_tokens, token_ids
+from jaxtune.peft import virtual_tokens
+from jaxtune.serving.requests import MOST_LIKELY, Asked, Refusal
+
+MOST_WAITING = 256  # requests
+GATHER = 0.01  # seconds that the first of a batch waits for those sent with it
+LEAST_NEW = 256  # as far as token buffers are concerned, so that few programs are compiled
+log = logging.getLogger("jaxtune")
+
+
+class Piece(NamedTuple):
+    """What an answer has got since the last piece: some text (certain to stay), and the tokens up to `end`."""
+
+    number: int
+    text: str
+    start: int
+    end: int
+    finish_reason: str | None
+
+
+class Told(Answer):
+    """An answer that tells of every change."""
+
+    def __init__(self, reader: Reader, most: int, number: int, tell: Callable[[Piece], None]):
+        super().__init__(reader, most, self._hear)
+        self.number, self.tell, self._heard = number, tell, ""
+
+    def _hear(self, text: str) -> None:
+        self._heard += text
+
+    def update(self, tokens: list[int], logps: Any = None) -> None:
+        """As any answer, and tell."""
+        if self.finish_reason is not None:
+            return
+        start = len(self.tokens)
+        super().update(tokens, logps)
+        self.tell(Piece(self.number, self._heard, start, len(self.tokens), self.finish_reason))
+        self._heard = ""
+
+
+class Job:
+    """A request under way. Its answers are those of one call of `generate_tokens`: to every prompt `asked.each`, one after another."""
+
+    def __init__(self, asked: Asked, reader: Reader):
+        self.asked, self.reader = asked, reader
+        self.events: queue.SimpleQueue[Piece | Refusal] = queue.SimpleQueue()
+        self.answers = [Told(reader, asked.most[n // asked.each], n, self.events.put) for n in range(len(asked.ids) * asked.each)]
+
+    def rows(self) -> list[Row]:
+        """Its part of a batch."""
+        asked, words = self.asked, seed_words(self.asked.seed)
+        return [Row(*divmod(n, asked.each), asked.ids[n // asked.each], one, asked.sampling, words) for n, one in enumerate(self.answers)]
+
+    def pieces(self, gone: Callable[[], bool]) -> Iterator[Piece]:
+        """Pieces of the answers as they come, until all have ended; `gone` says whether the client has left. Raises Refusal."""
+        going = len(self.answers)
+        while going:
+            try:
+                event = self.events.get(timeout=0.5)
+            except queue.Empty:
+                event = None
+            if gone():
+                raise ConnectionAbortedError
+            if isinstance(event, Refusal):
+                raise event
+            if event is not None:
+                going -= event.finish_reason is not None
+                yield event
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: what has not ended does, and takes no more time."""
+        for answer in self.answers:
+            answer.finish_reason = answer.finish_reason or "cancelled"
+
+
+class Worker:
+    """A model and its adapters, by name (None: the model alone), and the requests that wait for them."""
+
+    def __init__(self, model: Any, adapters: Mapping[str, Any], batch_size: int | None = None):
+        self.model, self.adapters, self.batch_size = model, adapters, batch_size
+        self.names = {name: virtual_tokens(adapter) for name, adapter in adapters.items()}
+        self.stops = frozenset(stop_tokens(model))
+        self._tokenizer, self._changed = threading.Lock(), threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._stopping = False
+        self.encode("x", "prompt", chat=False)  # a tokenizer that cuts or pads by itself is told not to here, and not while others read
+        self.thread = threading.Thread(target=self._work, name="jaxtune-worker", daemon=True)
+
+    def encode(self, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
+        """`prompts.token_ids`, of one prompt at a time."""
+        with self._tokenizer:
+            return token_ids(self.model, prompt, name, chat)
+
+    def submit(self, asked: Asked) -> Job:
+        """Let a request wait for its turn."""
+        job = Job(asked, Reader(self.model.tokenizer, self.stops, asked.stop))
+        with self._changed:
+            if self._stopping:
+                raise Refusal(503, "the server is stopping; ask again when it has started anew")
+            if len(self._waiting) >= MOST_WAITING:
+                raise Refusal(429, f"{MOST_WAITING} requests wait already; ask again later, or fewer at a time")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def stop(self) -> None:
+        """Refuse what waits, finish what is being answered."""
+        with self._changed:
+            self._stopping = True
+            for job in self._waiting:
+                job.events.put(Refusal(503, "the server is stopping, and this request still waited; ask again when it has started anew"))
+            self._waiting.clear()
+            self._changed.notify()
+        self.thread.join()
+
+    def _next(self) -> list[Job]:
+        """The requests of the next batch: those for the model that has been waited for longest. None left and stopping: []."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping)
+        time.sleep(GATHER)
+        with self._changed:
+            name = self._waiting[0].asked.model if self._waiting else None
+            jobs = [job for job in self._waiting if job.asked.model == name]
+            self._waiting = deque(job for job in self._waiting if job.asked.model != name)
+        return jobs
+
+    @in_32_bits
+    def _work(self) -> None:
+        while jobs := self._next():
+            try:
+                self._answer(jobs)
+            except Exception as error:
+                said = errors.explain(error)
+                if said is None:  # a bug of ours
+                    log.exception("a batch of %d requests failed", len(jobs))
+                for job in jobs:
+                    job.events.put(Refusal(500, said or "the server failed; its log says more"))
+
+    def _answer(self, jobs: list[Job]) -> None:
+        rows = [row for job in jobs for row in job.rows() if row.answer.finish_reason is None]
+        wanted = [job.asked.likely for job in jobs if job.asked.likely is not None]
+        run = Run(
+            config=replace(self.model.config, remat="none"),
+            params=self.model.params,
+            adapter=self.adapters[jobs[0].asked.model],
+            stops=jnp.asarray(sorted(self.stops), jnp.int32),
+            new=bucket(max(most for job in jobs for most in job.asked.most), LEAST_NEW),
+            chunk=1 if any(job.asked.stream for job in jobs) else CHUNK,
+            likely=(MOST_LIKELY if max(wanted) else 0) if wanted else None,
+        )
+        run.all(rows, self.batch_size)
