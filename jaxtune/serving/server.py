@@ -8,6 +8,7 @@ import logging
 import select
 import socket
 import socketserver
+import sys
 import threading
 import time
 from http import HTTPStatus
@@ -51,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
                 self._refuse(refusal)
             except (ConnectionError, TimeoutError):
                 self.close_connection, self.said = True, "the client has left"
+            except Exception:  # a bug of ours
+                log.exception("a request failed")
+                self.close_connection = True
+                self._refuse(Refusal(500, "the server failed; its log says more"))
         known = path in CHATS or path.startswith("/v1/models") or path == "/health"
         log.info("%s %s: %s, %.1f s", self.command, path if known else "(no such path)", self.said, time.monotonic() - began)
 
@@ -244,10 +249,5 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks is the client's affair; the rest is a bug of ours."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            try:
-                raise
-            except ConnectionError:
-                raise
-            except Exception:
-                log.exception("a request failed")
+        if not isinstance(error := sys.exception(), (ConnectionError, TimeoutError)):
+            log.error("a connection failed", exc_info=error)

@@ -60,6 +60,14 @@ def test_requests_that_are_refused(ask):
         assert found[1]["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
 
 
+def test_a_bug_is_an_answer_too(ask, monkeypatch, caplog):
+    with monkeypatch.context() as broken:
+        broken.setattr(worker.Worker, "submit", lambda *args: 1 / 0)
+        status, found = ask("POST", "/v1/chat/completions", CHAT)
+    assert status == 500 and "its log says more" in found["error"]["message"] and "ZeroDivisionError" in caplog.text
+    assert ask("GET", "/health")[0] == 200
+
+
 def test_only_those_with_the_key_are_answered(start):
     ask = start(api_key="secret ü")
     for headers in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "secret ü".encode()}):
