@@ -38,6 +38,7 @@ def test_tokens_may_be_constants_of_a_traced_function(given):
         (lambda model, adapter, out: jt.save_adapter(model, adapter, out), r"jt.save_adapter\(adapter, model, out\)"),
         (lambda model, adapter, out: jt.load_adapter(model, out), r"jt.load_adapter\(folder, model\)"),
         (lambda model, adapter, out: jt.generate("folder", "a"), r"jt.generate\(jt.load\(folder\), prompts\)"),
+        (lambda model, adapter, out: jt.serve("folder"), r"jt.serve\(jt.load\(folder\)\)"),
     ],
 )
 def test_arguments_of_another_kind(given, call, words):

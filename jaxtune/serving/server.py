@@ -5,7 +5,6 @@ import errno
 import hmac
 import json
 import logging
-import select
 import socket
 import socketserver
 import sys
@@ -147,11 +146,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _gone(self) -> bool:
         """Whether the client has closed the connection."""
+        self.connection.settimeout(0)
         try:
-            ready = select.select([self.connection], [], [], 0)[0]
-            return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
-        except (OSError, ValueError):
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
             return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     # ---- what goes out ----
 
