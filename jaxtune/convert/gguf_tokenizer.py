@@ -27,32 +27,46 @@ _CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Splitting(NamedTuple):
-    """How a byte-level vocabulary's text is cut before merging. `pattern` None is GPT-2's own; `digits` cuts digits off first."""
+    """How a byte-level vocabulary's text is cut before merging: what matches `patterns` is cut out, one pattern after the other."""
 
-    pattern: str | None = None
-    digits: bool = False
+    patterns: tuple[str, ...] = ()
+    words: bool = False  # GPT-2's own pattern comes after these
     ignore_merges: bool = False  # a whole word that is in the vocabulary is taken as it is
     nfc: bool = False
 
 
-_GPT2 = Splitting()
-_DIGITS = Splitting(digits=True)
-_LLAMA3 = Splitting(_WORDS + r"|\p{N}{1,3}" + _REST, ignore_merges=True)
+_GPT2 = Splitting(words=True)
+_DIGITS = Splitting((r"\p{N}",), words=True)
+_LLAMA3 = Splitting((_WORDS + r"|\p{N}{1,3}" + _REST,), ignore_merges=True)
 _CL100K = _LLAMA3._replace(ignore_merges=False)
-_QWEN2 = Splitting(_WORDS + r"|\p{N}" + _REST, nfc=True)
-_TEKKEN = Splitting("|".join(_CASED) + r"|\p{N}" + _CASED_REST, ignore_merges=True)
-_O200K = Splitting("|".join(f"{case}{_CONTRACTION}?" for case in _CASED) + r"|\p{N}{1,3}" + _CASED_REST)
-_NEOX = Splitting(nfc=True)
+_QWEN2 = Splitting((_WORDS + r"|\p{N}" + _REST,), nfc=True)
+_QWEN3_5 = Splitting((_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"|\p{N}" + _REST.replace(r"\p{L}", r"\p{L}\p{M}"),))
+_SEED = Splitting((_WORDS + r"|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",))
+_TEKKEN = Splitting(("|".join(_CASED) + r"|\p{N}" + _CASED_REST,), ignore_merges=True)
+_O200K = Splitting(("|".join(f"{case}{_CONTRACTION}?" for case in _CASED) + r"|\p{N}{1,3}" + _CASED_REST,))
+_NEOX = Splitting(words=True, nfc=True)
+_DEEPSEEK_CODER = Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
+_DEEPSEEK_V3 = Splitting((
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+))  # fmt: skip
 
 # tokenizer.ggml.pre -> rule; the names are llama.cpp's (src/llama-vocab.cpp), the rules those of the models' own tokenizer.json
 SPLITTINGS = {
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "roberta-bpe"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "glm4"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _CL100K),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
     **dict.fromkeys(("olmo", "mpt"), _NEOX),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK_V3),
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "qwen35": _QWEN3_5,
+    "seed-coder": _SEED,
+    "stablelm2": _QWEN2._replace(nfc=False),
     "tekken": _TEKKEN,
 }
 
@@ -107,11 +121,8 @@ def _byte_level(info: _Info) -> Tokenizer:
     vocab = {token: number for number, token in enumerate(info.tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in info.get("merges") or []]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.pattern is None)
-    first = [pre_tokenizers.Digits(individual_digits=True)] if splitting.digits else []
-    if splitting.pattern is not None:
-        first = [pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated")]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_])
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words)])
     if splitting.nfc:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()

@@ -76,11 +76,12 @@ def splitting_name(described: dict) -> str:
     """llama.cpp's name for the way a byte-level tokenizer cuts text; ModelError when it has none that we know."""
     steps = described["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    patterns = [step["pattern"]["Regex"] for step in steps if step.get("type") == "Split" and "Regex" in step["pattern"]]
-    known = {step.get("type") for step in steps} <= {"Split", "Digits", "ByteLevel"} and len(patterns) <= 1
+    patterns = [_pattern(step) for step in steps if step.get("type") != "ByteLevel"]
+    bytes_ = steps[-1] if steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space") else None
+    known = bytes_ is not None and None not in patterns and len(patterns) == len(steps) - 1
     found = Splitting(
-        pattern=patterns[0] if patterns else None,
-        digits=any(step.get("type") == "Digits" and step["individual_digits"] for step in steps),
+        patterns=tuple(pattern for pattern in patterns if pattern),
+        words=bool(bytes_ and bytes_.get("use_regex", True)),
         ignore_merges=bool(described["model"].get("ignore_merges")),
         nfc='"NFC"' in json.dumps(described["normalizer"]),
     )
@@ -90,6 +91,14 @@ def splitting_name(described: dict) -> str:
             return next(name for name, splitting in SPLITTINGS.items() if splitting == same)
     rule = json.dumps(described["pre_tokenizer"])
     raise ModelError(f"this tokenizer cuts text in a way that llama.cpp has no name for that we know: {rule}")
+
+
+def _pattern(step: dict) -> str | None:
+    """What a step cuts out, each match by itself; None for another kind of step."""
+    if step.get("type") == "Digits" and step["individual_digits"]:
+        return r"\p{N}"
+    isolated = step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]
+    return step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n") if isolated else None
 
 
 def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict) -> None:

@@ -45,10 +45,8 @@ def assert_same(found, wanted, texts=TEXTS):
 def with_rule(tokenizer, splitting):
     """The small tokenizer, cutting text by another rule."""
     backend = tokenizer.backend_tokenizer
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if splitting.digits else []
-    if splitting.pattern:
-        steps.append(pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.pattern))
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if splitting.nfc:
         backend.normalizer = normalizers.NFC()
@@ -132,9 +130,14 @@ def test_unknown_rules_and_kinds_are_refused(tmp_path):
     with pytest.raises(ModelError, match="400 tokens|different ones"):
         gguf_tokenizer(metadata | {"tokenizer.ggml.tokens": ["a"] * len(tokenizer)}, "m.gguf")
     assert gguf_tokenizer({}, "m.gguf") is None
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ModelError, match="cuts text in a way that llama.cpp has no name for"):
-        through_gguf(tokenizer, tmp_path / "u.gguf")
+    bytes_, other = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for steps in (  # each was taken for the rule without it
+        [pre_tokenizers.Whitespace()], [pre_tokenizers.Split("-", "isolated"), bytes_], [pre_tokenizers.Digits(), bytes_], [other],
+        [pre_tokenizers.Split(Regex(r"\p{N}"), "removed"), bytes_],
+    ):  # fmt: skip
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        with pytest.raises(ModelError, match="cuts text in a way that llama.cpp has no name for"):
+            through_gguf(tokenizer, tmp_path / "u.gguf")
     with pytest.raises(ModelError, match="they do not belong together"):
         add_tokenizer(GGUFWriter(None, "llama"), make_tokenizer("chatml"), 10, {})
 
