@@ -37,6 +37,8 @@ def test_every_family_has_a_golden():
         ("llama", dict(num_key_value_heads=3), "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ("llama", dict(hidden_act="mish"), "hidden_act 'mish' is not supported; supported are silu"),
         ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is not implemented for llama"),
+        ("olmo3", dict(partial_rotary_factor=0.5), "partial_rotary_factor is not implemented for olmo3"),
+        ("deepseek_v2", dict(partial_rotary_factor=0.5), "partial_rotary_factor is not implemented for deepseek_v2"),
         ("llama", dict(head_dim=9), "head_dim=9 is odd"),
         ("llama", dict(rope_scaling=dict(type="mrope")), "rope_type 'mrope' is not supported"),
         ("llama", dict(rope_scaling=dict(type="linear")), "rope_type 'linear' needs factor"),
@@ -124,6 +126,11 @@ def test_two_spellings_of_one_model(model_type, change, same):
     other = FIRST[model_type] | change | same
     assert from_hf(FIRST[model_type] | change) == from_hf({key: value for key, value in other.items() if value is not None})
     assert from_hf(FIRST[model_type] | change) != from_hf(FIRST[model_type])
+
+
+def test_an_original_length_beside_schemes_by_kind_of_layer_is_not_read():
+    scaled = FIRST["olmo3"] | dict(rope_scaling=dict(rope_type="yarn", factor=4.0))
+    assert from_hf(scaled | dict(original_max_position_embeddings=8)) == from_hf(scaled)  # transformers reads it inside alone
 
 
 def test_a_missing_key_is_named():

@@ -266,12 +266,18 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
         initializer_range=hf.get("initializer_range", 0.02),
     ) | changes
     if "ropes" not in fields:
-        fields["ropes"] = (Rope.from_hf(hf, head_dim, interleaved),)
-        if fields["ropes"][0].dim != head_dim and not partial:
-            raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
+        fields["ropes"] = ((Rope.from_hf if partial else whole_rope)(hf, head_dim, interleaved),)
     if fields["hidden_act"] not in ACTIVATIONS:
         raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     return ModelConfig(**fields)
+
+
+def whole_rope(hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) -> Rope:
+    """The rotary scheme of a family whose heads turn whole; `ModelError` where config.json says otherwise."""
+    rope = Rope.from_hf(hf, head_dim, interleaved)
+    if rope.dim != head_dim:
+        raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
+    return rope
 
 
 def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) -> tuple[Rope, Rope]:
@@ -282,9 +288,9 @@ def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) ->
         raise ModelError(f"rope_parameters of this {hf['model_type']} model holds {wrong!r}; it needs an object for each kind of layer")
     if not nested and "rope_type" not in scaling and scaling.get("type", "default") != "default":
         raise ModelError(f"rope_scaling of this {hf['model_type']} model has type={scaling['type']!r}; transformers reads rope_type there")
-    hf = {**hf, "rope_parameters": None}
-    of_sliding = Rope.from_hf({**hf, "rope_scaling": sliding, "rope_theta": sliding_theta}, head_dim)
-    return Rope.from_hf({**hf, "rope_scaling": {**full, **scaling}}, head_dim), of_sliding
+    hf = {**hf, "rope_parameters": None, "original_max_position_embeddings": None}  # which counts inside of a scheme alone
+    of_sliding = whole_rope({**hf, "rope_scaling": sliding, "rope_theta": sliding_theta}, head_dim)
+    return whole_rope({**hf, "rope_scaling": {**full, **scaling}}, head_dim), of_sliding
 
 
 def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:

@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common
+from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common, whole_rope
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
-from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
 
@@ -53,7 +52,7 @@ def _latent(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
         raise ModelError(f"num_key_value_heads={hf['num_key_value_heads']} is not num_attention_heads={heads}; latents make one for each")
     if value > turning + still:
         raise ModelError(f"v_head_dim={value} is more than qk_nope_head_dim + qk_rope_head_dim={turning + still}, which is not implemented")
-    rope, scaling = Rope.from_hf(hf, turning, interleaved), hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope, scaling = whole_rope(hf, turning, interleaved), hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     scale, bias = (turning + still) ** -0.5, bool(hf["attention_bias"])
     if (scaling.get("rope_type") or scaling.get("type") or "default") != "default" and scaling.get("mscale_all_dim"):
         scale *= (0.1 * scaling["mscale_all_dim"] * math.log(max(rope.factor, 1)) + 1) ** 2
