@@ -61,6 +61,9 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
 
     Raises ConfigError for a matrix that is not one of a layer, and for rows with fewer tokens than components.
     """
+    if model.config.is_given:
+        kind = model.config.model_type
+        raise ConfigError(f"lora.init_lora_weights eva goes through layers one by one, and those of this {kind} model share; leave it out")
     if other := [site.path for site in fresh.sites if not site.path.startswith("layers/") or is_parameter(site.path)]:
         raise ConfigError(f"lora.init_lora_weights eva looks at the inputs of layers' matrices, and {other[0]} is none; leave it out")
     started = time.monotonic()

@@ -66,6 +66,8 @@ def _cannot(form: str, config, model_config, mesh: Mesh) -> str | None:
     """Why a kernel cannot do this run."""
     if config.method in PROMPTS:
         return f"knows no virtual tokens, which {config.method} has"
+    if model_config.wide:
+        return "takes heads of one size, and this model's have two"
     if model_config.head_dim > HEAD:
         return f"takes heads of up to {HEAD}, and this model's have {model_config.head_dim}"
     if model_config.num_kv_heads % mesh.shape["tensor"]:

@@ -21,7 +21,7 @@ from jaxtune import moments, peft
 from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
 
-STACKED = re.compile(r"(^|/)layers/\d+(/|$)")
+STACKED = re.compile(r"(^|/)(layers/\d+|layer_inputs/projection)(/|$)")
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:

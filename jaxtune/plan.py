@@ -199,6 +199,8 @@ def _alternatives(config: Config, model_config: ModelConfig, where: Target) -> l
     found = []
     for change, candidates in _candidates(config, where.devices):
         for keys in candidates:
+            if keys.get("optimizer_in_bwd") and model_config.is_given:
+                continue
             tried = _compile(_changed(config, keys), model_config, where)
             if tried.fits:
                 found.append({"change": change, "keys": keys, "peak_bytes": tried.peak_bytes, "seconds_at_least": tried.seconds_at_least})

@@ -82,6 +82,9 @@ def make_step(
     model_config = dataclasses.replace(model_config, mesh=mesh)
     if config.optimizer_in_bwd and axis_name is not None:
         raise ConfigError("optimizer_in_bwd goes with a mesh, not with pmap; leave axis_name out, or the key.")
+    if config.optimizer_in_bwd and model_config.is_given:
+        given = f"layers of this {model_config.model_type} model are given what others make, whose gradient has to be kept"
+        raise ConfigError(f"{given}; leave optimizer_in_bwd out.")
 
     def step(state: TrainState, base: dict, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 2 * batch.tokens.shape[0])

@@ -62,6 +62,8 @@ QWEN3_5 = dict(
     linear_value_head_dim=8,
 )
 EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, shared_expert_intermediate_size=12)
+GEMMA4 = SMALL | dict(model_type="gemma4_text", global_head_dim=24, sliding_window=5, final_logit_softcapping=0.5)
+GEMMA4 |= dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -288,6 +290,17 @@ CASES |= {
         vision_config=VISUAL | dict(hidden_size=8, out_hidden_size=16, num_position_embeddings=4),
         tie_word_embeddings=True,
     ),
+    "gemma4": GEMMA4
+    | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, use_double_wide_mlp=True)
+    | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=96),
+    "gemma4_nested": dict(
+        model_type="gemma4",
+        text_config=GEMMA4 | dict(hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(enable_moe_block=True, num_experts=6, top_k_experts=3, moe_intermediate_size=12)
+        | dict(layer_types=["sliding_attention", "full_attention"]),
+        vision_config=TOWER | dict(model_type="gemma4_vision", num_key_value_heads=2, head_dim=8, position_embedding_size=8),
+        image_token_id=96,  # none of the documents': transformers puts padding in its place
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
@@ -318,6 +331,8 @@ def make_model(config: dict, seed: int):
         for name, b in (*model.named_buffers(), *model.named_parameters()):
             if name.endswith("e_score_correction_bias"):
                 b.copy_((0.2 * torch.randn(b.shape)).half().float())
+            if name.endswith("layer_scalar"):
+                b.copy_((1 + 0.2 * torch.randn(b.shape)).half().float())
     return model
 
 

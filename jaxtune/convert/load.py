@@ -121,7 +121,8 @@ def open_model(source: str | os.PathLike) -> Opened:
     checkpoint, beside = set_apart(checkpoint, config, path)
     config = nested.as_in_file(config, checkpoint.entries) if beside else config
     ignored = FAMILIES[config.model_type].ignored
-    leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers))
+    sharing = "|".join(map(str, range(config.num_layers - config.kv_sharing, config.num_layers)))
+    leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers, sharing=sharing or "-"))
     if any(row.part for row in spec(config).values()):
         checkpoint = Apart(MXFP4(checkpoint) if is_mxfp4(config_json) else checkpoint, config)
     else:

@@ -106,7 +106,7 @@ def leave_out(entries: dict[str, Entry], pattern: str | None) -> None:
     for name in names:
         del entries[name]
     if names:
-        log.info("%d tensors that predict more tokens than the next are left out, as in transformers: %s ...", len(names), names[0])
+        log.info("%d tensors that this model has no use for are left out, as in transformers: %s ...", len(names), names[0])
 
 
 def is_float(dtype) -> bool:

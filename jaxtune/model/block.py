@@ -37,7 +37,13 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
     attn, kv = attend_to(x_BTD)
     attended = x_BTD + _scaled(config, norm(config, w, "attn_post_norm", attn))
     fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
-    return attended + fed, kv, sums
+    x_BTD = attended + fed
+    if "layer_input" in w:  # in the middle of a small gated network beside the layer's own
+        inner = ACTIVATIONS[config.hidden_act](linear(w["input_gate"], x_BTD)) * w["layer_input"]
+        x_BTD = x_BTD + norm(config, w, "input_post_norm", linear(w["input_projection"], inner))
+    if "layer_scale" in w:  # which transformers does not train
+        x_BTD = x_BTD * jax.lax.stop_gradient(w["layer_scale"]).astype(x_BTD.dtype)
+    return x_BTD, kv, sums
 
 
 def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
@@ -62,11 +68,8 @@ def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
 def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
     """Self-attention with grouped key/value heads and rotary positions."""
     q, k, v, gate = projections(config, w, x_BTD)
-    if not config.qk_norm_last:
-        q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
-    q, k = (rotate(x, place.cos, place.sin, config.interleaved) for x in (q, k))
-    if config.qk_norm_last:
-        q, k = _head_norm(config, w, "q_norm", q), _head_norm(config, w, "k_norm", k)
+    q = _turned(config, w, "q_norm", q, place)
+    k, v = (w["given_k"], w["given_v"]) if "given_k" in w else (_turned(config, w, "k_norm", k, place), _value_norm(config, v))
     if config.query_growth[0]:
         rate, length = config.query_growth
         growth_BT = 1 + rate * jnp.log1p((place.queries.positions // length).astype(jnp.float32))
@@ -75,8 +78,10 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
         k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:
         start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
-        cached = tuple(jax.lax.dynamic_update_slice(cached, new[None], start) for cached, new in zip(kv[:2], (k, v), strict=True))
-        kv = kv._replace(k=cached[0], v=cached[1])
+        group = place.group
+        cached = [jax.lax.dynamic_update_slice(of[group], new[None], start) for of, new in zip(kv[:2], (k, v), strict=True)]
+        kept = [(*of[:group], new, *of[group + 1 :]) for of, new in zip(kv[:2], cached, strict=True)]
+        kv = kv._replace(k=kept[0], v=kept[1])
         k, v = (jax.lax.dynamic_index_in_dim(x, place.number, keepdims=False) for x in cached)
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
@@ -84,6 +89,24 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     mixed = mixed if config.latent is None else mixed[..., : config.latent.value]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
+
+
+def keys_values(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys and values `[B, T, K, h]`, as attention takes them, from its input."""
+    _, k, v, _ = projections(config, w, norm(config, w, "attn_norm", x_BTD))
+    return _turned(config, w, "k_norm", k, place), _value_norm(config, v)
+
+
+def _turned(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array, place: Place) -> jax.Array:
+    """Queries or keys, normed as `name` says and rotated."""
+    if not config.qk_norm_last:
+        x_BTHh = _head_norm(config, w, name, x_BTHh)
+    x_BTHh = rotate(x_BTHh, place.cos, place.sin, config.interleaved)
+    return _head_norm(config, w, name, x_BTHh) if config.qk_norm_last else x_BTHh
+
+
+def _value_norm(config: ModelConfig, v_BTKh: jax.Array) -> jax.Array:
+    return norm(config, {}, "v_norm", v_BTKh) if "v_norm" in config.bare_norms else v_BTKh
 
 
 def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks_H, place: Place, form: str) -> jax.Array:
@@ -123,7 +146,9 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     elif "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
-        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in ("q_and_gate" if "q_and_gate" in w else "q", "k", "v")]
+        names = [name for name in ("q", "q_and_gate", "k", "v") if name in w]
+        parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in names]
+        parts += parts[-1:] * (3 - len(parts))  # values that are the keys; of a layer that is given both, nothing
     if config.qkv_clip:
         parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
     if "q_and_gate" in w:
@@ -168,7 +193,7 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
     """What the feed-forward part adds to the residual stream; of long rows chunk by chunk of tokens, so that `[T, F]` is never there."""
 
     def whole(x_BTD):
-        fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place)
+        fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place, x_BTD)
         return _scaled(config, norm(config, w, "mlp_post_norm", fed)), sums
 
     B, T, D = x_BTD.shape
@@ -188,7 +213,7 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
 def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
     """How many parts a row's tokens are cut into: 1 where experts sort tokens, where a row lies on several devices, and where dropout draws
     one mask for all tokens."""
-    if "router" in w or split(config.mesh, "sequence"):
+    if "experts_gate" in w or split(config.mesh, "sequence"):
         return 1
     names = ("gate", "up", "gate_up", "down")
     leaves = [leaf for name in names if name in w for leaf in jax.tree.leaves(w[name])]
@@ -200,14 +225,22 @@ def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
     return max(1, tokens // rows // (config.mlp_chunk or (PACKED_CHUNK if packed else CHUNK)))
 
 
-def feed_forward(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
-    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts (and one that all tokens share)."""
-    if "router" not in w:
+def feed_forward(
+    config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, entered_BTD: jax.Array
+) -> tuple[jax.Array, RouterSums | None]:
+    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts (and one that all tokens share).
+
+    entered  x before its norm: what Gemma 4's experts are given, beside a dense part of the layer, each with norms of its own
+    """
+    if "experts_gate" not in w:
         return _mlp(config, w, x_BTD), None
-    segments = place.queries.segments
-    mixed, sums = mixture(config, w, x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
+    segments, apart = place.queries.segments, "experts_norm" in w
+    mixed, sums = mixture(config, w, entered_BTD if apart else x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
     assert config.moe is not None
     sums = None if config.moe.aux_loss_coef is None else sums
+    if apart:
+        dense = norm(config, w, "mlp_own_post_norm", _mlp(config, w, x_BTD))
+        return dense + norm(config, w, "experts_post_norm", mixed), sums
     if not config.moe.shared_intermediate_size:
         return mixed, sums
     shared = _mlp(config, w, x_BTD, "shared_")

@@ -14,7 +14,9 @@ from jaxtune.errors import ModelError, check_argument
 from jaxtune.model import virtual
 from jaxtune.model.attention import Keys, softcap
 from jaxtune.model.block import norm
+from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
+from jaxtune.model.given import Given
 from jaxtune.model.layer import Shared
 from jaxtune.model.layout import constrain
 from jaxtune.model.memory import Memory
@@ -35,7 +37,8 @@ class Cache(struct.PyTreeNode):
 
 def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     """An empty cache for `batch` rows of up to `size` tokens."""
-    kv = jnp.zeros((len(config.attending), batch, size, config.num_kv_heads, config.head_dim), config.dtype)
+    shapes = [(len(own), batch, size, at.num_kv_heads, at.head_dim) for own in config.memories for at in [config.at(own[0])]]
+    kv = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
     state = tail = None
     if (d := config.delta) is not None:
         state = jnp.zeros((len(d.layers), batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32)
@@ -55,11 +58,7 @@ class Output(NamedTuple):
 
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
     """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them; padding gets no gradient."""
-    x_BTD = rows(params["embed"], tokens_BT, config.dtype)
-    if config.padding_idx is not None:
-        x_BTD = jnp.where((tokens_BT == config.padding_idx)[..., None], jax.lax.stop_gradient(x_BTD), x_BTD)
-    x_BTD = constrain(config.mesh, x_BTD, "groups", "tokens", "width")  # rows then come together by an exchange
-    return x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, config.dtype)  # rounded first, as Gemma does
+    return lookup(config, params["embed"], tokens_BT, config.embed_scale)
 
 
 def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, keys: Keys) -> tuple[jax.Array, Shared]:
@@ -119,10 +118,12 @@ def hidden(
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.positions.shape[1]), cache.positions.shape), cache.positions, cache.segments)
         keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
 
+    given = Given(config, params, tokens_BT, x_BTD)
     x_BTD, shared = entered(config, params, x_BTD, queries, keys)
     kv, routed = None if cache is None else cache.memory, []
     for pattern in config.patterns:
         weights = [virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
+        weights = [given.to(stack, own, x_BTD, shared) for stack, own in zip(pattern.numbers, weights, strict=True)]
         x_BTD, kv, sums = run(config, pattern, weights, x_BTD, shared, kv)
         routed += [of_stack for of_stack in sums if of_stack is not None]
     if cache is not None and kv is not None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.model import nf4_kernel
 from jaxtune.model.attention import Keys
-from jaxtune.model.block import block
+from jaxtune.model.block import block, keys_values
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layout import constrain, split
 from jaxtune.model.memory import Place
@@ -27,14 +27,28 @@ class Shared(NamedTuple):
 
 def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
     """`x_BTD` after layer `number` of the stack, whose weights are `w`; the cache's memory and its router's sums."""
+    x_BTD, kv, sums = block(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared), kv)
+    return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
+
+
+def made_before(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the one layer of a stack, which later layers take too, from its input."""
+    number = jnp.zeros((), jnp.int32)
+    w = Layer(config, stack, weights, number)
+    return keys_values(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared))
+
+
+def _place(config: ModelConfig, stack: int, number: jax.Array, shared: Shared) -> Place:
     layers = config.stacks[stack]
     rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
-    alike = config.attending if layers[0] in config.attending else config.delta.layers if config.delta else ()
-    slot = jnp.asarray([alike.index(i) for i in layers])[number]
-    place = Place(shared.cos[rope], shared.sin[rope], window, shared.queries, shared.keys, slot)
-    x_BTD, kv, sums = block(config, w, x_BTD, place, kv)
-    return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
+    keeping = (*config.memories, *([config.delta.layers] if config.delta else []))
+    sources = [config.kv_source(i) for i in layers]
+    group = next(n for n, own in enumerate(keeping) if sources[0] in own)
+    slot = jnp.asarray([keeping[group].index(i) for i in sources])[number]
+    pairs = config.at(layers[0]).head_dim // 2  # of a narrower head than the widest
+    cos, sin = shared.cos[rope][..., :pairs], shared.sin[rope][..., :pairs]
+    return Place(cos, sin, window, shared.queries, shared.keys, slot, group)
 
 
 class Layer(Mapping):

@@ -16,13 +16,15 @@ class Place(NamedTuple):
     queries: Keys
     keys: Keys
     number: jax.Array
+    group: int  # of `ModelConfig.memories`
 
 
 class Memory(NamedTuple):
-    """What is kept of the tokens so far: by attention layers their keys and values, `[L, B, S, K, h]`; by linear layers (model/delta.py)
+    """What is kept of the tokens so far: by attention layers their keys and values, `[L, B, S, K, h]` for each of
+    `ModelConfig.memories`; by linear layers (model/delta.py)
     a state, float32 `[L, B, H, k, v]`, and what the convolution looks back at, `[L, B, W - 1, C]`. None where there are no such layers."""
 
-    k: jax.Array | None = None
-    v: jax.Array | None = None
+    k: tuple[jax.Array, ...] = ()
+    v: tuple[jax.Array, ...] = ()
     state: jax.Array | None = None
     tail: jax.Array | None = None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxtune.model.families import ModelConfig, Moe
-from jaxtune.model.layers import ACTIVATIONS
+from jaxtune.model.layers import ACTIVATIONS, NORMS
 from jaxtune.model.layout import ROWS, each_part, partition, split
 from jaxtune.model.weight import grouped, linear
 
@@ -51,11 +51,21 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
     return parts(weights, x_BTD, live_BT)
 
 
+def _asked(config: ModelConfig, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the router is given and what the experts are: x; of Gemma 4, whose x is not normed yet, `norm(x) scale / sqrt(D)` and another
+    norm of x."""
+    if "router_scale" not in w:
+        return x_ND, x_ND
+    normed = NORMS[config.norm](x_ND, jnp.ones((), x_ND.dtype), None, config.norm_eps)
+    scaled = normed * w["router_scale"].astype(x_ND.dtype) * jnp.asarray(config.hidden_size**-0.5, x_ND.dtype)
+    return scaled, NORMS[config.norm](x_ND, w["experts_norm"], None, config.norm_eps)
+
+
 def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
     """The router's probabilities `[N, E]`, the chosen experts' weights and numbers `[N, C]`, and the numbers of the likeliest ones, which
     the load-balancing loss counts (transformers)."""
     x_ND = x_ND.astype(jnp.float32) if moe.float32 else x_ND
-    logits_NE = linear(w["router"], x_ND, w.get("router_bias")).astype(jnp.float32)
+    logits_NE = linear(w["router" if "router" in w else "router_proj"], x_ND, w.get("router_bias")).astype(jnp.float32)
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
     scores_NE = choice_NE = jax.nn.sigmoid(logits_NE) if moe.sigmoid else probs_NE
     if "router_correction" in w:  # of the choice alone: what balances the experts' load in place of a loss (arXiv 2408.15664)
@@ -67,6 +77,8 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, axis=-1)
     if moe.normalize:
         weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+    if "router_expert_scale" in w:
+        weights_NC = weights_NC * w["router_expert_scale"].astype(jnp.float32)[chosen_NC]
     counted_NC = jax.lax.top_k(probs_NE, moe.experts_per_token)[1] if "router_correction" in w else chosen_NC
     return probs_NE, weights_NC * moe.scale if moe.scale != 1.0 else weights_NC, chosen_NC, counted_NC
 
@@ -93,7 +105,8 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     assert config.moe is not None
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    probs_NE, weights_NC, chosen_NC, counted_NC = _routed(config.moe, w, x_ND)
+    asking_ND, x_ND = _asked(config, w, x_ND)
+    probs_NE, weights_NC, chosen_NC, counted_NC = _routed(config.moe, w, asking_ND)
 
     order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
     sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)

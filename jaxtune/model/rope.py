@@ -34,6 +34,7 @@ class Rope:
     short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency
     long_factor: tuple[float, ...] = ()  # longrope
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
+    partial_rotary_factor: float = 1.0  # proportional: the share of the pairs that turn at all
     interleaved: bool = False  # neighbours turn together, not halves of a head; the same in all of a model's schemes
 
     @property
@@ -61,6 +62,10 @@ class Rope:
             raise ModelError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (or rope_scaling) of config.json")
         dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
         own = {"dim", "theta", "kind", "original_max", "attention_factor", "interleaved"}
+        if kind == "proportional":
+            dim = head_dim
+        else:
+            own.add("partial_rotary_factor")
         names = {field.name for field in dataclasses.fields(cls)} - own
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in names}
         original = hf.get("max_position_embeddings", 0)
@@ -191,6 +196,12 @@ def _divisors(rope: Rope, length_BT=None) -> np.ndarray:
     return _default(rope) / np.asarray(rope.divisors, np.float32)
 
 
+def _proportional(rope: Rope, length_BT=None) -> np.ndarray:
+    """The first pairs of a whole head turn, at the frequencies that they have among all; the others stand still."""
+    turning = np.arange(rope.pairs) < int(rope.partial_rotary_factor * rope.dim // 2)
+    return np.where(turning, _linear(rope), np.float32(0.0))
+
+
 KINDS = {
     "default": _default,
     "linear": _linear,
@@ -199,6 +210,7 @@ KINDS = {
     "yarn": _yarn,
     "longrope": _longrope,
     "divisors": _divisors,
+    "proportional": _proportional,
 }
 BY_LENGTH = ("dynamic", "longrope")
 
@@ -207,15 +219,19 @@ BY_LENGTH = ("dynamic", "longrope")
 
 
 def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[len(ropes) + 1, B, T, dim / 2]`; the last one turns nothing (layers without positions).
+    """cos and sin, float32 `[len(ropes) + 1, B, T, dim / 2]`; the last one turns nothing (layers without positions). Of the widest dim:
+    narrower ones are filled up.
 
     float32 always: in bfloat16 position 257 is position 256, and the rotation is noise from there on.
     """
     length_BT = _lengths(positions_BT, segments_BT) if any(rope.kind in BY_LENGTH for rope in ropes) else None
-    still = jnp.zeros((*positions_BT.shape, ropes[0].pairs if ropes else 0), jnp.float32)
+    widest = max((rope.pairs for rope in ropes), default=0)
+    still = jnp.zeros((*positions_BT.shape, widest), jnp.float32)
     cos, sin = [], []
     for rope in ropes:
-        angle = positions_BT.astype(jnp.float32)[..., None] * jnp.broadcast_to(rope.frequencies(length_BT), still.shape)
+        frequencies = jnp.broadcast_to(rope.frequencies(length_BT), (*positions_BT.shape, rope.pairs))
+        frequencies = jnp.pad(frequencies, ((0, 0), (0, 0), (0, widest - rope.pairs)))
+        angle = positions_BT.astype(jnp.float32)[..., None] * frequencies
         cos.append(jnp.cos(angle) * rope.attention_factor)
         sin.append(jnp.sin(angle) * rope.attention_factor)
     return jnp.stack([*cos, still + 1.0]), jnp.stack([*sin, still])

@@ -188,7 +188,7 @@ class Kind:
         leaves = flatten(base)
         put_saved(leaves, adapter)
         for number, site in enumerate(adapter.sites):
-            stacked = site.path.startswith("layers/")
+            stacked = site.stacked
             scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
             parts = self._live(adapter, site, stacked)
             keys = dropout_keys(key, adapter.config.dropout, number, len(site.scales) if stacked else None)

@@ -65,7 +65,7 @@ def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dic
     embeddings."""
     if is_parameter(site.path) or site.path == "embed":
         raise ConfigError(f"lora.init_lora_weights={config.init_lora_weights} is for linear layers, and {site.path} is none; leave it out")
-    rank, stacked = max(site.ranks), site.path.startswith("layers/")
+    rank, stacked = max(site.ranks), site.stacked
     of = _olora if config.init_lora_weights == "olora" else _pissa
 
     def one(layer):
@@ -109,7 +109,7 @@ def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any]
         return base
     leaves = flatten(base)
     for site in initial.sites:
-        pair, stacked = initial.params[site.path], site.path.startswith("layers/")
+        pair, stacked = initial.params[site.path], site.stacked
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
         target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
         leaves[site.path] = Moved(target, pair["a"], pair["b"], place(scale))

@@ -46,7 +46,7 @@ def trained_paths(config: ModelConfig, patterns: Sequence[str]) -> set[str]:
 def lowest(config: ModelConfig, patterns: Sequence[str]) -> int:
     """The first layer that a gradient goes through; `num_layers` where only what comes after them is trained."""
     rows, taken = spec(config), trained_paths(config, patterns)
-    before = {"embed", "positions"} & taken
+    before = any(path in ("embed", "positions") or path.startswith("layer_inputs/") for path in taken)
     return 0 if before else min((rows[path].layers[0] for path in taken if rows[path].layers), default=config.num_layers)
 
 

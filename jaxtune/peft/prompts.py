@@ -44,6 +44,11 @@ class PromptKind(Kind):
                 f"method {config.group} puts virtual tokens before every document of a row, but layers of this {model_config.model_type} "
                 "model carry a state from token to token and begin each document with none; write method: lora"
             )
+        if model_config.is_given or model_config.wide:
+            raise ConfigError(
+                f"method {config.group} puts virtual tokens before every document, and layers of this {model_config.model_type} model have "
+                "heads of several sizes, or are given what tokens of the vocabulary have; write method: lora"
+            )
         if self.peft_type != "PREFIX_TUNING" and any(rope.kind in BY_LENGTH for rope in model_config.ropes):
             raise ConfigError(
                 f"method {config.group}: this model turns positions by a text's length, so that virtual tokens differ from text to text; "

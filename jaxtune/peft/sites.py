@@ -20,6 +20,11 @@ class Site(NamedTuple):
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether its arrays have an axis of layers."""
+        return self.path not in ("embed", "head")
+
 
 class Whole(NamedTuple):
     """A parameter that is trained itself: all of it, or `numbers` along its first axis (layers of a stack, tokens of an embedding)."""
@@ -54,11 +59,12 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
     if "head" in rows:
         rows["head"] = rows["head"]._replace(hf=RENAMED_HEAD.get(rows["head"].hf, rows["head"].hf))
     table = {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
-    for path in [path for path in rows if path.endswith("/router")]:
-        stack = path.removesuffix("router")
-        gate, down = rows[f"{stack}experts_gate"], rows[f"{stack}experts_down"]
+    for path in [path for path in rows if path.endswith("/experts_gate")]:
+        stack = path.removesuffix("experts_gate")
+        gate, down = rows[path], rows[f"{stack}experts_down"]
         L, E, F, D = gate.shape
-        own = {"router": rows[path], "experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
+        own = {"experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
+        own |= {"router": rows[f"{stack}router"]} if f"{stack}router" in rows else {}  # else it is a linear layer
         called = dict(zip(("router", "experts"), family.moe, strict=True))
         for name, row in own.items():
             table[stack + name] = row._replace(hf=nested.module(model_config, family.prefix + EXPERTS[name].format(**called)))

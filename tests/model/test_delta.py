@@ -94,6 +94,13 @@ def test_no_state_is_kept_for_a_token():
     assert memory.temp_size_in_bytes < T * width * width * 4 / 4
 
 
+def test_layers_that_are_given_something_have_no_virtual_tokens():
+    config = from_hf(references.load("gemma4").config)
+    for method in (PromptTuningConfig(num_virtual_tokens=2), PrefixTuningConfig(num_virtual_tokens=2)):
+        with pytest.raises(ConfigError, match="heads of several sizes, or are given .* write method: lora"):
+            kind_of(method).init(jax.random.key(0), config, {}, method)
+
+
 def test_what_a_state_rules_out():
     """A text that goes on from another segment: never computed, and not laid out."""
     config, other = (from_hf(references.load(name).config) for name in ("qwen3_5", "qwen3"))

@@ -50,6 +50,11 @@ def test_every_family_has_a_golden():
         ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is not implemented for gemma"),
         ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is not implemented for gemma2"),
         ("gemma3_text", dict(use_bidirectional_attention=True), "not implemented for gemma3_text"),
+        ("gemma4_text", dict(enable_moe_block=True), "enable_moe_block needs a positive whole number at num_experts; it is None"),
+        ("gemma4_text", dict(use_bidirectional_attention="all"), "use_bidirectional_attention='all' is not implemented for gemma4_text"),
+        ("gemma4_text", dict(num_kv_shared_layers=3), "num_kv_shared_layers=3 leaves no layer of each kind that makes keys and values"),
+        ("gemma4_text", dict(vocab_size_per_layer_input=9), "vocab_size_per_layer_input=9 is less than vocab_size=96"),
+        ("gemma4_text", dict(per_layer_config={"0": {"head_dim": 8}}), "only one head_dim and num_key_value_heads of all full layers is"),
         ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type 'linear' is not supported for phi3"),
         ("phi3", dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "'longrope' needs long_factor"),
         (

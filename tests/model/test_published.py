@@ -89,12 +89,24 @@ PUBLISHED = {
         dict(model_type="gemma3_text", vocab_size=262144, num_key_value_heads=1, sliding_window=512) | size(1152, 6912, 26, 4),
         999885952,
     ),
+    "gemma-4-E2B (text)": (
+        dict(model_type="gemma4_text", num_key_value_heads=1, num_kv_shared_layers=20, use_double_wide_mlp=True, vocab_size=262144)
+        | dict(layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7, final_logit_softcapping=30.0)
+        | size(1536, 6144, 35, 8),
+        4628569379,
+    ),
     # the language model of each: what is beside it is not counted
     "gemma-3-4b-it": (nested("gemma3", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34), 3880263168),
     "gemma-3-12b-it": (nested("gemma3", num_key_value_heads=8, **size(3840, 15360, 48, 16)), 11766034176),
     "gemma-3-27b-it": (
         nested("gemma3", head_dim=128, num_key_value_heads=16, query_pre_attn_scalar=168, **size(5376, 21504, 62, 32)),
         27009346304,
+    ),
+    "gemma-4-26B-A4B": (
+        nested("gemma4", num_key_value_heads=8, num_global_key_value_heads=2, vocab_size=262144, sliding_window=1024, num_experts=128,
+               attention_k_eq_v=True, hidden_size_per_layer_input=0, enable_moe_block=True, top_k_experts=8, moe_intermediate_size=704,
+               **size(2816, 2112, 30, 16)),
+        25233141790,
     ),
     "Mistral-Small-3.1-24B": (
         nested("mistral3", vocab_size=131072, head_dim=128, rope_theta=1e9, sliding_window=None, **size(5120, 32768, 40, 32)),

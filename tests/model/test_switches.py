@@ -32,7 +32,7 @@ PLAIN = {  # what a field is in a model that has nothing special about it
     "query_growth": (0.0, 1),
 }
 OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks",
-            "router_correction")  # fmt: skip
+            "router_correction", "layer_scale", "input_post_norm")  # fmt: skip
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -116,6 +116,10 @@ SWITCHES = {
     "gemma3": {
         "embed_scale", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "one rope", "rope 0 kind",
         "rope 1 theta", "hidden_act", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm",
+    },
+    "gemma4": {
+        "embed_scale", "logits_softcap", "attention_scale", "bare_norms", "layer_windows", "window of one more", "one rope", "rope 0 kind",
+        "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "input_post_norm", "layer_scale",
     },
     "glm": {"interleaved", "rope 0 dim", "_bias", "norm_eps"},
     "glm4": {"interleaved", "rope 0 dim", "attn_post_norm", "mlp_post_norm"},
@@ -225,4 +229,5 @@ def test_every_parameter_is_trained_and_padding_makes_no_nan(case):
     for path, row in spec(config).items():
         g = np.asarray(gradient[path])
         per_layer = np.abs(g).reshape(g.shape[0], -1).max(1) if row.layers else np.abs(g).max()[None]
-        assert np.isfinite(g).all() and (per_layer == 0 if path.endswith("router_correction") else per_layer > 0).all(), path
+        still = path.endswith(("router_correction", "layer_scale"))
+        assert np.isfinite(g).all() and (per_layer == 0 if still else per_layer > 0).all(), path

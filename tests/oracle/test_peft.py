@@ -67,7 +67,8 @@ NEOX = {
     "biases of its own in NeoX": {"r": 4, "lora_bias": True, "target_modules": ["query_key_value", "dense_4h_to_h"]},
     "DoRA of NeoX": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
 }
-FUSED = {"phi3": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
+FUSED = {"gemma4": {"r": 4, "target_modules": "all-linear"},
+         "phi3": {"r": 4, "use_dora": True, "target_modules": "all-linear"},
          "gemma2": {"r": 4, "use_dora": True, "target_modules": r".*\.(?:q|o|gate)_proj",
                     "rank_pattern": {r"\d\.self_attn\.(q|o)_proj": 6}},
          "olmo2": {"r": 4, "use_dora": True, "bias": "all", "target_modules": "all-linear"}}  # fmt: skip

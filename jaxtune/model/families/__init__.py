@@ -21,6 +21,7 @@ from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
 from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxtune.model.families.gemma4 import GEMMA4
 from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
@@ -134,10 +136,12 @@ _MOST = 10_000
 _COUNTS = ("num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings", "n_positions",
            "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size", "full_attention_interval", "linear_conv_kernel_dim",
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
-           "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")  # fmt: skip
+           "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
+           "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input")  # fmt: skip
 _WHOLE = (*_LISTED[2:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
-          "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim")  # fmt: skip
+          "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim",
+          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
              "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor")  # fmt: skip
 _WANTED = {

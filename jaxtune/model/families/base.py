@@ -1,8 +1,6 @@
 """`ModelConfig`: what `spec` and `forward` need to know about a model; `Family`: how one `model_type` of Hugging Face says it."""
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +8,7 @@ from jax.sharding import Mesh
 
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import TILE, Tile
+from jaxtune.model.families.patterns import Pattern, patterns_of
 from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
@@ -46,6 +45,16 @@ class Latent:
     turning: int  # numbers of a head's query and key that turn with the position; the key's are one for all heads
     still: int  # and those that do not
     value: int  # numbers of a head's value
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """The layers `layers`, whose heads have another size, and so many heads of keys (Gemma 4: those without a window)."""
+
+    kv_heads: int
+    head_dim: int
+    layers: tuple[int, ...]
+    values: bool  # whether values have a matrix of their own there; else the keys' makes both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,10 @@ class ModelConfig:
     moe: Moe | None = None
     latent: Latent | None = None
     delta: DeltaNet | None = None
+    wide: Wide | None = None
+    kv_sharing: int = 0  # so many layers, the last, take keys and values from the last layer of their kind before them
+    kv_sharing_mlp: int = 1  # and their feed-forward part is so many times as wide
+    layer_inputs: tuple[int, int] = (0, 0)  # (vocabulary, numbers of a token) of what each layer is given beside the stream; 0: nothing
     padding_idx: int | None = None  # the token whose embedding is looked up without a gradient
     initializer_range: float = 0.02
     # a scoring head in place of the vocabulary's (families/heads.py)
@@ -136,11 +149,47 @@ class ModelConfig:
         return any(rope.interleaved for rope in self.ropes)
 
     @property
-    def patterns(self) -> tuple["Pattern", ...]:
+    def patterns(self) -> tuple[Pattern, ...]:
         """The layers in order, as patterns one after the other; a pattern of kinds of layers that repeats is compiled once."""
         sparse = set(self.moe.layers) if self.moe else set()
         linear = set(self.delta.layers) if self.delta else set()
-        return _patterns(tuple((i in sparse, i in linear, sum(cut <= i for cut in self.cuts)) for i in range(self.num_layers)))
+        return patterns_of(
+            tuple((i in sparse, i in linear, *self._heads_of(i), sum(cut <= i for cut in self.cuts)) for i in range(self.num_layers))
+        )
+
+    def _heads_of(self, layer: int) -> tuple:
+        """What tells a layer's keys and values from others': their shape, and whether others take them, or they are others'."""
+        source = self.kv_source(layer)
+        given = source if source != layer else layer in self.kv_sources and -1 - layer
+        return self._is_wide(layer), given
+
+    def _is_wide(self, layer: int) -> bool:
+        return self.wide is not None and layer in self.wide.layers
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values this one works with: mostly its own."""
+        first = self.num_layers - self.kv_sharing
+        if layer < first:
+            return layer
+        return max(i for i in range(first) if self._is_wide(i) == self._is_wide(layer))
+
+    @property
+    def kv_sources(self) -> frozenset[int]:
+        """The layers whose keys and values others take."""
+        return frozenset(self.kv_source(layer) for layer in range(self.num_layers - self.kv_sharing, self.num_layers))
+
+    @property
+    def memories(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that keep keys and values of their own, by the shape of these."""
+        own = [layer for layer in self.attending if self.kv_source(layer) == layer]
+        groups = [[layer for layer in own if self._is_wide(layer) == wide] for wide in (False, True)]
+        return tuple(tuple(group) for group in groups if group)
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The config as it is in that layer."""
+        if self.wide is None or layer not in self.wide.layers:
+            return self
+        return dataclasses.replace(self, num_kv_heads=self.wide.kv_heads, head_dim=self.wide.head_dim)
 
     @property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
@@ -164,45 +213,10 @@ class ModelConfig:
         cannot go on from another segment (shared prompts), nor from virtual tokens."""
         return self.delta is not None
 
-
-class Pattern(NamedTuple):
-    """Layers that follow one pattern: `times[i]` layers of stack i, for each stack in turn, and that `units` times. Mostly there is one
-    stack, and a unit is one of its layers."""
-
-    first: int  # the number of its first stack
-    stacks: tuple[tuple[int, ...], ...]
-    times: tuple[int, ...]
-
     @property
-    def units(self) -> int:
-        """How often the pattern is gone through."""
-        return len(self.stacks[0]) // self.times[0]
-
-    @property
-    def numbers(self) -> range:
-        """Of its stacks."""
-        return range(self.first, self.first + len(self.stacks))
-
-
-@functools.lru_cache(maxsize=64)
-def _patterns(kinds: tuple) -> tuple[Pattern, ...]:
-    """`ModelConfig.patterns` of layers of these kinds: at each place the one whose repetitions reach furthest, the shortest of those."""
-    patterns, start, stack = [], 0, 0
-    while start < len(kinds):
-        size, units = 1, 1
-        for length in range(1, (len(kinds) - start) // 2 + 1):
-            first, n = kinds[start : start + length], 1
-            while kinds[start + n * length : start + (n + 1) * length] == first:
-                n += 1
-            if n > 1 and n * length > size * units:
-                size, units = length, n
-            if start + size * units == len(kinds):
-                break
-        runs = [list(run) for _, run in itertools.groupby(range(start, start + size), key=lambda i: kinds[i])]
-        stacks = tuple(tuple(unit * size + i for unit in range(units) for i in run) for run in runs)
-        patterns.append(Pattern(stack, stacks, tuple(map(len, runs))))
-        start, stack = start + size * units, stack + len(runs)
-    return tuple(patterns)
+    def is_given(self) -> bool:
+        """Whether layers are given something beside the stream (model/given.py), which virtual tokens do not have."""
+        return self.layer_inputs[1] > 0 or self.kv_sharing > 0
 
 
 class Family(NamedTuple):
@@ -214,7 +228,9 @@ class Family(NamedTuple):
     refused   key -> the values that change nothing; any other is a switch that is not implemented
     ends      the rows outside the layers -> their Hugging Face names
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
-    ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token ahead
+    ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token
+              ahead; `{layers}` is their number, `{sharing}` those that take the keys of others
+    beside    the rows outside the layers that are none of `ends`, `(path, Row)`
     moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """
 
@@ -227,6 +243,7 @@ class Family(NamedTuple):
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     pads: bool = True
     ignored: str | None = None
+    beside: Callable[[ModelConfig], Iterator[tuple[str, Row]]] = lambda config: iter(())
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 

@@ -47,13 +47,18 @@ def _gemma2(hf: dict[str, Any], period: int = 2, **changes) -> ModelConfig:
     return _gemma(hf, **fields | changes)
 
 
-def _gemma2_layer(c: ModelConfig, layer: int) -> Rows:
+def sandwich(c: ModelConfig, attending: Rows, fed: Rows) -> Rows:
+    """A layer with norms on both sides of its two parts."""
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
-    yield from attention(c)
+    yield from attending
     yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
     yield from norm(c, "mlp_norm", "pre_feedforward_layernorm", "ffn_norm")
-    yield from mlp(c)
+    yield from fed
     yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
+
+
+def _gemma2_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from sandwich(c, attention(c), mlp(c))
 
 
 _SANDWICH = DEFAULTS | dict(

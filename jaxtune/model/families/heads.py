@@ -31,6 +31,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
+    "gemma4_text": ("Gemma4", ()),
     "glm": ("Glm", BOTH),
     "glm4": ("Glm4", BOTH),
     "glm4_moe": ("Glm4Moe", ()),

@@ -47,6 +47,7 @@ NESTED: dict[str, Nested] = {
         **_LLAVA,
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
+    "gemma4": Nested({"gemma4_text": "gemma4_text"}, MODULES, ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")),
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),

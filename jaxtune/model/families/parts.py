@@ -44,9 +44,9 @@ def query_key_norms(c: ModelConfig, q_width: int, k_width: int, q: str = "q_norm
     yield from norm(c, "k_norm", f"self_attn.{k}", "attn_k_norm", k_width)
 
 
-def mlp(c: ModelConfig) -> Rows:
-    """A gated feed-forward network."""
-    width, inner = c.hidden_size, c.intermediate_size
+def mlp(c: ModelConfig, times: int = 1) -> Rows:
+    """A gated feed-forward network, so many times as wide as most."""
+    width, inner = c.hidden_size, times * c.intermediate_size
     yield from linear("gate", inner, width, ("mlp", "embed"), "mlp.gate_proj", "ffn_gate", c.mlp_bias)
     yield from linear("up", inner, width, ("mlp", "embed"), "mlp.up_proj", "ffn_up", c.mlp_bias)
     yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down", c.mlp_bias)
