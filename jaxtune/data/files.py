@@ -3,19 +3,15 @@
 import contextlib
 import csv
 import glob
-import gzip
 import hashlib
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import zstandard
-
-from jaxtune.data import jsonfile, sniff
+from jaxtune.data import jsonfile, slices, sniff
+from jaxtune.data.textfile import lines_of, open_text, readable
 from jaxtune.errors import DataError
 
 KINDS = {
@@ -71,25 +67,37 @@ class RowError(DataError):
 
 
 def find(path: str, split: str | None = None) -> list[Path] | None:
-    """The files that a path, folder (those of `split`) or glob names, sorted; None when it can only be a hub id."""
+    """The files that a path, folder or glob names, those of the splits that `split` takes rows of; None when it can only be a hub id."""
+    found: list[Path] = []
+    for name in slices.names(split):
+        files = _find(path, name)
+        if files is None:
+            return None
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def _find(path: str, split: str | None) -> list[Path] | None:
     if not path.strip():
         raise DataError("the path of the data is empty; name a file, folder, glob or hub id")
     here = Path(path).expanduser()
     if here.is_file():
-        return [here]
+        return sniff.of_split(path, [here], split)
     if here.is_dir():
-        if (here / "dataset_info.json").exists() or (here / "dataset_dict.json").exists():
+        if (here / "dataset_info.json").exists():
+            return sniff.of_split(path, [here], split)
+        if (here / "dataset_dict.json").exists():
             inner = here / (split or "")
             return [inner if (inner / "dataset_info.json").exists() else here]
         files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith((".", "dataset_infos.json")))
         if not files:
             raise DataError(f"{path}: the folder holds none of {', '.join(KINDS)} files; name a file")
-        return sniff.of_split(here, files, split)
+        return sniff.of_split(path, files, split, inside=here)
     if glob.has_magic(path):
         files = sorted(Path(p) for p in glob.glob(str(here), recursive=True) if Path(p).is_file())
         if not files:
             raise DataError(f"{path}: no file matches; check the pattern and the folder the command is run in")
-        return files
+        return sniff.of_split(path, files, split)
     if "://" in path:
         raise DataError(f"{path}: rows are read from files here and from data sets of the hub (org/name), not from addresses; download it")
     if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -100,7 +108,11 @@ def find(path: str, split: str | None = None) -> list[Path] | None:
 def rows(path: str, name: str | None = None, split: str | None = None, streaming: bool = False) -> Iterator[Row]:
     """The rows of a source: files here, or a data set of the hub with its subset and split, downloaded first unless `streaming`."""
     paths = find(path, split)
-    return read_hub(path, name, split, streaming) if paths is None else read(paths)
+    if paths is None:
+        return read_hub(path, name, split, streaming)
+    if split is None or slices.is_whole(split):
+        return read(paths)
+    return slices.rows(split, lambda name: read(find(path, name) or [], len(paths) == 1))
 
 
 def content_hash(path: Path) -> str:
@@ -115,13 +127,14 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read(paths: list[Path]) -> Iterator[Row]:
-    """The rows of the files of a source, streamed."""
+def read(paths: list[Path], alone: bool | None = None) -> Iterator[Row]:
+    """The rows of the files of a source, streamed; `alone`: whether they are all of it in one file, where there may be others."""
     index = 0
+    alone = len(paths) == 1 if alone is None else alone
     for path in paths:
         for row in _read(path):
             index += 1
-            yield replace(row, index=index, alone=len(paths) == 1)
+            yield replace(row, index=index, alone=alone)
 
 
 def _read(path: Path) -> Iterator[Row]:
@@ -175,67 +188,8 @@ def _kind(path: Path) -> str | None:
     return KINDS.get(Path(name).suffix.lower())
 
 
-def _open(path: Path) -> IO[str]:
-    """The file as UTF-8 text, decompressed, a byte order mark taken off."""
-    if path.suffix == ".gz":
-        binary: Any = gzip.open(path, "rb")
-    elif path.suffix == ".zst":
-        binary = io.BufferedReader(_Zstd(open(path, "rb")))
-    else:
-        binary = open(path, "rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-
-
-class _Zstd(io.RawIOBase):
-    """The text of a .zst file, one frame after another; EOFError where it is cut, which zstandard's own reader passes over."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.held, self.frame = file, b"", None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.held:
-            rest = self.frame.unused_data if self.frame and self.frame.eof else b""
-            block = rest or self.file.read(1 << 17)
-            if not block:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("it ends in the middle")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
-            self.held = self.frame.decompress(block)
-        count = min(len(buffer), len(self.held))
-        buffer[:count], self.held = self.held[:count], self.held[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    with _readable(path, lambda: f"line {number}"), _open(path) as stream:
-        # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
-        for number, line in enumerate(stream, 1):
-            yield number, line
-
-
-@contextlib.contextmanager
-def _readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
-    """Errors of reading a text file, after the row or line that came last."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after {last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
-        raise DataError(f"{path}, after {last()}: the compressed file is damaged ({error}); fetch it again") from None
-
-
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if not line.strip():
             continue
         try:
@@ -252,8 +206,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _json(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
-    with _readable(path, lambda: f"row {number}"):
-        for number, fields in enumerate(jsonfile.read(path, _open), 1):
+    with readable(path, lambda: f"row {number}"):
+        for number, fields in enumerate(jsonfile.read(path, open_text), 1):
             if not isinstance(fields, dict):
                 raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
             yield number, fields
@@ -261,7 +215,7 @@ def _json(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(1 << 30)
-    lines = _lines(path)
+    lines = lines_of(path)
     reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, strict=True)
     try:
         names = reader.fieldnames or ()
@@ -320,7 +274,7 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _text(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if number == 1 and line.startswith("{") and _is_object(line):
             raise DataError(f"{path}: the lines look like JSON objects, and a .txt file is trained on as it stands; rename it to .jsonl")
         if line.strip():

@@ -36,25 +36,29 @@ def check_sign(path: Path) -> None:
             raise DataError(f"{path}: the file is {what}")
 
 
-def of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
-    """The files of a folder that are of one split, where their names tell several apart: nobody trains on a test set by mistake.
+def of_split(path: str, files: list[Path], split: str | None, inside: Path | None = None) -> list[Path]:
+    """The files that are of one split, by their names (and of folders `inside` one): nobody trains on a test set by mistake.
 
-    Raises DataError for a split that is not there, or if there are several and none is named.
+    Files whose names say nothing, and all that are named one by one, are of the split `train`, as for the data sets library.
+    Raises DataError for a split that is not there, or if a folder has several and none is named.
     """
-    named = [_split(file.relative_to(folder)) for file in files]
+    named = [_split(file.relative_to(inside) if inside else Path(file.name)) for file in files]
     found = sorted(set(filter(None, named)))
-    if len(found) < 2 and split is None:
+    if split is None and (len(found) < 2 or inside is None):
         return files
     if split is None:
         example = files[named.index(found[0])]
         raise DataError(
-            f"{folder}: the folder holds files of the splits {', '.join(found)} ({example.name}, ...); say which: "
-            f"{{path: {folder}, split: {'train' if 'train' in found else found[0]}}}, or name the files"
+            f"{path}: the folder holds files of the splits {', '.join(found)} ({example.name}, ...); say which: "
+            f"{{path: {path}, split: {'train' if 'train' in found else found[0]}}}, or name the files"
         )
-    chosen = [file for file, name in zip(files, named, strict=True) if name == SPLITS.get(split, split)]
-    if found and not chosen:
-        raise DataError(f"{folder}: the folder holds no files of split {split}, only of {', '.join(found)}")
-    return chosen or files
+    wanted = SPLITS.get(split, split)
+    if chosen := [file for file, name in zip(files, named, strict=True) if name == wanted]:
+        return chosen
+    if wanted == "train" and (not found or inside is None):
+        return files
+    there = f"there are files of {', '.join(found)}" if found else "no file's name tells a split, and all their rows are those of train"
+    raise DataError(f"{path}: no file is of the split {split}; {there}. Name one of those, or the files, or take a share: data.eval: 0.1")
 
 
 def _split(file: Path) -> str | None:

@@ -29,8 +29,8 @@ from jaxtune.errors import DataError
 log = logging.getLogger("jaxtune")
 SILENCE = 10.0  # seconds
 MAKERS = (
-    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "sniff", "steps",
-    "templates", "tokenised", "turns",
+    "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "slices", "sniff",
+    "steps", "templates", "textfile", "tokenised", "turns",
 )  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
@@ -138,7 +138,7 @@ def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
             if paths
             else files.hub_version(source.path, source.name, source.split, config.data.streaming)
         ).encode(),
-        json.dumps([source.path, form, source.columns or config.data.columns]).encode(),
+        json.dumps([source.path, source.split, form, source.columns or config.data.columns]).encode(),
         json.dumps([getattr(config, name) for name in OBJECTIVE_KEYS]).encode(),
         json.dumps(source.limit if config.data.streaming else None).encode(),
         formats.function_bytes(form),

@@ -8,6 +8,7 @@ import zstandard
 
 from jaxtune import data
 from jaxtune.data.files import find, read
+from jaxtune.data.files import rows as rows_of
 from jaxtune.errors import DataError
 
 ROWS = [{"prompt": f"Question {n}, “naïve”\u2028: ", "completion": "yes,\nit is"} for n in range(30)]
@@ -70,8 +71,30 @@ def test_splits_of_a_folder_are_told_apart(tmp_path):
         find(str(tmp_path))
     assert [path.name for path in find(str(tmp_path), "train") or ()] == ["train-00000.jsonl", "train-00001.jsonl"]
     assert [path.name for path in find(str(tmp_path), "test") or ()] == ["test-00000.jsonl"]
-    with pytest.raises(DataError, match="no files of split dev, only of test, train"):
+    with pytest.raises(DataError, match=r"no file is of the split dev; there are files of test, train\. Name one of those"):
         find(str(tmp_path), "dev")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for split in (None, "train"):
+        assert find(str(tmp_path / "rows.jsonl"), split) == [tmp_path / "rows.jsonl"]
+    with pytest.raises(DataError, match="split validation; no file's name tells a split, and all their rows are those of train"):
+        find(str(tmp_path / "rows.jsonl"), "validation")
+
+
+@pytest.mark.parametrize("split", ["train[:25%]", "train[-3:]", "test[1:2]+train[2:4]+test", "train[10:999]"])
+def test_a_part_of_a_split_is_that_of_the_data_sets_library(split, tmp_path):
+    for name, count in (("train", 11), ("test", 4)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {n}"}}\n' for n in range(count)))
+    found = list(rows_of(str(tmp_path), split=split))
+    files_of = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    assert [row.fields for row in found] == datasets.load_dataset("json", data_files=files_of, split=split).to_list()
+    assert [row.index for row in found] == list(range(1, len(found) + 1)) and {row.alone for row in found} == {"+" not in split}
+
+
+@pytest.mark.parametrize("split", ["train[:200%]", "train[x]", "train[5:2]", "train[20:]"])
+def test_what_is_no_part(split, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 11)
+    with pytest.raises(DataError, match=r"split 'train.*' (says no part of a data set|leaves no rows).*write it like train\[:10%\]"):
+        list(rows_of(str(tmp_path), split=split))
 
 
 def test_a_split_of_an_arrow_folder(tmp_path):

@@ -1,0 +1,47 @@
+"""Of files here, what a source's `split` names, as the data sets library spells it: `test`, `train[:10%]`, `train[-500:]+validation`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jaxtune.errors import DataError
+
+if TYPE_CHECKING:
+    from jaxtune.data.files import Row
+
+EXAMPLE = "write it like train[:10%] or train[100:200]"
+
+
+def names(split: str | None) -> list[str | None]:
+    """The splits it takes rows of, in order; `[None]` where nothing is said."""
+    return [None] if split is None else [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def is_whole(split: str | None) -> bool:
+    """All rows of one split."""
+    return split is None or not {"[", "+"} & set(split)
+
+
+def rows(split: str, of: Callable[[str], Iterator["Row"]]) -> Iterator["Row"]:
+    """The rows of each part, counted anew; `of(name)` reads all rows of a split. A part is read once to be counted and once for its rows.
+
+    Raises DataError for what the data sets library does not read either, and for a part without rows.
+    """
+    from datasets import ReadInstruction
+
+    index = 0
+    for part in split.split("+"):
+        (name,) = names(part)
+        try:
+            (taken,) = ReadInstruction.from_spec(part.strip()).to_absolute({name: sum(1 for _ in of(str(name)))})
+        except (ValueError, AssertionError) as error:
+            said = str(error).splitlines()[0].rstrip(".")
+            raise DataError(f"split {part!r} says no part of a data set ({said}); {EXAMPLE}") from None
+        if taken.from_ >= taken.to:
+            raise DataError(f"split {part!r} leaves no rows; {EXAMPLE}")
+        for place, row in enumerate(of(str(name))):
+            if place >= taken.to:
+                break
+            if place >= taken.from_:
+                index += 1
+                yield replace(row, index=index)

@@ -1,0 +1,73 @@
+"""A text file, plain or compressed: opened, read line by line, and what may be wrong with it."""
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from jaxtune.errors import DataError
+
+
+def open_text(path: Path) -> IO[str]:
+    """The file as UTF-8 text, decompressed, a byte order mark taken off."""
+    if path.suffix == ".gz":
+        binary: Any = gzip.open(path, "rb")
+    elif path.suffix == ".zst":
+        binary = io.BufferedReader(_Zstd(open(path, "rb")))
+    else:
+        binary = open(path, "rb")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+
+
+class _Zstd(io.RawIOBase):
+    """The text of a .zst file, one frame after another; EOFError where it is cut, which zstandard's own reader passes over."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.held, self.frame = file, b"", None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.held:
+            rest = self.frame.unused_data if self.frame and self.frame.eof else b""
+            block = rest or self.file.read(1 << 17)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("it ends in the middle")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.held = self.frame.decompress(block)
+        count = min(len(buffer), len(self.held))
+        buffer[:count], self.held = self.held[:count], self.held[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end) of each line."""
+    number = 0
+    with readable(path, lambda: f"line {number}"), open_text(path) as stream:
+        # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
+        for number, line in enumerate(stream, 1):
+            yield number, line
+
+
+@contextlib.contextmanager
+def readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
+    """Errors of reading a text file, after the row or line that came last."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after {last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise DataError(f"{path}, after {last()}: the compressed file is damaged ({error}); fetch it again") from None
