@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune import cli, errors
 from jaxtune.config import Config, load_config
@@ -29,7 +30,7 @@ from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, re
 from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
-from jaxtune.convert.tensors import read_json
+from jaxtune.convert.tensors import Safetensors, read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.families import nested
@@ -134,7 +135,9 @@ def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: s
     if format == "peft" and (merge or not found.adapter):
         raise ConfigError("format peft is for an adapter as it is; a merged or whole model is hf, text or gguf")
     if merge and not found.adapter:
-        raise ConfigError(f"there is no adapter to merge in {found.base}; leave out --merge")
+        raise ConfigError(
+            f"there is no adapter to merge in {found.base}: it is no folder here of a run or adapter; name one, or leave out --merge"
+        )
     if type not in TYPES:
         raise ConfigError(f"type {type!r} is not a GGUF type that can be written; there are {', '.join(TYPES)}")
     if dtype is not None and dtype not in DTYPES[:3]:
@@ -143,6 +146,8 @@ def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: s
 
 def _copy_adapter(found: Found, out: Path) -> Path:
     assert found.adapter is not None
+    read_json(found.adapter / "adapter_config.json")
+    Safetensors(found.adapter, stem="adapter_model")  # a damaged file is not handed on
     with new_folder(out) as folder:
         for file in found.adapter.iterdir():
             shutil.copyfile(file, folder / file.name)
@@ -176,6 +181,8 @@ def _merge(
         )
     params = compose(model.params, adapter)
     wanted = check.logits(model.config, params, prompts)
+    if not all(np.isfinite(logits).all() for logits in wanted):
+        raise ModelError(f"{found.base} with the adapter {found.adapter} gives logits that are not numbers (NaN): look at the run's loss")
     if pack := quantizer(opened.config, quantization):
         base = Packed(base, opened.config, found.dtype, pack)
         stored = "bfloat16" if stored == "float32" else stored

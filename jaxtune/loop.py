@@ -207,9 +207,12 @@ class Loop:
         saved = self.checkpoints.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "there is no checkpoint yet"
         skipped = f" ({self.notes['skipped_steps']} steps were skipped before)" if self.notes["skipped_steps"] else ""
+        steps = "Lower learning_rate or max_grad_norm, allow max_skipped_steps"
+        if self.notes["skipped_steps"] == number - 1:
+            steps = "No step has changed the weights yet: see whether the model answers (python -m jaxtune.generate), try another dtype"
         return (
             f"loss is {values['loss']} and grad_norm {values['grad_norm']} at step {number}{skipped}; {kept}. The batch was "
-            f"{faults.rows_in_words(self.rows.train.rows_at(number - 1))}. Lower learning_rate or max_grad_norm, allow max_skipped_steps, "
+            f"{faults.rows_in_words(self.rows.train.rows_at(number - 1))}. {steps}, "
             f"or look at those rows: python -m jaxtune.data {self.folder / 'config.yaml'}"
         )
 

@@ -1,6 +1,7 @@
 """`jaxtune export`: adapters as they are, merged and checked, and as GGUF."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_an_adapter_is_copied_as_it_is(run, tmp_path):
     export(run, tmp_path / "out")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_not_copied(run, tmp_path, name):
+    shutil.copytree(run / "adapter", tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes((run / "adapter" / name).read_bytes()[:-50])
+    (tmp_path / "a" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(ModelError, match=f"{name}.*(cut|not valid JSON)"):
+        export(tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_that_is_no_name(run, tmp_path):
@@ -133,6 +144,9 @@ def test_a_packed_base_is_merged_as_what_it_stands_for(tmp_path, caplog):
 def test_a_merge_that_went_wrong_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "composed", lambda config, adapter, base: export_module.abstract(config))  # forgets the adapter
     with pytest.raises(ModelError, match="the merged model is not the base with its adapter: largest logit difference"):
+        export(run, tmp_path / "out", merge=True)
+    monkeypatch.setattr(check, "logits", lambda *arguments: [np.full((2, 3), np.nan)])
+    with pytest.raises(ModelError, match="gives logits that are not numbers"):
         export(run, tmp_path / "out", merge=True)
     assert list(tmp_path.iterdir()) == []
 

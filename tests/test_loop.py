@@ -4,6 +4,8 @@ import contextlib
 import json
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -154,3 +156,12 @@ def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeyp
     assert order[begin + evaluation - 1 :] == [
         "put", "dispatch", "put", "dispatch", "read 5", "put", "dispatch", "read 6", "put", "dispatch", "read 7", "read 8",
     ] + ["put"] * (evaluation - 1)  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "said"), [(1, "No step has changed the weights yet"), (2, "Lower learning_rate")])
+def test_what_is_said_of_a_loss_that_is_no_number(step, said):
+    train = SimpleNamespace(rows_at=lambda number: {"rows.jsonl": [3]})
+    loop = SimpleNamespace(
+        checkpoints=SimpleNamespace(steps=list), notes={"skipped_steps": 0}, rows=SimpleNamespace(train=train), folder=Path("run")
+    )
+    assert said in Loop._fault(loop, step, {"loss": float("nan"), "grad_norm": 1.0})

@@ -15,6 +15,7 @@ from jaxtune.data.files import Row, RowError
 from jaxtune.data.ledger import Ledger
 from jaxtune.data.masks import Piece, added_after, same_text, trained_tokens, trained_turns
 from jaxtune.data.templates import Template
+from jaxtune.data.turns import KNOWN
 from jaxtune.errors import DataError
 
 CHUNK = 512  # rows that are tokenised together,
@@ -127,7 +128,7 @@ class Encoder:
     def _whole(self, row: Row, example: Text | Chat) -> Piece:
         """A text to be judged as it is: without EOS, as it will be when transformers is asked about it."""
         chat = isinstance(example, Chat)
-        text = self.template.render(row, with_system(example, self.data.system)) if chat else example.text
+        text = self.template.whole(row, with_system(example, self.data.system)) if chat else example.text
         return Piece(row, text, [(0, len(text))], special=not chat)
 
     def _prompt(self, row: Row, example: Prompt) -> Piece:
@@ -139,7 +140,7 @@ class Encoder:
         chat = with_system(Chat(said, 0, example.tools, example.template_kwargs), self.data.system)
         if goes_on := chat.messages[-1]["role"] == "assistant":
             chat = replace(chat, template_kwargs={**chat.template_kwargs, "continue_final_message": True})
-        return Piece(row, self.template.render(row, chat, generation=not goes_on), [])
+        return Piece(row, self.template.whole(row, chat, generation=not goes_on), [])
 
     def _pair(self, row: Row, pair: Pair) -> list[Piece]:
         pieces = [self._piece(row, side) for side in (pair.chosen, pair.rejected)]
@@ -180,6 +181,9 @@ class Encoder:
     def _chat(self, row: Row, chat: Chat) -> Piece:
         chat = with_system(chat, self.data.system)
         for number, message in enumerate(chat.messages, 1):
+            if message["role"] not in KNOWN:
+                said = f"message {number} has the role {message['role']!r}, not one of {', '.join(sorted(KNOWN))}"
+                self.ledger.problem("unknown_role", row, f"{said}; data.quality: {{unknown_role: keep}} lets the template write it")
             if found := self.template.control.search(message.get("content") or ""):
                 said = f"message {number} ({message['role']}) holds {found.group()!r}, which the tokenizer reads as a token of its own"
                 self.ledger.problem("special_token", row, f"{said}: what follows looks like another turn, or like nothing at all")

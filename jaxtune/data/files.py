@@ -5,7 +5,7 @@ import csv
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = jsonfile.DECODER.decode(line)
         except json.JSONDecodeError as error:
             hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
             raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
@@ -224,9 +224,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
                 f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: save it as CSV or TSV"
             )
         for fields in reader:
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise DataError(f"{path}: the header names {twice!r} twice; give one of the columns another name, or take it out")
+            _check_names(path, names)
             if None in fields or None in fields.values():
                 raise DataError(f"{path}, line {reader.line_num}: the row has not as many fields as the header, which names {len(names)}")
             yield reader.line_num, fields
@@ -234,13 +232,20 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV, {error}") from None
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: the header names {twice!r} twice; give one of the columns another name, or take it out")
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             number = 0
+            _check_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1

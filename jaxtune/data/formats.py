@@ -28,14 +28,21 @@ def _prompt_completion(row: Row) -> Completion | Chat:
 
 
 def _messages(row: Row) -> Chat:
-    return _chat(row, messages(row, "messages"))
+    return _chat(row, _said(row, "messages"))
 
 
 def _sharegpt(row: Row) -> Chat:
-    said = messages(row, "conversations")
-    if system := _optional(row, "system"):
-        said = [{"role": "system", "content": system}, *said]
-    return _chat(row, said)
+    return _chat(row, _said(row, "conversations"))
+
+
+def _said(row: Row, key: str) -> list[dict]:
+    """The messages, behind a system turn where the row has one in a column of its own."""
+    said, system = messages(row, key), _optional(row, "system")
+    if not system or said[0] == (turn := {"role": "system", "content": system}):
+        return said
+    if said[0]["role"] in ("system", "developer"):
+        raise row.fail(f"the row has a column 'system' beside a {said[0]['role']} turn that says something else; keep one of them")
+    return [turn, *said]
 
 
 def _alpaca(row: Row) -> Chat:

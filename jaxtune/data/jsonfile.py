@@ -9,9 +9,20 @@ from typing import IO, Any
 from jaxtune.errors import DataError
 
 BLOCK = 1 << 20  # characters
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _TAIL = 16  # an error this near the end of what has been read may be a value cut short
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys may not be repeated: all but the last value would be dropped in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 class _Reader:
@@ -56,7 +67,7 @@ class _Reader:
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.window, self.at)
+                value, end = DECODER.raw_decode(self.window, self.at)
             except json.JSONDecodeError as error:
                 whole = error.pos < len(self.window) - _TAIL and not error.msg.startswith("Unterminated string")
                 if whole or not self.more():

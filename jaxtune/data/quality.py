@@ -22,6 +22,7 @@ from jaxtune.errors import ConfigError
 # problem -> what to do unless `data.quality` says otherwise: drop the row, keep it (and count it), or stop with an error
 ENCODING_TIME = {
     "double_bos": "error", "stop_token_untrained": "error", "prompts_differ": "error", "lone_surrogate": "error", "media": "error",
+    "unknown_role": "error",
     "chosen_equals_rejected": "keep", "no_prompt": "keep", "empty_answer": "keep", "special_token": "keep",
 }  # fmt: skip
 DEFAULTS = ENCODING_TIME | dict.fromkeys(

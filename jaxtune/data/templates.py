@@ -8,6 +8,7 @@ as the difference between the prompt and the prompt with the answer, which must 
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtune.errors import DataError
 
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 _BASE = 0x100000
+_SHOW = "take the message out, or set data.chat_template to a template that shows it"
 REASONING = ("reasoning_content", "reasoning", "thinking")  # Qwen's, vLLM's, gpt-oss's
 
 
@@ -75,6 +77,15 @@ class Template:
                 "template_refuses",
             ) from None
 
+    def whole(self, row: Row, chat: Chat, generation: bool = False) -> str:
+        """The text of a chat of which nothing is to be located, and whose questions must all be in it."""
+        text = self.render(row, chat, generation=generation)
+        if missing := dropped(chat.messages, text):
+            raise row.fail(
+                f"the chat template drops {missing}, or changes its text; {_SHOW}", "template_drops",
+            )  # fmt: skip
+        return text
+
     def locate(self, row: Row, chat: Chat, wanted: set[int]) -> Rendered:
         """The text of a chat, and the places of the turns numbered in `wanted`."""
         text = self.render(row, chat)
@@ -86,10 +97,8 @@ class Template:
             said = _content(message)
             if said and number not in places and message["role"] != "assistant":
                 raise row.fail(
-                    f"the chat template drops message {number + 1} ({message['role']}), or changes its text; "
-                    "take the message out, or set data.chat_template to a template that shows it",
-                    "template_drops",
-                )
+                    f"the chat template drops message {number + 1} ({message['role']}), or changes its text; {_SHOW}", "template_drops",
+                )  # fmt: skip
             if number not in wanted:
                 continue
             start, end = places.get(number, (0, 0))
@@ -195,6 +204,16 @@ class Template:
         """Where the token that ends a turn ends; `end` if there is none."""
         match = self._special.match(text, end)
         return match.end() if match else end
+
+
+def dropped(messages: Sequence[Mapping], text: str) -> str | None:
+    """`message N (role)`, the first whose words are not in the text that a template has made; of answers it may leave out thoughts."""
+    seen = squeeze(text)
+    for number, message in enumerate(messages, 1):
+        said = message.get("content")
+        if message.get("role") in ("system", "developer", "user") and isinstance(said, str) and squeeze(said) not in seen:
+            return f"message {number} ({message['role']})"
+    return None
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:

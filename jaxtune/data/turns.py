@@ -15,6 +15,8 @@ ROLES = {
     "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 OWN = ("system", "developer", "tool", "function", "ipython")  # roles that templates know by these names
+KNOWN = {*ROLES.values(), *OWN}
+TEXTS = ("text", "input_text", "output_text")  # types of OpenAI's parts that are text
 CALLS = ("function_call", "function-call", "tool_call")
 
 
@@ -46,21 +48,27 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
     message = {name: part for name, part in message.items() if part is not None}
     if (role := message["role"].strip().lower()) not in OWN:  # User, human, model, ...
         message["role"] = ROLES.get(role, message["role"])
+    if "function_call" in message:  # OpenAI's, before there were `tool_calls`
+        message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
     if message.get("tool_calls"):
         message["tool_calls"] = [_call(row, where, call) for call in message["tool_calls"]]
-        message.setdefault("content", "")
-    elif isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        message["content"] = "".join(part["text"] for part in content)  # OpenAI's parts, all of them text
-    elif isinstance(content, list) and (odd := [part["type"] for part in content if _is_media(part)]):
-        unseen = f"{where} ({message['role']}) holds a part of type {odd[0]!r}, which is not trained: only text is, of any model"
-        raise row.fail(f"{unseen}; take the part, or the row, out")
-    elif not isinstance(content, str):
-        raise row.fail(f"{where} ({message['role']}): content must be a string, this is {short(content)}")
+        content = "" if content is None else content
+    message["content"] = _content(row, f"{where} ({message['role']})", content)
     return message
 
 
-def _is_media(part: Any) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("type"), str) and not isinstance(part.get("text"), str)
+def _content(row: Row, where: str, content: Any) -> str:
+    """What a message says: a string, or OpenAI's parts, all of them text."""
+    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
+    if odd := [part["type"] for part in parts if isinstance(part.get("type"), str) and part["type"] not in TEXTS]:
+        raise row.fail(
+            f"{where} holds a part of type {odd[0]!r}, which is not trained: only text is, of any model; take the part, or the row, out"
+        )
+    if parts and all(isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise row.fail(f"{where}: content must be a string, this is {short(content)}")
+    return content
 
 
 def _sharegpt(row: Row, where: str, message: dict) -> dict:

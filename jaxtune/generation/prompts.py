@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from jaxtune.data.masks import open_ids
+from jaxtune.data.templates import dropped
 from jaxtune.errors import DataError, ModelError
 
 _PROBE = "ZQX"  # an answer that no template changes
@@ -71,6 +70,11 @@ def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
     except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{name}: the chat template refuses the messages: {reason}") from None
+    if missing := dropped(messages, text):
+        raise DataError(
+            f"{name}: the chat template drops {missing}, or changes its text; leave the message out, or put a template that shows it "
+            "beside the tokenizer (chat_template.jinja)"
+        )
     return _known(model, model.tokenizer(text, add_special_tokens=False)["input_ids"], name)
 
 
@@ -99,7 +103,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:  # it knows no such turn
+    except Exception:  # jinja2's own, or a TypeError inside the template: it knows no such turn
         return None
     after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

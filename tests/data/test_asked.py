@@ -37,6 +37,12 @@ def text(tokenizer, prompts, number=0):
     return tokenizer.decode(prompts.ids(number))
 
 
+def test_a_system_turn_that_the_template_drops(load, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[-1].content }}")
+    with pytest.raises(DataError, match=r"line 1: the chat template drops message 1 \(system\)"):
+        load([{"prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}], "answer": ""}] * 4)
+
+
 def test_texts_and_turns_as_the_model_reads_them(load, tokenizer):
     user, assistant = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "the quick"}
     assert text(tokenizer, load(ROWS)) == "one two fox"

@@ -24,9 +24,9 @@ def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def parquet(texts):
+def parquet(*columns):
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([*map(pyarrow.array, columns)], names=["text"] * len(columns)), buffer)
     return buffer.getvalue()
 
 
@@ -44,6 +44,9 @@ FILES = {
     ),
     "list in jsonl": ("rows.jsonl", "[" + json.dumps(GOOD) + ",\n", "line 1: not valid JSON.*rename it to .json"),
     "lines in json": ("rows.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: not valid JSON, Extra data.*name it .jsonl"),
+    "a key twice": ("rows.jsonl", '{"text": "a", "text": "b"}\n', "line 1: the row cannot be read: the key 'text' stands twice"),
+    "a key twice in json": ("rows.json", '[{"text": "a", "text": "b"}]', "line 1: not valid JSON, the key 'text' stands twice"),
+    "a parquet column twice": ("rows.parquet", parquet(["a"], ["b"]), "rows.parquet: the header names 'text' twice"),
     "not an object": ("rows.jsonl", '"text"\n', "line 1: a row must be a JSON object.*this is a string"),
     "not a list": ("rows.json", '"text"', "must hold a list of objects, this is a string"),
     "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has not as many fields as the header"),
@@ -103,6 +106,11 @@ ROWS = {
     "no role": ({"messages": [{"content": "a"}]}, {}, "line 2: message 1 of 'messages' must be like"),
     "content not a string": (chat(("user", "a"), ("assistant", 3)), {}, r"line 2: message 2 .*\(assistant\): content must be a string"),
     "image": (chat(("user", [{"type": "text", "text": "a"}, {"type": "image", "text": None}])), {}, "part of type 'image'.*only text is"),
+    "an image with empty text": (chat(("user", [{"type": "image", "text": ""}])), {}, "part of type 'image'.*only text is"),
+    "a role that is none": (chat(("user", "a"), ("asistant", "b"), ("assistant", "c")), {}, "message 2 has the role 'asistant', not"),
+    "two system turns": (
+        chat(("system", "a"), ("user", "a"), ("assistant", "b")) | {"system": "b"}, {}, "'system' beside a system turn that says some",
+    ),
     "settings that are none": (chat(("user", "a")) | {"chat_template_kwargs": "x"}, {}, "'chat_template_kwargs' must be an object like"),
     "thought that the template drops": (
         {"messages": [*CHAT["messages"][:-1], CHAT["messages"][-1] | {"reasoning_content": "hm"}]}, {},

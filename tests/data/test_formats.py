@@ -11,6 +11,7 @@ from jaxtune.errors import DataError
 
 U, A, S = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("system", "be brief")))
 NO = {"role": "assistant", "content": "no"}
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}
 
 CASES = {
@@ -22,6 +23,12 @@ CASES = {
     "messages as JSON, of a table": ({"messages": '[{"role": "user", "content": "hi"}]'}, Chat([U])),
     "messages under other roles": ({"messages": [{"role": "Human", "content": "hi"}, {"role": "model", "content": "yes"}]}, Chat([U, A])),
     "messages of text parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, A]}, Chat([U, A])),
+    "messages behind a system column": ({"messages": [U, A], "system": "be brief"}, Chat([S, U, A])),
+    "a system column that says the same": ({"messages": [S, U, A], "system": "be brief"}, Chat([S, U, A])),
+    "a call beside text parts": (
+        {"messages": [U, A | {"content": [{"type": "text", "text": "yes"}], "tool_calls": [{"name": "f"}]}]}, Chat([U, A | CALL]),
+    ),
+    "OpenAI's older calls": ({"messages": [U, A | {"function_call": {"name": "f", "arguments": "{}"}}]}, Chat([U, A | CALL])),
     "messages with Arrow's nulls": ({"messages": [U | {"tool_calls": None}, A], "tools": None}, Chat([U, A])),
     "template variables": ({"messages": [U, A], "chat_template_kwargs": {"x": 1}}, Chat([U, A], template_kwargs={"x": 1})),
     "tools as JSON": ({"messages": [U, A], "tools": '[{"name": "f"}]'}, Chat([U, A], tools=[{"name": "f"}])),

@@ -30,7 +30,7 @@ def test_end_of_turn_may_stand_after_white_space():
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-@pytest.mark.parametrize("template", [PLAIN, REFUSING])
+@pytest.mark.parametrize("template", [PLAIN, REFUSING, "{% if messages[1:] %}{{ 1 / 0 }}{% endif %}" + PLAIN])
 def test_a_template_may_have_no_end_of_turn(template):
     assert end_of_turn(chat.make_tokenizer("chatml", template)) is None
 
@@ -93,6 +93,12 @@ def test_one_prompt_is_told_from_several():
 def test_prompts_that_cannot_be_used(prompt, message):
     with pytest.raises(DataError, match=message):
         token_ids(_model(), prompt, "prompt 2")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "hello"])
+def test_a_template_that_drops_a_message(template):
+    with pytest.raises(DataError, match=r"prompt 2: the chat template drops message 1 \(system\)"):
+        token_ids(_model(template=template), [{"role": "system", "content": "be brief"}, *TURN], "prompt 2")
 
 
 def test_a_template_that_refuses_the_messages():
