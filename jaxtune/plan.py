@@ -38,7 +38,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import unshared
 from jaxtune.objectives.distill import TEACHER
 from jaxtune.planned import Plan, show, side_by_side
-from jaxtune.shapes import abstract_step
+from jaxtune.shapes import abstract_step, check_names
 from jaxtune.targets import Target, errors_bytes, find_target
 
 log = logging.getLogger("jaxtune")
@@ -92,6 +92,7 @@ def compare(config: Config, target: str) -> dict[str, Plan | str]:
 
 
 def _model(config: Config) -> ModelConfig:
+    check_names(config)
     if config.model.partition("#")[0].endswith(".gguf") and not Path(config.model).expanduser().exists():
         log.info("%s is config and weights in one file, and is fetched whole where it is not in the cache", config.model)
     head, tokenizer = heads.head_of(config), None

@@ -16,6 +16,7 @@ from jaxtune.convert.load import open_config
 from jaxtune.data import units
 from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
+from jaxtune.errors import ConfigError
 from jaxtune.kernels import check_attention
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
@@ -27,6 +28,13 @@ from jaxtune.peft import METHODS, beginnings, param_dtypes, partial
 from jaxtune.reference import beforehand, compares
 from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
+
+
+def check_names(config: Config) -> None:
+    """ConfigError for a method or an objective that there is none of."""
+    for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
+        if (name := getattr(config, key)) not in table:
+            raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
 
 
 def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:

@@ -26,18 +26,17 @@ from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_config, open_model
 from jaxtune.disk import write_text
-from jaxtune.errors import ConfigError
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
 from jaxtune.kernels import check_attention
 from jaxtune.loop import Loop
-from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import unshared
 from jaxtune.on_policy import OnPolicy
-from jaxtune.peft import METHODS, beginnings, compose
+from jaxtune.peft import beginnings, compose
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
+from jaxtune.shapes import check_names
 from jaxtune.step import TrainState
 from jaxtune.teacher import open_teacher, read_teacher
 from jaxtune.tree import count
@@ -151,9 +150,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
 
 def _check_tables(config: Config) -> None:
-    for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
-        if (name := getattr(config, key)) not in table:
-            raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
+    check_names(config)
     metrics.find_all(config.evaluate.metric)  # they are called at the end, and a mistake is to be heard of at the start
 
 

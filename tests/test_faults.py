@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 
-import jaxtune.train
 from jaxtune import faults
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import CheckpointError, JaxtuneError
@@ -55,7 +54,7 @@ def poisoned(folder, monkeypatch):
         out = sft(config, model_config, params, base, batch, key)
         return out._replace(total=jnp.where((batch.tokens == folder[1]).any(), jnp.nan, 1.0) * out.total)
 
-    monkeypatch.setitem(jaxtune.train.OBJECTIVES, "sft", loss)
+    monkeypatch.setitem(OBJECTIVES, "sft", loss)
 
 
 def arrays(run, step):

@@ -67,9 +67,13 @@ def test_a_reward_model_and_a_preference_run_are_planned(folder):
     assert reward < sft < dpo
 
 
-def test_a_kernel_for_another_platform_is_refused(folder):
-    with pytest.raises(ConfigError, match="for TPUs"):
-        plan({"model": str(folder), "data": {"train": "none"}, "attention": "splash"})
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"attention": "splash"}, "for TPUs"), ({"method": "lor"}, "method 'lor' is not"), ({"objective": "sf"}, "objective 'sf' is not")],
+)
+def test_what_is_not_known_here_is_refused(folder, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        plan({"model": str(folder), "data": {"train": "none"}} | keys)
 
 
 @pytest.fixture(scope="module")
