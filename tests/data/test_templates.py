@@ -19,6 +19,7 @@ THINKING = (
 )
 NO_SYSTEM = "{% for m in messages %}{% if m.role != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ASK
 NO_STOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+SWITCHED = "{% for m in messages %}" + TURN.replace("m.content", "m.content.replace('/no_think', '').rstrip()") + "{% endfor %}" + ASK
 LAST_ONLY = "{% for m in messages[-2:] %}" + TURN + "{% endfor %}" + ASK
 UPPER = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | upper + '<|im_end|>\\n' }}{% endfor %}" + ASK
 TOOLS = (
@@ -56,6 +57,13 @@ def test_what_the_template_writes_before_the_answer_is_trained_since_the_model_m
 def test_a_system_turn_that_is_dropped_is_refused(encode, templated):
     with pytest.raises(DataError, match=r"row 1: the chat template drops message 1 \(system\)"):
         encode(templated(NO_SYSTEM), chat("One", "Two", system="Be brief"))
+
+
+@pytest.mark.parametrize("system", ["/no_think", "Be brief. /no_think"])
+def test_a_switch_that_the_template_takes_out_is_no_dropped_turn(underlined, encode, templated, system):
+    assert underlined(templated(SWITCHED), chat("One", "Two", system=system)) == "Two<|im_end|>"
+    with pytest.raises(DataError, match=r"drops message 1 \(system\)"):
+        encode(templated(NO_SYSTEM), chat("One", "Two", system=f"Be brief. {system}"))
 
 
 def test_turns_that_are_dropped_are_refused(encode, templated):

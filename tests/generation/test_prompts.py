@@ -101,6 +101,11 @@ def test_a_template_that_drops_a_message(template):
         token_ids(_model(template=template), [{"role": "system", "content": "be brief"}, *TURN], "prompt 2")
 
 
+def test_a_switch_that_the_template_takes_out():
+    template = "{% for m in messages %}{{ m.content.replace('/no_think', '') }}{% endfor %}"
+    assert token_ids(_model(template=template), [{"role": "system", "content": "be brief /no_think"}, *TURN], "prompt 2")
+
+
 def test_a_template_that_refuses_the_messages():
     with pytest.raises(DataError, match="prompt 2: the chat template refuses the messages: no answers here"):
         token_ids(_model(template=REFUSING), [*TURN, {"role": "assistant", "content": "yes"}], "prompt 2")
