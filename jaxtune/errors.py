@@ -3,6 +3,7 @@
 import _thread
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -174,6 +175,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         message = explain(error) or _no_devices()
         if message is None:
             raise
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what tasks of Orbax that nobody waits for any more say of the same
         print(f"error: {message}", file=sys.stderr)
         code = 2
     if code:

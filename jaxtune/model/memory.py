@@ -16,7 +16,7 @@ class Place(NamedTuple):
     queries: Keys
     keys: Keys
     number: jax.Array
-    group: int  # of `ModelConfig.memories`
+    group: int = 0  # of `ModelConfig.memories`
 
 
 class Memory(NamedTuple):

@@ -70,7 +70,7 @@ def set_config(folder, name="config.json", **changes):
         (dict(max_position_embeddings="128"), "max_position_embeddings='128'"),
         (dict(hidden_act=["silu"]), "hidden_act=['silu']"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings='false'"),
-        (dict(rope_scaling="linear"), "is 'linear'; it has to be an object"),
+        (dict(rope_scaling="linear"), "has rope_scaling='linear'; it needs an object there"),
         (dict(rope_scaling={"type": "linear", "factor": "x"}), "factor='x'"),
         (dict(rope_scaling={"type": "linear", "factor": 0}), "factor=0"),
         (dict(rope_scaling={"type": ["linear"], "factor": 2}), "type=['linear']"),

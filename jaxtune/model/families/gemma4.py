@@ -63,6 +63,8 @@ def _gemma4(hf: dict[str, Any]) -> ModelConfig:
     if inputs and vocabulary < hf["vocab_size"]:
         raise ModelError(f"vocab_size_per_layer_input={vocabulary} is less than vocab_size={hf['vocab_size']}; each token needs an input")
     wide, said = _wide_heads(hf, kinds), hf["rope_parameters"] or ROPES
+    if not all(needed := (hf["num_key_value_heads"], hf["head_dim"], *wide)):
+        raise ModelError(f"gemma4_text needs num_key_value_heads and head_dim, of full layers too; they are {', '.join(map(repr, needed))}")
     if hf["num_attention_heads"] % wide[0]:
         raise ModelError(f"num_attention_heads={hf['num_attention_heads']} is not a multiple of the {wide[0]} key heads of full layers")
     sizes = {FULL: wide[1], SLIDING: hf["head_dim"]}
