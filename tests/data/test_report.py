@@ -1,11 +1,17 @@
 """`jaxtune data` through the command line: its JSON, its page, and every planted fault."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from jaxtune import cli, errors
+from jaxtune.data.__main__ import main
 
 CONFIG = """
 model: {model}
@@ -45,10 +51,14 @@ def write(path, rows):
 
 
 def run(folder, *args):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxtune.data", "config.yaml", *args], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    return done
+    """The command in this process, which has the imports behind it."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["jaxtune data", "config.yaml", *args])
+        patch.setattr(cli, "log_to_terminal", lambda: None)  # which other tests of this process would hear
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            errors.run(main)
+    return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def as_json(folder, *args):
@@ -67,6 +77,8 @@ def test_clean_rows(folder):
         said = "".join(text for text, trained in preview["runs"] if trained)
         assert re.fullmatch(r"At stall \d+ the \w+ go for .* in the end\.<\|im_end\|>", said)
     assert not (folder / "data_report.html").exists() and not (folder / "run").exists()
+    command = [sys.executable, "-m", "jaxtune.data", "config.yaml", "--json"]
+    assert json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout) == found
 
 
 def test_planted_faults_are_all_found(folder):
