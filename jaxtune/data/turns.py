@@ -59,16 +59,25 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
 
 def _content(row: Row, where: str, content: Any) -> str:
     """What a message says: a string, or OpenAI's parts, all of them text."""
-    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
-    if odd := [part["type"] for part in parts if isinstance(part.get("type"), str) and part["type"] not in TEXTS]:
+    if isinstance(content, list) and (odd := [part["type"] for part in content if isinstance(part, dict) and _is_media(part)]):
         raise row.fail(
             f"{where} holds a part of type {odd[0]!r}, which is not trained: only text is, of any model; take the part, or the row, out"
         )
-    if parts and all(isinstance(part.get("text"), str) for part in parts):
-        return "".join(part["text"] for part in parts)
-    if not isinstance(content, str):
+    if (text := text_of(content)) is None:
         raise row.fail(f"{where}: content must be a string, this is {short(content)}")
-    return content
+    return text
+
+
+def text_of(content: Any) -> str | None:
+    """A string, or OpenAI's parts put together, where all of them are text; None for anything else."""
+    if not isinstance(content, list) or not content:
+        return content if isinstance(content, str) else None
+    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str) and not _is_media(part)]
+    return "".join(texts) if len(texts) == len(content) else None
+
+
+def _is_media(part: dict) -> bool:
+    return isinstance(part.get("type"), str) and part["type"] not in TEXTS
 
 
 def _sharegpt(row: Row, where: str, message: dict) -> dict:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtune.data.turns import text_of
 from jaxtune.errors import JaxtuneError
 from jaxtune.generation.prompts import check_room, is_one_prompt
 from jaxtune.generation.sampling import Sampling
@@ -152,13 +153,10 @@ def _messages(given: Any) -> list[dict]:
     for number, message in enumerate(given, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refusal(400, f"message {number} has no role; {example}", param="messages")
-        parts = message.get("content")
-        if isinstance(parts, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-            parts = "".join(part["text"] for part in parts)
-        if not isinstance(parts, str):
+        if (text := text_of(message.get("content"))) is None:
             wanted = "this server takes texts, and parts of type text"
             raise Refusal(400, f"the content of message {number} is no text; {wanted}", param="messages")
-        messages.append({**message, "content": parts})
+        messages.append({**message, "content": text})
     return messages
 
 

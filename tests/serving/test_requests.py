@@ -47,6 +47,7 @@ def test_bodies_that_are_no_request(raw, said):
         (CHAT | {"messages": []}, "messages has to be a list"),
         (CHAT | {"messages": [{"content": "x"}]}, "message 1 has no role"),
         (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "the content of message 1 is no text"),
+        (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]}, "the content of message 1 is no text"),
         (PLAIN | {"max_tokens": 300}, "has 2 tokens, and 300 more are asked for.* is 256; use max_tokens=254 or less"),
         (CHAT | {"max_completion_tokens": 256}, "use max_completion_tokens=165 or less"),
         (PLAIN | {"prompt": [5] * 256}, "use a prompt of fewer than 256 tokens"),
