@@ -22,11 +22,10 @@ class GGUFCheckpoint:
         self.entries: dict[str, Any] = {}
         self._places: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {}
         self._stack: tuple[str, np.ndarray] = ("", np.zeros(0))
-        rows = spec(config)
-        for cell in cells(rows):
-            row, expert = rows[cell.path], cell.index[1:]
-            layer = row.layers[cell.index[0]] if cell.index else None
-            stored = tuple(name.format(layer=layer) for name in gguf_layout.names(cell.path, row))
+        self.rows = spec(config)
+        for cell in cells(self.rows):
+            row, expert = self.rows[cell.path], cell.index[1:]
+            stored = gguf_layout.names(cell.path, row, cell.index)
             if not all(name in file.tensors for name in stored):
                 continue
             tensor = file.tensors[stored[0]]
@@ -46,7 +45,7 @@ class GGUFCheckpoint:
             if self._stack[0] != stored[0]:
                 self._stack = (stored[0], self.file.read(stored[0]))
             return self._stack[1][expert]
-        value = gguf_layout.to_hf(self.config, path, tuple(self.file.read(name) for name in stored))
+        value = gguf_layout.to_hf(self.config, path, self.rows[path], tuple(self.file.read(name) for name in stored))
         return value.reshape(self.entries[name].shape)
 
     def _is_ahead(self, name: str) -> bool:

@@ -46,7 +46,7 @@ def config_of(m: Metadata) -> dict[str, Any]:
     hf = {key.hf: _read(m, key) for key in COMMON}
     hf["num_hidden_layers"] -= m.get("nextn_predict_layers", 0)
     hf["num_key_value_heads"] = hf["num_key_value_heads"] or hf["num_attention_heads"]
-    hf["head_dim"] = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    hf["head_dim"] = readers.head_dim(m)
     hf["vocab_size"] = m.file.tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = not m.has("output.weight")
     hf["rope_parameters"] = rope_parameters(m, hf["head_dim"])

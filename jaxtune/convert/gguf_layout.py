@@ -4,7 +4,6 @@ import numpy as np
 
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
-from jaxtune.model.spec import spec
 
 # Where llama.cpp turns neighbouring pairs of dimensions and Hugging Face halves of a head, files hold q and k with their rows interleaved.
 INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoeshared", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo",
@@ -13,14 +12,15 @@ INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoeshared", "llama", "m
 _DIVIDED = {"kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")}
 
 
-def names(path: str, row: Row) -> tuple[str, ...]:
-    """What the tensors of a row are called in a GGUF file, with {layer}."""
-    return tuple(f"blk.{{layer}}.{name}.weight" for name in _DIVIDED.get(_name(path), ())) or (row.gguf,)
+def names(path: str, row: Row, index: tuple[int, ...]) -> tuple[str, ...]:
+    """What the tensors of a row are called in a GGUF file, at `index` (a layer of its stack first) where it has one."""
+    templates = tuple(f"blk.{{layer}}.{name}.weight" for name in _DIVIDED.get(_name(path), ())) or (row.gguf,)
+    return tuple(template.format(layer=row.layers[index[0]] if index else None) for template in templates)
 
 
-def to_gguf(config: ModelConfig, path: str, value: np.ndarray) -> tuple[np.ndarray, ...]:
+def to_gguf(config: ModelConfig, path: str, row: Row, value: np.ndarray) -> tuple[np.ndarray, ...]:
     """A row's tensor in Hugging Face's layout as the tensors of `names`."""
-    name, row, one = _name(path), spec(config)[path], value.dtype.type(1)
+    name, one = _name(path), value.dtype.type(1)
     if name == "kv_b":
         heads = value.reshape(config.num_heads, -1, value.shape[-1])
         still = _still(config)
@@ -35,9 +35,9 @@ def to_gguf(config: ModelConfig, path: str, value: np.ndarray) -> tuple[np.ndarr
     return (value.reshape(_flat(row, value.shape)),)
 
 
-def to_hf(config: ModelConfig, path: str, values: tuple[np.ndarray, ...]) -> np.ndarray:
+def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ...]) -> np.ndarray:
     """The inverse of `to_gguf`, but for axes of one, which are left out there."""
-    name, row, value = _name(path), spec(config)[path], values[0]
+    name, value = _name(path), values[0]
     if name == "kv_b" and len(values) == 2:
         heads = np.concatenate([value.swapaxes(1, 2), values[1]], axis=1)
         return heads.reshape(-1, heads.shape[-1])

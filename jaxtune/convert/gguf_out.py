@@ -111,9 +111,7 @@ def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) 
     rows = spec(config)
     places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they hold
     for cell in cells(rows):
-        row = rows[cell.path]
-        layer = row.layers[cell.index[0]] if cell.index else None
-        gguf = tuple(name.format(layer=layer) for name in gguf_layout.names(cell.path, row))
+        gguf = gguf_layout.names(cell.path, rows[cell.path], cell.index)
         places.setdefault(gguf, (cell.path, []))[1].append(cell.name)
     found = [
         _Tensor(name, value.shape, _T.F32, functools.partial(np.asarray, value)) for name, value in gguf_rope.rope_tensors(config).items()
@@ -121,16 +119,18 @@ def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) 
     for gguf, (path, names) in places.items():
         row = rows[path]
         for number, (name, shape) in enumerate(zip(gguf, gguf_layout.shapes(config, path, row), strict=True)):
-            value = functools.partial(_value, config, path, names, number, make)
+            value = functools.partial(_value, config, path, row, names, number, make)
             found.append(_Tensor(name, shape, _type(row, shape, type), value))
     return found
 
 
-def _value(config: ModelConfig, path: str, names: list[str], number: int, make: Callable[[str], np.ndarray]) -> np.ndarray:
+def _value(
+    config: ModelConfig, path: str, row: Row, names: list[str], number: int, make: Callable[[str], np.ndarray]
+) -> np.ndarray:
     """One tensor, of the Hugging Face tensors `names`."""
-    if spec(config)[path].is_experts:
+    if row.is_experts:
         return np.stack([make(name) for name in names])
-    return gguf_layout.to_gguf(config, path, make(names[0]))[number]
+    return gguf_layout.to_gguf(config, path, row, make(names[0]))[number]
 
 
 def _type(row: Row, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:

@@ -27,10 +27,15 @@ LLAMA_BIASES = biases(("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))
 ATTENTION_BIAS = biases(("attention_bias", "attn_q"))
 
 
+def head_dim(m: Metadata) -> int:
+    """The size of a head, which only some files say."""
+    return m("attention.key_length") if m.get("attention.key_length") else m("embedding_length") // m("attention.head_count")
+
+
 def partial(m: Metadata) -> dict[str, Any]:
     """Where part of a head turns by default."""
-    head_dim = m.get("attention.key_length") or m("embedding_length") // m("attention.head_count")
-    return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", head_dim), head_dim)}
+    size = head_dim(m)
+    return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", size), size)}
 
 
 def scalar(m: Metadata, model_type: str) -> int:
@@ -49,7 +54,7 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 def olmo3(m: Metadata) -> dict[str, Any]:
     """The kinds of layers, and a rotary scheme for each."""
-    full = rope_parameters(m, m.get("attention.key_length") or m("embedding_length") // m("attention.head_count"))
+    full = rope_parameters(m, head_dim(m))
     sliding = {"rope_type": "default", "rope_theta": full["rope_theta"]}
     return layer_types(m) | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 

@@ -112,7 +112,7 @@ def rows(path: str, name: str | None = None, split: str | None = None, streaming
         return read_hub(path, name, split, streaming)
     if split is None or slices.is_whole(split):
         return read(paths)
-    return slices.rows(split, lambda name: read(find(path, name) or [], len(paths) == 1))
+    return slices.rows(split, lambda name: read(find(path, name) or []), alone=len(paths) == 1)
 
 
 def content_hash(path: Path) -> str:
@@ -127,14 +127,13 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read(paths: list[Path], alone: bool | None = None) -> Iterator[Row]:
-    """The rows of the files of a source, streamed; `alone`: whether they are all of it in one file, where there may be others."""
+def read(paths: list[Path]) -> Iterator[Row]:
+    """The rows of the files of a source, streamed."""
     index = 0
-    alone = len(paths) == 1 if alone is None else alone
     for path in paths:
         for row in _read(path):
             index += 1
-            yield replace(row, index=index, alone=alone)
+            yield replace(row, index=index, alone=len(paths) == 1)
 
 
 def _read(path: Path) -> Iterator[Row]:

@@ -17,13 +17,14 @@ def names(split: str | None) -> list[str | None]:
     return [None] if split is None else [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def is_whole(split: str | None) -> bool:
+def is_whole(split: str) -> bool:
     """All rows of one split."""
-    return split is None or not {"[", "+"} & set(split)
+    return not {"[", "+"} & set(split)
 
 
-def rows(split: str, of: Callable[[str], Iterator["Row"]]) -> Iterator["Row"]:
-    """The rows of each part, counted anew; `of(name)` reads all rows of a split. A part is read once to be counted and once for its rows.
+def rows(split: str, of: Callable[[str], Iterator["Row"]], alone: bool) -> Iterator["Row"]:
+    """The rows of each part, counted anew; `of(name)` reads all rows of a split, `alone`: all are of one file. A part is read once to be
+    counted and once for its rows.
 
     Raises DataError for what the data sets library does not read either, and for a part without rows.
     """
@@ -44,4 +45,4 @@ def rows(split: str, of: Callable[[str], Iterator["Row"]]) -> Iterator["Row"]:
                 break
             if place >= taken.from_:
                 index += 1
-                yield replace(row, index=index)
+                yield replace(row, index=index, alone=alone)
