@@ -24,13 +24,13 @@ from jaxtune import cli, errors
 from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
 from jaxtune.convert.bitsandbytes import Bitsandbytes
-from jaxtune.convert.folders import new_folder
+from jaxtune.convert.folders import check_new, new_folder
 from jaxtune.convert.gguf_out import TYPES, save_gguf
 from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
 from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
-from jaxtune.convert.tensors import Safetensors, read_json
+from jaxtune.convert.tensors import Safetensors, check_finite, read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.families import nested
@@ -91,6 +91,7 @@ def export(
 
     Raises ModelError when the merged model's logits are not those of base and adapter, and for all that cannot be read or written.
     """
+    check_new(out)
     found = find(run)
     format = format or ("peft" if found.adapter and not merge else "hf")
     _check_arguments(found, merge, format, type, dtype)
@@ -147,7 +148,9 @@ def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: s
 def _copy_adapter(found: Found, out: Path) -> Path:
     assert found.adapter is not None
     read_json(found.adapter / "adapter_config.json")
-    Safetensors(found.adapter, stem="adapter_model")  # a damaged file is not handed on
+    tensors = Safetensors(found.adapter, stem="adapter_model")
+    for name in tensors.entries:  # a damaged file is not handed on
+        check_finite(name, tensors.read(name))
     with new_folder(out) as folder:
         for file in found.adapter.iterdir():
             shutil.copyfile(file, folder / file.name)
@@ -241,7 +244,8 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, form
 def _stop_texts(opened: Opened) -> list[str]:
     ends = opened.generation_config.get("eos_token_id", opened.tokenizer.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
-    return [opened.tokenizer.convert_ids_to_tokens(number) for number in ends if number is not None]
+    texts = (opened.tokenizer.convert_ids_to_tokens(number) for number in ends if number is not None)
+    return [text for text in texts if text is not None]  # of an id that the tokenizer has not
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from jaxtune.largest import largest
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import unshared
 from jaxtune.objectives.distill import TEACHER
+from jaxtune.peft import METHODS, lora
 from jaxtune.planned import Plan, show, side_by_side
 from jaxtune.shapes import abstract_step, check_names
 from jaxtune.targets import Target, errors_bytes, find_target
@@ -66,6 +67,8 @@ def plan(
         config = _largest(config, model_config, where, auto)
     rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
     result = _compile(config, model_config, where, rows)
+    if METHODS[config.method].kind is lora.KIND:
+        lora.tell_rank(model_config, config.lora)
     result.notes += [unknown] if unknown else []
     if result.fits is False and alternatives:
         result.instead = _alternatives(config, model_config, where)

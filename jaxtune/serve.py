@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def open_server(
 @contextmanager
 def _interrupted() -> Iterator[list[int]]:
     """A list that SIGTERM or Ctrl-C puts its number into; the second one is a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError(
+            "jt.serve ends by Ctrl-C, which the main thread alone hears; in another: server = jt.serve.open_server(...), server.start(), "
+            "and server.stop() to end it"
+        )
     found: list[int] = []
 
     def hear(number: int, frame: Any) -> None:

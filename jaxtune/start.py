@@ -25,7 +25,7 @@ from jaxtune.model import nf4_kernel
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
-from jaxtune.peft import METHODS, beginnings, kind_of, param_dtypes
+from jaxtune.peft import METHODS, beginnings, kind_of, lora, param_dtypes
 from jaxtune.peft.adapter import Adapter
 from jaxtune.shapes import abstract_arguments
 from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
@@ -102,6 +102,8 @@ def begin(
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
         if beginnings.in_a_run(config):
             model, trainable = _begun(config, opened, model, trainable, rows, mesh)
+        if METHODS[config.method].kind is lora.KIND:
+            lora.tell_rank(model.config, config.lora)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)

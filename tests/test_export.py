@@ -65,6 +65,20 @@ def test_a_damaged_adapter_is_not_copied(run, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_without_numbers_is_not_copied(run, tmp_path):
+    shutil.copytree(run / "adapter", tmp_path / "a")
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    save_file({name: np.full_like(x, np.inf) for name, x in tensors.items()}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="lora_A.weight holds NaN or infinity"):
+        export(tmp_path / "a", tmp_path / "out", format="peft")
+
+
+def test_a_link_to_nowhere(run, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "none" / "there")
+    with pytest.raises(ModelError, match="out is a link to nowhere"):
+        export(run, tmp_path / "out")
+
+
 def test_a_base_that_is_no_name(run, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": 5}')

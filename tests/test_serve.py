@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -65,6 +66,11 @@ def test_mistakes_are_one_clear_line(monkeypatch, capsys, folder, arguments, sai
         errors.run(serve.main)
     err = capsys.readouterr().err
     assert ended.value.code == 2 and said in err and "Traceback" not in err
+
+
+def test_another_thread_is_told_what_to_call(folder):
+    with ThreadPoolExecutor() as threads, pytest.raises(errors.ConfigError, match="jt.serve.open_server"):
+        threads.submit(jt.serve, jt.load(folder), port=0).result()
 
 
 def test_models_that_write_no_text(folder):

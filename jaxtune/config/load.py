@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def _plainly(path: str) -> str:
 
 
 def _override(text: str) -> tuple[str, Any]:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of bytes that are no text in its encoding
+        raise ConfigError(
+            f"{text!r} cannot be read: Python takes the command line for {sys.getfilesystemencoding()} here; set PYTHONUTF8=1 in the "
+            "environment, and leave PYTHONUTF8=0 out of it"
+        )
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{text!r} is not an override; write key=value, with dots for nested keys: lora.r=32")

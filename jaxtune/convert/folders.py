@@ -16,12 +16,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
 
     Raises ModelError when `out` exists and is not an empty folder.
     """
-    if not os.fspath(out):
-        raise ModelError("the folder to write to has no name; give one")
-    out = Path(out).expanduser().absolute()
-    refusal = f"{out} exists and is not empty; nothing is overwritten. Give another folder, or remove it"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(refusal)
+    out = check_new(out)
     make_folder(out.parent, error=ModelError)
     with scratch_folder(out.parent, out.name) as scratch:
         yield scratch
@@ -30,4 +25,21 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         except OSError:
             if not out.exists():
                 raise
-            raise ModelError(refusal) from None  # another process was quicker
+            raise ModelError(_refusal(out)) from None  # another process was quicker
+
+
+def check_new(out: str | os.PathLike) -> Path:
+    """`out` as an absolute path; raises the ModelError of `new_folder`, without making anything."""
+    if not os.fspath(out):
+        raise ModelError("the folder to write to has no name; give one")
+    out = Path(out).expanduser().absolute()
+    if os.path.lexists(out) and not out.exists():
+        raise ModelError(f"{out} is a link to nowhere; give another folder, or remove the link")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(_refusal(out))
+    return out
+
+
+def _refusal(out: Path) -> str:
+    what = "exists and is not empty" if out.is_dir() else "is a file"
+    return f"{out} {what}; nothing is overwritten. Give another folder, or remove it"

@@ -15,7 +15,7 @@ from jaxtune.convert.gguf_architectures import ARCHITECTURES, keys_of
 from jaxtune.convert.gguf_vocabulary import add_tokenizer
 from jaxtune.convert.hf import tensors_out
 from jaxtune.convert.names import cells
-from jaxtune.convert.tensors import Checkpoint
+from jaxtune.convert.tensors import Checkpoint, check_finite
 from jaxtune.disk import replacing
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
@@ -101,7 +101,12 @@ def _write(writer: GGUFWriter, path: Path, tensors: list[_Tensor]) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            writer.write_tensor_data(quantize(np.ascontiguousarray(tensor.make()), tensor.type))
+            value = np.ascontiguousarray(tensor.make())
+            check_finite(tensor.name, value)
+            with np.errstate(over="ignore"):  # told by what follows
+                packed = quantize(value, tensor.type)
+            check_finite(tensor.name, packed)
+            writer.write_tensor_data(packed)
     finally:
         writer.close()
 

@@ -29,7 +29,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generatio
         writer.add_token_list(tokens)
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_types(types)
-    _add_specials(writer, tokenizer, generation_config)
+    _add_specials(writer, tokenizer, generation_config, vocab_size)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -101,12 +101,12 @@ def _pattern(step: dict) -> str | None:
     return step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n") if isolated else None
 
 
-def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict) -> None:
+def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict, vocab_size: int) -> None:
     ends = generation_config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     numbers = {
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id,
-        "eot": next((number for number in ends if number not in (None, tokenizer.eos_token_id)), None),
+        "eot": next((n for n in ends if n not in (None, tokenizer.eos_token_id) and n < vocab_size), None),
     }  # fmt: skip
     for name, number in numbers.items():
         if number is not None:

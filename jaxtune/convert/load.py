@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
 from jaxtune.model.families import FAMILIES, ModelConfig, from_hf, nested
 from jaxtune.model.spec import spec
+
+log = logging.getLogger("jaxtune")
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -109,7 +112,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     path = sources.resolve(source)
     if path.suffix == ".gguf" and path.is_file():
         file = GGUFFile(path)
-        config = from_hf(gguf_config(file))
+        config = _described(gguf_config(file), path)
         tokenizer = functools.partial(gguf_tokenizer, file.metadata, str(path))
         return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
     if sources.is_adapter(path):
@@ -117,7 +120,7 @@ def open_model(source: str | os.PathLike) -> Opened:
         raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
     config_json = read_json(path / "config.json")
     checkpoint: Any = Safetensors(path)
-    config = from_hf(config_json)
+    config = _described(config_json, path / "config.json")
     checkpoint, beside = set_apart(checkpoint, config, path)
     config = nested.as_in_file(config, checkpoint.entries) if beside else config
     ignored = FAMILIES[config.model_type].ignored
@@ -133,6 +136,8 @@ def open_model(source: str | os.PathLike) -> Opened:
     config = hf.settle_tie(checkpoint, config)
     file = path / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
+    _check_ids(path / "config.json", nested.text_config(config_json) if config.outer else config_json, config)
+    _check_ids(file, generation, config)
     return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source), beside)
 
 
@@ -157,10 +162,35 @@ def open_config(source: str | os.PathLike) -> ModelConfig:
     """
     path = sources.resolve(source, ["config.json"])
     if path.is_file():
-        return from_hf(gguf_config(GGUFFile(path)))
+        return _described(gguf_config(GGUFFile(path)), path)
     hf_json = read_json(path / "config.json")
-    config = from_hf(hf_json)
+    config = _described(hf_json, path / "config.json")
     return cut(config, lambda name: not is_skipped(hf_json, name.removesuffix(".weight"))) if is_packed(hf_json) else config
+
+
+def _described(hf_json: dict, file: Path) -> ModelConfig:
+    """`from_hf` of what a file says; errors name the file."""
+    if "model_type" not in hf_json:
+        raise ModelError(
+            f"{file} has no model_type, so it does not say what kind of model this is; take the config.json that belongs to the weights, "
+            'as transformers writes it ("model_type": "llama", ...)'
+        )
+    try:
+        return from_hf(hf_json)
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
+
+
+def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
+    """Tell of special tokens that the model has not, which other programs may stumble over."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = settings.get(key)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and token >= config.vocab_size:
+                log.warning(
+                    "%s: %s %d is beyond the vocabulary of %d tokens: no answer can end with it, and other programs may not open the "
+                    "model; write the tokenizer's id there", file, key, token, config.vocab_size,
+                )  # fmt: skip
 
 
 def stored_dtype(opened: Opened) -> str:

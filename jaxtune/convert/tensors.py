@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -228,7 +229,20 @@ def _write_tensor(stream: BinaryIO, plan: Plan, make: Callable[[str], np.ndarray
     # A function of its own, so that a tensor is gone before the next is made.
     array = np.asarray(make(plan.name), order="C")
     assert array.dtype == plan.dtype and array.shape == plan.shape, (plan, array.dtype, array.shape)
+    check_finite(plan.name, array)
     stream.write(array.reshape(-1).view(np.uint8).data)
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """ModelError, naming the tensor, where it holds a NaN or an infinity: who opens such a model sees nonsense, or nothing at all."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or (sound := np.isfinite(array)).all():
+        return
+    what = "the weights went wrong in training (look at the run's loss, take an earlier checkpoint), or in the files they came from"
+    if array.dtype == np.float16:
+        what += "; or they are beyond float16, which ends at 65504: bfloat16 does not"
+    raise ModelError(
+        f"tensor {name} holds NaN or infinity at {int((~sound).sum()):,} of its {array.size:,} places, so it is not written: {what}"
+    )
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -36,8 +36,13 @@ def _sharegpt(row: Row) -> Chat:
 
 
 def _said(row: Row, key: str) -> list[dict]:
-    """The messages, behind a system turn where the row has one in a column of its own."""
-    said, system = messages(row, key), _optional(row, "system")
+    """The messages in field `key`, behind the row's system turn."""
+    return _after_system(row, messages(row, key))
+
+
+def _after_system(row: Row, said: list[dict]) -> list[dict]:
+    """Messages behind a system turn, where the row has one in a column of its own."""
+    system = _optional(row, "system")
     if not system or said[0] == (turn := {"role": "system", "content": system}):
         return said
     if said[0]["role"] in ("system", "developer"):
@@ -74,7 +79,7 @@ def _preference(row: Row) -> Pair:
     elif given is None or (len(whole) == 2 and isinstance(given, str) and all(_opens_with(row.fields[side], given) for side in whole)):
         return _implicit(row)  # also UltraFeedback's: the prompt once more, as a string, beside two whole conversations
     elif isinstance(given, str) and whole:
-        prompt = [{"role": "user", "content": given}]
+        prompt = _after_system(row, [{"role": "user", "content": given}])
     return Pair(_answer(row, "prompt", "chosen", prompt), _answer(row, "prompt", "rejected", prompt), _margin(row))
 
 
@@ -88,8 +93,9 @@ def _implicit(row: Row) -> Pair:
         start = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
         if start and chosen[start - 1] == " ":  # the space belongs to the answer's first token
             start -= 1
+        _check_system(row, chosen[:start])
         return Pair(Completion(chosen[:start], chosen[start:]), Completion(chosen[:start], rejected[start:]), _margin(row))
-    chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+    chosen, rejected = _said(row, "chosen"), _said(row, "rejected")
     longest = min(len(chosen), len(rejected)) - 1
     start = next((n for n in range(longest) if chosen[n] != rejected[n]), longest)
     return Pair(_chat(row, chosen, start), _chat(row, rejected, start), _margin(row))
@@ -108,7 +114,7 @@ def _openai_preference(row: Row) -> Pair:
     if not isinstance(inner, dict):
         raise row.fail(f"'input' must be like {{\"messages\": [...]}}, this is {short(inner)}")
     row = replace(row, fields={**row.fields, **inner})
-    prompt = messages(row, "messages")
+    prompt = _said(row, "messages")
     chosen, rejected = (_chat(row, prompt + messages(row, side), len(prompt)) for side in ("preferred_output", "non_preferred_output"))
     return Pair(chosen, rejected)
 
@@ -142,7 +148,8 @@ def _stepwise(row: Row) -> Steps:
         raise row.fail(f"step {empty[0]} of 'completions' is empty; take it out, and its label")
     if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, (bool, int)) for label in labels):
         raise row.fail(f"'labels' must hold true or false for each of the {len(steps)} completions, this is {short(labels)}")
-    return Steps(_string(row, "prompt"), steps, [bool(label) for label in labels])
+    _check_system(row, prompt := _string(row, "prompt"))
+    return Steps(prompt, steps, [bool(label) for label in labels])
 
 
 def _tokenised(row: Row) -> Tokens:
@@ -170,8 +177,10 @@ def _segments(row: Row) -> Segments:
 
 
 def _prompt(row: Row) -> Prompt:
-    given = row.fields["prompt"]
-    prompt = messages(row, "prompt") if isinstance(given, list) else _string(row, "prompt")
+    if isinstance(row.fields["prompt"], list):
+        prompt = _said(row, "prompt")
+    else:
+        _check_system(row, prompt := _string(row, "prompt"))
     return Prompt(prompt, turns.tools(row), turns.template_kwargs(row))
 
 
@@ -297,9 +306,10 @@ def rename(row: Row, columns: dict[str, str]) -> Row:
 def _answer(row: Row, prompt_key: str, key: str, prompt: list[dict] | None = None) -> Completion | Chat:
     """A prompt and what follows it, both strings or both messages; `prompt`, where it is given, is the prompt already read."""
     if prompt is None and isinstance(row.fields.get(prompt_key), list):
-        prompt = messages(row, prompt_key)
+        prompt = _said(row, prompt_key)
     if prompt is None:
-        return Completion(_string(row, prompt_key), _string(row, key))
+        _check_system(row, given := _string(row, prompt_key))
+        return Completion(given, _string(row, key))
     if isinstance(row.fields.get(key), str):
         return _chat(row, [*prompt, {"role": "assistant", "content": row.fields[key]}], len(prompt))
     return _chat(row, prompt + messages(row, key), len(prompt))
@@ -307,6 +317,17 @@ def _answer(row: Row, prompt_key: str, key: str, prompt: list[dict] | None = Non
 
 def _chat(row: Row, said: list[dict], start: int = 0) -> Chat:
     return Chat(said, start, turns.tools(row), turns.template_kwargs(row))
+
+
+def _check_system(row: Row, prompt: str) -> None:
+    """A plain prompt has no turns, so a system turn in a column of its own is nowhere, unless the prompt says it already."""
+    system = row.fields.get("system")
+    if isinstance(system, str) and system.strip() and system.strip() not in prompt:
+        raise row.fail(
+            "the row has a column 'system', and its prompt is plain text, which is trained as it stands, without turns; call the prompt "
+            "instruction and the completion output (data.columns) to have the chat template write all three, write the prompt as "
+            "messages, or put the system text into it"
+        )
 
 
 def _string(row: Row, key: str) -> str:

@@ -18,7 +18,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import Row
 from jaxtune.model.weight import Matrix, Weight, dense, linear, rows
-from jaxtune.peft.sites import Site, Whole, adaptable, find_sites, find_wholes
+from jaxtune.peft.sites import Site, Whole, adaptable, check_trained, find_sites, find_wholes
 from jaxtune.tree import flatten, unflatten
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -180,6 +180,7 @@ class Kind:
                 for place, (name, part) in enumerate(parts.items())
             }
         wholes = self.wholes(model_config, config, sites)
+        check_trained(config, sites, wholes)
         saved = {whole.path: own_values(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
         return Adapter(tree, sites, config, saved, wholes, self.constants(model_config, config, sites))
 

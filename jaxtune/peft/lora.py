@@ -5,6 +5,7 @@ layer with a smaller rank, or none, has zero rows in `a` and zero columns in `b`
 any optimiser.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -19,8 +20,10 @@ from jaxtune.model.spec import Row
 from jaxtune.model.weight import Matrix, Weight, dense, grouped, linear, rows
 from jaxtune.peft.adapter import Adapter, Kind, Part, dropout_keys, dropped, kaiming, own_values, put_saved, zeros
 from jaxtune.peft.beginnings import first_pair, moves
-from jaxtune.peft.sites import adaptable, find_sites, find_wholes, settle
+from jaxtune.peft.sites import adaptable, check_trained, find_sites, find_wholes, settle
 from jaxtune.tree import flatten, unflatten
+
+log = logging.getLogger("jaxtune")
 
 
 class LoRA(Weight):
@@ -129,6 +132,18 @@ class DoRAEmbedding(DoRA):
         return (LoRA.dense(self, jnp.float32) * self._ratio(0)).astype(dtype)
 
 
+def tell_rank(model_config: ModelConfig, config: LoraConfig) -> None:
+    """Warn of a rank that no adapted matrix can have: `b a` is of rank min(out, in) at most."""
+    config = settle(model_config, config)
+    table, sites = adaptable(model_config), find_sites(model_config, config)
+    full = max((min(table[site.path].shape[-2:]) for site in sites), default=0)
+    if sites and min(rank for site in sites for rank in site.ranks if rank) > full:
+        log.warning(
+            "lora.r=%d is more than the rank that any of the adapted matrices can have, %d: it takes memory and changes nothing; "
+            "write lora.r=%d or less", config.r, full, full,
+        )  # fmt: skip
+
+
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
     """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), of an
     embedding normal with deviation 1; `b` zeros; parameters that are trained whole begin as the base's."""
@@ -158,6 +173,7 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
             pair["magnitude"] = _norms(leaves.get(site.path, leaves["embed"]), axis=-2 if site.path == "embed" else -1)
         tree[site.path] = pair
     wholes = find_wholes(model_config, config, sites)
+    check_trained(config, sites, wholes)
     saved = {whole.path: own_values(whole, leaves.get(whole.path, leaves["embed"]), config) for whole in wholes}
     return Adapter(params=tree, sites=sites, config=config, saved=saved, wholes=wholes)
 

@@ -220,6 +220,15 @@ def rank_and_scale(name: str, config: AnyConfig) -> tuple[int, float]:
     return rank, config.scaling(rank, alpha)
 
 
+def check_trained(config: AnyConfig, sites: tuple[Site, ...], wholes: tuple[Whole, ...]) -> None:
+    """ConfigError where the config names nothing at all."""
+    if not sites and not wholes:
+        raise ConfigError(
+            f"{config.group}.target_modules names no matrix and nothing else is trained either; write all-linear, or a list of names "
+            "([q_proj, v_proj])"
+        )
+
+
 # ---- parameters that are trained whole ----
 
 

@@ -123,6 +123,8 @@ def test_a_missing_file_and_bad_overrides(tmp_path):
         load_config({"model": "m"}, ["lora.r"])
     with pytest.raises(ConfigError, match="the value of lora.r is not YAML"):
         load_config({"model": "m"}, ["lora.r=[1"])
+    with pytest.raises(ConfigError, match="set PYTHONUTF8=1"):
+        load_config({"model": "m"}, ["run_name=\udcc3\udca9"])
 
 
 # a value that each alias takes, where 1 will not do

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jaxtune as jt
 from jaxtune import errors
 from jaxtune.convert.gguf_out import save_gguf
+from jaxtune.export import export
 
 Q = "model.layers.0.self_attn.q_proj"
 PAIR = f"base_model.model.{Q}.lora_"
@@ -83,6 +84,22 @@ def test_config(folder, change, said):
     assert said in message(jt.load, folder)
 
 
+def test_errors_name_the_config(folder):
+    set_config(folder, hidden_size=None)
+    assert message(jt.load, folder).startswith(f"{folder}/config.json: this llama model has hidden_size=None")
+    (folder / "config.json").write_text("{}")
+    assert f"{folder}/config.json has no model_type" in message(jt.load, folder)
+
+
+def test_special_tokens_beyond_the_vocabulary_are_told(folder, caplog):
+    set_config(folder, pad_token_id=5000)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7777]}')
+    export(folder, folder.parent / "out", format="gguf")
+    assert all(said in caplog.text for said in ("config.json: pad_token_id 5000 is beyond", "generation_config.json: eos_token_id 7777 is"))
+    assert "null" not in (folder.parent / "out/Modelfile").read_text()
+    assert jt.load(folder.parent / "out/out-f16.gguf").generation_config["eos_token_id"] != 7777
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"[" * 100_000, b"\xff\xfe\x00\x01", b"[1]", b"version https://git-lfs.github.com/spec/v1\nsize 9\n"]
@@ -138,6 +155,19 @@ def test_weights_that_are_no_numbers(folder, value, row):
     tensors[f"model.layers.0.self_attn.{row}.weight"] = np.full_like(tensors[f"model.layers.0.self_attn.{row}.weight"], value)
     save_file(tensors, folder / "model.safetensors")
     assert "logits that are not numbers" in message(lambda: jt.generate(jt.load(folder), "hi", max_new_tokens=1))
+
+
+def test_weights_that_are_no_numbers_are_not_written(made, tmp_path):
+    model, adapter = made[1], jt.load_adapter(made[0] / "adapter", made[1])
+    params = adapter.params | {"layers/0/q": {name: x.at[0, 0, 0].set(np.nan) for name, x in adapter.params["layers/0/q"].items()}}
+    large = jax.tree.map(lambda x: 1e6 * x, model.params)
+    for said, write in (
+        ("q_proj.lora_A.weight holds NaN", lambda: jt.save_adapter(adapter.replace(params=params), model, tmp_path / "o")),
+        ("ends at 65504", lambda: jt.save(model.config, large, tmp_path / "o", dtype="float16", tokenizer=model.tokenizer)),
+        ("ends at 65504", lambda: save_gguf(model.config, large, tmp_path / "o", type="f16", tokenizer=model.tokenizer)),
+    ):
+        assert said in message(write)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("dtype", "fine"), [(np.float64, True), (np.float16, True), (ml_dtypes.float8_e4m3fn, False), (np.int8, False)])

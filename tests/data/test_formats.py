@@ -25,6 +25,12 @@ CASES = {
     "messages of text parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, A]}, Chat([U, A])),
     "messages behind a system column": ({"messages": [U, A], "system": "be brief"}, Chat([S, U, A])),
     "a system column that says the same": ({"messages": [S, U, A], "system": "be brief"}, Chat([S, U, A])),
+    "a prompt of messages behind a system column": ({"prompt": [U], "completion": [A], "system": "be brief"}, Chat([S, U, A], 2)),
+    "a system column that the prompt says": ({"prompt": "be brief. hi", "completion": "yes", "system": "be brief"},
+                                             Completion("be brief. hi", "yes")),
+    "a preference behind a system column": (
+        {"prompt": "hi", "chosen": [A], "rejected": [NO], "system": "be brief"}, Pair(Chat([S, U, A], 2), Chat([S, U, NO], 2)),
+    ),
     "a call beside text parts": (
         {"messages": [U, A | {"content": [{"type": "text", "text": "yes"}], "tool_calls": [{"name": "f"}]}]}, Chat([U, A | CALL]),
     ),
@@ -85,6 +91,9 @@ def test_every_format_is_covered():
 
 
 WRONG = {
+    "a system column beside plain text": ({"prompt": "hi", "completion": "yes", "system": "be brief"}, "column 'system', and its"),
+    "a system column beside plain answers": ({"prompt": "hi", "chosen": "yes", "rejected": "no", "system": "be brief"}, "column 'system'"),
+    "a system column beside a plain prompt": ({"prompt": "hi", "system": "be brief"}, "column 'system'"),
     "unknown speaker": ({"conversations": [{"from": "Bob", "value": "hi"}]}, "who is 'Bob'"),
     "call that is not JSON": ({"conversations": [{"from": "function_call", "value": "add"}]}, "not valid JSON"),
     "call without a name": ({"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}, "a tool call must be like"),

@@ -67,6 +67,7 @@ WRONG = {
     "dense": (tiny.LLAMA, {"target_parameters": ("mlp.experts.down_proj",)}, "matches no parameter of experts.*; there is none"),
     "no such": (MOE, {"target_parameters": ("w9",)}, "w9 matches no parameter of experts.*mlp.experts.gate_up_proj"),
     "text": (tiny.LLAMA, {"target_modules": "q_proj,v_proj"}, r"there are .*a text is a regular expression.*write a list, \[NAME"),
+    "none": (tiny.LLAMA, {"target_modules": ()}, "names no matrix and nothing else is trained"),
     "half": (MOE, {"target_modules": ("gate_proj",)}, "gate_proj without up_proj"),
     "dropout": (MOE, {"lora_dropout": 0.1}, "lora.lora_dropout cannot be used where experts are adapted"),
     "dora": (MOE, {"use_dora": True}, "lora.use_dora cannot be used where experts are adapted"),
@@ -87,6 +88,12 @@ def test_mistakes_are_named(case):
     hf, settings, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         init(hf, **settings)
+
+
+@pytest.mark.parametrize(("r", "told"), [(32, False), (33, True)])
+def test_a_rank_that_no_matrix_has_is_told(r, told, caplog):
+    peft.lora.tell_rank(from_hf(tiny.LLAMA), LoraConfig(r=r))
+    assert ("lora.r=33 is more than the rank" in caplog.text) == told
 
 
 def test_a_packed_matrix_is_not_trained_whole():

@@ -118,7 +118,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key in family.required:
         if not isinstance(hf.get(key), int) or hf[key] < 1:
             given = f"has {key}={hf[key]!r}" if key in hf else f"lacks {key}"
-            raise ModelError(f"config.json of this {model_type} model {given}; it needs a positive whole number there")
+            raise ModelError(f"this {model_type} model {given}; it needs a positive whole number there")
     _check_values(hf, family)
     for key, harmless in family.refused.items():
         if hf.get(key, harmless[0]) not in harmless:
@@ -164,7 +164,7 @@ def _check_values(hf: Mapping[str, Any], family: Family) -> None:
     defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
     for key, value in hf.items():
         if key in _LISTED and isinstance(value, int) and value > _MOST:
-            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={value}; at most {_MOST} are possible")
+            raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {_MOST} are possible")
         default = defaults.get(key)
         wants = _WANTED.get(key) or next((name for kind, name in _KINDS if isinstance(default, kind)), "")
         if not wants or (value is None and (default is None or key in _NULLABLE)):
@@ -181,4 +181,4 @@ def _check_values(hf: Mapping[str, Any], family: Family) -> None:
             "an object": isinstance(value, Mapping),
         }
         if not fits[wants]:
-            raise ModelError(f"config.json of this {hf['model_type']} model has {key}={value!r}; it needs {wants} there")
+            raise ModelError(f"this {hf['model_type']} model has {key}={value!r}; it needs {wants} there")

@@ -81,7 +81,7 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     if inner is None and "hidden_size" in hf:  # as Qwen 2 VL's files say it: flat
         inner = {key: value for key, value in hf.items() if key not in ("model_type", "vision_config")}
     if not isinstance(inner, Mapping):
-        raise ModelError(f"config.json of this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
+        raise ModelError(f"this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
     kind = inner.get("model_type") or next(iter(outer.texts))
     if not isinstance(kind, str) or kind not in outer.texts:
         raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
