@@ -195,7 +195,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             fields = jsonfile.DECODER.decode(line)
         except json.JSONDecodeError as error:
             hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
-            raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.colno}{hint}") from None
+            raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.pos + 1}{hint}") from None
         except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
             raise DataError(f"{path}, line {number}: the row cannot be read: {error}") from None
         if not isinstance(fields, dict):
@@ -205,7 +205,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _json(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
-    with readable(path, lambda: f"row {number}"):
+    with readable(path, lambda: f", after row {number}" if number else ""):
         for number, fields in enumerate(jsonfile.read(path, open_text), 1):
             if not isinstance(fields, dict):
                 raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')

@@ -56,7 +56,7 @@ class _Zstd(io.RawIOBase):
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end) of each line."""
     number = 0
-    with readable(path, lambda: f"line {number}"), open_text(path) as stream:
+    with readable(path, lambda: f", after line {number}" if number else ""), open_text(path) as stream:
         # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
         for number, line in enumerate(stream, 1):
             yield number, line
@@ -64,10 +64,10 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
-    """Errors of reading a text file, after the row or line that came last."""
+    """Errors of reading a text file; `last` says, behind its name, after which row or line."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after {last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise DataError(f"{path}{last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
-        raise DataError(f"{path}, after {last()}: the compressed file is damaged ({error}); fetch it again") from None
+        raise DataError(f"{path}{last()}: the compressed file is damaged ({error}); fetch it again") from None
