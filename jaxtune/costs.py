@@ -123,7 +123,7 @@ def _products(model_config: ModelConfig, length: int, trained: int | None, atten
     seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
     spans = {layer: min(seen, 2 * model_config.layer_windows[layer] or seen) for layer in model_config.attending}
     mixed = model_config.num_heads * sum(model_config.at(layer).head_dim * span for layer, span in spans.items())
-    mixed += len(model_config.delta.layers) * delta.products(model_config.delta) if model_config.delta else 0
+    mixed += len(model_config.recurrent.layers) * delta.products(model_config.recurrent) if model_config.recurrent else 0
     return _Products(layers, repeated, outputs * model_config.hidden_size, mixed)
 
 

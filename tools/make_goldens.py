@@ -64,6 +64,8 @@ QWEN3_5 = dict(
 EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, shared_expert_intermediate_size=12)
 GEMMA4 = SMALL | dict(model_type="gemma4_text", global_head_dim=24, sliding_window=5, final_logit_softcapping=0.5)
 GEMMA4 |= dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
+LFM2 = {key: value for key, value in SMALL.items() if key != "rms_norm_eps"} | dict(norm_eps=1e-3, num_hidden_layers=3, tie_embedding=True)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -86,13 +88,7 @@ YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
 CASES = {
     "llama": TINY | dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "llama3": TINY
-    | dict(
-        model_type="llama",
-        tie_word_embeddings=True,
-        rope_scaling=dict(
-            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-        ),
-    ),
+    | dict(model_type="llama", tie_word_embeddings=True, rope_scaling=LLAMA3),
     "linear": SMALL | dict(model_type="llama", rope_scaling=dict(type="linear", factor=4.0)),
     "dynamic": SMALL | dict(model_type="llama", rope_scaling=dict(type="dynamic", factor=4.0), max_position_embeddings=8),
     "mistral": TINY | dict(model_type="mistral", sliding_window=5),
@@ -301,6 +297,20 @@ CASES |= {
         vision_config=TOWER | dict(model_type="gemma4_vision", num_key_value_heads=2, head_dim=8, position_embedding_size=8),
         image_token_id=96,  # none of the documents': transformers puts padding in its place
     ),
+    "lfm2": LFM2 | dict(model_type="lfm2", full_attn_idxs=[2], block_ff_dim=36, block_multiple_of=8, block_ffn_dim_multiplier=0.9),
+    "lfm2_moe": LFM2
+    | dict(model_type="lfm2_moe", layer_types=["conv", "full_attention", "conv"], num_dense_layers=1, moe_intermediate_size=20)
+    | dict(num_experts=6, num_experts_per_tok=3, routed_scaling_factor=1.5),
+    "apertus": {key: value for key, value in SMALL.items() if key != "rope_theta"}
+    | dict(model_type="apertus", attention_bias=True, rope_scaling=LLAMA3),
+    "granitemoehybrid": SMALL
+    | GRANITEMOE
+    | dict(model_type="granitemoehybrid", layer_types=["mamba", "attention", "mamba"], num_hidden_layers=3, position_embedding_type="nope")
+    | dict(shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=4),
+    "granitemoehybrid_dense": SMALL
+    | GRANITEMOE
+    | dict(model_type="granitemoehybrid", layer_types=["attention"] * 2, num_local_experts=0, num_experts_per_tok=0)
+    | dict(shared_intermediate_size=24, position_embedding_type="rope", mamba_n_heads=4, mamba_d_head=8),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
@@ -324,15 +334,17 @@ def make_model(config: dict, seed: int):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
-                p.mul_(12.0 if ".mlp." in name else 4.0)  # large enough for one gelu to differ from the other
+                p.mul_(12.0 if ".mlp." in name or ".feed_forward." in name else 4.0)  # large enough for one gelu to differ from the other
             else:
                 p.add_(0.2 * torch.randn(p.shape))
             p.copy_(p.half().float())
         for name, b in (*model.named_buffers(), *model.named_parameters()):
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 b.copy_((0.2 * torch.randn(b.shape)).half().float())
-            if name.endswith("layer_scalar"):
+            if name.endswith(("layer_scalar", "act_fn.beta")):
                 b.copy_((1 + 0.2 * torch.randn(b.shape)).half().float())
+            if name.endswith("act_fn.eps"):
+                b.copy_(b.half().float())
     return model
 
 

@@ -251,6 +251,7 @@ def _is_abstract(x) -> bool:
 def untied(config: ModelConfig) -> ModelConfig:
     """The same model with an output head of its own."""
     hf = nested.changed(json.loads(config.hf_json or "{}"), tie_word_embeddings=False) | {"tie_word_embeddings": False}
+    hf |= {"tie_embedding": False} if "tie_embedding" in hf else {}  # what LFM2 calls it, and reads first
     return dataclasses.replace(config, tie_word_embeddings=False, hf_json=json.dumps(hf))
 
 

@@ -1,5 +1,6 @@
 """One layer: attention and feed-forward around the residual stream. Optional parts are used where the tree has them."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -9,16 +10,20 @@ from jax.sharding import PartitionSpec
 
 from jaxtune.model import virtual
 from jaxtune.model.attention import attend
+from jaxtune.model.convolution import short_convolution
 from jaxtune.model.delta import delta_net
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.families.base import Latent
-from jaxtune.model.layers import ACTIVATIONS, NORMS
+from jaxtune.model.families.recurrent import DeltaNet, Mamba, ShortConvolution
+from jaxtune.model.layers import ACTIVATIONS, NORMS, xielu
 from jaxtune.model.layout import constrain, each_part, partition, split
+from jaxtune.model.mamba import mamba
 from jaxtune.model.memory import Memory, Place
 from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
 
+MIXERS = {DeltaNet: delta_net, Mamba: mamba, ShortConvolution: short_convolution}  # of layers that hand on a state
 RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
 LATENT_EPS = 1e-6  # of the norms of latents: transformers', whatever rms_norm_eps is
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
@@ -26,7 +31,7 @@ CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part 
 
 def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
     """One layer; `kv` is the cache's memory of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
-    mixer = delta_net if "conv" in w else attention
+    mixer = MIXERS[type(config.recurrent)] if "conv" in w else attention
 
     def attend_to(x_BTD):
         return mixer(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
@@ -251,7 +256,9 @@ def feed_forward(
 
 def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") -> jax.Array:
     """The feed-forward network whose names begin with `prefix`."""
-    act = ACTIVATIONS[config.hidden_act]
+    act = ACTIVATIONS.get(config.hidden_act) or functools.partial(
+        xielu, **{name: w[f"act_{name}"] for name in ("alpha_p", "alpha_n", "beta", "eps")}
+    )
 
     def project(name, x):
         return linear(w[prefix + name], x, w.get(f"{prefix}{name}_bias"))

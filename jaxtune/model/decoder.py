@@ -40,9 +40,9 @@ def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     shapes = [(len(own), batch, size, at.num_kv_heads, at.head_dim) for own in config.memories for at in [config.at(own[0])]]
     kv = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
     state = tail = None
-    if (d := config.delta) is not None:
-        state = jnp.zeros((len(d.layers), batch, d.value_heads, d.key_dim, d.value_dim), jnp.float32)
-        tail = jnp.zeros((len(d.layers), batch, d.kernel - 1, d.channels), config.dtype)
+    if (r := config.recurrent) is not None:
+        state = None if r.state is None else jnp.zeros((len(r.layers), batch, *r.state), jnp.float32)
+        tail = jnp.zeros((len(r.layers), batch, r.kernel - 1, r.channels), config.dtype)
     ids = jnp.zeros((batch, size), jnp.int32)
     return Cache(Memory(kv, kv, state, tail), ids, ids, jnp.zeros((), jnp.int32))
 

@@ -5,18 +5,24 @@
 Tokens are taken in chunks: inside a chunk the updates are one triangular system, solved by products (arXiv 2406.06484), so that a row is a
 few products a chunk and one step of a scan. The backward pass makes a block of chunks again from the state that entered it: what is kept
 are the inputs and a state every `BLOCK` tokens. At a document's first token the state is 0 again, and the convolution looks no further.
+
+Mamba-2's layers (model/mamba.py) are the same without what is erased, and with queries and keys as long as they are (arXiv 2405.21060):
+
+    S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.model.attention import Keys
+from jaxtune.model.convolution import at, begins, convolution, put
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.families.base import DeltaNet
+from jaxtune.model.families.recurrent import DeltaNet, Recurrent
 from jaxtune.model.layers import ACTIVATIONS, rms_norm
 from jaxtune.model.layout import constrain
 from jaxtune.model.memory import Memory, Place
@@ -35,11 +41,11 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
         x = x.reshape(B, T, *shape)
         return constrain(config.mesh, x, "rows", None, "heads", *(None,) * (x.ndim - 3))
 
-    begins_BT = _begins(place.queries, None if kv is None else place.keys)
+    begins_BT = begins(place.queries, None if kv is None else place.keys)
     qkv_BTC, gate_BTC, b_BTH, a_BTH = _projections(d, w, x_BTD)
     qkv_BTC = whole(checkpoint_name(qkv_BTC, "attention"), d.channels)
     gate_BTHv = checkpoint_name(gate_BTC, "attention").reshape(B, T, d.value_heads, d.value_dim)
-    tail, state = (None, None) if kv is None else (_at(kv.tail, place.number), _at(kv.state, place.number))
+    tail, state = (None, None) if kv is None else (at(kv.tail, place.number), at(kv.state, place.number))
     mixed_BTC, tail = convolution(w["conv"][:, 0], qkv_BTC, begins_BT, tail)
     keys, values, width = (d.key_heads, d.key_dim), (d.value_heads, d.value_dim), d.key_heads * d.key_dim
     q, k, v = jnp.split(ACTIVATIONS[config.hidden_act](mixed_BTC), [width, 2 * width], axis=-1)
@@ -49,7 +55,7 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     g_BTH = -jnp.exp(w["a_log"].astype(jnp.float32)) * jax.nn.softplus(a_BTH + w["dt_bias"].astype(jnp.float32))
     mixed_BTHv, state = gated_delta_rule(q, k, v, g_BTH, jax.nn.sigmoid(b_BTH), begins_BT, state)
     if kv is not None:
-        kv = kv._replace(tail=_put(kv.tail, tail, place.number), state=_put(kv.state, state, place.number))
+        kv = kv._replace(tail=put(kv.tail, tail, place.number), state=put(kv.state, state, place.number))
     mixed_BTHv = rms_norm(mixed_BTHv, w["state_norm"], None, config.norm_eps).astype(jnp.float32)
     mixed_BTHv = (mixed_BTHv * ACTIVATIONS["silu"](gate_BTHv.astype(jnp.float32))).astype(x_BTD.dtype)
     return linear(w["out"], mixed_BTHv.reshape(B, T, -1), w.get("out_bias")), kv
@@ -74,50 +80,19 @@ def _projections(d: DeltaNet, w: Mapping, x_BTD: jax.Array) -> list[jax.Array]:
     return [jnp.concatenate(qkv, axis=-1), gate, *apart("in_ba", group)]
 
 
-def _begins(queries: Keys, keys: Keys | None) -> jax.Array:
-    """bool `[B, T]`: whether a token is the first of its document (or of padding). `keys`, of a cache: what came before them."""
-    now, before = queries.segments, jnp.zeros_like(queries.segments[:, :1])
-    if keys is not None:
-        before = jax.lax.dynamic_slice_in_dim(keys.segments, jnp.maximum(queries.slots[0, 0] - 1, 0), 1, axis=1)
-    return now != jnp.concatenate([before, now[:, :-1]], axis=1)
-
-
-def _at(stacked: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False)
-
-
-def _put(stacked: jax.Array, own: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, own.astype(stacked.dtype), number, 0)
-
-
-def convolution(w_CW: jax.Array, x_BTC: jax.Array, begins_BT: jax.Array, tail_BWC: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """`sum_j w[:, W - 1 - j] x_{t - j}` of each channel over the token's own document, in x's dtype; and the new tail.
-
-    `tail_BWC`: the last W - 1 tokens before these, 0 where they are of another document than the last; None: there are none.
-    """
-    (B, T, C), W = x_BTC.shape, w_CW.shape[1]
-    tail_BWC = jnp.zeros((B, W - 1, C), x_BTC.dtype) if tail_BWC is None else tail_BWC
-    x = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
-    number = jnp.pad(jnp.cumsum(begins_BT, axis=1), ((0, 0), (W - 1, 0)))[..., None]  # documents begun so far
-    y = sum(
-        jnp.where(number[:, j : j + T] == number[:, W - 1 :], x[:, j : j + T], 0).astype(jnp.float32) * w_CW[:, j].astype(jnp.float32)
-        for j in range(W)
-    )
-    return jnp.asarray(y).astype(x_BTC.dtype), jnp.where(number[:, T:] == number[:, -1:], x[:, T:], 0)
-
-
 # ---- the rule ----
 
 
 def gated_delta_rule(
     q_BTKk: jax.Array, k_BTKk: jax.Array, v_BTHv: jax.Array, g_BTH: jax.Array, beta_BTH: jax.Array, begins_BT: jax.Array,
-    state_BHkv: jax.Array | None = None,
+    state_BHkv: jax.Array | None = None, *, erases: bool = True,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`o [B, T, H, v]` in v's dtype and the state after the last token, float32 `[B, H, k, v]`, computed in float32.
 
     q, k: queries and keys of K heads, each shared by H / K consecutive heads of values; both are taken at length 1, queries then times
     k^-1/2. g: log of the decay, at most 0. beta: how much of
-    a value is written, 0 to 1. begins: tokens that the state is 0 before. state: that before the first token; None: 0.
+    a value is written, 0 to 1. begins: tokens that the state is 0 before. state: that before the first token; None: 0. erases: False is
+    Mamba-2's rule.
     """
     (B, T, K, k), (H, v) = k_BTKk.shape, v_BTHv.shape[2:]
     state = jnp.zeros((B, H, k, v), jnp.float32) if state_BHkv is None else state_BHkv.astype(jnp.float32)
@@ -134,27 +109,32 @@ def gated_delta_rule(
 
     keys, values = (K, 1), (K, H // K)
     parts = cut(q_BTKk, keys), cut(k_BTKk, keys), cut(v_BTHv, values), cut(g_BTH, values), cut(beta_BTH, values)
-    out, state = _rule(*parts, cut(begins_BT[..., None], (1, 1)), state.reshape(B, K, H // K, k, v))
+    found: Any = _rule(erases, *parts, cut(begins_BT[..., None], (1, 1)), state.reshape(B, K, H // K, k, v))
+    out, state = found
     out = jnp.moveaxis(out, range(6), (1, 2, 0, 4, 5, 3)).reshape(B, -1, H, v)[:, :T]
     return out.astype(v_BTHv.dtype), state.reshape(B, H, k, v)
 
 
-def products(d: DeltaNet) -> float:
+def products(r: Recurrent) -> float:
     """Multiplications of the rule for one token of a layer."""
-    of_state, of_chunk = 3 * d.key_dim * d.value_dim, 2 * (d.key_dim + d.value_dim) + 10 * CHUNK
-    return d.value_heads * (of_state + CHUNK * of_chunk)
+    if r.state is None:
+        return 0.0
+    heads, key, value = r.state
+    erasing = isinstance(r, DeltaNet)
+    of_state, of_chunk = (2 + erasing) * key * value, (1 + erasing) * (key + value) + 10 * CHUNK * erasing
+    return heads * (of_state + CHUNK * of_chunk)
 
 
-@jax.custom_vjp
-def _rule(q, k, v, g, beta, begins, state):
-    return _rule_fwd(q, k, v, g, beta, begins, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rule(erases, q, k, v, g, beta, begins, state):
+    return _rule_fwd(erases, q, k, v, g, beta, begins, state)[0]
 
 
-def _rule_fwd(q, k, v, g, beta, begins, state):
+def _rule_fwd(erases, q, k, v, g, beta, begins, state):
     parts = q, k, v, g, beta, begins
 
     def block(state, part):
-        after, out = _block(state, part)
+        after, out = _block(erases, state, part)
         return after, (out.astype(v.dtype), state)
 
     last, (out, states) = jax.lax.scan(block, state, parts)
@@ -162,13 +142,13 @@ def _rule_fwd(q, k, v, g, beta, begins, state):
     return (out, last), (parts, states)
 
 
-def _rule_bwd(residuals, cotangents):
+def _rule_bwd(erases, residuals, cotangents):
     (*parts, begins), states = residuals
     dout, dlast = cotangents
 
     def block(dstate, scanned):
         (*part, begins), state, dout = scanned
-        _, pull = jax.vjp(lambda state, part: _block(state, (*part, begins)), state, part)
+        _, pull = jax.vjp(lambda state, part: _block(erases, state, (*part, begins)), state, part)
         return pull((dstate, dout.astype(jnp.float32)))
 
     dstate, dparts = jax.lax.scan(block, dlast, ((*parts, begins), states, dout), reverse=True)
@@ -178,10 +158,11 @@ def _rule_bwd(residuals, cotangents):
 _rule.defvjp(_rule_fwd, _rule_bwd)
 
 
-def _block(state, part):
+def _block(erases, state, part):
     """The state after these chunks `[n, B, K, G, C, ...]`, and o; `begins [n, B, 1, 1, C]`. float32."""
     q, k, v, g, beta, begins = part
-    q, k, v = _unit(q) * q.shape[-1] ** -0.5, _unit(k), v.astype(jnp.float32)
+    q, k, v = (_unit(q) * q.shape[-1] ** -0.5, _unit(k), v) if erases else (q, k, v)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     place = jnp.arange(q.shape[-2])
     number = jnp.cumsum(begins, axis=-1)  # documents begun in the chunk: the state that enters is seen by those in none
     before = (number[..., :, None] == number[..., None, :]) & (place[:, None] >= place)
@@ -190,14 +171,15 @@ def _block(state, part):
     entered = jnp.where(number == 0, jnp.exp(g), 0)[..., None]  # of the state that enters, what is left at a token
     left = jnp.where(number == number[..., -1:], jnp.exp(g[..., -1:] - g), 0)[..., None]  # of a token, what is left at the end
 
-    system = beta[..., None] * _product(k, k.mT) * jnp.where(place[:, None] > place, decay, 0)
-    solved = _inverse(system)
-    written, read = _product(solved, beta[..., None] * v), _product(solved, beta[..., None] * entered * k)
+    written, read = beta[..., None] * v, None
+    if erases:
+        solved = _inverse(beta[..., None] * _product(k, k.mT) * jnp.where(place[:, None] > place, decay, 0))
+        written, read = _product(solved, written), _product(solved, beta[..., None] * entered * k)
     inside = _product(q, k.mT) * decay
 
     def chunk(state, part):
         written, read, inside, q, k, kept = part
-        values = written - _product(read, state)
+        values = written if read is None else written - _product(read, state)
         return state * kept + _product(k.mT, values), _product(q, state) + _product(inside, values)
 
     return jax.lax.scan(chunk, state, (written, read, inside, q * entered, k * left, entered[..., -1:, :]))

@@ -42,7 +42,7 @@ def _place(config: ModelConfig, stack: int, number: jax.Array, shared: Shared) -
     layers = config.stacks[stack]
     rope = jnp.asarray([config.layer_ropes[i] % (len(config.ropes) + 1) for i in layers])[number]
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
-    keeping = (*config.memories, *([config.delta.layers] if config.delta else []))
+    keeping = (*config.memories, *([config.recurrent.layers] if config.recurrent else []))
     sources = [config.kv_source(i) for i in layers]
     group = next(n for n, own in enumerate(keeping) if sources[0] in own)
     slot = jnp.asarray([keeping[group].index(i) for i in sources])[number]

@@ -21,6 +21,16 @@ ACTIVATIONS = {
 }
 
 
+def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
+    """`p x^2 + beta x` above 0, else `n (exp(min(x, eps)) - 1 - x) + beta x`, in float32, of `p = softplus(alpha_p)` and
+    `n = beta + softplus(alpha_n)` (arXiv 2411.13010). Beta and eps stand still."""
+    alpha_p, alpha_n, beta, eps = (parameter.astype(jnp.float32) for parameter in (alpha_p, alpha_n, beta, eps))
+    beta, eps, x32 = jax.lax.stop_gradient(beta), jax.lax.stop_gradient(eps), x.astype(jnp.float32)
+    above = jax.nn.softplus(alpha_p) * jnp.square(x32)
+    below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x32, eps)) - x32)
+    return (jnp.where(x32 > 0, above, below) + beta * x32).astype(x.dtype)
+
+
 def _rms(x: jax.Array, eps: float) -> jax.Array:
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)

@@ -21,8 +21,8 @@ class Place(NamedTuple):
 
 class Memory(NamedTuple):
     """What is kept of the tokens so far: by attention layers their keys and values, `[L, B, S, K, h]` for each of
-    `ModelConfig.memories`; by linear layers (model/delta.py)
-    a state, float32 `[L, B, H, k, v]`, and what the convolution looks back at, `[L, B, W - 1, C]`. None where there are no such layers."""
+    `ModelConfig.memories`; by those of `ModelConfig.recurrent` what the convolution looks back at, `[L, B, W - 1, C]`, and perhaps a state,
+    float32 `[L, B, H, k, v]`. None where there is none."""
 
     k: tuple[jax.Array, ...] = ()
     v: tuple[jax.Array, ...] = ()

@@ -76,7 +76,7 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
     if choice_NE is not scores_NE:
         weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, axis=-1)
     if moe.normalize:
-        weights_NC = weights_NC / weights_NC.sum(-1, keepdims=True)
+        weights_NC = weights_NC / (weights_NC.sum(-1, keepdims=True) + moe.epsilon)
     if "router_expert_scale" in w:
         weights_NC = weights_NC * w["router_expert_scale"].astype(jnp.float32)[chosen_NC]
     counted_NC = jax.lax.top_k(probs_NE, moe.experts_per_token)[1] if "router_correction" in w else chosen_NC

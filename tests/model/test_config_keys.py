@@ -11,14 +11,17 @@ NO_LOGITS = {
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp", "eod_token_id",
-    "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers",
+    "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size",
 }  # fmt: skip
 # Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
-                  "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn"}  # fmt: skip
+                  "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn", "full_attn_idxs"}  # fmt: skip
 # keys beside which others count, or that the class has no default for
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
+          "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
+          "lfm2": dict(full_attn_idxs=[0, 3]),
+          "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
           "gemma4_text": dict(num_kv_shared_layers=12, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)}
 UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "gpt_bigcode": {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},

@@ -9,6 +9,7 @@ import references
 from jaxtune.config import PrefixTuningConfig, PromptTuningConfig, load_config
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import decoder, delta
+from jaxtune.model.convolution import convolution
 from jaxtune.model.families import from_hf
 from jaxtune.objectives.answers import unshared
 from jaxtune.peft import kind_of
@@ -26,15 +27,17 @@ def inputs(T, seed=0):
     return [jnp.asarray(x, jnp.float32) for x in (q, k, v, g, beta)], jnp.asarray(begins), jnp.asarray(state, jnp.float32)
 
 
-def by_token(q, k, v, g, beta, begins, state):
+def by_token(q, k, v, g, beta, begins, state, erases=True):
     """The formula, in its order."""
-    q, k = (x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
-    q, k = (jnp.repeat(x, H // K, axis=2) for x in (q * WIDTH**-0.5, k))
+    if erases:
+        q, k = (x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+        q = q * WIDTH**-0.5
+    q, k = (jnp.repeat(x, H // K, axis=2) for x in (q, k))
 
     def token(state, now):
         q, k, v, g, beta, begins = now
         state = jnp.where(begins[:, None, None, None], 0, state) * jnp.exp(g)[..., None, None]
-        new = (v - jnp.einsum("bhkv,bhk->bhv", state, k)) * beta[..., None]
+        new = (v - erases * jnp.einsum("bhkv,bhk->bhv", state, k)) * beta[..., None]
         state = state + k[..., None] * new[..., None, :]
         return state, jnp.einsum("bhkv,bhk->bhv", state, q)
 
@@ -47,7 +50,8 @@ def close(found, wanted, tolerance=2e-5):
         np.testing.assert_allclose(one, other, atol=tolerance * float(jnp.abs(other).max()))
 
 
-def test_chunks_are_the_recurrence(monkeypatch):
+@pytest.mark.parametrize("erases", [True, False])
+def test_chunks_are_the_recurrence(monkeypatch, erases):
     monkeypatch.setattr(delta, "BLOCK", 128)
     T = 200  # two blocks, and a chunk that is not full
     parts, begins, state = inputs(T)
@@ -55,7 +59,7 @@ def test_chunks_are_the_recurrence(monkeypatch):
 
     def total(rule):
         def of(parts, state):
-            out, last = rule(*parts, begins, state)
+            out, last = rule(*parts, begins, state, erases=erases)
             return (out * weights).sum() + jnp.square(last).sum(), (out, last)
 
         return jax.jit(jax.value_and_grad(of, argnums=(0, 1), has_aux=True))(parts, state)
@@ -71,7 +75,7 @@ def test_a_state_and_a_tail_go_on():
     @jax.jit
     def through(parts, x, begins, state, tail):
         out, state = delta.gated_delta_rule(*parts, begins, state)
-        mixed, tail = delta.convolution(w, x, begins, tail)
+        mixed, tail = convolution(w, x, begins, tail)
         return out, mixed, state, tail
 
     tail = jnp.zeros((B, 3, 5))

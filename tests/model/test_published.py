@@ -27,6 +27,7 @@ QWEN3_5 = dict(
         rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[11, 11, 10], mrope_interleaved=True
     ),
 )
+LFM2_MOE = ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]
 LONGROPE = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1.5] * 48)
 
 
@@ -151,6 +152,32 @@ PUBLISHED = {
     "Qwen3-VL-4B": (
         nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
         4022468096,
+    ),
+    "LFM2-1.2B": (
+        dict(model_type="lfm2", vocab_size=65536, full_attn_idxs=[2, 5, 8, 10, 12, 14], block_ff_dim=12288) | size(2048, 12288, 16, 32),
+        1170340608,
+    ),
+    "LFM2-8B-A1B": (
+        dict(model_type="lfm2_moe", vocab_size=65536, layer_types=LFM2_MOE) | size(2048, 7168, 24, 32),
+        8339930560,
+    ),
+    "Apertus-8B-2509": (
+        dict(model_type="apertus", vocab_size=131072, num_key_value_heads=8, rope_scaling=LLAMA31["rope_scaling"], rope_theta=12e6)
+        | size(4096, 21504, 32, 32),
+        8053338240,
+    ),
+    "granite-4.0-h-tiny": (
+        dict(model_type="granitemoehybrid", vocab_size=100352, num_key_value_heads=4, tie_word_embeddings=True, mamba_n_heads=48)
+        | dict(layer_types=["attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)], mamba_d_head=64)
+        | dict(mamba_d_state=128, num_local_experts=64, num_experts_per_tok=6, shared_intermediate_size=1024)
+        | size(1536, 512, 40, 12),
+        6939037248,
+    ),
+    "granite-4.0-micro": (
+        dict(model_type="granitemoehybrid", vocab_size=100352, num_key_value_heads=8, tie_word_embeddings=True, rope_theta=1e7)
+        | dict(layer_types=["attention"] * 40, num_local_experts=0, shared_intermediate_size=8192, position_embedding_type="rope")
+        | size(2560, 8192, 40, 40),
+        3402836480,
     ),
     "Phi-3-mini-4k": (dict(model_type="phi3", vocab_size=32064, sliding_window=2047) | size(3072, 8192, 32, 32), 3821079552),
     "Phi-3-mini-128k": (

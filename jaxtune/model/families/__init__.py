@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
+from jaxtune.model.families.apertus import APERTUS
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
@@ -26,7 +27,9 @@ from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
+from jaxtune.model.families.granite_hybrid import GRANITEMOEHYBRID
 from jaxtune.model.families.layer_norms import ARCEE, NEMOTRON, PHI, STABLELM, STARCODER2
+from jaxtune.model.families.lfm2 import LFM2, LFM2_MOE
 from jaxtune.model.families.llama import (
     ERNIE4_5,
     GRANITE,
@@ -51,6 +54,7 @@ from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
+    "apertus": APERTUS,
     "arcee": ARCEE,
     "cohere": COHERE,
     "cohere2": COHERE2,
@@ -74,9 +78,12 @@ FAMILIES: dict[str, Family] = {
     "gptj": GPTJ,
     "granite": GRANITE,
     "granitemoe": GRANITEMOE,
+    "granitemoehybrid": GRANITEMOEHYBRID,
     "granitemoeshared": GRANITEMOESHARED,
     "helium": HELIUM,
     "hunyuan_v1_dense": HUNYUAN,
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
@@ -133,15 +140,18 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 # whose tensors are listed one by one
 _LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 10_000
-_COUNTS = ("num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings", "n_positions",
-           "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size", "full_attention_interval", "linear_conv_kernel_dim",
+_COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings",
+           "original_max_position_embeddings", "n_positions", "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size",
+           "full_attention_interval", "linear_conv_kernel_dim",
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
-           "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input")  # fmt: skip
+           "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
+           "conv_L_cache", "block_ff_dim", "block_multiple_of",
+           "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")  # fmt: skip
 _WHOLE = (*_LISTED[2:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
           "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim",
-          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts")  # fmt: skip
+          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
              "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor")  # fmt: skip
 _WANTED = {
@@ -149,7 +159,8 @@ _WANTED = {
     **dict.fromkeys(_WHOLE, "a whole number"),
     **dict.fromkeys(_POSITIVE, "a number above 0"),
     **dict.fromkeys(("initializer_range", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
-    **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers"), "a list"),
+    **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type",
+                    "time_step_limit"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))

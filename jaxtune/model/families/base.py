@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import TILE, Tile
 from jaxtune.model.families.patterns import Pattern, patterns_of
+from jaxtune.model.families.recurrent import DeltaNet, Mamba, Recurrent, ShortConvolution
 from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
@@ -32,6 +33,7 @@ class Moe:
     sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
     groups: tuple[int, int] = (1, 1)  # experts lie in so many groups, and a token goes to those of so many
     scale: float = 1.0  # of the chosen experts' weights
+    epsilon: float = 0.0  # added to the sum by which `normalize` divides
     float32: bool = False  # whether the router multiplies in float32, whatever the model does
     clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
 
@@ -55,24 +57,6 @@ class Wide:
     head_dim: int
     layers: tuple[int, ...]
     values: bool  # whether values have a matrix of their own there; else the keys' makes both
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaNet:
-    """Linear attention in the layers `layers` (model/delta.py): heads of keys and queries, each shared by some heads of values, and how
-    many tokens the convolution before them sees."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    kernel: int
-    layers: tuple[int, ...]
-
-    @property
-    def channels(self) -> int:
-        """Numbers that the convolution is over: queries, keys and values."""
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +101,8 @@ class ModelConfig:
     moe: Moe | None = None
     latent: Latent | None = None
     delta: DeltaNet | None = None
+    convolution: ShortConvolution | None = None
+    mamba: Mamba | None = None
     wide: Wide | None = None
     kv_sharing: int = 0  # so many layers, the last, take keys and values from the last layer of their kind before them
     kv_sharing_mlp: int = 1  # and their feed-forward part is so many times as wide
@@ -152,7 +138,7 @@ class ModelConfig:
     def patterns(self) -> tuple[Pattern, ...]:
         """The layers in order, as patterns one after the other; a pattern of kinds of layers that repeats is compiled once."""
         sparse = set(self.moe.layers) if self.moe else set()
-        linear = set(self.delta.layers) if self.delta else set()
+        linear = set(self.recurrent.layers) if self.recurrent else set()
         return patterns_of(
             tuple((i in sparse, i in linear, *self._heads_of(i), sum(cut <= i for cut in self.cuts)) for i in range(self.num_layers))
         )
@@ -204,14 +190,19 @@ class ModelConfig:
 
     @property
     def attending(self) -> tuple[int, ...]:
-        """The layers with keys and values: all but those of linear attention."""
-        return tuple(layer for layer in range(self.num_layers) if self.delta is None or layer not in self.delta.layers)
+        """The layers with keys and values: all but those that hand on a state."""
+        return tuple(layer for layer in range(self.num_layers) if self.recurrent is None or layer not in self.recurrent.layers)
+
+    @property
+    def recurrent(self) -> Recurrent | None:
+        """The layers that hand on a state in place of keys and values; None: there are none."""
+        return self.delta or self.convolution or self.mamba
 
     @property
     def carries_state(self) -> bool:
         """Whether layers hand a state from token to token: what comes before a token is then all of its row's document, so that a text
         cannot go on from another segment (shared prompts), nor from virtual tokens."""
-        return self.delta is not None
+        return self.recurrent is not None
 
     @property
     def is_given(self) -> bool:
@@ -255,8 +246,9 @@ def architecture(hf: Mapping[str, Any]) -> str:
     return str(names[0])
 
 
-def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False, **changes) -> ModelConfig:
-    """The fields nearly all families spell alike, and `changes` to them; `partial`: part of a head may turn, `interleaved`: see `Rope`."""
+def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False, own_act: str = "", **changes) -> ModelConfig:
+    """The fields nearly all families spell alike, and `changes` to them; `partial`: part of a head may turn, `interleaved`: see `Rope`,
+    `own_act`: an activation that this family has rows for."""
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     kv_heads = hf.get("num_key_value_heads") or heads
@@ -284,8 +276,8 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
     ) | changes
     if "ropes" not in fields:
         fields["ropes"] = ((Rope.from_hf if partial else whole_rope)(hf, head_dim, interleaved),)
-    if fields["hidden_act"] not in ACTIVATIONS:
-        raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    if fields["hidden_act"] not in (known := [*filter(None, [own_act]), *ACTIVATIONS]):
+        raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(known)}")
     return ModelConfig(**fields)
 
 

@@ -19,6 +19,7 @@ SUFFIX = {SEQUENCE: "ForSequenceClassification", TOKEN: "ForTokenClassification"
 BOTH = (SEQUENCE, TOKEN)
 # model_type -> what transformers' classes begin with, and which of the two it has
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "apertus": ("Apertus", (TOKEN,)),
     "arcee": ("Arcee", BOTH),
     "cohere": ("Cohere", ()),
     "cohere2": ("Cohere2", ()),
@@ -42,9 +43,12 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptj": ("GPTJ", (SEQUENCE,)),
     "granite": ("Granite", ()),
     "granitemoe": ("GraniteMoe", ()),
+    "granitemoehybrid": ("GraniteMoeHybrid", ()),
     "granitemoeshared": ("GraniteMoeShared", ()),
     "helium": ("Helium", BOTH),
     "hunyuan_v1_dense": ("HunYuanDenseV1", (SEQUENCE,)),
+    "lfm2": ("Lfm2", ()),
+    "lfm2_moe": ("Lfm2Moe", ()),
     "llama": ("Llama", BOTH),
     "ministral": ("Ministral", BOTH),
     "ministral3": ("Ministral3", BOTH),

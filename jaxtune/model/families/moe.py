@@ -214,10 +214,15 @@ def _granitemoe(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _granitemoe_layer(c: ModelConfig, layer: int) -> Rows:
-    assert c.moe is not None
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
+    yield from granite_experts(c)
+
+
+def granite_experts(c: ModelConfig) -> Rows:
+    """Experts that a file holds in one tensor, and one that all tokens share where there is one."""
+    assert c.moe is not None
     two, both = "block_sparse_moe.output_linear", "block_sparse_moe.input_linear"
     for name, row in experts(c, "block_sparse_moe.router.layer", both, both, two):
         part = {"experts_gate": Part(0, 2), "experts_up": Part(1, 2), "experts_down": Part()}.get(name)

@@ -1,0 +1,138 @@
+"""LFM2 (Liquid AI): layers of short gated convolutions (model/convolution.py) between layers of attention; dense, or with experts."""
+
+from typing import Any
+
+from jaxtune.errors import ModelError
+from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common
+from jaxtune.model.families.moe import experts, moe_of
+from jaxtune.model.families.parts import Rows, attention, linear, norm, query_key_norms
+from jaxtune.model.families.recurrent import ShortConvolution
+from jaxtune.model.row import Row
+
+CONV, FULL = "conv", "full_attention"
+
+
+def _lfm2_config(hf: dict[str, Any], kinds: list[str], **changes) -> ModelConfig:
+    """The same for both; `tie_embedding` is what `tie_word_embeddings` is called in files on the hub."""
+    check_layer_types(hf, kinds, CONV, FULL)
+    if FULL not in kinds:
+        raise ModelError(f"layer_types: a model without a {FULL} layer is not implemented for {hf['model_type']}")
+    own = ShortConvolution(hf["hidden_size"], hf["conv_L_cache"], tuple(i for i, kind in enumerate(kinds) if kind == CONV))
+    tied = hf.get("tie_embedding", hf["tie_word_embeddings"])
+    return common(
+        hf | dict(tie_word_embeddings=tied), norm_eps=hf["norm_eps"], hidden_act="silu", convolution=own if own.layers else None, **changes
+    )
+
+
+def _mixer(c: ModelConfig, layer: int) -> Rows:
+    """The first half of a layer: attention, or a projection to gate, gate and input, the convolution `[D, 1, W]`, and the way out."""
+    width = c.hidden_size
+    yield from norm(c, "attn_norm", "operator_norm", "attn_norm")
+    if c.convolution is None or layer not in c.convolution.layers:
+        yield from attention(c, "out_proj")
+        yield from query_key_norms(c, c.head_dim, c.head_dim, "q_layernorm", "k_layernorm")
+    else:
+        yield from linear("in_bcu", 3 * width, width, ("heads", "embed"), "conv.in_proj", "shortconv.in_proj")
+        shape, axes = (width, 1, c.convolution.kernel), ("heads", None, None)
+        yield "conv", Row(shape, axes, "normal", "conv.conv.weight", "shortconv.conv.weight")
+        yield from linear("out", width, width, ("embed", "heads"), "conv.out_proj", "shortconv.out_proj")
+    yield from norm(c, "mlp_norm", "ffn_norm", "ffn_norm")
+
+
+def _dense(c: ModelConfig) -> Rows:
+    inner, width = c.intermediate_size, c.hidden_size
+    yield from linear("gate", inner, width, ("mlp", "embed"), "feed_forward.w1", "ffn_gate")
+    yield from linear("up", inner, width, ("mlp", "embed"), "feed_forward.w3", "ffn_up")
+    yield from linear("down", width, inner, ("embed", "mlp"), "feed_forward.w2", "ffn_down")
+
+
+# ---- dense ----
+
+
+def _lfm2(hf: dict[str, Any]) -> ModelConfig:
+    layers = range(hf["num_hidden_layers"])
+    attending = layers if hf["full_attn_idxs"] is None else hf["full_attn_idxs"]
+    kinds = hf["layer_types"] or [FULL if layer in attending else CONV for layer in layers]
+    inner = hf.get("block_ff_dim") or hf["intermediate_size"]
+    if hf["block_auto_adjust_ff_dim"]:
+        inner, step = int(2 * inner / 3), hf["block_multiple_of"]
+        if (times := hf["block_ffn_dim_multiplier"]) is not None:
+            inner = -(-int(times * inner) // step) * step
+    if inner < 1:
+        raise ModelError(f"intermediate_size is {inner} in this lfm2 model by its block_ff_dim and block_ffn_dim_multiplier; write more")
+    return _lfm2_config(hf, kinds, intermediate_size=inner)
+
+
+def _lfm2_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from _mixer(c, layer)
+    yield from _dense(c)
+
+
+_COMMON = dict(
+    num_key_value_heads=8,
+    max_position_embeddings=128000,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+    conv_L_cache=3,
+    conv_bias=False,
+    layer_types=None,
+    pad_token_id=0,
+)
+_ENDS = {"embed": "model.embed_tokens", "norm": "model.embedding_norm", "head": "lm_head"}
+LFM2 = Family(
+    _lfm2,
+    _lfm2_layer,
+    _COMMON
+    | dict(
+        intermediate_size=12288,
+        full_attn_idxs=None,
+        block_auto_adjust_ff_dim=True,
+        block_multiple_of=256,
+        block_ffn_dim_multiplier=1.0,
+    ),
+    {"conv_bias": (False,)},
+    required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    ends=_ENDS,
+)
+
+
+# ---- with experts in all layers but the first few ----
+
+
+def _lfm2_moe(hf: dict[str, Any]) -> ModelConfig:
+    if hf["layer_types"] is None:
+        raise ModelError("config.json of this lfm2_moe model lacks layer_types; transformers has no default for it")
+    layers, inner = list(range(max(0, hf["num_dense_layers"]), hf["num_hidden_layers"])), hf["moe_intermediate_size"]
+    more: dict[str, Any] = dict(aux_loss_coef=None, sigmoid=True, scale=float(hf["routed_scaling_factor"]), epsilon=1e-6)
+    return _lfm2_config(hf, hf["layer_types"], moe=moe_of(hf, hf["num_experts"], inner, layers, bool(hf["norm_topk_prob"]), **more))
+
+
+def _lfm2_moe_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from _mixer(c, layer)
+    if c.moe is None or layer not in c.moe.layers:
+        yield from _dense(c)
+        return
+    expert = "feed_forward.experts.{expert}"
+    yield from experts(c, "feed_forward.gate", f"{expert}.w1", f"{expert}.w3", f"{expert}.w2")
+    name = "feed_forward.expert_bias"
+    yield "router_correction", Row((c.moe.num_experts,), ("experts",), "zeros", name, "exp_probs_b.bias", float32=True)
+
+
+LFM2_MOE = Family(
+    _lfm2_moe,
+    _lfm2_moe_layer,
+    _COMMON
+    | dict(
+        moe_intermediate_size=1792,
+        num_dense_layers=2,
+        num_experts=32,
+        num_experts_per_tok=4,
+        use_expert_bias=True,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    ),
+    {"conv_bias": (False,), "use_expert_bias": (True,)},
+    ends=_ENDS,
+    moe=("feed_forward.gate", "feed_forward.experts"),
+)

@@ -1,0 +1,67 @@
+"""Layers that hand a state from token to token in place of keys and values, as config.json describes them: which `layers` they are, how
+many tokens (`kernel`) of how many numbers (`channels`) their convolution sees, and the shape of their `state`, if they have one."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention (model/delta.py): heads of keys and queries, each shared by some heads of values."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    layers: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the convolution is over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """The state's shape."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvolution:
+    """A gated convolution and nothing else (model/convolution.py)."""
+
+    channels: int
+    kernel: int
+    layers: tuple[int, ...]
+    state = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 (model/mamba.py): heads of inputs, and groups of them that share what writes to the state and what reads it."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state_dim: int
+    kernel: int
+    conv_bias: bool
+    layers: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the convolution is over."""
+        return self.width + 2 * self.groups * self.state_dim
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """The state's shape."""
+        return self.heads, self.state_dim, self.head_dim
+
+
+Recurrent = DeltaNet | ShortConvolution | Mamba
