@@ -1,6 +1,7 @@
 """One family of errors, and the one place where a command turns them into a message and an exit code."""
 
 import _thread
+import atexit
 import contextlib
 import errno
 import logging
@@ -184,4 +185,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if code == 130:
         _flush(sys.stdout, sys.stderr)
         leave(code)
+    # From here on all is done, so Ctrl-C ends the process; Python would tell of it with a traceback of whatever is being cleaned up.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)

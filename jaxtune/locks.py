@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-YOUNG = 60.0  # seconds in which a folder may not be locked yet
+YOUNG = 5.0  # seconds in which a folder may not be locked yet
 
 
 def lock(path: Path) -> int:

@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="a run's folder, a reward model or classifier, or an adapter for one")
     parser.add_argument("--data", required=True, metavar="FILE", help="rows to score: a file, folder, glob or hub id")
     cli.add_columns(parser)
-    parser.add_argument("--step-separator", default="\n", help="of a model that judges step by step")
+    parser.add_argument("--step-separator", default="\n", help="of a model that judges step by step (default: %(default)r)")
     parser.add_argument("--batch-size", type=int, help="rows at a time")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; auto is the file's own")
     parser.add_argument("--quantization", help="nf4, nf4-dq or int8, of an adapter's base")

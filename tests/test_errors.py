@@ -70,6 +70,12 @@ def test_an_interrupted_command_ends_without_pythons_own_end():
     assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "interrupted\n")
 
 
+def test_ctrl_c_while_python_ends_is_quiet():
+    program = "import atexit, os, signal; from jaxtune import errors; atexit.register(os.kill, os.getpid(), signal.SIGINT); errors.run(int)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(
     ("number", "says"),
     [

@@ -89,7 +89,7 @@ def _find(path: str, split: str | None) -> list[Path] | None:
         if (here / "dataset_dict.json").exists():
             inner = here / (split or "")
             return [inner if (inner / "dataset_info.json").exists() else here]
-        files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith((".", "dataset_infos.json")))
+        files = sorted(p for p in here.rglob("*") if p.is_file() and _kind(p) and not _is_hidden(p.relative_to(here)))
         if not files:
             raise DataError(f"{path}: the folder holds none of {', '.join(KINDS)} files; name a file")
         return sniff.of_split(path, files, split, inside=here)
@@ -103,6 +103,11 @@ def _find(path: str, split: str | None) -> list[Path] | None:
     if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise DataError(f"{path}: no such file; check the path, which is taken from the folder the command is run in ({Path.cwd()})")
     return None
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file of a folder is no part of its rows: in .ipynb_checkpoints, say, or one that a killed process was writing."""
+    return path.name == "dataset_infos.json" or any(part.startswith(".") for part in path.parts)
 
 
 def rows(path: str, name: str | None = None, split: str | None = None, streaming: bool = False) -> Iterator[Row]:

@@ -124,7 +124,7 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path):
 
 
 def test_globs_and_folders_are_sources_of_several_files(tmp_path, config, tokenizers):
-    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl"):
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
         (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "many" / name).write_text(json.dumps({"prompt": f"{name} ", "completion": ""}) + "\n")
     (tmp_path / "many" / "README.md").write_text("no rows")
