@@ -1,6 +1,7 @@
 """Files and folders: made where they can be, there whole or not at all, known by their sha256."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -42,12 +43,24 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk's error names what was being written: the system says it of no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write into; it takes that name when the block ends, and is removed if the block fails."""
     make_folder(path.parent)
     scratch = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")  # some writers go by the suffix
     try:
-        yield scratch
+        with naming(path):
+            yield scratch
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

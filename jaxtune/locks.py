@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtune.disk import make_folder
+from jaxtune.disk import make_folder, naming
 
 try:
     import fcntl
@@ -53,7 +53,8 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             held = lock(folder)
-        yield folder
+        with naming(parent / name):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if held is not None:

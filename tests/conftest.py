@@ -21,10 +21,11 @@ os.environ.update(
 
 
 def _is_known(flag: str) -> bool:
-    """Whether all of XLA that is installed has a flag: one that it does not know ends the process. libtpu has few of the CPU's."""
+    """Whether all of XLA that is installed has a flag: one that it does not know ends the process. libtpu has few of the CPU's, and one that
+    was taken out (this one, after jax 0.10) is in the file still, but not as a text of its own."""
     library = Path(str(importlib.util.find_spec("jaxlib").origin)).parent / "libjax_common.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        return whole.find(flag.encode()) >= 0 and importlib.util.find_spec("libtpu") is None
+        return whole.find(b"\0" + flag.encode() + b"\0") >= 0 and importlib.util.find_spec("libtpu") is None
 
 
 # Collectives in one order on all fake devices: else they wait for each other where there are fewer cores (jaxtune/distributed.py).

@@ -1,6 +1,7 @@
 """Tiny random models as folders on disk, written with the safetensors package."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -30,7 +31,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 # Options of a compilation: the code generator that users have (see conftest.py), for programs that are looked at.
-OF_USERS = {"xla_cpu_use_fusion_emitters": True}
+OF_USERS = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 

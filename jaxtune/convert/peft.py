@@ -19,7 +19,7 @@ from jaxtune.convert import value as value_head
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
-from jaxtune.convert.peft_config import PREFIX, config_json, names_of_today, read_config
+from jaxtune.convert.peft_config import PREFIX, config_json, names_of_today, naming_config, read_config
 from jaxtune.convert.peft_embeddings import check_vocabulary, read_embeddings
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
 from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
@@ -161,8 +161,11 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     check_argument("path", path, (str, os.PathLike), "write jt.load_adapter(folder, model)")
     check_argument("model", model, Model, "write jt.load_adapter(folder, model)")
     path = Path(path).expanduser()
-    if not (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path} holds no adapter_config.json; give the folder that PEFT (or jaxtune) saved an adapter to")
+    with naming_config(path):
+        return _load(path, model)
+
+
+def _load(path: Path, model: Model) -> Adapter:
     kind, config = read_config(read_json(path / "adapter_config.json"), path)
     checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
     if model.config.model_type == "gpt_neox":  # whose head transformers 4 called embed_out

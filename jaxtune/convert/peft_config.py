@@ -1,8 +1,10 @@
 """adapter_config.json, both ways."""
 
+import contextlib
 import dataclasses
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ USUAL = set("peft_type task_type auto_mapping base_model_name_or_path revision i
 BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
 # ways to begin that change the base too: without that base the pair means something else
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@contextlib.contextmanager
+def naming_config(path: Path) -> Iterator[None]:
+    """Errors in an adapter folder's config (it is not there, a field is none that the model can have) name its file."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        raise ModelError(f"{path} holds no {file.name}; give the folder that PEFT (or jaxtune) saved an adapter to")
+    try:
+        yield
+    except ConfigError as error:
+        raise ModelError(f"{file}: {error}") from None
 
 
 def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:

@@ -58,9 +58,7 @@ class Safetensors:
 
     def __init__(self, path: str | os.PathLike, stem: str = "model"):
         path = Path(path)
-        self.entries: dict[str, Entry] = {}
-        for file in [path] if path.is_file() else _shards(path, stem):
-            self.entries.update(_read_header(file))
+        self.entries = _read_header(path) if path.is_file() else _read_folder(path, stem)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, read into memory of its own."""
@@ -77,11 +75,12 @@ class Safetensors:
         return np.array(data.view(entry.dtype).reshape(entry.shape)[index])
 
 
-def _shards(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of a folder: `model.safetensors`, or what `model.safetensors.index.json` lists."""
+def _read_folder(folder: Path, stem: str) -> dict[str, Entry]:
+    """The tensors of a folder's `model.safetensors`, or of the files that `model.safetensors.index.json` lists, which decides where
+    two of them hold one."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return _read_header(single)
     if not index.is_file():
         pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLES and not file.name.startswith("training_args"))
         if pickles:
@@ -93,12 +92,16 @@ def _shards(folder: Path, stem: str) -> list[Path]:
         raise ModelError(f"{index}: weight_map is not a map from tensor names to files of this folder")
     if pickles := sorted(file for file in files if file.endswith(PICKLES)):
         raise refuse_pickle(folder / pickles[0])
+    headers: dict[str, dict[str, Entry]] = {}
     for name, file in weight_map.items():
         if not (folder / file).is_file():
             raise ModelError(f"{folder / file} is missing; {index.name} says that it holds {name}. Fetch it again")
-        if name not in _read_header(folder / file):
+        if file not in headers:
+            headers[file] = _read_header(folder / file)
+        if name not in headers[file]:
             raise ModelError(f"{folder / file} does not hold {name}, though {index.name} says so. Fetch the folder again")
-    return sorted({folder / file for file in weight_map.values()})
+    found = {name: entry for file in sorted(headers) for name, entry in headers[file].items()}
+    return found | {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
@@ -109,7 +112,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
             raise ModelError(f"{file} is not a safetensors file, or is cut inside its header ({size} bytes). Fetch it again")
         text = stream.read(length)
     try:
-        header = json.loads(text)
+        header = dict(json.loads(text))
         header.pop("__metadata__", None)
         entries = {name: _entry(file, 8 + length, size, name, info) for name, info in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -35,6 +35,9 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise anything from OSError to a bare Exception here
+        for name in (*TOKENIZER_FILES, "special_tokens_map.json"):
+            if name.endswith(".json") and (folder / name).is_file():
+                read_json(folder / name)  # says which of them is damaged, and where
         reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         models = [name for name in SENTENCEPIECE if (folder / name).is_file()]
         if models and not (folder / "tokenizer.json").is_file() and not importlib.util.find_spec("sentencepiece"):
@@ -44,7 +47,11 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
             )
         elif not models and not any((folder / name).is_file() for name in TOKENIZER_FILES[:-1]):
             reason = "there is a tokenizer_config.json but no tokenizer.json; copy that from the model it came with"
+        else:
+            reason += "; fetch its files again, all of them from one model"
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise ModelError(f"{folder}/tokenizer_config.json has model_max_length={longest!r}; it has to be a number")
     if tokenizer.chat_template is None and (folder / PROCESSORS).is_file():
         tokenizer.chat_template = read_json(folder / PROCESSORS).get("chat_template")
     return tokenizer

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from jaxtune.data.examples import Chat
 from jaxtune.data.files import Row, RowError
 from jaxtune.data.masks import FLAGS, squeeze
@@ -44,6 +46,14 @@ class Rendered:
     turns: list[Turn] = field(default_factory=list)
 
 
+def refusal(error: Exception) -> str:
+    """What a template that cannot write messages says of them, or of itself."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, TemplateSyntaxError):
+        return f"the chat template is not valid Jinja (line {error.lineno}: {reason}). Fetch the tokenizer's files again"
+    return f"the chat template refuses the messages: {reason}. Write them as it wants them"
+
+
 class Template:
     """The chat template of a tokenizer, or `override` (Jinja source) in its place."""
 
@@ -73,11 +83,7 @@ class Template:
                 **chat.template_kwargs,
             )  # fmt: skip
         except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise row.fail(
-                f"the chat template refuses the messages: {reason}. Write them as it wants them, or set data.chat_template to another",
-                "template_refuses",
-            ) from None
+            raise row.fail(f"{refusal(error)}, or set data.chat_template to another", "template_refuses") from None
 
     def whole(self, row: Row, chat: Chat, generation: bool = False) -> str:
         """The text of a chat of which nothing is to be located, and whose questions must all be in it."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.data.masks import open_ids
-from jaxtune.data.templates import dropped
+from jaxtune.data.templates import dropped, refusal
 from jaxtune.errors import DataError, ModelError
 
 _PROBE = "ZQX"  # an answer that no template changes
@@ -68,8 +68,7 @@ def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
     try:
         text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name}: the chat template refuses the messages: {reason}") from None
+        raise DataError(f"{name}: {refusal(error)}, or put another beside the tokenizer (chat_template.jinja)") from None
     if missing := dropped(messages, text):
         raise DataError(
             f"{name}: the chat template drops {missing}, or changes its text; leave the message out, or put a template that shows it "
@@ -90,7 +89,7 @@ def stop_tokens(model: Any) -> set[int]:
         if wrong := [token for token in named if token is not None and not _is_token(token)]:
             raise ModelError(f"eos_token_id of {model.source or 'this model'} is {wrong[0]!r}; it has to be a token id or a list of them")
         found.update(named)
-    return {token for token in found if token is not None}
+    return {token for token in found if token is not None and 0 <= token < model.config.vocab_size}
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

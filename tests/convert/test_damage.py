@@ -15,6 +15,7 @@ import jaxtune as jt
 from jaxtune import errors
 from jaxtune.convert.gguf_out import save_gguf
 from jaxtune.export import export
+from jaxtune.generation.prompts import stop_tokens
 
 Q = "model.layers.0.self_attn.q_proj"
 PAIR = f"base_model.model.{Q}.lora_"
@@ -189,6 +190,40 @@ def test_index(folder, files):
     assert ("is a pickle" if ".bin" in str(files) else "weight_map is not a map") in text
 
 
+def test_a_tensor_in_two_files_is_that_of_the_index(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = "model.norm.weight"
+    save_file(tensors, folder / "a.safetensors")
+    save_file({name: tensors[name] + 1, "lm_head.weight": tensors["lm_head.weight"]}, folder / "b.safetensors")
+    where = dict.fromkeys(tensors, "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    np.testing.assert_array_equal(jt.load(folder).params["norm"], tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "{}", "'added_tokens'; fetch its files again"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json has model_max_length='x'"),
+    ],
+)
+def test_a_damaged_tokenizer(folder, name, content, said):
+    (folder / name).write_text(content)
+    assert said in message(jt.load, folder)
+
+
+def test_a_template_that_is_no_template(folder):
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}")
+    assert "the chat template is not valid Jinja (line 1: " in message(lambda: jt.generate(jt.load(folder), "hi", max_new_tokens=1))
+
+
+def test_a_stop_token_that_no_integer_holds(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1' + 30 * "0" + "}")
+    assert 10**30 not in stop_tokens(jt.load(folder))
+
+
 @pytest.mark.parametrize("ends", ["x", {"a": 1}, [[1]]])
 def test_stop_tokens_that_are_none(folder, ends):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
@@ -231,7 +266,8 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder):
 def test_adapter_configs(made, tmp_path, change, said):
     shutil.copytree(made[0] / "adapter", tmp_path / "a")
     set_config(tmp_path / "a", "adapter_config.json", **change)
-    assert said in message(jt.load_adapter, tmp_path / "a", made[1])
+    text = message(jt.load_adapter, tmp_path / "a", made[1])
+    assert said in text and str(tmp_path / "a") in text
 
 
 @pytest.mark.parametrize(
