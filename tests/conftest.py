@@ -21,7 +21,7 @@ os.environ.update(
 
 
 def _is_known(flag: str) -> bool:
-    """Whether all of XLA that is installed has a flag: one that it does not know ends the process. libtpu has few of the CPU's, and one that
+    """Whether all of XLA that is installed has a flag: one that it does not know ends the process. libtpu has few of them, and one that
     was taken out (this one, after jax 0.10) is in the file still, but not as a text of its own."""
     library = Path(str(importlib.util.find_spec("jaxlib").origin)).parent / "libjax_common.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
