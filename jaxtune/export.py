@@ -11,6 +11,7 @@ checked: its logits beside those of base and adapter, on real prompts.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -30,6 +31,7 @@ from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, re
 from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.quantised import format_of
 from jaxtune.convert.tensors import Safetensors, check_finite, read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
@@ -190,8 +192,10 @@ def _merge(
         base = Packed(base, opened.config, found.dtype, pack)
         stored = "bfloat16" if stored == "float32" else stored
     dtype = dtype or stored
-    if found.quantization:
-        log.info("the base was trained as %s; it is merged as what that stands for, in %s", found.quantization, dtype)
+    in_file = format_of(json.loads(opened.config.hf_json))
+    packed = {"is stored": in_file and in_file.what, "was trained": found.quantization}
+    if packed_as := " and ".join(f"{verb} as {kind}" for verb, kind in packed.items() if kind):
+        log.info("the base %s; it is merged as what that stands for, in %s", packed_as, dtype)
     if head:  # another head than the checkpoint's, so the tree is written as it is here, not read once more
         opened, base = dataclasses.replace(opened, config=model.config), None
     else:

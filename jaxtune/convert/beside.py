@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.convert.tensors import Entry, Plan, Safetensors
+from jaxtune.convert.tensors import Entry, Plan, Safetensors, read_entry
 from jaxtune.errors import ModelError
 from jaxtune.model.families import NESTED, ModelConfig, nested
 from jaxtune.model.families.nested import MODULES
@@ -31,8 +31,10 @@ class Beside:
         self._maps = {file: np.memmap(file, np.uint8, "r") for file in {entry.file for entry in entries.values()}}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as it lies in the file."""
+        """One tensor, as it lies in the file; what is dequantised while it is read in the dtype to store it in."""
         entry = self.entries[name]
+        if entry.packed:
+            return read_entry(name, entry).astype(entry.dtype)
         return self._maps[entry.file][entry.start : entry.start + entry.nbytes].view(entry.dtype).reshape(entry.shape)
 
     def name(self, name: str) -> str:

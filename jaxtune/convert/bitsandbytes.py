@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.convert.names import Cell, cells, spellings
+from jaxtune.convert.quantised import BITSANDBYTES, settings_of
 from jaxtune.convert.tensors import DTYPES, Checkpoint, Entry, Plan
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig, nested
@@ -31,18 +32,10 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def is_packed(hf: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the tensors are bitsandbytes'; ModelError for another tool's quantisation."""
-    settings = hf.get("quantization_config")
-    if not settings:
+    """Whether config.json says that the tensors are bitsandbytes'; ModelError for a quantisation that is not read."""
+    settings = settings_of(hf)
+    if settings is None or settings["quant_method"] != BITSANDBYTES:
         return False
-    if not isinstance(settings, Mapping):
-        raise ModelError(f"config.json says quantization_config={settings!r}; it has to be an object")
-    method = settings.get("quant_method", "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else None)
-    if method == "mxfp4":  # convert/mxfp4.py
-        return False
-    if method != "bitsandbytes":
-        can = "bitsandbytes' nf4, fp4 and int8, and mxfp4, can be read"
-        raise ModelError(f"config.json says quant_method {method!r}; {can}. Give the original model")
     keys = settings.get("llm_int8_skip_modules") or []
     try:
         fits = isinstance(keys, list) and all(re.compile(key) for key in keys)

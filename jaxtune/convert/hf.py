@@ -18,6 +18,7 @@ from jaxtune.convert.beside import Beside
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
+from jaxtune.convert.quantised import KEYS
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, write_tensors
 from jaxtune.convert.together import plans_of_files
@@ -44,7 +45,7 @@ def load_params(
     """The parameter tree of a checkpoint.
 
     source    its tensors under Hugging Face's names; read one at a time
-    dtype     of every plain leaf, or a function of its path; "auto" keeps what the file has
+    dtype     of every plain leaf, or a function of its path; "auto" is the dtype of its entry
     quantize  `(path, matrix) -> leaf`, called for every tensor after the cast, layer by layer
     shards    reads (and packs) in its stead, onto a mesh, where the tree is to lie on several devices
 
@@ -59,7 +60,7 @@ def load_params(
         background.go_on()
         name, row = names[cell.name], rows[cell.path]
         own = dtype if isinstance(dtype, str) else dtype(cell.path)
-        own = "float32" if row.float32 and own != "auto" else own
+        own = str(jax.dtypes.canonicalize_dtype(source.entries[name].dtype)) if own == "auto" else "float32" if row.float32 else own
         leaf = shards.leaf(name, cell, row, own) if shards else _leaf(source, name, cell, own, quantize)
         if not cell.index:
             tree[cell.path] = leaf
@@ -86,8 +87,7 @@ def _leaf(source: Checkpoint, name: str, cell: Cell, dtype: str, quantize: Quant
     value = source.read(name)
     if is_weight(value):
         return value
-    value = _matrix(value, cell)
-    value = value if dtype == "auto" else value.astype(dtype)
+    value = _matrix(value, cell).astype(dtype)
     return quantize(cell.path, value) if quantize else value
 
 
@@ -271,4 +271,6 @@ def config_json(config: ModelConfig, plans: list[Plan]) -> dict:
     if from_hf(hf).vocab_size != config.vocab_size:
         hf = nested.changed(hf, vocab_size=config.vocab_size)
     # The tensors are dense now, and the Python files of a remote-code model are not copied (nor ever run).
-    return {key: value for key, value in hf.items() if key not in ("quantization_config", "auto_map")}
+    if isinstance(hf.get("text_config"), dict):
+        hf["text_config"] = {key: value for key, value in hf["text_config"].items() if key not in KEYS}
+    return {key: value for key, value in hf.items() if key not in (*KEYS, "auto_map")}

@@ -19,10 +19,10 @@ from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skippe
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
-from jaxtune.convert.mxfp4 import MXFP4, is_mxfp4
 from jaxtune.convert.names import leave_out, unstack_experts
+from jaxtune.convert.quantised import dense, format_of
 from jaxtune.convert.shards import Shards
-from jaxtune.convert.tensors import Checkpoint, Safetensors, read_json
+from jaxtune.convert.tensors import Checkpoint, Safetensors, main_dtype, read_json
 from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
@@ -75,7 +75,8 @@ def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | 
 
     dtype         of the parameters and of the computation: float32, bfloat16 or float16, or jnp's; "auto" is the file's own
     quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": linear layers and experts are packed while they are
-                  read. A bitsandbytes checkpoint is packed already and stays as it is
+                  read. A bitsandbytes checkpoint is packed already and stays as it is; what other tools have packed
+                  (fp8, compressed-tensors, gptq, awq, mxfp4) is dequantised while it is read, and then as any other
 
     Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
     """
@@ -121,13 +122,14 @@ def open_model(source: str | os.PathLike) -> Opened:
     config_json = read_json(path / "config.json")
     checkpoint: Any = Safetensors(path)
     config = _described(config_json, path / "config.json")
+    checkpoint.entries = dense(checkpoint.entries, config_json, config)
     checkpoint, beside = set_apart(checkpoint, config, path)
     config = nested.as_in_file(config, checkpoint.entries) if beside else config
     ignored = FAMILIES[config.model_type].ignored
     sharing = "|".join(map(str, range(config.num_layers - config.kv_sharing, config.num_layers)))
     leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers, sharing=sharing or "-"))
     if any(row.part for row in spec(config).values()):
-        checkpoint = Apart(MXFP4(checkpoint) if is_mxfp4(config_json) else checkpoint, config)
+        checkpoint = Apart(checkpoint, config)
     else:
         unstack_experts(checkpoint.entries)
     if is_packed(config_json):
@@ -176,6 +178,7 @@ def _described(hf_json: dict, file: Path) -> ModelConfig:
             'as transformers writes it ("model_type": "llama", ...)'
         )
     try:
+        format_of(hf_json)
         return from_hf(hf_json)
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
@@ -195,11 +198,7 @@ def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
 
 def stored_dtype(opened: Opened) -> str:
     """The dtype that most of a checkpoint's bytes have."""
-    sizes = dict.fromkeys(DTYPES[:3], 0)
-    for entry in opened.checkpoint.entries.values():
-        if str(entry.dtype) in sizes:
-            sizes[str(entry.dtype)] += entry.nbytes
-    return max(sizes, key=lambda name: sizes[name])
+    return main_dtype(opened.checkpoint.entries.values())
 
 
 def quantizer(config: ModelConfig, quantization: str | None) -> hf.Quantize | None:

@@ -92,6 +92,8 @@ def unstack_experts(entries: dict[str, Entry]) -> None:
     for name in [name for name in entries if _STACKED.fullmatch(name)]:
         prefix, kind = _STACKED.fullmatch(name).groups()  # type: ignore[union-attr]
         stack = entries.pop(name)
+        if stack.packed:
+            raise ModelError(f"{stack.file}: tensor {name} is a stack of quantised experts, which is not read; give the original model")
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
         shape = (stack.shape[1] // len(parts), stack.shape[2])
         matrix = stack._replace(shape=shape)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import parallel
@@ -40,7 +39,7 @@ class Shards:
         whole = value(None)
         if is_weight(whole):  # packed in the file
             return parallel.place(whole, self.of_layer(whole, cell.path, row))
-        return jax.make_array_from_callback(shape, matrix, _once(lambda index: _cast(value(index), dtype)))
+        return jax.make_array_from_callback(shape, matrix, _once(lambda index: value(index).astype(dtype)))
 
     def shardings(self, path: str, row: Row, shapes: Matrix) -> Any:
         """Where a whole stack of leaves lies."""
@@ -48,7 +47,8 @@ class Shards:
 
     def _open(self, name: str, cell: Cell) -> Callable[[Index | None], Any]:
         """`part(index)` of the tensor as it stands in the tree (`[out, in]`); `part(None)` is a leaf that the file has packed."""
-        partial = getattr(self.source, "read_part", None)
+        is_packed = getattr(self.source.entries[name], "packed", None)  # dequantised whole, and so once
+        partial = None if is_packed else getattr(self.source, "read_part", None)
         whole = None if partial else self.source.read(name)
 
         def part(index: Index | None) -> Any:
@@ -69,9 +69,9 @@ class Shards:
         for whole, part, sharding in zip(*map(jax.tree.leaves, (plain, own, shardings)), strict=True):
             alone &= sharding.shard_shape(whole.shape) == part.shape
         if not alone:
-            leaf = quant.quantize(jnp.asarray(_cast(value((slice(None), slice(None))), dtype)), kind)
+            leaf = quant.quantize(jnp.asarray(value((slice(None), slice(None))).astype(dtype)), kind)
             return parallel.place(leaf, self.of_layer(leaf, path, row))
-        pack = _once(lambda index: quant.quantize(jnp.asarray(_cast(value(index), dtype)), code))
+        pack = _once(lambda index: quant.quantize(jnp.asarray(value(index).astype(dtype)), code))
         leaf = _assemble(plain, shardings, {device: pack(index) for device, index in matrix.addressable_devices_indices_map(shape).items()})
         if not nested:
             return leaf
@@ -85,10 +85,6 @@ class Shards:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,) * depth + x.shape, x.dtype), leaf)
         stacked = self.shardings(path, row, shapes)
         return jax.tree.map(lambda s: NamedSharding(self.mesh, PartitionSpec(*s.spec[depth:])), stacked)
-
-
-def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
-    return value if dtype == "auto" else value.astype(dtype)
 
 
 def _once(function: Callable[[Index], Any]) -> Callable[[Index], Any]:

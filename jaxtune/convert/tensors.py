@@ -24,18 +24,23 @@ DTYPES = {
     "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
     "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # the safetensors package's own bound
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its file, dtype and shape, and its first byte."""
+    """Where a tensor lies: its file, dtype and shape, and its first byte.
+
+    packed  of a dense tensor that the file holds as others (convert/packed.py): it is read as float32, and `dtype` is what to store it in
+    """
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    packed: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -62,17 +67,38 @@ class Safetensors:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, read into memory of its own."""
-        entry = self.entries[name]
-        data = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.start)
-        if data.size != entry.nbytes:
-            raise ModelError(f"{entry.file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
-        return data.view(entry.dtype).reshape(entry.shape)
+        return read_entry(name, self.entries[name])
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`read(name)[index]` without reading the rest."""
-        entry = self.entries[name]
-        data = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.nbytes,)) if entry.nbytes else np.zeros(0, np.uint8)
-        return np.array(data.view(entry.dtype).reshape(entry.shape)[index])
+        """`read(name)[index]` without reading the rest; what is packed is read whole, but for other experts."""
+        return read_part(name, self.entries[name], index)
+
+
+def read_entry(name: str, entry: Entry) -> np.ndarray:
+    """A tensor whole, read into memory of its own."""
+    if entry.packed:
+        return read_part(name, entry, ())
+    data = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.start)
+    if data.size != entry.nbytes:
+        raise ModelError(f"{entry.file}: the file ends inside tensor {name}; it was cut or is still being written. Fetch it again")
+    return data.view(entry.dtype).reshape(entry.shape)
+
+
+def read_part(name: str, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor."""
+    if entry.packed:
+        return entry.packed.read((*index, *(slice(None),) * (len(entry.shape) - len(index))))
+    data = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.nbytes,)) if entry.nbytes else np.zeros(0, np.uint8)
+    return np.array(data.view(entry.dtype).reshape(entry.shape)[index])
+
+
+def main_dtype(entries: Iterable[Any]) -> str:
+    """float32, bfloat16 or float16: what most bytes of these tensors are."""
+    sizes = {"float32": 0, "bfloat16": 0, "float16": 0}
+    for entry in entries:
+        if str(entry.dtype) in sizes:
+            sizes[str(entry.dtype)] += entry.nbytes
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def _read_folder(folder: Path, stem: str) -> dict[str, Entry]:

@@ -59,7 +59,7 @@ def set_config(folder, name="config.json", **changes):
         (dict(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}), "model_type 'mine' is not supported"),
         (dict(architectures=[3], vocab_size=7), "shape [339, 32], but config.json asks for [7, 32]"),
         (dict(quantization_config="nf4"), "quantization_config='nf4'"),
-        (dict(quantization_config={"quant_method": "gptq"}), "quant_method 'gptq'"),
+        (dict(quantization_config={"quant_method": "gptq"}), "packed as gptq, 4 bits, but all of them are plain"),
         (dict(quantization_config={"load_in_4bit": True, "llm_int8_skip_modules": ["a("]}), "llm_int8_skip_modules=['a(']"),
         (dict(quantization_config={"load_in_4bit": True}), "bitsandbytes has packed the tensors, but all of them are plain"),
         (dict(num_key_value_heads="2"), "num_key_value_heads='2'"),
@@ -140,7 +140,7 @@ def edit_header(file, edit):
         (lambda info: info.update(shape=[64.0, 32.0]), "no whole number"),
         (lambda info: info.update(data_offsets=["0", "5"]), "no whole number"),
         (lambda info: info.update(data_offsets=[0, 8192]), "but the one before it ends at"),
-        (lambda info: info.update(dtype="F8_E8M0"), "dtype F8_E8M0"),
+        (lambda info: info.update(dtype="F6_E2M3"), "dtype F6_E2M3"),
     ],
 )
 def test_safetensors_headers(folder, edit, said):
