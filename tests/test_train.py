@@ -51,7 +51,7 @@ def metrics(run):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_a_run_lowers_the_loss_and_leaves_its_folder(config, tmp_path, method):
+def test_a_run_lowers_the_loss_and_leaves_its_folder(config, folder, tmp_path, method):
     ended = train(config(method=method, max_steps=8, data={"eval": 0.3}))
     run = tmp_path / "run"
     rows = [row for row in metrics(run) if "loss" in row]
@@ -65,15 +65,12 @@ def test_a_run_lowers_the_loss_and_leaves_its_folder(config, tmp_path, method):
     record = json.loads((run / "run.json").read_text())
     assert record["versions"]["jax"] == jax.__version__ and record["model"]["sha256"]["model.safetensors"]
     assert ended.step == 8 and ended.metrics["loss"] == rows[-1]["loss"]
-
-
-def test_the_adapter_on_disk_is_the_one_that_was_trained(config, folder, tmp_path):
-    result = train(config())
-    model = jt.load(folder / "model")
-    tokens = np.asarray([[5, 6, 7, 8, 9]], np.int32)
-    ours = jt.forward(model.config, jt.compose(model.params, result.trainable), tokens)
-    disk = jt.forward(model.config, jt.compose(model.params, jt.load_adapter(tmp_path / "run" / "adapter", model)), tokens)
-    np.testing.assert_array_equal(ours, disk)
+    if method == "lora":  # what lies on disk is what was trained
+        model = jt.load(folder / "model")
+        tokens = np.asarray([[5, 6, 7, 8, 9]], np.int32)
+        adapters = ended.trainable, jt.load_adapter(run / "adapter", model)
+        ours, disk = (jt.forward(model.config, jt.compose(model.params, adapter), tokens) for adapter in adapters)
+        np.testing.assert_array_equal(ours, disk)
 
 
 BEGINNINGS = {

@@ -70,13 +70,24 @@ def whole(setup):
     return gradient_step(setup, {})
 
 
+@pytest.fixture(scope="module")
+def padded(setup):
+    """The same step on rows that are not packed."""
+    return gradient_step(setup, unpacked(setup))
+
+
+def unpacked(setup):
+    return {"data": setup[0].data.to_dict() | {"packing": False}}
+
+
 @pytest.mark.parametrize("rows, accumulation", [(1, 8), (2, 4), (4, 2)])
-def test_accumulation(setup, whole, rows, accumulation):
-    packing = setup[0].data.to_dict() | {"packing": False}
-    plain = gradient_step(setup, {"data": packing})
-    split = {"data": packing, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-    assert_same(plain, gradient_step(setup, split))
-    assert_same(plain, whole)  # the seven rows, packed
+def test_accumulation(setup, padded, rows, accumulation):
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    assert_same(padded, gradient_step(setup, unpacked(setup) | split))
+
+
+def test_packing(padded, whole):
+    assert_same(padded, whole)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
@@ -108,12 +119,10 @@ def test_packed_rows_equal_rows_alone(setup):
     np.testing.assert_allclose(padded, alone, atol=2e-5)
 
 
-def test_pmap_is_the_same_step(setup):
+def test_pmap_is_the_same_step(setup, padded):
     """The step under `jax.pmap` with an axis name: each device its rows, the sums added up before they are divided."""
     run, model, tokenizer, trainable, base = setup
-    packing = {"data": run.data.to_dict() | {"packing": False}}
-    expected = gradient_step(setup, packing)
-    config = run.replace(max_grad_norm=0.0, **packing)
+    config = run.replace(max_grad_norm=0.0, **unpacked(setup))
     batch = data.load(config, tokenizer).train.batch_at(0)
     devices = 4
     split = jax.tree.map(lambda x: x.reshape(1, devices, -1, x.shape[-1]).swapaxes(0, 1), batch)
@@ -122,4 +131,4 @@ def test_pmap_is_the_same_step(setup):
     repeat = lambda tree: jax.tree.map(lambda x: jax.numpy.stack([x] * devices), tree)  # noqa: E731
     state, metrics = step(repeat(init_state(trainable, optax.sgd(1.0), 0)), repeat(base), split)
     change = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new[0]), trainable, state.trainable)
-    assert_same(expected, ({name: float(value[0]) for name, value in metrics.items()}, change))
+    assert_same(padded, ({name: float(value[0]) for name, value in metrics.items()}, change))

