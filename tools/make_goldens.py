@@ -299,18 +299,26 @@ CASES |= {
     ),
     "lfm2": LFM2 | dict(model_type="lfm2", full_attn_idxs=[2], block_ff_dim=36, block_multiple_of=8, block_ffn_dim_multiplier=0.9),
     "lfm2_moe": LFM2
-    | dict(model_type="lfm2_moe", layer_types=["conv", "full_attention", "conv"], num_dense_layers=1, moe_intermediate_size=20)
-    | dict(num_experts=6, num_experts_per_tok=3, routed_scaling_factor=1.5),
+    | dict(model_type="lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1, moe_intermediate_size=20)
+    | dict(num_experts=6, num_experts_per_tok=3, routed_scaling_factor=1.5, num_hidden_layers=2),
     "apertus": {key: value for key, value in SMALL.items() if key != "rope_theta"}
     | dict(model_type="apertus", attention_bias=True, rope_scaling=LLAMA3),
     "granitemoehybrid": SMALL
     | GRANITEMOE
-    | dict(model_type="granitemoehybrid", layer_types=["mamba", "attention", "mamba"], num_hidden_layers=3, position_embedding_type="nope")
+    | dict(model_type="granitemoehybrid", layer_types=["mamba", "attention"], position_embedding_type="nope")
     | dict(shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=4),
     "granitemoehybrid_dense": SMALL
     | GRANITEMOE
     | dict(model_type="granitemoehybrid", layer_types=["attention"] * 2, num_local_experts=0, num_experts_per_tok=0)
     | dict(shared_intermediate_size=24, position_embedding_type="rope", mamba_n_heads=4, mamba_d_head=8),
+    "glm4_moe_lite": {key: value for key, value in DEEPSEEK.items() if key != "n_group"}
+    | dict(model_type="glm4_moe_lite", topk_group=1, mlp_layer_types=["sparse"], routed_scaling_factor=1.5, num_hidden_layers=1),
+    "dots1": SMALL
+    | dict(model_type="dots1", n_routed_experts=6, num_experts_per_tok=3, n_shared_experts=1, moe_intermediate_size=20)
+    | dict(routed_scaling_factor=1.5, norm_topk_prob=True, sliding_window=5, max_window_layers=1),
+    "flex_olmo": SMALL
+    | dict(model_type="flex_olmo", head_dim=4, intermediate_size=20, num_experts=6, num_experts_per_tok=3)
+    | dict(rms_norm_eps=0.1),  # else the norm after them undoes what the experts' weights sum to
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

@@ -20,12 +20,13 @@ BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
           "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
+          "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
           "lfm2": dict(full_attn_idxs=[0, 3]),
           "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
           "gemma4_text": dict(num_kv_shared_layers=12, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)}
 UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "gpt_bigcode": {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
-          **dict.fromkeys(("deepseek_v2", "deepseek_v3"), {"head_dim", "qk_head_dim"})}  # transformers reads them nowhere
+          **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), {"head_dim", "qk_head_dim"})}  # transformers reads them nowhere
 
 
 def others(value):

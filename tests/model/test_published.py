@@ -229,6 +229,17 @@ PUBLISHED = {
         dict(model_type="glm4_moe", vocab_size=151552, head_dim=128, attention_bias=True) | size(4096, 10944, 46, 96),
         106852251264,
     ),
+    "GLM-4.7-Flash": (  # without its layer for further tokens, as the hub counts it: 31221488576
+        dict(model_type="glm4_moe_lite", vocab_size=154880, head_dim=64, rope_theta=1e6) | size(2048, 10240, 47, 20),
+        29943393920,
+    ),
+    "dots.llm1": (
+        dict(model_type="dots1", vocab_size=152064, n_routed_experts=128, num_experts_per_tok=6, n_shared_experts=2, sliding_window=None)
+        | dict(first_k_dense_replace=1)
+        | size(4096, 10944, 62, 32),
+        142774381696,
+    ),
+    "FlexOlmo-7x7B-1T": (dict(model_type="flex_olmo", vocab_size=100352) | size(4096, 11008, 32, 32), 33270665216),
     "c4ai-command-r-v01": (dict(model_type="cohere", vocab_size=256000, rope_theta=8e6) | size(8192, 22528, 40, 64), 34980831232),
     "c4ai-command-r7b-12-2024": (
         dict(model_type="cohere2", vocab_size=256000, num_key_value_heads=8, rope_theta=50000, logit_scale=0.25)

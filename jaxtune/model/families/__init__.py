@@ -18,12 +18,13 @@ from jaxtune.model.families import heads, nested
 from jaxtune.model.families.apertus import APERTUS
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.cohere import COHERE, COHERE2
-from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
+from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
 from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.gemma4 import GEMMA4
 from jaxtune.model.families.glm import GLM, GLM4
+from jaxtune.model.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE
 from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
@@ -47,7 +48,7 @@ from jaxtune.model.families.llama import (
 )
 from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from jaxtune.model.families.nested import NESTED
-from jaxtune.model.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
+from jaxtune.model.families.olmo import EXAONE4, FLEX_OLMO, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
 from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
@@ -60,10 +61,12 @@ FAMILIES: dict[str, Family] = {
     "cohere2": COHERE2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "dots1": DOTS1,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
     "ernie4_5_moe": ERNIE4_5_MOE,
     "falcon": FALCON,
+    "flex_olmo": FLEX_OLMO,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
@@ -71,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
     "gpt_bigcode": GPT_BIGCODE,
     "gpt_neox": GPT_NEOX,
@@ -159,7 +163,7 @@ _WANTED = {
     **dict.fromkeys(_WHOLE, "a whole number"),
     **dict.fromkeys(_POSITIVE, "a number above 0"),
     **dict.fromkeys(("initializer_range", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
-    **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type",
+    **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type", "mlp_layer_types",
                     "time_step_limit"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }

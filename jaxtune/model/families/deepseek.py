@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (Moonlight too), with latent attention, and GLM 4.5 without; dense layers, then experts beside a shared one."""
+"""DeepSeek V2 and V3 (Moonlight too): latent attention; dense layers, then experts beside a shared one."""
 
 import math
 from typing import Any
@@ -7,15 +7,15 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common, whole_rope
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
-from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
+from jaxtune.model.families.parts import Rows, linear, mlp, norm, shared_expert
 from jaxtune.model.row import Row
 
 
-def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
-    """All layers from `first_k_dense_replace` on; transformers has no load-balancing loss for these."""
+def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -> Moe | None:
+    """All layers from `first_k_dense_replace` on where none are listed; transformers has no load-balancing loss for these."""
     number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
-    layers, inner = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])), hf["moe_intermediate_size"]
-    groups = (hf["n_group"] or 1, hf["topk_group"] or 1)
+    layers = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])) if layers is None else layers
+    inner, groups = hf["moe_intermediate_size"], (hf["n_group"] or 1, hf["topk_group"] or 1)
     if min(groups) < 1 or number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
         raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
     if changes.get("sigmoid") and groups[0] > 1 and number // groups[0] < 2:
@@ -30,7 +30,8 @@ def _experts_of(hf: dict[str, Any], **changes) -> Moe | None:
     return moe_of(hf, number, inner, layers, **fields | changes)
 
 
-def _fed(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows:
+def dense_or_experts(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows:
+    """The second half of a layer."""
     yield from norm(c, "mlp_norm", "post_attention_layernorm", gguf)
     if c.moe is None or layer not in c.moe.layers:
         yield from mlp(c)
@@ -46,7 +47,8 @@ def _fed(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows:
 # ---- DeepSeek V2 and V3 ----
 
 
-def _latent(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
+def latent_config(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
+    """Latent attention, as all of these say it."""
     heads, turning, still, value = hf["num_attention_heads"], hf["qk_rope_head_dim"], hf["qk_nope_head_dim"], hf["v_head_dim"]
     if (hf.get("num_key_value_heads") or heads) != heads:
         raise ModelError(f"num_key_value_heads={hf['num_key_value_heads']} is not num_attention_heads={heads}; latents make one for each")
@@ -71,15 +73,16 @@ def _deepseek_v2(hf: dict[str, Any]) -> ModelConfig:
     if (method := hf["topk_method"]) not in ("greedy", "group_limited_greedy"):
         raise ModelError(f"topk_method={method!r} is not supported for deepseek_v2; supported are greedy, group_limited_greedy")
     groups = {} if method == "group_limited_greedy" else dict(n_group=1, topk_group=1)
-    return _latent(hf, interleaved=True, moe=_experts_of(hf | groups, normalize=False))
+    return latent_config(hf, interleaved=True, moe=experts_of(hf | groups, normalize=False))
 
 
 def _deepseek_v3(hf: dict[str, Any]) -> ModelConfig:
-    moe = _experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
-    return _latent(hf, interleaved=bool(hf["rope_interleave"]), moe=moe)
+    moe = experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    return latent_config(hf, interleaved=bool(hf["rope_interleave"]), moe=moe)
 
 
-def _deepseek_layer(c: ModelConfig, layer: int) -> Rows:
+def latent_layer(c: ModelConfig, layer: int) -> Rows:
+    """A layer with latent attention."""
     assert c.latent is not None
     low, width, q = c.latent, c.hidden_size, c.num_heads * c.head_dim
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
@@ -96,7 +99,7 @@ def _deepseek_layer(c: ModelConfig, layer: int) -> Rows:
     both = c.num_heads * (low.still + low.value)
     yield from linear("kv_b", both, low.kv_rank, ("heads", "embed"), "self_attn.kv_b_proj", "attn_kv_b")
     yield from linear("o", width, c.num_heads * low.value, ("embed", "heads"), "self_attn.o_proj", "attn_output", c.out_bias)
-    yield from _fed(c, layer)
+    yield from dense_or_experts(c, layer)
 
 
 _DEEPSEEK = DEFAULTS | dict(
@@ -104,7 +107,7 @@ _DEEPSEEK = DEFAULTS | dict(
 )
 DEEPSEEK_V2 = Family(
     _deepseek_v2,
-    _deepseek_layer,
+    latent_layer,
     _DEEPSEEK
     | dict(
         first_k_dense_replace=0,
@@ -119,7 +122,7 @@ DEEPSEEK_V2 = Family(
 )
 DEEPSEEK_V3 = Family(
     _deepseek_v3,
-    _deepseek_layer,
+    latent_layer,
     _DEEPSEEK
     | dict(
         first_k_dense_replace=3,
@@ -133,46 +136,6 @@ DEEPSEEK_V3 = Family(
         norm_topk_prob=True,
         rope_interleave=True,
         max_position_embeddings=4096,
-    ),
-    ignored=r"model\.layers\.{layers}\..*",
-)
-
-
-# ---- GLM 4.5: grouped queries, half of a head turns ----
-
-
-def _glm4_moe(hf: dict[str, Any]) -> ModelConfig:
-    moe = _experts_of(hf, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
-    return common(hf, partial=True, qkv_bias=bool(hf["attention_bias"]), qk_norm=bool(hf["use_qk_norm"]), moe=moe)
-
-
-def _glm4_moe_layer(c: ModelConfig, layer: int) -> Rows:
-    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
-    yield from attention(c)
-    if c.qk_norm:
-        yield from query_key_norms(c, c.head_dim, c.head_dim)
-    yield from _fed(c, layer, "post_attention_norm")
-
-
-GLM4_MOE = Family(
-    _glm4_moe,
-    _glm4_moe_layer,
-    DEFAULTS
-    | dict(
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        partial_rotary_factor=0.5,
-        moe_intermediate_size=1408,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
-        n_routed_experts=128,
-        routed_scaling_factor=1.0,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        norm_topk_prob=True,
-        use_qk_norm=False,
     ),
     ignored=r"model\.layers\.{layers}\..*",
 )

@@ -1,10 +1,11 @@
-"""OLMo 1 to 3 and EXAONE 4: norms without parameters, then norms after attention and feed-forward instead of before."""
+"""OLMo 1 to 3, FlexOlmo and EXAONE 4: norms without parameters, then norms after attention and feed-forward instead of before."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows_by_period
 from jaxtune.model.families.llama import DEFAULTS, llama_config
+from jaxtune.model.families.moe import OLMOE, moe_of, qwen_experts
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
 
 # ---- OLMo: LayerNorms without parameters, queries, keys and values cut ----
@@ -36,7 +37,7 @@ def _post_norm_layer(c: ModelConfig, q_width: int, k_width: int) -> Rows:
     yield from attention(c)
     yield from query_key_norms(c, q_width, k_width)
     yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
-    yield from mlp(c)
+    yield from qwen_experts(c) if c.moe else mlp(c)
     yield from norm(c, "mlp_post_norm", "post_feedforward_layernorm", "post_ffw_norm")
 
 
@@ -46,6 +47,22 @@ def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
 
 _OLMO2 = DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=1)
 OLMO2 = Family(_olmo2, _olmo2_layer, _OLMO2)
+
+
+# ---- FlexOlmo: OLMo 2 with experts ----
+
+
+def _flex_olmo(hf: dict[str, Any]) -> ModelConfig:
+    number, layers = hf.get("num_local_experts") or hf["num_experts"], list(range(hf["num_hidden_layers"]))  # two names of one key
+    return _olmo2(hf, moe=moe_of(hf, number, hf["intermediate_size"], layers, bool(hf["norm_topk_prob"])))
+
+
+FLEX_OLMO = OLMOE._replace(
+    config=_flex_olmo,
+    layer=_olmo2_layer,
+    defaults={**OLMOE.defaults} | dict(rms_norm_eps=1e-6, rope_theta=5e5, num_experts=7, num_experts_per_tok=5, pad_token_id=100277),
+    refused={},
+)
 
 
 # ---- OLMo 3: windows in three of four layers, whose rotation is never scaled ----
