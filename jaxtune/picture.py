@@ -86,7 +86,7 @@ def _save(figure: Any, axes: Any, trains: Sequence[Points], evals: Sequence[Poin
     low, high = min(seen), max(tops + [value for points in evals for _, value in points])
     pad = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - pad, high + pad)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("step")
     axes.set_ylabel(name)
     axes.grid(alpha=0.25)

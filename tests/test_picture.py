@@ -1,5 +1,6 @@
 """Pictures are PNG files, written whole."""
 
+from jaxtune import picture
 from jaxtune.picture import draw_loss, draw_runs
 
 EVAL, TRAIN = {"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}
@@ -14,6 +15,14 @@ def test_the_picture_is_drawn_whole_and_again(tmp_path):
     second = (tmp_path / "loss.png").read_bytes()
     assert first[:8] == second[:8] == b"\x89PNG\r\n\x1a\n" and first != second
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_the_steps_of_one_point_are_whole_numbers(tmp_path, monkeypatch):
+    figure, axes = picture._figure()
+    monkeypatch.setattr(picture, "_figure", lambda: (figure, axes))
+    draw_loss([{"step": 4, "loss": 2.0}], tmp_path / "loss.png")
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [4]
 
 
 def test_runs_in_one_picture(tmp_path):
