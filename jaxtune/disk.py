@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +43,19 @@ def cache_folder() -> Path:
         raise JaxtuneError("this user has no home folder to keep caches in; set HOME or XDG_CACHE_HOME to a folder") from error
 
 
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's tofile, which keeps the system's reason to itself
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A full disk's error names what was being written: the system says it of no file."""
+    """A full disk's error names what was being written: the system says it of no file, or of one with a passing name."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-            error.filename = str(path)
+        if _SHORT.fullmatch(str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -33,7 +33,7 @@ from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import check_fits, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
-from jaxtune.disk import make_folder, write_text
+from jaxtune.disk import make_folder, naming, write_text
 from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
@@ -303,7 +303,7 @@ def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
         return
     _refuse_old(path)
     make_folder(Path(path).absolute().parent)
-    with open(path, "x", encoding="utf-8", buffering=1) as out:
+    with naming(Path(path)), open(path, "x", encoding="utf-8", buffering=1) as out:
         yield out
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtune.disk import make_folder, naming
+from jaxtune.disk import make_folder
 
 try:
     import fcntl
@@ -53,8 +53,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             held = lock(folder)
-        with naming(parent / name):
-            yield folder
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if held is not None:

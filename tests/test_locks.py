@@ -1,5 +1,6 @@
 """What a killed process has left half-written is taken away, what a living one writes is not."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxtune import errors
 from jaxtune.convert.folders import new_folder
 from jaxtune.disk import replacing
 from jaxtune.errors import ModelError
@@ -61,6 +63,14 @@ def test_a_folder_that_cannot_be_made_and_a_file_that_was_not_finished(tmp_path)
         scratch.write_text("half")
         raise ZeroDivisionError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file.txt", "old")]
+
+
+@pytest.mark.parametrize("args", [(errno.ENOSPC, "full", "a", None, "b"), ("2048 requested and 120 written",)])  # a copy's, numpy's
+def test_a_full_disk_names_the_result(tmp_path, args):
+    with pytest.raises(OSError) as caught, new_folder(tmp_path / "out") as folder, replacing(folder / "model"):
+        raise OSError(*args)
+    assert errors.explain(caught.value) == f"{tmp_path}/out: the disk is full; free some space, or write to another folder"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_result_folder_has_the_usual_rights_and_replaces_nothing(tmp_path):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtune.disk import make_folder
+from jaxtune.disk import make_folder, naming
 from jaxtune.errors import ModelError
 from jaxtune.locks import scratch_folder
 
@@ -18,7 +18,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = check_new(out)
     make_folder(out.parent, error=ModelError)
-    with scratch_folder(out.parent, out.name) as scratch:
+    with naming(out), scratch_folder(out.parent, out.name) as scratch:
         yield scratch
         try:
             os.replace(scratch, out)

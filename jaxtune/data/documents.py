@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.disk import sha256
+from jaxtune.disk import naming, sha256
 from jaxtune.errors import DataError
 from jaxtune.locks import scratch_folder
 
@@ -135,7 +135,7 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
 
     `key` (the folder's name) and `info` are called when the last document has been made.
     """
-    with scratch_folder(cache, "making") as scratch:
+    with naming(cache), scratch_folder(cache, "making") as scratch:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(scratch / f"{name}.bin", "wb")) for name in (*FLAT, *INDEX)}
             start = 0
