@@ -13,6 +13,7 @@ import jaxtune.train  # noqa: F401
 from jaxtune import costs, data, parallel, start, targets
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.config.policy import POLICY
+from jaxtune.convert.bitsandbytes import packed_as
 from jaxtune.convert.heads import head_of, headed
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
@@ -306,6 +307,7 @@ def test_a_packed_checkpoint_is_planned_as_it_is(tmp_path, settings, kind):
     (tmp_path / "plain" / "config.json").write_text(json.dumps(tiny.LLAMA))
     packed = abstract_params(open_config(tmp_path), "float32", None)
     assert packed == abstract_params(open_config(tmp_path / "plain"), "float32", kind)
+    assert packed_as({"text_config": hf}) == kind  # where transformers looks too
     with pytest.raises(ConfigError, match="those of .* are packed; write method: qlora"):
         plan(run(tmp_path, method="full"))
 

@@ -48,9 +48,9 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
 
 def packed_as(hf: Mapping[str, Any]) -> str | None:
     """The kind of quantisation that config.json says the linear layers have (a key of `quant.QUANTIZERS`); None where they are plain."""
-    if not is_packed(hf):
+    settings = settings_of(hf)
+    if settings is None or not is_packed(hf):
         return None
-    settings = hf["quantization_config"]
     if settings.get("load_in_8bit"):
         return "int8"
     kind = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
@@ -62,7 +62,7 @@ def packed_as(hf: Mapping[str, Any]) -> str | None:
 def is_skipped(hf: Mapping[str, Any], module: str) -> bool:
     """Whether config.json says that this linear layer was left dense (`llm_int8_skip_modules`), as transformers reads it: a key is a
     regular expression for the beginning of a module's name, up to the end of one of its parts, or a plain end of it."""
-    keys, names = hf["quantization_config"].get("llm_int8_skip_modules") or (), list(nested.spellings(hf, module))
+    keys, names = (settings_of(hf) or {}).get("llm_int8_skip_modules") or (), list(nested.spellings(hf, module))
     return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys for name in names)
 
 

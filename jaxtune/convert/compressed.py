@@ -11,7 +11,7 @@
     X.weight_g_idx   int32 [in]: the group of each input (actorder: group); -1 where it was not in use
 
 `config_groups` of config.json say which modules are packed how (`targets`); what is not packed, the file says.
-Read as the package's `decompress` does (compressed_tensors 0.20.1).
+Read as the package's `decompress` does (compressed_tensors 0.20.1; `g_idx` as 0.9.4).
 """
 
 import functools
@@ -61,6 +61,7 @@ class Scheme(NamedTuple):
     bits: int
     symmetric: bool
     sides: tuple[int | None, int | None]  # rows and columns that have one scale; None: all
+    ordered: bool  # groups of inputs are in no order
 
     def is_for(self, name: str, is_pattern: bool) -> bool:
         """Whether one of the targets is this module's name, or a pattern for it."""
@@ -109,7 +110,7 @@ class CompressedTensors:
 
 def _scheme(group: Mapping[str, Any], format: Any) -> Scheme:
     format, weights, targets = group.get("format") or format, group["weights"], group.get("targets")
-    if format not in _CODES:
+    if not isinstance(format, str) or format not in _CODES:
         raise refused("format", format, f"one of {', '.join(_CODES)}")
     if not isinstance(weights, Mapping):
         raise refused("weights", weights, "an object")
@@ -130,10 +131,11 @@ def _scheme(group: Mapping[str, Any], format: Any) -> Scheme:
         if not isinstance(block, list) or len(block) != 2 or not all(str(side).isdecimal() and int(side) for side in block):
             raise refused("block_structure", block, "two sizes, [rows, columns]")
         sides[strategy] = (int(block[0]), int(block[1]))
-    if strategy not in sides:
+    if not isinstance(strategy, str) or strategy not in sides:
         raise refused("strategy", strategy, "tensor, channel, block, or group or tensor_group with a group_size")
     bits = whole_number(weights, "num_bits", 8, _BITS.get(format, (8,)))
-    return Scheme(targets, format, bits, bool(weights.get("symmetric", True)), sides[strategy])
+    ordered = weights.get("actorder") in (True, "group", "dynamic") and "group" in strategy
+    return Scheme(targets, format, bits, bool(weights.get("symmetric", True)), sides[strategy], ordered)
 
 
 def _shape(entries: Mapping[str, Entry], weight: str, codes: str, scheme: Scheme) -> Shape:
@@ -164,7 +166,7 @@ def _packed(entries: Mapping[str, Entry], weight: str, codes: str, shape: Shape,
         wanted["zeros"] = ((*FLOATS, *FLOAT8, _INT8, _INT32, _INT64), forms)
     if not scheme.symmetric or (f"{weight}_zero_point" in entries and scheme.format in ("int-quantized", "naive-quantized")):
         parts["zeros"] = f"{weight}_zero_point"
-    if f"{weight}_g_idx" in entries and scheme.sides[1] is not None:
+    if scheme.ordered or (f"{weight}_g_idx" in entries and scheme.sides[1] is not None):
         parts["groups"] = f"{weight}_g_idx"
     held = {name: part(entries, name, codes, *wanted[key])[name] for key, name in parts.items() if key != "codes"}
     order = f"{weight}_g_idx", entries.get(f"{weight}_g_idx")

@@ -3,7 +3,7 @@
     X.qweight int32 [words of in, out]     codes of `bits` bits, one after the other along the inputs, lowest bit first
     X.qzeros int32 [groups, words of out]  zero points, along the outputs; `checkpoint_format: gptq` holds them less one (in `bits` bits)
     X.scales [groups, out]
-    X.g_idx int32 [in]                     g; without it i // group_size
+    X.g_idx int32 [in]                     g; without it i // group_size (not with `desc_act`, which puts inputs in an order of their own)
 
 `sym: true` says that the zero point is 2^(bits-1); files that say `gptq` and hold it as it is (Qwen3.5-27B-GPTQ-Int4) are read so.
 `dynamic`: some modules have other bits or groups, which their shapes say.
@@ -45,6 +45,7 @@ class GPTQ:
         if self.format not in ("gptq", "gptq_v2"):
             raise refused("checkpoint_format", self.format, "gptq or gptq_v2")
         self.symmetric, self.varies = settings.get("sym", True) is True, bool(settings.get("dynamic"))
+        self.ordered = settings.get("desc_act") is True
         self.what = f"{self.format}, {self.bits} bits"
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
@@ -65,7 +66,7 @@ class GPTQ:
                 group = -(-width // groups)
             parts = {name: entry, **part(entries, f"{module}.qzeros", name, _INT32, [(groups, words(out, bits))])}
             parts |= part(entries, f"{module}.scales", name, FLOATS, [(groups, out)])
-            if order is not None:
+            if order is not None or self.ordered:
                 parts |= part(entries, f"{module}.g_idx", name, _INT32, [(width,)])
             numbers = functools.partial(self._numbers, bits, (out, width), group, (f"{module}.g_idx", order))
             yield f"{module}.weight", (out, width), Packed(parts, numbers)

@@ -133,14 +133,16 @@ CASES = {
     "mxfp8": ({"quant_method": "mxfp8"}, lambda *a: fp8(*a, block=(1, 32), scales=powers(np.uint8))),
     "float-quantized": (compressed("float-quantized", num_bits=8, type="float", strategy="tensor"), lambda *a: fp8(*a, scale="_scale")),
     "int-quantized": (compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False), int8),
-    "pack-quantized": (compressed("pack-quantized", num_bits=4, group_size=16), lambda *a: pack_quantized(*a, order=True)),
+    "pack-quantized": (
+        compressed("pack-quantized", num_bits=4, group_size=16, actorder="group"), lambda *a: pack_quantized(*a, order=True)
+    ),
     "3 bits": (
         compressed("pack-quantized", ["re:.*proj$"], num_bits=3, strategy="group", group_size=16, symmetric=False),
         lambda *a: pack_quantized(*a, bits=3, zeros=True),
     ),
     "nvfp4": (compressed("nvfp4-pack-quantized", **MX4 | {"strategy": "tensor_group"}), lambda *a: fp4(*a, 16, True)),
     "mxfp4": (compressed("mxfp4-pack-quantized", **MX4), lambda *a: fp4(*a, 16, False)),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}, gptq),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": True}, gptq),
     "gptq, 3 bits": (
         {"quant_method": "gptq", "bits": 3, "group_size": 20, "sym": False, "checkpoint_format": "gptq_v2"},
         lambda *a: gptq(*a, bits=3, group=20, stored="as it is", order=False),
@@ -209,6 +211,29 @@ def test_a_dense_model_is_saved(tmp_path):
     assert abstract_params(packed, "float32", "nf4") == abstract_params(plain, "float32", "nf4")
 
 
+@pytest.mark.parametrize("family", ["mistral3", "qwen3_vl_moe"])
+def test_models_that_see(tmp_path, family):
+    """The language model, the tower beside it and experts that lie `[E, in, out]` are packed; config.json says so in `text_config`."""
+    golden, rng, stored = references.load(family), np.random.default_rng(0), {}
+    dense = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in golden.files.items()}
+    for name, tensor in list(dense.items()):
+        if not name.endswith("_proj.weight") and ".experts." not in name:
+            stored[name] = tensor
+            continue
+        *lead, rows, cols = tensor.shape
+        each = [fp8(name, (rows, cols), rng, (16, 24)) for _ in range(lead[0] if lead else 1)]
+        parts = {part: np.stack([parts[part] for parts, _ in each]) for part in each[0][0]}
+        stored |= {part: array if lead else array[0] for part, array in parts.items()}
+        dense[name] = np.stack([numbers for _, numbers in each]).reshape(tensor.shape).astype(ml_dtypes.bfloat16)
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 24]}
+    inside = golden.config | {"text_config": golden.config["text_config"] | {"quantization_config": settings}}
+    tiny.write(tmp_path / "packed", inside, stored, "bfloat16")
+    model = load(tmp_path / "packed", "auto")
+    hf.save(model.config, model.params, tmp_path / "saved", beside=model.beside)
+    assert_same_bytes(read_all(tmp_path / "saved"), dense)
+    assert "quantization_config" not in (tmp_path / "saved/config.json").read_text()
+
+
 def test_what_the_tools_have_packed():
     """See tools/make_quantised_goldens.py; what its own package makes of each file."""
     file = Safetensors(references.GOLDENS / "quantised.safetensors")
@@ -246,6 +271,8 @@ K = "model.layers.0.self_attn.k_proj."
         ("gptq", "qzeros", None, "k_proj.qzeros is missing"),
         ("gptq", "scales", np.ones((3, 32), np.float16), r"k_proj.scales has shape \[3, 32\]"),
         ("gptq", "g_idx", np.full(32, 2, np.int32), "k_proj.g_idx has groups 2 to 2, and there are scales of 2"),
+        ("gptq", "g_idx", None, "k_proj.g_idx is missing"),
+        ("pack-quantized", "weight_g_idx", None, "k_proj.weight_g_idx is missing"),
         ("gptq", "g_idx", np.zeros(64, np.int32), "k_proj.qweight .* does not hold 64 inputs"),
         ("gptq", "qweight", np.zeros((0, 32), np.int32), "k_proj.qweight .* no packed matrix"),
         ("awq", "qweight", np.zeros((32, 3), np.int32), r"k_proj.qzeros has shape \[2, 4\]; .* ask for \[2, 3\]"),
@@ -280,6 +307,7 @@ GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}
         ({"quant_method": "compressed-tensors"}, "config_groups=None"),
         (compressed("marlin-24", num_bits=4), "format='marlin-24'"),
         (compressed("float-quantized", num_bits=8, strategy="token"), "strategy='token'"),
+        (compressed(["float-quantized"], num_bits=8, strategy="token"), r"format=\['float"),
         (compressed("pack-quantized", ["re:("], num_bits=4), "targets=."),
         (compressed("pack-quantized", num_bits=4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config=.*2"),
     ],
