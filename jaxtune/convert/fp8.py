@@ -37,7 +37,7 @@ class FP8:
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
         """Name, shape and parts of each matrix that is packed (see packed.Format)."""
         for name, entry in entries.items():
-            scale = next((found for found in scale_names(name) if found in entries), None)
+            scale = next((found for found in _scale_names(name) if found in entries), None)
             if entry.dtype in FLOAT8:
                 yield name, entry.shape, self._packed(entries, name, entry, scale or name + "_scale_inv")
             elif scale:
@@ -57,7 +57,7 @@ class FP8:
         return Packed({name: entry, **found}, functools.partial(_numbers, blocks[found[scale].shape]))
 
 
-def scale_names(name: str) -> list[str]:
+def _scale_names(name: str) -> list[str]:
     """What the scale of a matrix may be called, the usual name first."""
     return [name.removesuffix(end) + scale for end, scale in _ENDS if name.endswith(end)]
 
