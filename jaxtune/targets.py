@@ -178,7 +178,8 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     """
     hosts = next(n for n in range(math.ceil(count / 8), count + 1) if count % n == 0)
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
-    topology = _topology("cuda", kind, "jax_cuda13_plugin", "jax-cuda13-plugin jax-cuda13-pjrt --no-deps", extra)
+    both = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} --no-deps"  # by itself pip takes two versions
+    topology = _topology("cuda", kind, "jax_cuda13_plugin", both, extra)
     return Target(name, list(topology.devices), chip, PUBLISHED)
 
 

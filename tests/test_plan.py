@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 import tiny
+from jax.experimental import topologies
 from rich.console import Console
 
 import jaxtune.train  # noqa: F401
@@ -371,6 +372,12 @@ def test_a_compiler_that_refuses_says_how_much(message, size):
 def test_a_target_that_is_none_says_what_to_write(name, said):
     with pytest.raises(ConfigError, match=said):
         targets.find_target(name)
+
+
+def test_the_compiler_to_install_is_that_of_jaxs_version(monkeypatch):
+    monkeypatch.setattr(topologies, "get_topology_desc", None)  # as where no plugin is installed, an error
+    with pytest.raises(ConfigError, match="jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} ".format(re.escape(jax.__version__))):
+        targets.find_target("h100")
 
 
 @pytest.mark.parametrize(("count", "hosts"), [(1, 1), (8, 1), (9, 3), (12, 2), (11, 11), (64, 8)])
