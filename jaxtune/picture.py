@@ -44,7 +44,7 @@ def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") 
         colour, label = MANY[number % len(MANY)], run
         if train:
             steps, values = zip(*train, strict=True)
-            axes.plot(steps, smoothed(values), color=colour, linewidth=1.5, label=label)
+            axes.plot(steps, smoothed(values), color=colour, linewidth=1.5, label=label, marker="." if len(train) < 3 else None)
             label = None
         if evals:
             steps, values = zip(*evals, strict=True)

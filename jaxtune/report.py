@@ -22,6 +22,7 @@ from jaxtune.picture import History, draw_runs, smoothed
 from jaxtune.runfolder import leaves, measured, read_config, read_entry
 from jaxtune.runlog import chosen_evaluation, read_metrics
 
+WIDEST = 100  # letters of a line beside the picture; runs that differ in more keys than that holds are called by their folders
 NAMES = {"output_dir", "resume", "run_name"}  # keys that say which run it is, not what it does
 
 
@@ -70,8 +71,8 @@ class Report:
     def draw(self, path: str | os.PathLike) -> None:
         """The losses of all runs over their steps, as a PNG."""
         names = {run.run: ", ".join(f"{key}={value}" for key, value in run.keys.items()) or run.run for run in self.runs}
-        distinct = len(set(names.values())) == len(names)
-        draw_runs({names[run.run] if distinct else run.run: run.history for run in self.runs}, Path(path))
+        clear = len(set(names.values())) == len(names) and max(map(len, names.values()), default=0) <= WIDEST
+        draw_runs({names[run.run] if clear else run.run: run.history for run in self.runs}, Path(path))
 
     def show(self, console: Console | None = None) -> None:
         """Print a table, a row for each run."""

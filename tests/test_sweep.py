@@ -42,6 +42,15 @@ def test_what_cannot_be_swept_over(axes, changes, words):
         combinations(load_config(CONFIG | changes), dict(map(_axis, axes)))
 
 
+@pytest.mark.parametrize(("model", "names"), [("m", ["model=m", "model=b"]), (60 * "org/", ["runs/1", "runs/2"])])
+def test_runs_of_a_picture_are_called_by_what_differs_while_that_is_short(monkeypatch, model, names):
+    found: list[str] = []
+    monkeypatch.setattr(report, "draw_runs", lambda histories, path: found.extend(histories))
+    keys = {"runs/1": {"model": model}, "runs/2": {"model": "b"}}
+    report.Report(None, [report.Entry(run, differ, 1, 1, True, {}, []) for run, differ in keys.items()]).draw("x.png")
+    assert found == names
+
+
 def test_a_sweep(tmp_path, caplog):
     tiny.write_chat_model(tmp_path / "model", tiny.LLAMA | {"num_hidden_layers": 1})
     rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in "one two three fox dog lazy".split()]
