@@ -196,8 +196,8 @@ def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: Train
     state, saved = checkpoints.restore(state)
     if saved["fingerprint"] != notes["fingerprint"]:
         _refuse(config, f"the training rows are not those {folder} was trained on")
-    if saved.get("rewards", {}) != notes["rewards"]:
-        _refuse(config, [f"the reward functions are not those {folder} was trained with ({', '.join(notes['rewards'])} has changed)"])
+    if changed := {file for file, _ in saved.get("rewards", {}).items() ^ notes["rewards"].items()}:
+        _refuse(config, f"the reward functions of {', '.join(sorted(changed))} are not those {folder} was trained with")
     log.info("resume: at step %d", int(state.step))
     return state, notes | saved | {name: notes[name] for name in ("fingerprint", "rewards")}
 

@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import tiny
 
 from jaxtune import faults
 from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import load_config
 from jaxtune.errors import CheckpointError, JaxtuneError
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.runlog import RunLog
-from jaxtune.train import train
+from jaxtune.train import _resume, train
 
 WORDS = "one two three hello there fox dog quick brown lazy".split()
 BAD = 6  # the row that says fox
@@ -107,6 +109,17 @@ def test_rows_of_an_epoch_are_all_rows(config, folder):
 
     source = data.load(load_config(config()), open_tokenizer(folder[0] / "model"), 8).train
     assert sorted(row for step in (0, 1) for rows in source.rows_at(step).values() for row in rows) == list(range(1, 11))
+
+
+def test_a_resume_with_other_reward_functions(tmp_path, caplog):
+    kept = {"fingerprint": "f", "rewards": {"mine.py": "old", "same.py": "s"}}
+    checkpoints = SimpleNamespace(steps=lambda: [2], restore=lambda state: (state, kept))
+    state, notes = SimpleNamespace(step=2), {"fingerprint": "f", "rewards": {"mine.py": "new", "same.py": "s"}}
+    with pytest.raises(CheckpointError, match="^the reward functions of mine.py are not those .*resume_allow_drift=true"):
+        _resume(load_config({"model": "m"}), tmp_path, checkpoints, state, notes)
+    drifting = load_config({"model": "m", "resume_allow_drift": True})
+    assert _resume(drifting, tmp_path, checkpoints, state, notes) == (state, notes)
+    assert "mine.py are not those" in caplog.text
 
 
 def test_what_a_resume_lets_pass(config, tmp_path, caplog):

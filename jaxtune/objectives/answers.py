@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.data.batch import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.model.families import ModelConfig
@@ -73,8 +74,8 @@ def reference_logps(config: Any, model_config: ModelConfig, base: dict, batch: B
 
 def unshared(config: Any, model_config: ModelConfig) -> Any:
     """The run's config with a prompt for each answer (`data.shared_prompts: false`) where the model's layers carry a state, which cannot go
-    on from another segment; as it is else."""
-    if not (model_config.carries_state and config.data.shared_prompts):
+    on from another segment; as it is else, and where there are no answers."""
+    if config.objective in ON_TOKENS or not (model_config.carries_state and config.data.shared_prompts):
         return config
     log.info("data.shared_prompts: false, since layers of this model carry a state through each text: answers have prompts of their own")
     return config.replace(data=dataclasses.replace(config.data, shared_prompts=False))

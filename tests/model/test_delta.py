@@ -110,6 +110,8 @@ def test_what_a_state_rules_out():
     config, other = (from_hf(references.load(name).config) for name in ("qwen3_5", "qwen3"))
     run = load_config({"model": "m", "objective": "dpo", "data": {"train": "x"}})
     assert run.data.shared_prompts and unshared(run, other) is run and not unshared(run, config).data.shared_prompts
+    of_tokens = load_config({"model": "m", "data": {"train": "x"}})  # no answers, which could share a prompt
+    assert unshared(of_tokens, config) is of_tokens
     tokens = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ModelError, match="data.shared_prompts: false"):
         decoder.hidden(config, {}, tokens, parents_BT=tokens)
