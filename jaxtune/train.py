@@ -162,7 +162,9 @@ def settled(config: Config) -> Config:
     if config.output_dir is None:
         changes["output_dir"] = runfolder.default_folder(config, f"{config.method}-{config.objective}")
     config = config.replace(**changes)
-    return config if config.objective in ON_TOKENS else unshared(config, open_config(_base(config)))
+    if config.objective in ON_TOKENS:  # as `unshared` leaves it, without reading the model's config
+        return config
+    return unshared(config, open_config(_base(config)))
 
 
 def _base(config: Config) -> str:

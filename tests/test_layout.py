@@ -80,6 +80,11 @@ def test_files_and_functions_are_of_a_size_to_read(path):
             assert node.end_lineno - node.lineno < 80, f"{node.name} is too long"
 
 
+def test_goldens_are_small():
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "tests" / "goldens").iterdir()}
+    assert {name: size for name, size in sizes.items() if size > 200_000} == {}
+
+
 def test_importing_is_quick_and_starts_no_device():
     program = """
 import sys, time
