@@ -1,6 +1,7 @@
 """A YAML file or a dict, and `key=value` overrides -> a checked Config."""
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import yaml
 from jaxtune.config import foreign
 from jaxtune.config.aliases import ALIASES, BITSANDBYTES, DIFFERENT, LEFT_OUT, TRANSLATE, bitsandbytes
 from jaxtune.config.checks import GROUPS_OF_METHODS
-from jaxtune.config.coerce import Group, kinds, plain
+from jaxtune.config.coerce import Group, kinds, plain, thaw
 from jaxtune.config.foreign import DEFAULT
 from jaxtune.config.schema import Config
 from jaxtune.errors import ConfigError
@@ -184,8 +185,9 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
                 log.warning("note: %s is read as %s", given, name)
         elif name in ALIASES:
             meant = _translate(name, value)
-            put(ALIASES[name], DEFAULT if value is None and meant is None else meant, given)
-            log.warning("note: %s is read as %s", given, ALIASES[name])
+            empty = value is None and meant is None
+            put(ALIASES[name], DEFAULT if empty else meant, given)
+            log.warning("note: %s is empty, so %s has its default" if empty else "note: %s is read as %s", given, ALIASES[name])
         elif name in LEFT_OUT:
             log.warning("note: %s is left out: %s", given, LEFT_OUT[name])
         elif name in DIFFERENT:
@@ -240,7 +242,11 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = value
-    return Config(**nested)
+    made = Config(**nested)
+    for path in (path for path, value in flat.items() if value is None):
+        if (taken := functools.reduce(getattr, path.split("."), made)) not in (None, ()):
+            log.warning("note: %s is empty, so it has its default, %s", path, _word(thaw(taken, PATHS[path])))
+    return made
 
 
 def describe(config: Config) -> str:
