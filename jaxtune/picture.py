@@ -27,9 +27,9 @@ def draw_loss(history: History, path: Path, name: str = "loss") -> None:
     if evals:
         steps, values = zip(*evals, strict=True)
         best = (max if name == "reward" else min)(range(len(values)), key=values.__getitem__)
-        note = "" if best == len(values) - 1 else f"  (best {values[best]:.3f} at step {steps[best]})"
+        note = "" if values[best] == values[-1] else f"  (best {values[best]:.3f} at step {steps[best]})"
         axes.plot(steps, values, color=EVAL, linewidth=2, marker="o", markersize=4, label=f"eval  {values[-1]:.3f}{note}")
-    axes.legend(frameon=False, loc="upper left" if name == "reward" else "upper right")
+    axes.legend(frameon=False, loc="best")
     _save(figure, axes, [train], [evals], name, path)
 
 

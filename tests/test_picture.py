@@ -25,6 +25,17 @@ def test_the_steps_of_one_point_are_whole_numbers(tmp_path, monkeypatch):
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [4]
 
 
+def test_the_legend_covers_no_line_and_tells_a_best_that_is_not_the_last(tmp_path, monkeypatch):
+    for evals, best in (([2.0, 1.0, 3.0], "eval  3.000  (best 1.000 at step 1)"), ([1.0, 2.0, 1.0], "eval  1.000")):
+        figure, axes = picture._figure()
+        monkeypatch.setattr(picture, "_figure", lambda made=(figure, axes): made)
+        draw_loss([{"step": step, "loss": step + 1.0, "eval_loss": value} for step, value in enumerate(evals)], tmp_path / "loss.png")
+        monkeypatch.undo()
+        legend = axes.get_legend()
+        assert legend.get_texts()[1].get_text() == best
+        assert legend.get_window_extent().x0 < 480, "a loss that rises to the right has its legend at the left"
+
+
 def test_runs_in_one_picture(tmp_path):
     """A run without numbers has no line, and without any there is no picture."""
     path = tmp_path / "runs.png"

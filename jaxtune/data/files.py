@@ -200,11 +200,12 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             fields = jsonfile.DECODER.decode(line)
         except json.JSONDecodeError as error:
             hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
-            raise DataError(f"{path}, line {number}: not valid JSON, {error.msg} at column {error.pos + 1}{hint}") from None
+            reason = f"{jsonfile.reason(line, error)} at column {error.pos + 1}{hint}"
+            raise DataError(f"{path}, line {number}: not valid JSON, {reason}") from None
         except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
             raise DataError(f"{path}, line {number}: the row cannot be read: {error}") from None
         if not isinstance(fields, dict):
-            raise DataError(f'{path}, line {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
+            raise DataError(f'{path}, line {number}: a row must be a JSON object like {{"text": ...}}, this is a {kind_of(fields)}')
         yield number, fields
 
 
@@ -213,7 +214,7 @@ def _json(path: Path) -> Iterator[tuple[int, dict]]:
     with readable(path, lambda: f", after row {number}" if number else ""):
         for number, fields in enumerate(jsonfile.read(path, open_text), 1):
             if not isinstance(fields, dict):
-                raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {_name(fields)}')
+                raise DataError(f'{path}, row {number}: a row must be a JSON object like {{"text": ...}}, this is a {kind_of(fields)}')
             yield number, fields
 
 
@@ -224,9 +225,8 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
     try:
         names = reader.fieldnames or ()
         if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0] and mark != delimiter), None)):
-            raise DataError(
-                f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: save it as CSV or TSV"
-            )
+            instead = "let its name end in .tsv" if other == "\t" else "save it with ',' between columns, or with tabs as .tsv"
+            raise DataError(f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: {instead}")
         for fields in reader:
             _check_names(path, names)
             if None in fields or None in fields.values():
@@ -297,7 +297,8 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _name(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls a value of this kind."""
     names = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null", dict: "object"}
     return names.get(type(value), type(value).__name__)
 

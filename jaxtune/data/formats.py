@@ -221,11 +221,14 @@ def detect(row: Row) -> str:
                 continue  # text with a label is text, but for objective classification, which asks for the format by name
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
-    columns = {ours: theirs for theirs, ours in USUAL.items() if theirs in row.fields} or {"instruction": "question", "output": "answer"}
-    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    ours = USUAL | {key: key for needed, _ in FORMATS.values() for keys in needed for key in keys.split("|")}  # whatever their case
+    ours |= {"input": "instruction"} if "output" in row.fields else {}
+    columns = {name: field for field in row.fields if (name := ours.get(field.strip().lower(), field)) != field}
+    example = ", ".join(f"{name}: {field}" for name, field in (columns or {"instruction": "question", "output": "answer"}).items())
+    header = "the first line of such a file names its columns; or " if row.file.removesuffix(".gz").endswith((".csv", ".tsv")) else ""
     raise row.fail(
         f"the fields {', '.join(map(repr, row.fields)) or '(none)'} are no known format; "
-        f"say what they are with data.columns, for example columns: {{{example}}}. Formats and their fields: {known}"
+        f"{header}say what they are with data.columns, for example columns: {{{example}}}. Formats and their fields: {known}"
     )
 
 

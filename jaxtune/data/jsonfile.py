@@ -10,6 +10,7 @@ from jaxtune.errors import DataError
 
 BLOCK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
+_LAST_COMMA = re.compile(r",\s*[\]}]")
 _TAIL = 16  # an error this near the end of what has been read may be a value cut short
 
 
@@ -23,6 +24,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def reason(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong, where files often have it so; else what json says."""
+    comma = _LAST_COMMA.search(text, max(error.pos - 99, 0), error.pos + 99)
+    if comma and comma.start() <= error.pos < comma.end():
+        return "a comma too many"
+    return "single quotes in place of double ones" if text[error.pos : error.pos + 1] == "'" else error.msg.removesuffix(" at")
 
 
 class _Reader:
@@ -71,7 +80,7 @@ class _Reader:
             except json.JSONDecodeError as error:
                 whole = error.pos < len(self.window) - _TAIL and not error.msg.startswith("Unterminated string")
                 if whole or not self.more():
-                    self.fail(error.msg, error.pos)
+                    self.fail(reason(self.window, error), error.pos)
                 continue
             except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
                 self.fail(str(error), self.at)

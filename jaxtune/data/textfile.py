@@ -15,13 +15,24 @@ from jaxtune.errors import DataError
 
 def open_text(path: Path) -> IO[str]:
     """The file as UTF-8 text, decompressed, a byte order mark taken off."""
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="")
+
+
+def _open(path: Path) -> Any:
     if path.suffix == ".gz":
-        binary: Any = gzip.open(path, "rb")
-    elif path.suffix == ".zst":
-        binary = io.BufferedReader(_Zstd(open(path, "rb")))
-    else:
-        binary = open(path, "rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        return gzip.open(path, "rb")
+    return io.BufferedReader(_Zstd(open(path, "rb"))) if path.suffix == ".zst" else open(path, "rb")
+
+
+def _other_letters(path: Path) -> str:
+    """The first line that is no UTF-8, and which of its bytes."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: not UTF-8 (byte 0x{line[error.start]:02x} behind {line[: error.start].decode()[-20:]!r})"
+    return "not UTF-8"
 
 
 class _Zstd(io.RawIOBase):
@@ -67,7 +78,7 @@ def readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
     """Errors of reading a text file; `last` says, behind its name, after which row or line."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}{last()}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}, {_other_letters(path)}; save the file as UTF-8") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, EOFError) as error:
         raise DataError(f"{path}{last()}: the compressed file is damaged ({error}); fetch it again") from None

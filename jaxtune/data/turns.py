@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-from jaxtune.data.files import Row
+from jaxtune.data.files import Row, kind_of
 
 # ShareGPT and its descendants: every name in use for who speaks.
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "input": "user", "question": "user",
     "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "output": "assistant", "answer": "assistant", "bing": "assistant", "bard": "assistant", "claude": "assistant",
+    "output": "assistant", "answer": "assistant", "bing": "assistant", "bard": "assistant", "claude": "assistant", "ai": "assistant",
     "function_call": "assistant", "function-call": "assistant", "tool_call": "assistant",
     "system": "system", "developer": "developer",
     "observation": "tool", "tool": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
@@ -148,4 +148,4 @@ def fields(row: Row) -> str:
 def short(value: Any) -> str:
     """A value for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return "null" if value is None else f"the {kind_of(value)} {text if len(text) <= 60 else text[:57] + '...'}"
