@@ -6,6 +6,8 @@ import glob
 import os
 import secrets
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +39,29 @@ def lock(path: Path) -> int:
 
 
 @contextlib.contextmanager
+def _removed_at_sigterm(folder: Path) -> Iterator[None]:
+    """SIGTERM removes the folder and then ends the process as ever; nothing changes where that signal has a handler already."""
+    owner = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        if os.getpid() == owner:  # a worker inherits the handler, but not the folder
+            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container, which that signal does not end
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder `.NAME.*.partial` in `parent`, to be filled and renamed; removed if it is still there when the block ends.
+    """A new folder `.NAME.*.partial` in `parent`, to be filled and renamed; removed if it is still there when the block ends or at SIGTERM.
 
     Those of killed processes are removed too: they are the ones that nobody holds locked.
     """
@@ -53,7 +76,8 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             held = lock(folder)
-        yield folder
+        with _removed_at_sigterm(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if held is not None:

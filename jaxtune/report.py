@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune import cli, errors
+from jaxtune.config.load import word
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.picture import History, draw_runs, smoothed
 from jaxtune.runfolder import leaves, measured, read_config, read_entry
@@ -70,7 +71,7 @@ class Report:
 
     def draw(self, path: str | os.PathLike) -> None:
         """The losses of all runs over their steps, as a PNG."""
-        names = {run.run: ", ".join(f"{key}={value}" for key, value in run.keys.items()) or run.run for run in self.runs}
+        names = {run.run: ", ".join(f"{key}={word(value)}" for key, value in run.keys.items()) or run.run for run in self.runs}
         clear = len(set(names.values())) == len(names) and max(map(len, names.values()), default=0) <= WIDEST
         draw_runs({names[run.run] if clear else run.run: run.history for run in self.runs}, Path(path))
 
@@ -83,7 +84,7 @@ class Report:
         for run in self.runs:
             values = (f"{run.metrics[name]:.4g}" if name in run.metrics else "" for name in metrics)
             step = f"{run.step}" if run.finished else f"{run.step} of {run.steps or '?'}"
-            table.add_row(run.run, *(str(run.keys.get(key)) for key in keys), step, *values)
+            table.add_row(run.run, *(word(run.keys.get(key)) for key in keys), step, *values)
         cli.print_table(console or Console(), table)
 
 

@@ -66,11 +66,21 @@ def is_used(folder: Path) -> bool:
     return folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir())
 
 
+def _came_to_nothing(folder: Path) -> bool:
+    """Whether the folder is what a run leaves that has logged and saved nothing: one that memory did not suffice for, say."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return (
+        names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"}
+        and (folder / "metrics.jsonl").stat().st_size == 0
+        and not any((folder / "checkpoints").iterdir())
+    )
+
+
 def open_run(config: Config) -> Path:
     """The run's folder, made if need be, and this process's alone until `let_go`.
 
-    Raises CheckpointError when the folder holds something and `resume` is not set, when `resume` is set and there is nothing
-    to resume, and when another process is writing into it.
+    Raises CheckpointError when the folder holds something and `resume` is not set (a run that came to nothing may be begun anew), when
+    `resume` is set and there is nothing to resume, and when another process is writing into it.
     """
     folder = folder_of(config)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -78,7 +88,7 @@ def open_run(config: Config) -> Path:
     if "\\" in str(folder.absolute()) and os.sep != "\\":
         raise CheckpointError(f"output_dir {folder}: checkpoints cannot be written under a name with a backslash; name another folder")
     if not config.resume:
-        if is_used(folder):
+        if is_used(folder) and not _came_to_nothing(folder):
             raise CheckpointError(f"output_dir {folder} is not empty, and nothing is overwritten; write resume=true, or another folder")
         make_folder(folder, "output_dir", CheckpointError)
     elif not (folder / "config.yaml").is_file():

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -30,13 +31,15 @@ def aged(folder):
 
 
 def test_leftovers_of_killed_processes_alone_are_removed(tmp_path):
-    living, dead = (
+    living, dead, asked = (
         subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(3)
     )
-    folders = [tmp_path / process.stdout.readline().strip() for process in (living, dead)]
+    *folders, of_asked = [tmp_path / process.stdout.readline().strip() for process in (living, dead, asked)]
     dead.kill()
     dead.wait()
+    asked.terminate()
+    assert asked.wait() == -signal.SIGTERM and not of_asked.exists()
     with scratch_folder(tmp_path, "out"):
         assert all(folder.exists() for folder in folders)  # young: perhaps not locked yet
     for folder in folders:
@@ -49,7 +52,7 @@ def test_leftovers_of_killed_processes_alone_are_removed(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "whole" and (tmp_path / ".other.1.partial").exists()
     living.communicate("")
     assert living.returncode == 0 and not folders[0].exists()
-    for process in (living, dead):
+    for process in (living, dead, asked):
         process.stdin.close()
         process.stdout.close()
 

@@ -42,7 +42,9 @@ def test_what_cannot_be_swept_over(axes, changes, words):
         combinations(load_config(CONFIG | changes), dict(map(_axis, axes)))
 
 
-@pytest.mark.parametrize(("model", "names"), [("m", ["model=m", "model=b"]), (60 * "org/", ["runs/1", "runs/2"])])
+@pytest.mark.parametrize(
+    ("model", "names"), [("m", ["model=m", "model=b"]), (None, ["model=null", "model=b"]), (60 * "org/", ["runs/1", "runs/2"])]
+)
 def test_runs_of_a_picture_are_called_by_what_differs_while_that_is_short(monkeypatch, model, names):
     found: list[str] = []
     monkeypatch.setattr(report, "draw_runs", lambda histories, path: found.extend(histories))

@@ -160,6 +160,22 @@ def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
         train(config(model="/no/such/model"))
 
 
+def test_a_run_that_has_taken_no_step_is_begun_anew(tmp_path):
+    """Where memory did not suffice, say: there is nothing to resume, and nothing to lose."""
+    config = load_config({"model": "m", "output_dir": str(tmp_path)})
+    (tmp_path / "config.yaml").write_text("of mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        runfolder.check_free(config)
+    for name in ("run.json", "metrics.jsonl", ".lock"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    runfolder.check_free(config)
+    runfolder.let_go(config)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(CheckpointError, match="not empty"):
+        runfolder.check_free(config)
+
+
 @pytest.mark.parametrize("name", ["file", "file/run", "lost", "lost/run", "x" * 300, "a\0b", "/proc/run", "a\\b"])
 def test_a_folder_that_cannot_be_made(tmp_path, name):
     (tmp_path / "file").write_text("")

@@ -172,7 +172,7 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
             return
         value = _translate(path, value)
         if path in out and out[path] != value:
-            raise ConfigError(f"{said[path]} and {name} both set {path}, to {_word(out[path])} and to {_word(value)}; leave one.")
+            raise ConfigError(f"{said[path]} and {name} both set {path}, to {word(out[path])} and to {word(value)}; leave one.")
         out[path], said[path] = value, name
 
     def take(given: str, value: Any) -> None:
@@ -193,7 +193,7 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
         elif name in DIFFERENT:
             if value not in (None, False, "", "no", "none", [], {}) and _translate(name, value) is not DEFAULT:
                 raise ConfigError(f"{given} is a key of torch tools that works differently here: {DIFFERENT[name]}.")
-            log.warning("note: %s=%s asks for nothing here and is left out", given, _word(value))
+            log.warning("note: %s=%s asks for nothing here and is left out", given, word(value))
         elif name not in BITSANDBYTES:
             _entry(out, name, value)
 
@@ -245,7 +245,7 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
     made = Config(**nested)
     for path in (path for path, value in flat.items() if value is None):
         if (taken := functools.reduce(getattr, path.split("."), made)) not in (None, ()):
-            log.warning("note: %s is empty, so it has its default, %s", path, _word(thaw(taken, PATHS[path])))
+            log.warning("note: %s is empty, so it has its default, %s", path, word(thaw(taken, PATHS[path])))
     return made
 
 
@@ -256,9 +256,9 @@ def describe(config: Config) -> str:
         if key in GROUPS_OF_METHODS and key not in (config.method, config.method.removeprefix("q")):
             continue
         if f"{key}." in GROUPS:
-            lines.append([f"{key}.{name}={_word(item)}" for name, item in value.items() if item not in (None, [], {})])
+            lines.append([f"{key}.{name}={word(item)}" for name, item in value.items() if item not in (None, [], {})])
         elif value not in (None, [], {}):
-            top.append(f"{key}={_word(value)}")
+            top.append(f"{key}={word(value)}")
     return "\n".join(_fill(words) for words in [top, *lines] if words)
 
 
@@ -272,5 +272,6 @@ def _fill(words: list[str], width: int = 118) -> str:
     return "\n".join(lines)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value as it stands in an override."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")

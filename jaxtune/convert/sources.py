@@ -83,7 +83,8 @@ def _local_file(path: Path) -> Path:
         return path
     if path.suffix in PICKLES:
         raise refuse_pickle(path)
-    raise ModelError(f"{path} is a file; a model is a folder (with config.json and *.safetensors) or a .gguf file. Give {path.parent}")
+    instead = str(path.parent) if (path.parent / "config.json").is_file() else "that folder, or a hub id"
+    raise ModelError(f"{path} is a file; a model is a folder (with config.json and *.safetensors) or a .gguf file. Give {instead}")
 
 
 # ---- the hub ----

@@ -111,7 +111,7 @@ def _read_folder(folder: Path, stem: str) -> dict[str, Entry]:
         pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLES and not file.name.startswith("training_args"))
         if pickles:
             raise refuse_pickle(pickles[0])
-        raise ModelError(f"{folder} holds no {single.name} and no {index.name}")
+        raise ModelError(f"{folder} holds no {single.name} and no {index.name}; fetch the folder again, its weights too")
     weight_map = read_json(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or not all(isinstance(file, str) and "/" not in file and file not in (".", "..") for file in files):

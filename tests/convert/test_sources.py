@@ -131,6 +131,9 @@ def test_what_is_neither_local_nor_a_hub_id(source):
 
 def test_a_single_safetensors_file_names_its_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="Give that folder, or a hub id"):
+        sources.resolve(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").touch()
     with pytest.raises(ModelError, match=f"Give {tmp_path}"):
         sources.resolve(tmp_path / "model.safetensors")
 
