@@ -63,10 +63,22 @@ ELSEWHERE = ("trl", "training", "logging")  # groups of Axolotl and Unsloth whos
 PATHS = {prefix + name: kind for prefix, fields in GROUPS.items() for name, kind in fields.items() if f"{prefix}{name}." not in GROUPS}
 
 
+HINTS = {
+    "'\\t' that cannot start": "indent with spaces, not with tabs",
+    "mapping values are not allowed": "in this line or the one before a colon has no space behind it, or a value with a colon no quotes",
+}
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """What a text of YAML holds; ConfigError, naming `where` it is from, for one that is none."""
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, context = error.problem_mark, error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        at += f"{error.context} that begins in line {context.line + 1}, " if context and mark and context.line < mark.line else ""
+        hint = next((f"; {advice}" for words, advice in HINTS.items() if words in str(error.problem)), "")
+        raise ConfigError(f"{where} is not YAML: {at}{error.problem}{hint}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:

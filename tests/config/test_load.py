@@ -104,6 +104,9 @@ def test_a_wrong_value_names_key_value_and_expected(raw, says):
     [
         ("model: m\nseed: 1\nseed: 2\n", "line 3: seed is given twice"),
         ("model: [m\n", "is not YAML"),
+        ("model: m\ndata:\n\ttrain: a\n", "line 3, column 1: found character .* any token; indent with spaces"),
+        ("model:m\ndata: {}\n", "line 2, column 5: mapping values are not allowed here; in this line or the one before a colon"),
+        ("model: 'm\nseed: 1\n", "line 3, column 1: while scanning a quoted scalar that begins in line 1, found unexpected end"),
         ("- model\n", "holds no keys"),
         ("", "holds nothing"),
         ("model: m\n\udc80", "is not text in UTF-8"),
