@@ -53,6 +53,7 @@ _SYSTEM = {
 }
 
 
+NO_MEMORY = "out of memory"  # how its sentence begins
 _LESS_MEMORY = (
     "take fewer rows at a time (per_device_train_batch_size, --batch-size), shorter ones (data.max_length), method: qlora, or "
     "gradient_checkpointing: full or offload. jaxtune plan CONFIG.yaml says what takes the memory, before a run"
@@ -102,7 +103,7 @@ def explain(error: BaseException) -> str | None:
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
         if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word, and TensorStore's (above)
             said = _first_line(link)
-            return f"out of memory{f' ({said})' if said else ''}; {_LESS_MEMORY}"
+            return f"{NO_MEMORY}{f' ({said})' if said else ''}; {_LESS_MEMORY}"
     return None
 
 

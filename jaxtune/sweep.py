@@ -3,8 +3,8 @@
     jaxtune sweep CONFIG.yaml max_steps=200 --over learning_rate=1e-4,3e-4 lora.r=8,16
 
 Runs lie in OUTPUT_DIR/learning_rate=0.0001,lora.r=8 and so on. All configs are checked before the first run begins; one that fails on its
-way (its loss is no number) is told and the others go on. With resume=true what is done is left, what was stopped goes on, and new values
-may be added.
+way (its loss is no number, or memory does not suffice) is told and the others go on. With resume=true what is done is left, what was
+stopped goes on, and new values may be added.
 """
 
 import itertools
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from jaxtune import cli, distributed, errors, runfolder
 from jaxtune.config import Config, load_config
-from jaxtune.config.load import parse_yaml
+from jaxtune.config.load import parse_yaml, word
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.loop import TrainingError
 from jaxtune.report import Report, is_finished, report
@@ -54,9 +53,12 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
         log.info("run %d of %d: %s", number, len(runs), name)
         try:
             stopped = train(run.replace(resume=name in begun)).interrupted
-        except TrainingError as error:
-            failed[name] = str(error)
-            log.warning("%s: %s", name, error)
+        except Exception as error:
+            why = errors.explain(error) or ""
+            if not isinstance(error, TrainingError) and not why.startswith(errors.NO_MEMORY):
+                raise
+            failed[name] = why
+            log.warning("%s: %s", name, why)
             continue
         jax.clear_caches()  # a program takes a few of the 65,530 memory maps of a process on Linux, which many runs would use up
         if stopped:
@@ -92,17 +94,12 @@ def combinations(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str,
     folder = Path(config.output_dir or runfolder.default_folder(config, "sweep"))
     runs = {}
     for values in itertools.product(*over.values()):
-        words = [f"{key}={_text(value)}" for key, value in zip(over, values, strict=True)]
-        name = ",".join(word.replace(os.sep, "_") for word in words)
+        words = [f"{key}={word(value)}" for key, value in zip(over, values, strict=True)]
+        name = ",".join(words).replace(os.sep, "_")
         if name in runs:
             raise ConfigError(f"--over: {name} is there twice; leave one")
-        runs[name] = load_config(config, [*words, f"output_dir={yaml.safe_dump(str(folder / name)).strip()}"])
+        runs[name] = load_config(config, [*words, f"output_dir={word(str(folder / name))}"])
     return runs
-
-
-def _text(value: Any) -> str:
-    """A value as YAML writes it in a line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

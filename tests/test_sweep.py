@@ -8,6 +8,7 @@ import tiny
 from jaxtune import report, sweep
 from jaxtune.config import load_config
 from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.loop import TrainingError
 from jaxtune.sweep import _axis, combinations
 
 CONFIG = {"model": "m", "data": {"train": "x.jsonl"}, "output_dir": "runs/x"}
@@ -51,6 +52,22 @@ def test_runs_of_a_picture_are_called_by_what_differs_while_that_is_short(monkey
     keys = {"runs/1": {"model": model}, "runs/2": {"model": "b"}}
     report.Report(None, [report.Entry(run, differ, 1, 1, True, {}, []) for run, differ in keys.items()]).draw("x.png")
     assert found == names
+
+
+def test_a_run_that_memory_does_not_suffice_for_leaves_the_others_their_turn(monkeypatch, tmp_path):
+    config = load_config(CONFIG | {"output_dir": str(tmp_path)})
+    monkeypatch.setattr(sweep, "settled", lambda run: run)
+    for said, error, words in (
+        ("RESOURCE_EXHAUSTED: 9 bytes", TrainingError, "seed=1: out of memory .*; seed=2: out of memory"),
+        ("a bug", RuntimeError, "a bug"),
+    ):
+
+        def train(config, said=said):
+            raise RuntimeError(said)
+
+        monkeypatch.setattr(sweep, "train", train)
+        with pytest.raises(error, match=words):
+            sweep(config, {"seed": [1, 2]})
 
 
 def test_a_sweep(tmp_path, caplog):
