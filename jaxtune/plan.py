@@ -127,7 +127,8 @@ def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None
 
 def _compile(config: Config, model_config: ModelConfig, where: Target, rows: data.Source | None = None) -> Plan:
     mesh = parallel.make_mesh(config.mesh, where.devices)
-    needed, causes, flops = _needs(config, model_config, mesh, rows)
+    with where.lowering():
+        needed, causes, flops = _needs(config, model_config, mesh, rows)
     moved = sum(causes.get(name, 0) for name in ("weights", "scales", "teacher", "trainable", "optimizer")) + 2 * causes["activations"]
     chip = where.chip
     seconds = max(flops / chip.flops, moved / chip.bandwidth) if chip.flops and chip.bandwidth else None

@@ -26,12 +26,20 @@ class Chip(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Devices to compile for, what one of them can do, and where those figures are from."""
+    """Devices to compile for, what one of them can do, where those figures are from, and what jax calls a GPU that is not here."""
 
     name: str
     devices: list
     chip: Chip
     figures: str
+    kind: str | None = None
+
+    def lowering(self) -> contextlib.AbstractContextManager:
+        """In this, jax lowers kernels for the target: since 0.12 it asks the context for the chip, and without one the machine at hand."""
+        if self.kind is None:
+            return contextlib.nullcontext()
+        chip = jax.sharding.AbstractDevice(device_kind=self.kind, num_cores=None, platform="cuda")
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip))
 
 
 # TPU: figures per chip (cloud.google.com/tpu/docs), memory as libtpu counts it; cores named per chip; dimensions and most chips of a slice
@@ -57,6 +65,11 @@ GPUS = {
     "h200": (Chip(141 * GB, 4800 * GB, 989e12), (9, 0), 132, 50, (228, 227), 1.98),
     "b200": (Chip(180 * GB, 8000 * GB, 2250e12), (10, 0), 148, 126, (228, 227), 1.96),
 }
+# compute capability -> a GPU that has it by the name that jax knows; no more than that is asked of it
+NAMES = {
+    (8, 0): "NVIDIA A100", (8, 6): "NVIDIA A10", (8, 9): "NVIDIA L4", (9, 0): "NVIDIA H100", (10, 0): "NVIDIA B200",
+    (12, 0): "NVIDIA RTX PRO 6000",
+}  # fmt: skip
 
 
 def find_target(name: str) -> Target:
@@ -174,13 +187,13 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     }}
     platform_name: "CUDA"
     dnn_version_info {{ major: 9 minor: 10 }}
-    device_description_str: "{kind}"
+    device_description_str: "{NAMES[major, minor]}"
     """
     hosts = next(n for n in range(math.ceil(count / 8), count + 1) if count % n == 0)
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
     both = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} --no-deps"  # by itself pip takes two versions
     topology = _topology("cuda", kind, "jax_cuda13_plugin", both, extra)
-    return Target(name, list(topology.devices), chip, PUBLISHED)
+    return Target(name, list(topology.devices), chip, PUBLISHED, NAMES[major, minor])
 
 
 def _topology(platform: str, name: str, module: str, package: str, extra: dict):

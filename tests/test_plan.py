@@ -384,5 +384,7 @@ def test_the_compiler_to_install_is_that_of_jaxs_version(monkeypatch):
 def test_gpus_of_several_hosts_are_as_many_as_were_asked_for(monkeypatch, count, hosts):
     asked = {}
     monkeypatch.setattr(targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
-    targets.find_target(f"{count}xh100")
+    found = targets.find_target(f"{count}xh100")
     assert asked["topology"] == f"1x{hosts}x{count // hosts}"
+    with found.lowering():  # jax 0.12 lowers a kernel for the chip that the context names, and for none without
+        assert jax.sharding.get_abstract_mesh().abstract_device.device_kind == "NVIDIA H100"

@@ -76,7 +76,8 @@ def main() -> None:
     head = f"| {name} {given.method}{settings} | {given.target}: {sizes} | {config.data.max_length} x {config.per_device_train_batch_size}"
     chip = f"{where.chip.memory / 2**30:.1f}" if where.chip.memory else "?"
     try:
-        compiled = step.lower(state, base, batch).compile()
+        with where.lowering():
+            compiled = step.lower(state, base, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = errors_bytes(str(error))
         if needed is None:

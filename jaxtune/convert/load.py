@@ -116,10 +116,7 @@ def open_model(source: str | os.PathLike) -> Opened:
         config = _described(gguf_config(file), path)
         tokenizer = functools.partial(gguf_tokenizer, file.metadata, str(path))
         return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
-    if sources.is_adapter(path):
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(f"{path} is an adapter, not a model; give its base model ({base}) and the folder as --adapter")
-    config_json = read_json(path / "config.json")
+    config_json = _config_json(path)
     checkpoint: Any = Safetensors(path)
     config = _described(config_json, path / "config.json")
     checkpoint.entries = dense(checkpoint.entries, config_json, config)
@@ -165,9 +162,24 @@ def open_config(source: str | os.PathLike) -> ModelConfig:
     path = sources.resolve(source, ["config.json"])
     if path.is_file():
         return _described(gguf_config(GGUFFile(path)), path)
-    hf_json = read_json(path / "config.json")
+    hf_json = _config_json(path)
     config = _described(hf_json, path / "config.json")
     return cut(config, lambda name: not is_skipped(hf_json, name.removesuffix(".weight"))) if is_packed(hf_json) else config
+
+
+def _config_json(folder: Path) -> dict:
+    """A model's config.json; ModelError that says what to give instead of an adapter's or a run's folder."""
+    run = (folder / "run.json").is_file() and not (folder / "config.json").is_file()
+    if run and (folder / "model").is_dir():
+        raise ModelError(f"{folder} is a run, whose model is in there; give {folder / 'model'}")
+    adapter = folder / "adapter" if run else folder
+    if sources.is_adapter(adapter):
+        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        what, which = ("a run of an adapter", adapter) if run else ("an adapter", "the folder")
+        raise ModelError(f"{folder} is {what}, not a model; give its base model ({base}) and {which} as --adapter")
+    if run:
+        raise ModelError(f"{folder} is a run without a result (no adapter/, no model/); let it end, or go on with resume=true")
+    return read_json(folder / "config.json")
 
 
 def _described(hf_json: dict, file: Path) -> ModelConfig:

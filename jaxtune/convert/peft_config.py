@@ -35,7 +35,9 @@ def naming_config(path: Path) -> Iterator[None]:
     """Errors in an adapter folder's config (it is not there, a field is none that the model can have) name its file."""
     file = path / "adapter_config.json"
     if not file.is_file():
-        raise ModelError(f"{path} holds no {file.name}; give the folder that PEFT (or jaxtune) saved an adapter to")
+        inside = path / "adapter"
+        instead = inside if (inside / file.name).is_file() else "the folder that PEFT (or jaxtune) saved an adapter to"
+        raise ModelError(f"{path} holds no {file.name}; give {instead}")
     try:
         yield
     except ConfigError as error:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxtune.convert import hf
 from jaxtune.convert.load import load, open_config, open_model
+from jaxtune.convert.peft_config import naming_config
 from jaxtune.convert.tensors import Safetensors
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
@@ -200,6 +202,19 @@ def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(ModelError, match="is an adapter, not a model; give its base model .org/base."):
         load(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").touch()
+    with pytest.raises(ModelError, match="is a run without a result"):
+        open_config(run)
+    shutil.copytree(tmp_path, run / "adapter", ignore=shutil.ignore_patterns("run"))
+    with pytest.raises(ModelError, match=f"is a run of an adapter, .*base model .org/base. and {run}/adapter as --adapter"):
+        load(run)
+    with pytest.raises(ModelError, match=f"holds no adapter_config.json; give {run}/adapter"), naming_config(run):
+        pass
+    (run / "model").mkdir()
+    with pytest.raises(ModelError, match=f"is a run, whose model is in there; give {run}/model"):
+        load(run)
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
