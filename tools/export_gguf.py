@@ -6,7 +6,7 @@ python tools/export_gguf.py RUN OUT [--type q8_0]
 import argparse
 
 from jaxtune import cli, errors
-from jaxtune.convert.gguf_out import TYPES
+from jaxtune.convert.gguf_types import TYPES
 from jaxtune.export import export
 
 

@@ -21,13 +21,21 @@ from jaxtune.convert.gguf_keys import (
     window,
 )
 from jaxtune.convert.gguf_rope import rope_keys, rope_parameters
+from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 
 
-def keys_of(config: ModelConfig) -> dict[str, Any]:
-    """The metadata of a model, without the architecture's name in front. ModelError for what llama.cpp does not run."""
-    c, a = config, ARCHITECTURES[config.model_type]
-    limits.check(c, a)
+def architecture_of(config: ModelConfig) -> Architecture:
+    """What llama.cpp calls a model; ModelError for a family that it does not run, or not as it is."""
+    if config.model_type not in ARCHITECTURES:
+        raise ModelError(f"a model of type {config.model_type} cannot be written as GGUF; there are {', '.join(ARCHITECTURES)}")
+    limits.check(config, ARCHITECTURES[config.model_type])
+    return ARCHITECTURES[config.model_type]
+
+
+def keys_of(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
+    """The metadata of a model, without the architecture's name in front. ModelError for a rotary scheme that it cannot say."""
+    c, a = config, architecture
     norm = "layer_norm_epsilon" if c.norm.startswith("layer") else "layer_norm_rms_epsilon"
     found = {"vocab_size": c.vocab_size} | {key.gguf: key.of(c) for key in COMMON}
     found |= {"attention.value_length": c.head_dim, f"attention.{norm}": c.norm_eps}

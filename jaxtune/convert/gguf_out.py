@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from jaxtune.convert import gguf_layout, gguf_rope
-from jaxtune.convert.gguf_architectures import ARCHITECTURES, keys_of
+from jaxtune.convert.gguf_architectures import architecture_of, keys_of
+from jaxtune.convert.gguf_kquants import quantize
+from jaxtune.convert.gguf_types import TYPES, Types
 from jaxtune.convert.gguf_vocabulary import add_tokenizer
 from jaxtune.convert.hf import tensors_out
 from jaxtune.convert.names import cells
@@ -21,19 +23,6 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
 from jaxtune.model.spec import spec
-
-_T, _F = GGMLQuantizationType, LlamaFileType
-# what a user asks for -> the type of matrices, of embedding and head, and the number llama.cpp gives such a file
-TYPES = {
-    "f32": (_T.F32, _T.F32, _F.ALL_F32),
-    "f16": (_T.F16, _T.F16, _F.MOSTLY_F16),
-    "bf16": (_T.BF16, _T.BF16, _F.MOSTLY_BF16),
-    "q8_0": (_T.Q8_0, _T.Q8_0, _F.MOSTLY_Q8_0),
-    "q5_0": (_T.Q5_0, _T.Q8_0, _F.MOSTLY_Q5_0),
-    "q5_1": (_T.Q5_1, _T.Q8_0, _F.MOSTLY_Q5_1),
-    "q4_0": (_T.Q4_0, _T.Q8_0, _F.MOSTLY_Q4_0),
-    "q4_1": (_T.Q4_1, _T.Q8_0, _F.MOSTLY_Q4_1),
-}
 
 
 def save_gguf(
@@ -49,8 +38,9 @@ def save_gguf(
 ) -> Path:
     """Write one `.gguf` file that llama.cpp opens; returns `out`.
 
-    type          of the matrices: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1. Norms, biases and routers are f32; a matrix whose rows
-                  are not a multiple of 32 is f16; embedding and head are q8_0 at least
+    type          of the matrices: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1 (embedding and head are q8_0 at least), or one of
+                  llama.cpp's mixtures, q4_k_m and its like (`gguf_types.TYPES`). Norms, biases and routers are f32. A matrix whose rows
+                  are no multiple of a K-quant's 256 is of the next larger type of 32, as in llama.cpp; f16 where they are not of that
     params, base  as in `hf.save`
 
     The file is written beside `out` and renamed. Raises ModelError for a family, a rotary scheme or a tokenizer that llama.cpp's
@@ -62,20 +52,19 @@ def save_gguf(
     if out.exists():
         raise ModelError(f"{out} exists; nothing is overwritten. Give another name, or remove it")
     config, _, make = tensors_out(config, params, "float32", base)
-    if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"a model of type {config.model_type} cannot be written as GGUF; there are {', '.join(ARCHITECTURES)}")
-    keys = keys_of(config)
-    writer = GGUFWriter(None, ARCHITECTURES[config.model_type].name)
+    architecture = architecture_of(config)
+    keys = keys_of(config, architecture)
+    writer = GGUFWriter(None, architecture.name)
     writer.add_type("model")
     writer.add_name(name or out.stem)
-    writer.add_file_type(TYPES[type][2])
+    writer.add_file_type(TYPES[type].file)
     writer.add_quantization_version(2)
     for key, value in keys.items():
         _add(writer, key, value)
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer, config.vocab_size, generation_config or {})
     with replacing(out) as scratch:
-        _write(writer, scratch, _tensors(config, type, make))
+        write(writer, scratch, _tensors(config, Types(config, architecture.name, type), make))
     return out
 
 
@@ -84,7 +73,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds[value.__class__](f"{writer.arch}.{key}", value)
 
 
-class _Tensor:
+class Tensor:
     """A tensor to be written: known before it is made."""
 
     def __init__(self, name: str, shape: tuple[int, ...], type: GGMLQuantizationType, make: Callable[[], np.ndarray]):
@@ -93,7 +82,8 @@ class _Tensor:
         self.nbytes = math.prod(shape) // block * size
 
 
-def _write(writer: GGUFWriter, path: Path, tensors: list[_Tensor]) -> None:
+def write(writer: GGUFWriter, path: Path, tensors: list[Tensor]) -> None:
+    """The file: what `writer` has been told, then the tensors, each made when its turn has come. ModelError for NaN and infinity."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
     try:
@@ -111,7 +101,7 @@ def _write(writer: GGUFWriter, path: Path, tensors: list[_Tensor]) -> None:
         writer.close()
 
 
-def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) -> list[_Tensor]:
+def _tensors(config: ModelConfig, types: Types, make: Callable[[str], np.ndarray]) -> list[Tensor]:
     """Every tensor of the file, one layer's experts together."""
     rows = spec(config)
     places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they hold
@@ -119,13 +109,14 @@ def _tensors(config: ModelConfig, type: str, make: Callable[[str], np.ndarray]) 
         gguf = gguf_layout.names(cell.path, rows[cell.path], cell.index)
         places.setdefault(gguf, (cell.path, []))[1].append(cell.name)
     found = [
-        _Tensor(name, value.shape, _T.F32, functools.partial(np.asarray, value)) for name, value in gguf_rope.rope_tensors(config).items()
+        Tensor(name, value.shape, GGMLQuantizationType.F32, functools.partial(np.asarray, value))
+        for name, value in gguf_rope.rope_tensors(config).items()
     ]
     for gguf, (path, names) in places.items():
         row = rows[path]
         for number, (name, shape) in enumerate(zip(gguf, gguf_layout.shapes(config, path, row), strict=True)):
             value = functools.partial(_value, config, path, row, names, number, make)
-            found.append(_Tensor(name, shape, _type(row, shape, type), value))
+            found.append(Tensor(name, shape, types.kind(name, shape, row), value))
     return found
 
 
@@ -137,11 +128,3 @@ def _value(
         return np.stack([make(name) for name in names])
     return gguf_layout.to_gguf(config, path, row, make(names[0]))[number]
 
-
-def _type(row: Row, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:
-    matrix, table, _ = TYPES[type]
-    small = ("position_embd", "blk.{layer}.ffn_gate_inp", "blk.{layer}.ssm_conv1d")
-    if len(shape) == 1 or row.init != "normal" or row.gguf.startswith(small):
-        return _T.F32
-    wanted = table if "vocab" in row.axes else matrix
-    return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _T.F16
