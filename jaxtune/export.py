@@ -2,7 +2,8 @@
 
     jaxtune export runs/first exported --merge                      a model folder, base and adapter in one
     jaxtune export runs/first exported                              the adapter, for PEFT; the model, where the run trained all of it
-    jaxtune export runs/first exported --format gguf --type q8_0    for llama.cpp and Ollama
+    jaxtune export runs/first exported --format gguf --type q4_k_m  for llama.cpp and Ollama
+    jaxtune export runs/first exported --format gguf-lora           the adapter alone, for llama.cpp's --lora beside its base's file
     jaxtune export org/name exported --format gguf                  any model, converted
     jaxtune export google/gemma-3-4b-it exported --format text      the language model alone of one that sees too
 
@@ -26,8 +27,10 @@ from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
 from jaxtune.convert.bitsandbytes import Bitsandbytes
 from jaxtune.convert.folders import check_new, new_folder
-from jaxtune.convert.gguf_out import TYPES, save_gguf
-from jaxtune.convert.load import DTYPES, Opened, load, open_model, quantizer, read_model, stored_dtype
+from jaxtune.convert.gguf_adapter import ADAPTER_TYPES, save_gguf_adapter
+from jaxtune.convert.gguf_out import save_gguf
+from jaxtune.convert.gguf_types import TYPES
+from jaxtune.convert.load import DTYPES, Model, Opened, load, open_model, quantizer, read_model, stored_dtype
 from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
@@ -43,7 +46,7 @@ from jaxtune.runfolder import base_of
 
 log = logging.getLogger("jaxtune")
 
-FORMATS = ("hf", "text", "peft", "gguf")
+FORMATS = ("hf", "text", "peft", "gguf", "gguf-lora")
 # The largest logit difference, and the least share of equal next tokens, that rounding the merged weights may make: ten times what it
 # made of SmolLM2 with a strong adapter (2.5e-4, 0.33) and twice for bfloat16 (5.0, 99 % equal). A wrong merge makes tens and agrees by
 # chance. What a coarse GGUF type loses is the user's choice: there it is only made sure that it is the same model.
@@ -77,7 +80,7 @@ def export(
     merge: bool = False,
     format: str | None = None,
     *,
-    type: str = "f16",
+    type: str | None = None,
     dtype: str | None = None,
     bound: float | None = None,
 ) -> Path:
@@ -86,8 +89,9 @@ def export(
     merge   multiply the adapter into its base. A base that was packed for training is merged in its dequantised form, in 16 bits
     format  "hf": a folder for transformers and vLLM; "text": such a folder of the language model alone, of a checkpoint that holds more
             than that (a vision tower), as a model_type of its own; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a
-            Modelfile for Ollama. By default peft for an adapter that is not merged, hf otherwise; all but peft merge an adapter
-    type    of a GGUF file's matrices (`convert.gguf_out.TYPES`)
+            Modelfile for Ollama; "gguf-lora": a LoRA adapter as llama.cpp takes it beside its base. By default peft for an adapter
+            that is not merged, hf otherwise; hf, text and gguf merge an adapter
+    type    of a GGUF file's matrices: f16 by default, or q4_k_m and others (`convert.gguf_types.TYPES`); of an adapter f32, f16 or bf16
     dtype   of a model folder's tensors: float32, bfloat16, float16; by default the base's own
     bound   the largest difference of logits that is let pass; by default one for each dtype (`BOUNDS`)
 
@@ -96,16 +100,19 @@ def export(
     check_new(out)
     found = find(run)
     format = format or ("peft" if found.adapter and not merge else "hf")
+    type = (type or ("f32" if format == "gguf-lora" else "f16")).lower()
     _check_arguments(found, merge, format, type, dtype)
     if format == "peft":
         return _copy_adapter(found, Path(out))
     opened, head = open_model(found.base), _head(found)
-    if format == "gguf" and (head or opened.config.num_labels):
+    if format.startswith("gguf") and (head or opened.config.num_labels):
         raise ModelError(f"{run} scores texts, and GGUF files are written of language models only; export it with --format hf")
     if format == "text" and not opened.config.outer:
         raise ModelError(f"{run} is a language model and nothing else; export it with --format hf")
     if format == "text" and opened.config.together:
         raise ModelError(f"the files of a {opened.config.outer} model hold experts as a text model's do not; export it with --format hf")
+    if format == "gguf-lora":
+        return _write_pairs(found, opened, Path(out), type)
     if found.adapter is None:
         with new_folder(out) as folder:
             _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
@@ -135,14 +142,15 @@ def find(run: str | os.PathLike) -> Found:
 def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: str | None) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
-    if format == "peft" and (merge or not found.adapter):
-        raise ConfigError("format peft is for an adapter as it is; a merged or whole model is hf, text or gguf")
+    if format in ("peft", "gguf-lora") and (merge or not found.adapter):
+        raise ConfigError(f"format {format} is for an adapter as it is; a merged or whole model is hf, text or gguf")
     if merge and not found.adapter:
         raise ConfigError(
             f"there is no adapter to merge in {found.base}: it is no folder here of a run or adapter; name one, or leave out --merge"
         )
-    if type not in TYPES:
-        raise ConfigError(f"type {type!r} is not a GGUF type that can be written; there are {', '.join(TYPES)}")
+    types = ADAPTER_TYPES if format == "gguf-lora" else TYPES
+    if type not in types:
+        raise ConfigError(f"type {type!r} is not one that {format} is written in; there are {', '.join(types)}")
     if dtype is not None and dtype not in DTYPES[:3]:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES[:3])}")
 
@@ -157,6 +165,16 @@ def _copy_adapter(found: Found, out: Path) -> Path:
         for file in found.adapter.iterdir():
             shutil.copyfile(file, folder / file.name)
     log.info("adapter: %s", out)
+    return out
+
+
+def _write_pairs(found: Found, opened: Opened, out: Path, type: str) -> Path:
+    """The adapter alone, as a GGUF file."""
+    assert found.adapter is not None
+    adapter = load_adapter(found.adapter, Model(opened.config, {}, source=found.base))
+    with new_folder(out) as folder:
+        file = save_gguf_adapter(opened.config, adapter, folder / f"{out.name}-lora-{type}.gguf", type=type, name=out.name)
+    log.info("adapter: %s; run it by llama-cli -m BASE.gguf --lora %s, with a GGUF file of %s", out / file.name, file.name, found.base)
     return out
 
 
@@ -259,7 +277,7 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT", help="a new folder")
     parser.add_argument("--merge", action="store_true", help="multiply the adapter into its base")
     parser.add_argument("--format", choices=FORMATS, help="default: peft for an adapter that is not merged, hf otherwise")
-    parser.add_argument("--type", choices=TYPES, default="f16", help="of a GGUF file's matrices")
+    parser.add_argument("--type", help=f"of a GGUF file's matrices: {', '.join(TYPES)}; default: f16, of an adapter f32")
     parser.add_argument("--dtype", choices=DTYPES[:3], help="of a model folder's tensors; default: the base's own")
     parser.add_argument("--bound", type=float, help="largest difference of logits that a merge may make")
     given = vars(cli.parse(parser))

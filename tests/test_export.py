@@ -17,6 +17,7 @@ from jaxtune import export as export_module
 from jaxtune import peft
 from jaxtune.config import LoraConfig
 from jaxtune.convert import check, load, load_adapter, save_adapter
+from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.export import export
 
@@ -188,6 +189,16 @@ def test_gguf_with_a_modelfile(run, tmp_path, type, bound):
     assert text.startswith(f"FROM ./{file.name}\nTEMPLATE") and 'PARAMETER stop "<|im_end|>"' in text
 
 
+def test_an_adapter_for_llama_cpp(run, tmp_path):
+    export(run, tmp_path / "out", format="gguf-lora", type="F16")
+    file = GGUFFile(tmp_path / "out" / "out-lora-f16.gguf")
+    assert file.metadata["general.type"] == "adapter" and file.metadata["adapter.lora.alpha"] == LORA.lora_alpha
+    assert file.tensors["blk.2.ffn_down.weight.lora_a"].shape == (LORA.r, 48)
+    assert file.tensors["blk.0.attn_q.weight.lora_b"].dtype == np.float16
+    with pytest.raises(ConfigError, match="format gguf-lora is for an adapter as it is"):
+        export(run.parent / "model", tmp_path / "not", format="gguf-lora")
+
+
 def test_a_model_is_converted_without_a_run(run, tmp_path):
     export(run.parent / "model", tmp_path / "gguf", format="gguf", type="f32")
     export(tmp_path / "gguf" / "gguf-f32.gguf", tmp_path / "hf")
@@ -214,7 +225,8 @@ def test_a_fully_tuned_run_is_its_model(run, tmp_path):
     ("arguments", "message"),
     [
         (dict(format="onnx"), "format 'onnx' is not known; there are hf, text, peft, gguf"),
-        (dict(format="gguf", type="q9"), "type 'q9' is not a GGUF type"),
+        (dict(format="gguf", type="q9"), "type 'q9' is not one that gguf is written in; there are f32, .* q4_k_m"),
+        (dict(format="gguf-lora", type="q4_k_m"), "type 'q4_k_m' is not one that gguf-lora is written in; there are f32, f16, bf16"),
         (dict(merge=True, format="peft"), "format peft is for an adapter as it is"),
         (dict(merge=True, dtype="int8"), "dtype 'int8' is not one of"),
     ],

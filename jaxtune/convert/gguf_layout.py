@@ -50,6 +50,17 @@ def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ..
     return value - value.dtype.type(1) if _is_offset(config, name, row) else value.T if row.transposed else value
 
 
+def pairs(config: ModelConfig, path: str, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """A pair of LoRA, `b a` of shape `[out, in]`, as the pairs of the tensors of `names`; an embedding's is looked up by its tokens."""
+    if path == "embed":
+        return ((b, a.T),)
+    if _name(path) == "shared_gate_up":
+        return tuple((a, half) for half in np.split(b, 2))
+    if (order := _order(config, _name(path), (b.shape[-2], a.shape[-1]))) is not None:
+        a, b = (a, np.take(b, order[1], 0)) if order[0] == 0 else (np.take(a, order[1], -1), b)
+    return ((a, b),)
+
+
 def shapes(config: ModelConfig, path: str, row: Row) -> list[tuple[int, ...]]:
     """The shapes of the tensors of `names`."""
     shape = row.shape[1:] if row.layers else row.shape
