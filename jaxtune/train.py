@@ -25,6 +25,7 @@ from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_config, open_model
+from jaxtune.convert.peft_config import config_file
 from jaxtune.disk import write_text
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
@@ -152,6 +153,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 def _check_tables(config: Config) -> None:
     check_names(config)
     metrics.find_all(config.evaluate.metric)  # they are called at the end, and a mistake is to be heard of at the start
+    if config.init_adapter:
+        config_file(Path(config.init_adapter).expanduser())
 
 
 def settled(config: Config) -> Config:

@@ -158,6 +158,8 @@ def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
     train(config())
     with pytest.raises(CheckpointError, match="not empty.*resume=true"):
         train(config(model="/no/such/model"))
+    with pytest.raises(JaxtuneError, match="nowhere holds no adapter_config.json"):
+        train(config(model="/no/such/model", init_adapter="nowhere"))
 
 
 def test_a_run_that_has_taken_no_step_is_begun_anew(tmp_path):

@@ -30,14 +30,19 @@ BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def config_file(path: Path) -> Path:
+    """adapter_config.json of a folder; ModelError, with what to give instead, for one that has none."""
+    file, inside = path / "adapter_config.json", path / "adapter"
+    if not file.is_file():
+        instead = inside if (inside / file.name).is_file() else "the folder that PEFT (or jaxtune) saved an adapter to"
+        raise ModelError(f"{path} holds no {file.name}; give {instead}")
+    return file
+
+
 @contextlib.contextmanager
 def naming_config(path: Path) -> Iterator[None]:
     """Errors in an adapter folder's config (it is not there, a field is none that the model can have) name its file."""
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        inside = path / "adapter"
-        instead = inside if (inside / file.name).is_file() else "the folder that PEFT (or jaxtune) saved an adapter to"
-        raise ModelError(f"{path} holds no {file.name}; give {instead}")
+    file = config_file(path)
     try:
         yield
     except ConfigError as error:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxtune.convert import hf
 from jaxtune.convert.load import load, open_config, open_model
-from jaxtune.convert.peft_config import naming_config
+from jaxtune.convert.peft_config import config_file
 from jaxtune.convert.tensors import Safetensors
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
@@ -210,8 +210,8 @@ def test_folders_that_hold_no_model(tmp_path):
     shutil.copytree(tmp_path, run / "adapter", ignore=shutil.ignore_patterns("run"))
     with pytest.raises(ModelError, match=f"is a run of an adapter, .*base model .org/base. and {run}/adapter as --adapter"):
         load(run)
-    with pytest.raises(ModelError, match=f"holds no adapter_config.json; give {run}/adapter"), naming_config(run):
-        pass
+    with pytest.raises(ModelError, match=f"holds no adapter_config.json; give {run}/adapter"):
+        config_file(run)
     (run / "model").mkdir()
     with pytest.raises(ModelError, match=f"is a run, whose model is in there; give {run}/model"):
         load(run)
