@@ -176,7 +176,7 @@ def _config_json(folder: Path) -> dict:
     if sources.is_adapter(adapter):
         base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         what, which = ("a run of an adapter", adapter) if run else ("an adapter", "the folder")
-        raise ModelError(f"{folder} is {what}, not a model; give its base model ({base}) and {which} as --adapter")
+        raise ModelError(f"{folder} is {what}, not a model; give its base model ({base}), and {which} as --adapter or init_adapter")
     if run:
         raise ModelError(f"{folder} is a run without a result (no adapter/, no model/); let it end, or go on with resume=true")
     return read_json(folder / "config.json")

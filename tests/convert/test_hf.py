@@ -208,7 +208,7 @@ def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(ModelError, match="is a run without a result"):
         open_config(run)
     shutil.copytree(tmp_path, run / "adapter", ignore=shutil.ignore_patterns("run"))
-    with pytest.raises(ModelError, match=f"is a run of an adapter, .*base model .org/base. and {run}/adapter as --adapter"):
+    with pytest.raises(ModelError, match=f"is a run of .*base model .org/base., and {run}/adapter as --adapter or init_adapter"):
         load(run)
     with pytest.raises(ModelError, match=f"holds no adapter_config.json; give {run}/adapter"):
         config_file(run)
