@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,12 +69,10 @@ def is_used(folder: Path) -> bool:
 
 def _came_to_nothing(folder: Path) -> bool:
     """Whether the folder is what a run leaves that has logged and saved nothing: one that memory did not suffice for, say."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return (
-        names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"}
-        and (folder / "metrics.jsonl").stat().st_size == 0
-        and not any((folder / "checkpoints").iterdir())
-    )
+    names, own = {path.name for path in folder.iterdir() if not path.name.startswith(".")}, {"config.yaml", "checkpoints"}
+    if not own <= names <= own | {"run.json", "metrics.jsonl"} or any((folder / "checkpoints").iterdir()):
+        return False
+    return "metrics.jsonl" not in names or (folder / "metrics.jsonl").stat().st_size == 0
 
 
 def open_run(config: Config) -> Path:
@@ -110,6 +109,16 @@ def _claim(folder: Path) -> None:
         raise CheckpointError(f"another run is writing into {folder}; wait for its end, stop it, or name another folder") from None
     except OSError as error:
         log.warning("%s cannot be locked (%s), so nothing keeps a second run out of it", folder, error.strerror)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Say so where the disk has less room than the run will need at the least; what it has by then nobody knows."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        log.warning(
+            "%s: the disk has %.3f GB free, and the run will write %.3f GB at the least; make room, or what it has learnt may be lost",
+            folder, free / 1e9, needed / 1e9,
+        )  # fmt: skip
 
 
 def let_go(config: Config) -> None:

@@ -40,7 +40,7 @@ from jaxtune.rollout import Rollouts
 from jaxtune.shapes import check_names
 from jaxtune.step import TrainState
 from jaxtune.teacher import open_teacher, read_teacher
-from jaxtune.tree import count
+from jaxtune.tree import count, nbytes
 
 log = logging.getLogger("jaxtune")
 
@@ -127,6 +127,8 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
     if distributed.is_first():
+        checkpoint = nbytes((state.trainable, state.opt_state)) if config.save_strategy != "no" else 0
+        runfolder.check_room(folder, nbytes(state.trainable) + checkpoint)
         if config.resume:  # whose keys of what is kept and said may be others
             runfolder.write_config(folder, config)
         _write_run_json(folder, config, mesh, opened, teacher, rows, state.trainable, total_steps)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -162,15 +163,24 @@ def test_a_folder_in_use_is_refused_before_the_model_is_read(config):
         train(config(model="/no/such/model", init_adapter="nowhere"))
 
 
+def test_a_disk_with_too_little_room_is_told_before_the_first_step(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    runfolder.check_room(tmp_path, 10**9)
+    assert not caplog.text
+    runfolder.check_room(tmp_path, 3 * 10**9)
+    assert "has 1.000 GB free, and the run will write 3.000 GB at the least" in caplog.text
+
+
 def test_a_run_that_has_taken_no_step_is_begun_anew(tmp_path):
     """Where memory did not suffice, say: there is nothing to resume, and nothing to lose."""
     config = load_config({"model": "m", "output_dir": str(tmp_path)})
     (tmp_path / "config.yaml").write_text("of mine")
     with pytest.raises(CheckpointError, match="not empty"):
         runfolder.check_free(config)
+    (tmp_path / "checkpoints").mkdir()
+    runfolder.check_free(config)
     for name in ("run.json", "metrics.jsonl", ".lock"):
         (tmp_path / name).touch()
-    (tmp_path / "checkpoints").mkdir()
     runfolder.check_free(config)
     runfolder.let_go(config)
     (tmp_path / "metrics.jsonl").write_text("{}")
