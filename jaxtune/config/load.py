@@ -183,7 +183,9 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
         if value is DEFAULT:
             return
         value = _translate(path, value)
-        if path in out and out[path] != value:
+        if value is None and path in out:  # an empty key beside one that is not
+            return
+        if out.get(path) is not None and out[path] != value:
             raise ConfigError(f"{said[path]} and {name} both set {path}, to {word(out[path])} and to {word(value)}; leave one.")
         out[path], said[path] = value, name
 
@@ -197,9 +199,8 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
                 log.warning("note: %s is read as %s", given, name)
         elif name in ALIASES:
             meant = _translate(name, value)
-            empty = value is None and meant is None
-            put(ALIASES[name], DEFAULT if empty else meant, given)
-            log.warning("note: %s is empty, so %s has its default" if empty else "note: %s is read as %s", given, ALIASES[name])
+            put(ALIASES[name], meant, given)
+            log.warning("note: %s is read as %s", given, ALIASES[name])
         elif name in LEFT_OUT:
             log.warning("note: %s is left out: %s", given, LEFT_OUT[name])
         elif name in DIFFERENT:

@@ -304,8 +304,8 @@ def test_groups_of_other_tools_are_flat_and_an_empty_key_is_its_default(caplog):
     assert (config.beta, config.reward_funcs, config.seed) == (0.1, ("f1",), 42) and "trl.beta is read as beta" in caplog.text
     assert load_config({"model": "m", "lora": {"lora_r": 4}, "data": {"max_seq_length": 9}}, ["lora.r=null"]).lora.r == 16
     assert "lora.r is empty, so it has its default, 16" in caplog.text and "temperature" not in caplog.text
-    load_config({"model": "m", "lora_alpha": None, "save_total_limit": None})
-    assert "lora_alpha is empty, so lora.lora_alpha has its default" in caplog.text and "save_total_limit" not in caplog.text
+    assert load_config({"model": "m", "lora_alpha": None, "lora": {"r": None}, "lora_r": 4, "save_total_limit": None}).lora.r == 4
+    assert "lora.lora_alpha is empty, so it has its default, 32" in caplog.text and "save_total_limit" not in caplog.text
     with pytest.raises(ConfigError, match="beta and trl.beta both set beta"):
         load_config({"model": "m", "beta": 0.2, "trl": {"beta": 0.1}})
 
