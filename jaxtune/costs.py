@@ -121,7 +121,8 @@ def _products(model_config: ModelConfig, length: int, trained: int | None, atten
         repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
     outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
     seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
-    spans = {layer: min(seen, 2 * model_config.layer_windows[layer] or seen) for layer in model_config.attending}
+    windows = {layer: model_config.layer_windows[layer] for layer in model_config.attending}  # of a chunk to half of it
+    spans = {layer: min(seen, 2 * window if window > 0 else -window or seen) for layer, window in windows.items()}
     mixed = model_config.num_heads * sum(model_config.at(layer).head_dim * span for layer, span in spans.items())
     mixed += len(model_config.recurrent.layers) * delta.products(model_config.recurrent) if model_config.recurrent else 0
     return _Products(layers, repeated, outputs * model_config.hidden_size, mixed)

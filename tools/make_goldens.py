@@ -66,6 +66,8 @@ GEMMA4 = SMALL | dict(model_type="gemma4_text", global_head_dim=24, sliding_wind
 GEMMA4 |= dict(head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=True)
 LFM2 = {key: value for key, value in SMALL.items() if key != "rms_norm_eps"} | dict(norm_eps=1e-3, num_hidden_layers=3, tie_embedding=True)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA4 = SMALL | dict(head_dim=8, intermediate_size_mlp=24, intermediate_size=12, num_local_experts=4, attention_chunk_size=5)
+LLAMA4 |= dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0), floor_scale=3, attn_scale=0.9)
 GPT2 = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=32, layer_norm_epsilon=1e-5)
 NEOX = dict(
     vocab_size=96,
@@ -319,6 +321,24 @@ CASES |= {
     "flex_olmo": SMALL
     | dict(model_type="flex_olmo", head_dim=4, intermediate_size=20, num_experts=6, num_experts_per_tok=3)
     | dict(rms_norm_eps=0.1),  # else the norm after them undoes what the experts' weights sum to
+    "llama4": LLAMA4
+    | dict(model_type="llama4_text", no_rope_layer_interval=2, interleave_moe_layer_step=2, num_experts_per_tok=2)
+    | dict(rms_norm_eps=0.1),
+    "falcon_h1": SMALL
+    | dict(model_type="falcon_h1", head_dim=4, mamba_d_ssm=24, mamba_n_heads=6, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=4)
+    | dict(mamba_rms_norm=True, projectors_bias=True, mlp_multipliers=[0.7, 1.6], ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 2.0])
+    | dict(key_multiplier=3.0, attention_in_multiplier=1.5, attention_out_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=2.0)
+    | dict(embedding_multiplier=5.0, lm_head_multiplier=1.5, rms_norm_eps=1e-3),
+    "nemotron_h": {key: value for key, value in SMALL.items() if key not in ("num_hidden_layers", "rms_norm_eps", "rope_theta")}
+    | dict(model_type="nemotron_h", hybrid_override_pattern="M-*E", head_dim=8, layer_norm_epsilon=1e-3, moe_intermediate_size=12)
+    | dict(mamba_num_heads=6, mamba_head_dim=4, n_groups=2, ssm_state_size=6, chunk_size=4, time_step_min=0.7, mlp_bias=True)
+    | dict(n_routed_experts=4, moe_latent_size=12, moe_shared_expert_intermediate_size=20, routed_scaling_factor=1.5),
+    "llama4_nested": dict(
+        model_type="llama4",
+        text_config=LLAMA4 | dict(model_type="llama4_text", use_qk_norm=False, no_rope_layers=[1, 0]),
+        vision_config=TOWER | dict(model_type="llama4_vision_model", vision_output_dim=8, projector_input_dim=8, projector_output_dim=8),
+        tie_word_embeddings=False,
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
@@ -360,7 +380,8 @@ def reference(model, documents: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Logits of each document alone, and in one batch padded on the right and on the left."""
     import torch
 
-    found = {}
+    found, llama4 = {}, model.config.model_type.startswith("llama4")
+    model = getattr(model, "language_model", model) if llama4 else model  # the whole's own forward fails in transformers 5.24
     rows, width = len(documents), max(len(d) for d in documents) + 1
     with torch.no_grad():
         for i, tokens in enumerate(documents):
@@ -374,6 +395,8 @@ def reference(model, documents: list[np.ndarray]) -> dict[str, np.ndarray]:
             logits = model(tokens, attention_mask=mask, position_ids=positions).logits
             for i in range(rows):
                 found[f"{side}/{i}"] = logits[i][mask[i] == 1].numpy()
+        if llama4:  # its queries grow by padding on the left too, there
+            found |= {f"left/{i}": found[f"alone/{i}"] for i in range(rows)}
     return found
 
 

@@ -62,7 +62,9 @@ class Beside:
         """Say in a packed model's config.json that this is not packed, and the language model's modules under transformers' names."""
         if settings := described.get("quantization_config"):
             own = [nested.module(config, name) for name in settings.get("llm_int8_skip_modules") or ["lm_head"]]
-            settings["llm_int8_skip_modules"] = own + [f"model.{name.rstrip('.')}" for name in NESTED[config.outer].beside]
+            outer = NESTED[config.outer]
+            before = "model." if outer.modules[0].startswith("model.") else ""
+            settings["llm_int8_skip_modules"] = own + [f"{before}{name.rstrip('.')}" for name in outer.beside]
 
     def write_files(self, folder: Path) -> None:
         """The processor's files."""

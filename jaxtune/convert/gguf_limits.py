@@ -183,7 +183,7 @@ def qwen3_5(c: ModelConfig) -> None:
 
 def ministral3(c: ModelConfig) -> None:
     """How queries grow, and what YaRN does to the attention."""
-    rope, (growth, length) = c.ropes[0], c.query_growth
+    rope, growth, length = c.ropes[0], c.query_growth.rate, c.query_growth.length
     if rope.kind != "yarn" and growth or growth and length != rope.original_max:
         raise ModelError("llama.cpp lets Ministral 3's queries grow by yarn's original_max_position_embeddings; this model differs")
     if rope.kind == "yarn" and not math.isclose(rope.attention_factor, 1, rel_tol=1e-6):

@@ -17,7 +17,7 @@ log = logging.getLogger("jaxtune")
 
 # Buffers that old versions of transformers wrote beside the parameters: causal masks and rotary frequencies.
 HARMLESS = re.compile(r"(.*\.)?(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
-_PREFIX = re.compile(r"(model|transformer|gpt_neox)\.")  # absent where the model was saved without its head
+_PREFIX = re.compile(r"(model|transformer|gpt_neox|backbone)\.")  # absent where the model was saved without its head
 _OTHER = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 # Mixtral's own names, and those of the stacked layout that transformers 5 writes on request
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -81,6 +81,8 @@ def spellings(name: str) -> Iterator[str]:
     yield name
     if bare := _PREFIX.match(name):
         yield name[bare.end() :]
+    if name.startswith("backbone."):
+        yield f"model.{name.removeprefix('backbone.')}"
     if name in _OTHER:
         yield _OTHER[name]
     if ".block_sparse_moe." in name:

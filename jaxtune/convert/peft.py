@@ -57,11 +57,11 @@ class Place(NamedTuple):
 
 
 def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterator[Place]:
-    """The layers of a row. PEFT wraps the parameters of one module in one another: where down is adapted too, gate and up lie inside."""
+    """The layers of a row. PEFT wraps the parameters of one module in one another: where down is adapted too, up (and gate) lies inside."""
     stack, _, kind = path.rpartition("/")
     for number, name in enumerate(names(path, row)):
         stem = name.rpartition(".")[0] if is_parameter(path) else name
-        if kind == "experts_gate_up" and adapted.get(f"{stack}/experts_down", (0,) * (number + 1))[number]:
+        if kind in ("experts_gate_up", "experts_up") and adapted.get(f"{stack}/experts_down", (0,) * (number + 1))[number]:
             stem += ".base_layer"
         yield Place(number, name, PREFIX + stem)
 

@@ -12,7 +12,7 @@ from jaxtune.convert.load import Model
 from jaxtune.convert.tensors import Entry
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import NESTED, ModelConfig, heads
-from jaxtune.model.families.nested import MODULES
+from jaxtune.model.families.nested import MODULES, OLDER
 from jaxtune.peft import KINDS, kind_of
 from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.prompts import PromptKind
@@ -79,9 +79,9 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
 
 def _inside(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Fields by which PEFT stays within the language model: modules beside it have names that end like its own."""
-    found = {}
+    found, (modules, head) = {}, map(re.escape, NESTED[config.outer].modules)
     if "exclude_modules" in fields:
-        outside, left_out = rf"(?!{re.escape(MODULES)}|lm_head$).*", fields["exclude_modules"] or ()
+        outside, left_out = rf"(?!{modules}|{head}$).*", fields["exclude_modules"] or ()
         own = left_out if isinstance(left_out, str) else rf"(.*\.)?({'|'.join(map(re.escape, left_out))})"
         found["exclude_modules"] = f"{outside}|{own}" if left_out else outside
     if saved := tuple(fields.get("modules_to_save") or ()):
@@ -124,5 +124,7 @@ def names_of_today(path: Path, entries: dict[str, Entry], config: ModelConfig) -
             f"{path}: {len(others)} tensors change what is beside the language model, the first {others[0]}; jaxtune runs and trains the "
             "language model alone. Train the adapter with PEFT's exclude_modules for the rest, or take these tensors out of its file"
         )
+    if NESTED[config.outer].modules == OLDER:
+        return entries
     older = re.compile(rf"(?<=^{re.escape(PREFIX)})language_model\.(?:(model\.)|(?=lm_head\.))")  # before transformers 4.52
     return {older.sub(lambda found: MODULES if found[1] else "", name): entry for name, entry in entries.items()}

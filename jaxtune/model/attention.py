@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
+from jaxtune.model.layers import softcap
 
 SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
 _MANY = 2**30
@@ -46,21 +47,22 @@ class Keys(NamedTuple):
     common: jax.Array | None = None
 
 
+def least_seen(positions: jax.Array, window: jax.Array | int) -> jax.Array:
+    """The least position that a token at each of these sees. `window` counts the token itself; 0 is no window, and -n are chunks of n
+    positions, of which it sees its own."""
+    start = jnp.where(window > 0, positions - window + 1, positions - positions % jnp.maximum(-jnp.asarray(window), 1))
+    return jnp.where(window == 0, -_MANY, start)
+
+
 def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
-    """bool `[B, T, S]`: whether a query may see a key. `window` counts the token itself; 0 is no window."""
-    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    """bool `[B, T, S]`: whether a query may see a key; `window` as in `least_seen`."""
     same = queries.segments[:, :, None] == keys.segments[:, None, :]
     if queries.parents is not None:
         same |= queries.parents[:, :, None] == keys.segments[:, None, :]
     if keys.common is not None:
         same |= keys.common[:, None, :]
     seen = same & (keys.segments[:, None, :] > 0) & (queries.slots[:, :, None] >= keys.slots[:, None, :])
-    return seen & ((window == 0) | (distance < window))
-
-
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`cap * tanh(x / cap)`: at most `cap` (Gemma 2, arXiv 2408.00118); x itself where cap is 0."""
-    return x if cap == 0.0 else cap * jnp.tanh(x / cap)
+    return seen & (keys.positions[:, None, :] >= least_seen(queries.positions, window)[:, :, None])
 
 
 def attend(
@@ -301,7 +303,7 @@ def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax
     if keys.common is not None:
         seen |= keys.common.reshape(keys.common.shape[0], 1, -1, k_block).any(-1)
     seen &= k_least(keys.slots) <= q_most(queries.slots)
-    return seen & ((window == 0) | (q_least(queries.positions) - k_most(keys.positions) < window))
+    return seen & (least_seen(q_least(queries.positions), window) <= k_most(keys.positions))
 
 
 def _needed(tile: Tile, queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:

@@ -14,8 +14,9 @@ from jaxtune.model.convolution import short_convolution
 from jaxtune.model.delta import delta_net
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.families.base import Latent
+from jaxtune.model.families.factors import Growth
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, ShortConvolution
-from jaxtune.model.layers import ACTIVATIONS, NORMS, xielu
+from jaxtune.model.layers import ACTIVATIONS, NORMS, scaled, xielu
 from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.mamba import mamba
 from jaxtune.model.memory import Memory, Place
@@ -24,6 +25,7 @@ from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
 
 MIXERS = {DeltaNet: delta_net, Mamba: mamba, ShortConvolution: short_convolution}  # of layers that hand on a state
+FED = frozenset(("down", "experts_down"))  # what layers with a feed-forward part have
 RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
 LATENT_EPS = 1e-6  # of the norms of latents: transformers', whatever rms_norm_eps is
 CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
@@ -31,18 +33,27 @@ CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part 
 
 def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
     """One layer; `kv` is the cache's memory of all layers, or None. Returns x, kv and the router's sums (None without experts)."""
-    mixer = MIXERS[type(config.recurrent)] if "conv" in w else attention
 
     def attend_to(x_BTD):
-        return mixer(config, w, norm(config, w, "attn_norm", x_BTD), place, kv)
+        x_BTD, mixed, after = norm(config, w, "attn_norm", x_BTD), None, kv
+        if "conv" in w:
+            mixed, after = MIXERS[type(config.recurrent)](config, w, x_BTD, place, after)
+        if "o" in w:
+            attn, after = attention(config, w, x_BTD, place, after)
+            mixed = attn if mixed is None else mixed + attn
+        return mixed, after
 
     if config.remat in RECOMPUTED and kv is None:  # of attention, only what its backward pass starts from waits for the rest of the layer
         kept = jax.checkpoint_policies.save_only_these_names("attention")
         attend_to = jax.checkpoint(attend_to, policy=kept)
-    attn, kv = attend_to(x_BTD)
-    attended = x_BTD + _scaled(config, norm(config, w, "attn_post_norm", attn))
-    fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
-    x_BTD = attended + fed
+    attended, sums = x_BTD, None
+    if "o" in w or "conv" in w:  # else the layer is a feed-forward part alone
+        attn, kv = attend_to(x_BTD)
+        attended = x_BTD + scaled(norm(config, w, "attn_post_norm", attn), config.residual_multiplier)
+    if not FED.isdisjoint(w):
+        fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
+        attended = attended + fed
+    x_BTD = attended
     if "layer_input" in w:  # in the middle of a small gated network beside the layer's own
         inner = ACTIVATIONS[config.hidden_act](linear(w["input_gate"], x_BTD)) * w["layer_input"]
         x_BTD = x_BTD + norm(config, w, "input_post_norm", linear(w["input_projection"], inner))
@@ -61,24 +72,17 @@ def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
     return NORMS[config.norm](x, scale, w.get(f"{name}_bias"), config.norm_eps)
 
 
-def _scaled(config: ModelConfig, x: jax.Array) -> jax.Array:
-    if config.residual_multiplier == 1.0:
-        return x
-    return (x.astype(jnp.float32) * config.residual_multiplier).astype(x.dtype)
-
-
 # ---- attention ----
 
 
 def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
     """Self-attention with grouped key/value heads and rotary positions."""
-    q, k, v, gate = projections(config, w, x_BTD)
+    m = config.multipliers
+    q, k, v, gate = projections(config, w, scaled(x_BTD, m.attention_in))
+    k = scaled(k, m.key)
     q = _turned(config, w, "q_norm", q, place)
     k, v = (w["given_k"], w["given_v"]) if "given_k" in w else (_turned(config, w, "k_norm", k, place), _value_norm(config, v))
-    if config.query_growth[0]:
-        rate, length = config.query_growth
-        growth_BT = 1 + rate * jnp.log1p((place.queries.positions // length).astype(jnp.float32))
-        q = q * growth_BT[..., None, None].astype(q.dtype)
+    q = _grown(config.query_growth, q, place)
     if "prefix" in w:
         k, v = virtual.put_in(w["prefix"], k, v)
     if kv is not None:
@@ -93,7 +97,17 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
     mixed = mixed if config.latent is None else mixed[..., : config.latent.value]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
-    return linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), kv
+    return scaled(linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), m.attention_out), kv
+
+
+def _grown(growth: Growth, q_BTHh: jax.Array, place: Place) -> jax.Array:
+    """Queries by their position; of a layer without positions alone, where the family says so."""
+    if not growth.rate:
+        return q_BTHh
+    steps_BT = (place.queries.positions + growth.ahead) // growth.length
+    growth_BT = 1 + growth.rate * jnp.log1p(steps_BT.astype(jnp.float32))
+    growth_BT = jnp.where(growth.still & place.turns, 1.0, growth_BT)
+    return (q_BTHh.astype(jnp.float32) * growth_BT[..., None, None]).astype(q_BTHh.dtype)
 
 
 def keys_values(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +118,9 @@ def keys_values(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place)
 
 def _turned(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array, place: Place) -> jax.Array:
     """Queries or keys, normed as `name` says and rotated."""
+    if name in config.bare_norms:
+        turned = rotate(x_BTHh, place.cos, place.sin, config.interleaved)
+        return jnp.where(place.turns, norm(config, {}, name, turned), turned)
     if not config.qk_norm_last:
         x_BTHh = _head_norm(config, w, name, x_BTHh)
     x_BTHh = rotate(x_BTHh, place.cos, place.sin, config.interleaved)
@@ -199,7 +216,7 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
 
     def whole(x_BTD):
         fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place, x_BTD)
-        return _scaled(config, norm(config, w, "mlp_post_norm", fed)), sums
+        return scaled(norm(config, w, "mlp_post_norm", fed), config.residual_multiplier), sums
 
     B, T, D = x_BTD.shape
     chunks = 1 if config.remat not in RECOMPUTED else _chunks(config, w, B * T)
@@ -218,7 +235,7 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
 def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
     """How many parts a row's tokens are cut into: 1 where experts sort tokens, where a row lies on several devices, and where dropout draws
     one mask for all tokens."""
-    if "experts_gate" in w or split(config.mesh, "sequence"):
+    if "experts_down" in w or split(config.mesh, "sequence"):
         return 1
     names = ("gate", "up", "gate_up", "down")
     leaves = [leaf for name in names if name in w for leaf in jax.tree.leaves(w[name])]
@@ -237,7 +254,7 @@ def feed_forward(
 
     entered  x before its norm: what Gemma 4's experts are given, beside a dense part of the layer, each with norms of its own
     """
-    if "experts_gate" not in w:
+    if "experts_down" not in w:
         return _mlp(config, w, x_BTD), None
     segments, apart = place.queries.segments, "experts_norm" in w
     mixed, sums = mixture(config, w, entered_BTD if apart else x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
@@ -270,7 +287,7 @@ def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") ->
         gate = project("gate", x_BTD)
         # One after the other, backward too, where their unpacked matrices would else be there at once.
         gate, x_BTD = jax.lax.optimization_barrier((gate, x_BTD))
-        inner = act(gate) * project("up", x_BTD)
+        inner = act(scaled(gate, config.multipliers.gate)) * project("up", x_BTD)
     else:
         inner = act(project("up", x_BTD))
-    return project("down", constrain(config.mesh, inner, "rows", "tokens", "mlp"))
+    return scaled(project("down", constrain(config.mesh, inner, "rows", "tokens", "mlp")), config.multipliers.down)

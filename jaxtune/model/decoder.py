@@ -12,12 +12,13 @@ from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
 from jaxtune.model import virtual
-from jaxtune.model.attention import Keys, softcap
+from jaxtune.model.attention import Keys
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.given import Given
 from jaxtune.model.layer import Shared
+from jaxtune.model.layers import softcap
 from jaxtune.model.layout import constrain
 from jaxtune.model.memory import Memory
 from jaxtune.model.moe import RouterSums

@@ -44,11 +44,12 @@ def _place(config: ModelConfig, stack: int, number: jax.Array, shared: Shared) -
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
     keeping = (*config.memories, *([config.recurrent.layers] if config.recurrent else []))
     sources = [config.kv_source(i) for i in layers]
-    group = next(n for n, own in enumerate(keeping) if sources[0] in own)
-    slot = jnp.asarray([keeping[group].index(i) for i in sources])[number]
+    group = next((n for n, own in enumerate(keeping) if sources[0] in own), None)  # a feed-forward part alone keeps nothing
+    slot = number if group is None else jnp.asarray([keeping[group].index(i) for i in sources])[number]
     pairs = config.at(layers[0]).head_dim // 2  # of a narrower head than the widest
     cos, sin = shared.cos[rope][..., :pairs], shared.sin[rope][..., :pairs]
-    return Place(cos, sin, window, shared.queries, shared.keys, slot, group)
+    turns = jnp.asarray([config.layer_ropes[i] >= 0 for i in layers])[number]
+    return Place(cos, sin, window, shared.queries, shared.keys, slot, group or 0, turns)
 
 
 class Layer(Mapping):
@@ -68,6 +69,9 @@ class Layer(Mapping):
             return cut(leaf, self.number) if own is None else own
 
         return whole(jax.tree_util.tree_map_with_path(cut_out, stacked), self.number)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

@@ -21,6 +21,16 @@ ACTIVATIONS = {
 }
 
 
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`cap * tanh(x / cap)`: at most `cap` (Gemma 2, arXiv 2408.00118); x itself where cap is 0."""
+    return x if cap == 0.0 else cap * jnp.tanh(x / cap)
+
+
+def scaled(x: jax.Array, by: float) -> jax.Array:
+    """`by` times x, multiplied in float32."""
+    return x if by == 1.0 else (x.astype(jnp.float32) * by).astype(x.dtype)
+
+
 def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
     """`p x^2 + beta x` above 0, else `n (exp(min(x, eps)) - 1 - x) + beta x`, in float32, of `p = softplus(alpha_p)` and
     `n = beta + softplus(alpha_n)` (arXiv 2411.13010). Beta and eps stand still."""

@@ -8,7 +8,7 @@ from jaxtune.model.attention import Keys
 
 
 class Place(NamedTuple):
-    """Where a layer works: its rotation, its window, the tokens' places, its slice of the memory."""
+    """Where a layer works: its rotation, its window, the tokens' places, its slice of the memory; whether it turns queries and keys."""
 
     cos: jax.Array
     sin: jax.Array
@@ -17,6 +17,7 @@ class Place(NamedTuple):
     keys: Keys
     number: jax.Array
     group: int = 0  # of `ModelConfig.memories`
+    turns: jax.Array | bool = True
 
 
 class Memory(NamedTuple):

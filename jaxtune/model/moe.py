@@ -46,7 +46,7 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
         mixed, sums = _mixture(config, w, x, live)
         return mixed, jax.lax.psum(sums, own) if own else sums
 
-    weights = {name: w[name] for name in w if name.startswith(("router", "experts_"))}
+    weights = {name: w[name] for name in w if name.startswith(("router", "experts_", "latent_"))}
     parts = each_part(part, mesh, (PartitionSpec(), spec, spec), (spec, PartitionSpec()), frozenset(axes))
     return parts(weights, x_BTD, live_BT)
 
@@ -72,6 +72,8 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         choice_NE = scores_NE + w["router_correction"].reshape(-1)
     if moe.groups[0] > 1:
         choice_NE = _within_groups(moe, choice_NE)
+    if moe.scales_input:  # sigmoids of large logits are all 1
+        choice_NE = logits_NE
     weights_NC, chosen_NC = jax.lax.top_k(choice_NE, moe.experts_per_token)
     if choice_NE is not scores_NE:
         weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, axis=-1)
@@ -106,6 +108,7 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     E, chosen_of = config.moe.num_experts, config.moe.experts_per_token
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     asking_ND, x_ND = _asked(config, w, x_ND)
+    x_ND = linear(w["latent_in"], x_ND, w.get("latent_in_bias")) if config.moe.latent_size else x_ND
     probs_NE, weights_NC, chosen_NC, counted_NC = _routed(config.moe, w, asking_ND)
 
     order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
@@ -116,10 +119,16 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
         y, bias_EF = grouped(w[name], x, sizes_E), w.get(f"{name}_bias")
         return y if bias_EF is None else y + bias_EF.astype(y.dtype)[chosen_NC.reshape(-1)[order]]
 
-    out = through("experts_down", _gated(config, through("experts_gate", rows), through("experts_up", rows)))
+    if config.moe.scales_input:
+        rows = (rows.astype(jnp.float32) * weights_NC.reshape(-1)[order][:, None]).astype(rows.dtype)
+        weights_NC = jnp.ones_like(weights_NC)
+    up = through("experts_up", rows)
+    inner = _gated(config, through("experts_gate", rows), up) if "experts_gate" in w else ACTIVATIONS[config.hidden_act](up)
+    out = through("experts_down", inner)
     out_NCD = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(-1, chosen_of, out.shape[-1])
     mixed = jnp.sum(out_NCD.astype(jnp.float32) * weights_NC[..., None], axis=1).astype(x_BTD.dtype)
 
     live_N1 = live_BT.reshape(-1, 1).astype(jnp.float32)
     assignments_E = jnp.zeros(E, jnp.float32).at[counted_NC].add(jnp.broadcast_to(live_N1, counted_NC.shape))
+    mixed = linear(w["latent_out"], mixed, w.get("latent_out_bias")) if config.moe.latent_size else mixed
     return mixed.reshape(x_BTD.shape), RouterSums(assignments_E, jnp.sum(probs_NE * live_N1, axis=0), live_N1.sum())

@@ -163,8 +163,8 @@ def _llama3(rope: Rope, length_BT=None) -> np.ndarray:
     """Long wavelengths slowed by `factor`, short ones kept, those between blended."""
     f = _default(rope)
     wavelength = 2 * math.pi / f
-    blend = (rope.original_max / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
+    between = rope.high_freq_factor - rope.low_freq_factor or 1e-30  # Llama 4 blends none
+    blend = np.clip((rope.original_max / wavelength - rope.low_freq_factor) / between, 0.0, 1.0)
     return ((1 - blend) * f / rope.factor + blend * f).astype(np.float32)
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.model.attention import UNSEEN, Keys, softcap
+from jaxtune.model.attention import UNSEEN, Keys, least_seen
+from jaxtune.model.layers import softcap
 
 NOBODY, NO_PARENT = -1, -2  # segments that no query has: of padding as keys, and of a query without a parent
 PLACES = 8  # rows of a table of places; four are used, and eight are a TPU's tile
@@ -27,7 +28,7 @@ class Place(NamedTuple):
 
 def tables(queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
     """Places of queries and keys, `[B, PLACES, T]` int32, in the order of `Place`."""
-    least = jnp.where(window == 0, jnp.iinfo(jnp.int32).min, queries.positions - window + 1)
+    least = least_seen(queries.positions, window)
     parents = [] if queries.parents is None else [jnp.where(queries.parents > 0, queries.parents, NO_PARENT)]
     segments = jnp.where(keys.segments > 0, keys.segments, NOBODY)
     return _table(queries.slots, least, queries.segments, *parents), _table(keys.slots, keys.positions, segments)

@@ -34,10 +34,13 @@ class Whole(NamedTuple):
 
 
 # What transformers 5 calls the parameters of an expert layer, which PEFT adapts as parameters (`target_parameters`), not as modules
-EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_proj", "experts_down": "{experts}.down_proj"}
+EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_proj", "experts_up": "{experts}.up_proj",
+           "experts_down": "{experts}.down_proj"}  # up alone: without a gate
 # and what the modules were called that they stand for; PEFT translates these
 HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
 RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
+WITHOUT_OUT = ("falcon_h1", "nemotron_h")  # whose Mamba-2 layers' out_proj PEFT leaves alone: kernels take its weight past the module
+BY_INPUT = ("llama4_text",)  # whose experts' matrices `[E, in, out]` PEFT takes for `[E, out, in]`
 _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
@@ -56,15 +59,19 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
     experts, whose gate and up are one matrix `[2 F, D]` here (`experts_gate_up`)."""
     rows, family = module_rows(model_config), FAMILIES[model_config.model_type]
     if "head" not in rows and not model_config.num_labels:
-        rows["head"] = rows["embed"]._replace(hf=f"{family.ends['head']}.weight")
+        rows["head"] = rows["embed"]._replace(hf=nested.module(model_config, f"{family.ends['head']}.weight"))
     if "head" in rows:
         rows["head"] = rows["head"]._replace(hf=RENAMED_HEAD.get(rows["head"].hf, rows["head"].hf))
     table = {path: row for path, row in rows.items() if row.is_matrix or path in ("embed", "head")}
-    for path in [path for path in rows if path.endswith("/experts_gate")]:
-        stack = path.removesuffix("experts_gate")
-        gate, down = rows[path], rows[f"{stack}experts_down"]
-        L, E, F, D = gate.shape
-        own = {"experts_gate_up": gate._replace(shape=(L, E, 2 * F, D)), "experts_down": down}
+    if model_config.model_type in WITHOUT_OUT:
+        table = {path: row for path, row in table.items() if not path.endswith("/out")}
+    for path in [path for path in rows if path.endswith("/experts_down")]:
+        stack = path.removesuffix("experts_down")
+        up, own = rows[f"{stack}experts_up"], {"experts_down": rows[path]}
+        L, E, F, D = up.shape
+        joint = f"{stack}experts_gate" in rows
+        own = ({"experts_gate_up": rows[f"{stack}experts_gate"]._replace(shape=(L, E, 2 * F, D))} if joint else {"experts_up": up}) | own
+        own = own if model_config.model_type not in BY_INPUT else {}
         own |= {"router": rows[f"{stack}router"]} if f"{stack}router" in rows else {}  # else it is a linear layer
         called = dict(zip(("router", "experts"), family.moe, strict=True))
         for name, row in own.items():

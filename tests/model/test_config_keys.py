@@ -11,21 +11,29 @@ NO_LOGITS = {
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp", "eod_token_id",
-    "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size",
+    "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size", "chunk_size",
+    "num_logits_to_keep",
 }  # fmt: skip
 # Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
-                  "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn", "full_attn_idxs"}  # fmt: skip
+                  "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn", "full_attn_idxs",
+                  "interleave_moe_layer_step", "mamba_expand"}  # fmt: skip
 # keys beside which others count, or that the class has no default for
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
           "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
           "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
+          "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], moe_latent_size=8),
+          "falcon_h1": dict(mamba_rms_norm=True),
           "lfm2": dict(full_attn_idxs=[0, 3]),
           "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
           "gemma4_text": dict(num_kv_shared_layers=12, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)}
 UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "gpt_bigcode": {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
+          "llama4_text": {"router_aux_loss_coef", "router_jitter_noise"},
+          "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
+                         "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
+                         "time_step_limit", "time_step_max", "use_mamba_kernels"},
           **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), {"head_dim", "qk_head_dim"})}  # transformers reads them nowhere
 
 

@@ -27,6 +27,7 @@ QWEN3_5 = dict(
         rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[11, 11, 10], mrope_interleaved=True
     ),
 )
+LLAMA4 = dict(model_type="llama4_text", vocab_size=202048)
 LFM2_MOE = ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]
 LONGROPE = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1.5] * 48)
 
@@ -152,6 +153,30 @@ PUBLISHED = {
     "Qwen3-VL-4B": (
         nested("qwen3_vl", vocab_size=151936, num_key_value_heads=8, tie_word_embeddings=True, **size(2560, 9728, 36, 32)),
         4022468096,
+    ),
+    "Llama-4-Scout": (LLAMA4 | size(5120, 8192, 48, 40), 107769861120),  # with its tower, as the hub counts it: 108641793536
+    "Llama-4-Maverick": (
+        nested("llama4", **LLAMA4, num_local_experts=128, interleave_moe_layer_step=2, use_qk_norm=False, **size(5120, 8192, 48, 40)),
+        400711848960,
+    ),
+    "Falcon-H1-0.5B": (
+        dict(model_type="falcon_h1", vocab_size=32784, num_key_value_heads=2, head_dim=64, mamba_d_ssm=1536, mamba_n_heads=24)
+        | dict(mamba_d_state=128)
+        | size(1024, 2048, 36, 8),
+        521411104,
+    ),
+    "Nemotron-Nano-9B-v2": (
+        dict(model_type="nemotron_h", vocab_size=131072, mamba_head_dim=80)
+        | dict(hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-")
+        | size(4480, 15680, 56, 40),
+        8888227328,
+    ),
+    "Nemotron-3-Nano-30B-A3B": (  # with its 2944 corrections of routers
+        dict(model_type="nemotron_h", vocab_size=131072, num_key_value_heads=2, mamba_num_heads=64, n_routed_experts=128)
+        | dict(num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712)
+        | dict(hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME")
+        | size(2688, 1856, 52, 32),
+        31577940288,
     ),
     "LFM2-1.2B": (
         dict(model_type="lfm2", vocab_size=65536, full_attn_idxs=[2, 5, 8, 10, 12, 14], block_ff_dim=12288) | size(2048, 12288, 16, 32),

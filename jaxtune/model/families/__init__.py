@@ -21,6 +21,7 @@ from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
 from jaxtune.model.families.falcon import FALCON
+from jaxtune.model.families.falcon_h1 import FALCON_H1
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxtune.model.families.gemma4 import GEMMA4
 from jaxtune.model.families.glm import GLM, GLM4
@@ -46,7 +47,9 @@ from jaxtune.model.families.llama import (
     SEED_OSS,
     SMOLLM3,
 )
+from jaxtune.model.families.llama4 import LLAMA4
 from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxtune.model.families.nemotron_h import NEMOTRON_H
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, FLEX_OLMO, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
@@ -66,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4": EXAONE4,
     "ernie4_5_moe": ERNIE4_5_MOE,
     "falcon": FALCON,
+    "falcon_h1": FALCON_H1,
     "flex_olmo": FLEX_OLMO,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
@@ -89,11 +93,13 @@ FAMILIES: dict[str, Family] = {
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
+    "llama4_text": LLAMA4,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "nemotron": NEMOTRON,
+    "nemotron_h": NEMOTRON_H,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
@@ -151,27 +157,31 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
            "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
            "conv_L_cache", "block_ff_dim", "block_multiple_of",
-           "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")  # fmt: skip
+           "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
+           "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
+           "mamba_head_dim", "n_groups", "conv_kernel", "ssm_state_size", "mamba_d_state", "mamba_d_conv")  # fmt: skip
 _WHOLE = (*_LISTED[2:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
           "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim",
-          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers")  # fmt: skip
+          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers",
+          "moe_latent_size", "moe_shared_expert_intermediate_size")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
-             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor")  # fmt: skip
+             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor",
+             "lm_head_multiplier")  # fmt: skip
 _WANTED = {
     **dict.fromkeys(_COUNTS, "a whole number above 0"),
     **dict.fromkeys(_WHOLE, "a whole number"),
     **dict.fromkeys(_POSITIVE, "a number above 0"),
-    **dict.fromkeys(("initializer_range", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
+    **dict.fromkeys(("initializer_range", "attn_scale", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
     **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type", "mlp_layer_types",
-                    "time_step_limit"), "a list"),
+                    "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))
 # whose null says something, whatever the default is
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "q_lora_rank", "n_group", "topk_group",
              "attn_logit_softcapping", "final_logit_softcapping", "router_aux_loss_coef", "partial_rotary_factor", "rotary_dim",
-             "pad_token_id", "initializer_range", "init_std", "rope_parameters")  # fmt: skip
+             "pad_token_id", "initializer_range", "init_std", "rope_parameters", "attention_chunk_size", "mamba_d_ssm")  # fmt: skip
 
 
 def _check_values(hf: Mapping[str, Any], family: Family) -> None:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import TILE, Tile
+from jaxtune.model.families.factors import Growth, Multipliers
 from jaxtune.model.families.patterns import Pattern, patterns_of
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, Recurrent, ShortConvolution
 from jaxtune.model.layers import ACTIVATIONS
@@ -30,11 +31,13 @@ class Moe:
     normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
     aux_loss_coef: float | None  # config.json's weight of the load-balancing loss; None: transformers has no such loss of this family
     shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
+    latent_size: int = 0  # numbers of a token that experts are given, made of all of them; 0: all
     sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
     groups: tuple[int, int] = (1, 1)  # experts lie in so many groups, and a token goes to those of so many
     scale: float = 1.0  # of the chosen experts' weights
     epsilon: float = 0.0  # added to the sum by which `normalize` divides
     float32: bool = False  # whether the router multiplies in float32, whatever the model does
+    scales_input: bool = False  # an expert's weight is its input's, not its output's
     clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
 
 
@@ -78,24 +81,25 @@ class ModelConfig:
     attention_scale: float
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]  # index into `ropes` per layer; -1: no rotation (NoPE)
-    layer_windows: tuple[int, ...]  # sliding window per layer, the token itself included; 0: full attention
+    layer_windows: tuple[int, ...]  # sliding window per layer, the token itself included; 0: full attention; -n: chunks of n positions
     norm: str = "rms"  # a key of layers.NORMS
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     head_bias: bool = False  # of the vocabulary's head
     position_offset: int = 0  # the row of learned positions that the first token has
-    bare_norms: tuple[str, ...] = ()  # norms without parameters, which so have no rows
+    bare_norms: tuple[str, ...] = ()  # norms without parameters, without rows; of queries and keys: after their rotation
     qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
     qk_norm_last: bool = False  # these come after the rotation
     qkv_clip: float = 0.0  # queries, keys and values are cut to -clip ... clip; 0: they are not
-    query_growth: tuple[float, int] = (0.0, 1)  # (b, n): a query at position p times 1 + b ln(1 + floor(p / n)) (Llama 4's temperature)
+    query_growth: Growth = Growth()
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
     logits_scaling: float = 1.0  # logits are divided by it
     embed_scale: float = 1.0  # the embedding's own scale: part of `embed`
     embedding_multiplier: float = 1.0  # of whatever enters the first layer, given embeddings too
     residual_multiplier: float = 1.0  # of what attention and feed-forward add
+    multipliers: Multipliers = Multipliers()
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
     shared_norm: bool = False  # the feed-forward part begins with the attention's norm
     moe: Moe | None = None
@@ -103,6 +107,7 @@ class ModelConfig:
     delta: DeltaNet | None = None
     convolution: ShortConvolution | None = None
     mamba: Mamba | None = None
+    feeding: tuple[int, ...] = ()  # layers that are a feed-forward part alone (Nemotron H)
     wide: Wide | None = None
     kv_sharing: int = 0  # so many layers, the last, take keys and values from the last layer of their kind before them
     kv_sharing_mlp: int = 1  # and their feed-forward part is so many times as wide
@@ -140,7 +145,10 @@ class ModelConfig:
         sparse = set(self.moe.layers) if self.moe else set()
         linear = set(self.recurrent.layers) if self.recurrent else set()
         return patterns_of(
-            tuple((i in sparse, i in linear, *self._heads_of(i), sum(cut <= i for cut in self.cuts)) for i in range(self.num_layers))
+            tuple(
+                (i in sparse, i in linear, i in self.feeding, *self._heads_of(i), sum(cut <= i for cut in self.cuts))
+                for i in range(self.num_layers)
+            )
         )
 
     def _heads_of(self, layer: int) -> tuple:
@@ -190,8 +198,9 @@ class ModelConfig:
 
     @property
     def attending(self) -> tuple[int, ...]:
-        """The layers with keys and values: all but those that hand on a state."""
-        return tuple(layer for layer in range(self.num_layers) if self.recurrent is None or layer not in self.recurrent.layers)
+        """The layers with keys and values: not those that hand on a state and nothing else, nor those that are a feed-forward part."""
+        without = {*self.feeding, *(self.recurrent.layers if self.recurrent and not self.recurrent.beside else ())}
+        return tuple(layer for layer in range(self.num_layers) if layer not in without)
 
     @property
     def recurrent(self) -> Recurrent | None:

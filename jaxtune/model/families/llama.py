@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common, one_window, windows
+from jaxtune.model.families.factors import Growth
 from jaxtune.model.families.parts import Rows, attention, fused_mlp, linear, mlp, norm, pre_norm_layer, query_key_norms
 
 DEFAULTS = dict(
@@ -62,8 +63,8 @@ MINISTRAL = Family(
 def _ministral3(hf: dict[str, Any]) -> ModelConfig:
     hf = hf | {"rope_parameters": hf.get("rope_scaling") or hf["rope_parameters"] or MINISTRAL3.defaults["rope_parameters"]}
     config, rope, key = _mistral(hf), hf["rope_parameters"], "original_max_position_embeddings"
-    growth = (float(rope.get("llama_4_scaling_beta") or 0.0), int(hf.get(key) or rope.get(key) or hf["max_position_embeddings"]))
-    return dataclasses.replace(config, query_growth=growth)
+    length = int(hf.get(key) or rope.get(key) or hf["max_position_embeddings"])
+    return dataclasses.replace(config, query_growth=Growth(float(rope.get("llama_4_scaling_beta") or 0.0), length))
 
 
 MINISTRAL3 = Family(

@@ -14,7 +14,8 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families.base import ModelConfig, architecture
 from jaxtune.model.row import Part, Row
 
-MODULES = "model.language_model."  # what transformers 5 calls the text model's modules, and so PEFT, whatever the file calls its tensors
+MODULES = "model.language_model."  # what transformers 5 mostly calls the text model's modules, and so PEFT, whatever the file says
+OLDER = ("language_model.model.", "language_model.lm_head")  # and what it still calls Llama 4's
 
 
 class Nested(NamedTuple):
@@ -25,6 +26,7 @@ class Nested(NamedTuple):
     beside    what the names of the other tensors begin with, in any file ("model." may stand before it)
     defaults  what transformers takes for keys that text_config leaves out, where it is not what the family takes
     fixed     what its code takes for them whatever text_config says
+    modules   what transformers 5 calls the modules of the language model, and its head
     tied_inside  whether text_config's tie_word_embeddings counts where the whole says false, as older files have it
     together  whether files hold a layer's experts in one tensor, where the family's hold each by itself and nobody says how
     """
@@ -34,6 +36,7 @@ class Nested(NamedTuple):
     beside: tuple[str, ...]
     defaults: Mapping[str, Any] = {}
     fixed: Mapping[str, Any] = {}
+    modules: tuple[str, str] = (MODULES, "lm_head")
     tied_inside: bool = False
     together: bool = False
 
@@ -48,6 +51,7 @@ NESTED: dict[str, Nested] = {
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
     "gemma4": Nested({"gemma4_text": "gemma4_text"}, MODULES, ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")),
+    "llama4": Nested({"llama4_text": "llama4_text"}, OLDER[0], ("vision_model.", "multi_modal_projector."), modules=OLDER),
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
@@ -120,14 +124,17 @@ def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
 
 def module(config: ModelConfig, name: str) -> str:
     """What a row's tensor or module is called in the class of transformers 5 that opens the checkpoint."""
-    return re.sub(r"^model\.", MODULES, name) if config.outer else name
+    if not config.outer:
+        return re.sub(r"^backbone\.", "model.", name)  # Nemotron H's in files
+    modules, head = NESTED[config.outer].modules
+    return re.sub(r"^lm_head\b", head, re.sub(r"^model\.", modules, name))
 
 
 def spellings(hf: Mapping[str, Any], name: str) -> Iterator[str]:
     """What a text model's module may be called by the config.json of the whole."""
     yield name
     if is_nested(hf):
-        yield from (re.sub(r"^model\.", stem, name) for stem in {MODULES, NESTED[hf["model_type"]].stem})
+        yield from (re.sub(r"^model\.", stem, name) for stem in {NESTED[hf["model_type"]].modules[0], NESTED[hf["model_type"]].stem})
 
 
 def changed(hf: Mapping[str, Any], **values) -> dict[str, Any]:

@@ -44,12 +44,12 @@ def query_key_norms(c: ModelConfig, q_width: int, k_width: int, q: str = "q_norm
     yield from norm(c, "k_norm", f"self_attn.{k}", "attn_k_norm", k_width)
 
 
-def mlp(c: ModelConfig, times: int = 1) -> Rows:
-    """A gated feed-forward network, so many times as wide as most."""
+def mlp(c: ModelConfig, times: int = 1, hf: str = "mlp") -> Rows:
+    """A gated feed-forward network, so many times as wide as most, which Hugging Face calls `hf`."""
     width, inner = c.hidden_size, times * c.intermediate_size
-    yield from linear("gate", inner, width, ("mlp", "embed"), "mlp.gate_proj", "ffn_gate", c.mlp_bias)
-    yield from linear("up", inner, width, ("mlp", "embed"), "mlp.up_proj", "ffn_up", c.mlp_bias)
-    yield from linear("down", width, inner, ("embed", "mlp"), "mlp.down_proj", "ffn_down", c.mlp_bias)
+    yield from linear("gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate", c.mlp_bias)
+    yield from linear("up", inner, width, ("mlp", "embed"), f"{hf}.up_proj", "ffn_up", c.mlp_bias)
+    yield from linear("down", width, inner, ("embed", "mlp"), f"{hf}.down_proj", "ffn_down", c.mlp_bias)
 
 
 def shared_expert(c: ModelConfig, hf: str) -> Rows:

@@ -14,6 +14,7 @@ class DeltaNet:
     value_dim: int
     kernel: int
     layers: tuple[int, ...]
+    beside = False
 
     @property
     def channels(self) -> int:
@@ -34,6 +35,7 @@ class ShortConvolution:
     kernel: int
     layers: tuple[int, ...]
     state = None
+    beside = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Mamba:
     kernel: int
     conv_bias: bool
     layers: tuple[int, ...]
+    act: str  # of what the convolution gives
+    norm: str = "after"  # of the result: after its gate | before | "": none
+    out_bias: bool = False
+    least_step: float = 0.0  # time steps are no less
+    beside: bool = False  # attention works beside it in these layers
 
     @property
     def width(self) -> int:

@@ -1,0 +1,25 @@
+"""Numbers that the parts of a layer are multiplied by, as config.json gives them."""
+
+from typing import NamedTuple
+
+
+class Growth(NamedTuple):
+    """A query at position p times `1 + rate ln(1 + floor((p + ahead) / length))`, an attention's temperature (arXiv 2501.19399)."""
+
+    rate: float = 0.0
+    length: int = 1
+    ahead: int = 0
+    still: bool = False  # in layers without rotation alone
+
+
+class Multipliers(NamedTuple):
+    """What enters and leaves the parts of a layer, times these (Falcon H1; arXiv 2203.03466)."""
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    key: float = 1.0
+    mamba_in: float = 1.0
+    mamba: tuple[float, ...] = (1.0,) * 5  # of gate, input, writing, reading, time step
+    mamba_out: float = 1.0
+    gate: float = 1.0
+    down: float = 1.0
