@@ -25,15 +25,13 @@ class GGUFCheckpoint:
         self.rows = spec(config)
         for cell in cells(self.rows):
             row, expert = self.rows[cell.path], cell.index[1:]
-            stored = gguf_layout.names(cell.path, row, cell.index)
+            stored = gguf_layout.names(config, cell.path, row, cell.index)
             if not all(name in file.tensors for name in stored):
                 continue
             tensor = file.tensors[stored[0]]
-            shape = tensor.shape[len(expert) :]
-            if len(stored) > 1 or 1 in cell.shape:
-                wanted = gguf_layout.shapes(config, cell.path, row)
-                shape = cell.shape if [file.tensors[name].shape for name in stored] == wanted else shape
-            self.entries[cell.name] = tensor._replace(shape=shape[::-1] if cell.transposed else shape)
+            fits = [file.tensors[name].shape for name in stored] == gguf_layout.shapes(config, cell.path, row)
+            shape = tensor.shape[len(expert) :]  # for the error that it is then
+            self.entries[cell.name] = tensor._replace(shape=cell.shape if fits else shape[::-1] if cell.transposed else shape)
             self._places[cell.name] = (cell.path, stored, expert)
         used = {name for _, names, _ in self._places.values() for name in names} | set(gguf_rope.TENSORS)
         self.entries |= {name: tensor for name, tensor in file.tensors.items() if name not in used and not self._is_ahead(name)}
@@ -59,7 +57,8 @@ def gguf_config(file: GGUFFile) -> dict:
     m = Metadata(file)
     if m.architecture not in MODEL_TYPES:
         raise ModelError(f"{file.path}: architecture {m.architecture!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
-    for needed in ("token_embd.weight", *(["output_norm.weight"] if m.architecture != "olmo" else [])):  # its norms have no weights
+    norms = {"olmo": (), "lfm2": ("token_embd_norm.weight",), "lfm2moe": ("token_embd_norm.weight",)}  # OLMo's have no weights
+    for needed in ("token_embd.weight", *norms.get(m.architecture, ("output_norm.weight",))):
         if needed not in file.tensors:
             raise ModelError(f"{file.path}: tensor {needed} is missing; the file holds a vocabulary or a part of a model")
     hf = config_of(m)

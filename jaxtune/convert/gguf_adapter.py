@@ -51,7 +51,7 @@ def save_gguf_adapter(config: ModelConfig, adapter: Adapter, out: str | os.PathL
         alpha = alpha or own
         b = b if own == alpha else b * np.float32(own / alpha)
         row = rows[path]
-        for stem, pair in zip(gguf_layout.names(path, row, number[:1]), gguf_layout.pairs(config, path, row, a, b), strict=True):
+        for stem, pair in zip(gguf_layout.names(config, path, row, number), gguf_layout.pairs(config, path, row, a, b), strict=True):
             for part, value in zip(("lora_a", "lora_b"), pair, strict=True):
                 tensors.append(Tensor(f"{stem}.{part}", value.shape, TYPES[type].matrix, functools.partial(np.asarray, value)))
     writer = GGUFWriter(None, architecture.name)

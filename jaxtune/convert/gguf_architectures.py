@@ -13,11 +13,12 @@ from jaxtune.convert.gguf_keys import (
     MULTIPLIERS,
     NEEDED,
     PATTERN,
+    RECURRENT,
+    ROUTING,
     SHARED,
     Architecture,
     Key,
     experts,
-    moe,
     window,
 )
 from jaxtune.convert.gguf_rope import rope_keys, rope_parameters
@@ -29,8 +30,11 @@ def architecture_of(config: ModelConfig) -> Architecture:
     """What llama.cpp calls a model; ModelError for a family that it does not run, or not as it is."""
     if config.model_type not in ARCHITECTURES:
         raise ModelError(f"a model of type {config.model_type} cannot be written as GGUF; there are {', '.join(ARCHITECTURES)}")
-    limits.check(config, ARCHITECTURES[config.model_type])
-    return ARCHITECTURES[config.model_type]
+    found = ARCHITECTURES[config.model_type]
+    if found is _HYBRID and not config.mamba:  # of attention alone: its older sisters compute the same
+        found = ARCHITECTURES["granitemoeshared" if config.moe else "granite"]
+    limits.check(config, found)
+    return found
 
 
 def keys_of(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
@@ -91,11 +95,6 @@ _GPT2 = dict(
 _TANH = "gelu_pytorch_tanh"
 
 
-def _groups(c: ModelConfig) -> tuple[int | None, int | None]:
-    """How many groups experts lie in, and a token goes to; not written where that is all of them."""
-    return c.moe.groups if c.moe and c.moe.groups[0] > c.moe.groups[1] else (None, None)
-
-
 def _sections(c: ModelConfig) -> list[int]:
     """How many frequencies are of time, height and width; of text the three are one."""
     return [(c.ropes[0].pairs + 2) // 3, (c.ropes[0].pairs + 1) // 3, c.ropes[0].pairs // 3, 0]
@@ -114,11 +113,7 @@ _DEEPSEEK = Architecture(
         Key("attention.kv_lora_rank", "kv_lora_rank", lambda c: c.latent and c.latent.kv_rank),
         Key("attention.q_lora_rank", "", lambda c: c.latent and c.latent.q_rank),
         Key("expert_shared_count", "", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
-        Key("expert_weights_scale", "routed_scaling_factor", moe("scale"), 1.0),
-        Key("expert_weights_norm", "norm_topk_prob", moe("normalize"), False),
-        Key("expert_gating_func", "", lambda c: 2 if c.moe and c.moe.sigmoid else 1),
-        Key("expert_group_count", "n_group", lambda c: _groups(c)[0], 1),
-        Key("expert_group_used_count", "topk_group", lambda c: _groups(c)[1], 1),
+        *ROUTING,
         Key("rope.scaling.attn_factor", "", lambda c: None),
         Key("rope.scaling.yarn_log_multiplier", "", lambda c: 0.1 * weight if (weight := limits.mscale_all_dim(c)) else None),
     ),
@@ -127,10 +122,36 @@ _DEEPSEEK = Architecture(
     leading=True,
     scaled=True,
 )  # fmt: skip
+_DELTA = (
+    Key("ssm.conv_kernel", "linear_conv_kernel_dim", lambda c: c.delta and c.delta.kernel),
+    Key("ssm.state_size", "linear_key_head_dim", lambda c: c.delta and c.delta.key_dim),
+    Key("ssm.group_count", "linear_num_key_heads", lambda c: c.delta and c.delta.key_heads),
+    Key("ssm.time_step_rank", "linear_num_value_heads", lambda c: c.delta and c.delta.value_heads),
+    Key("ssm.inner_size", "", lambda c: c.delta and c.delta.value_heads * c.delta.value_dim),
+    Key("full_attention_interval", "full_attention_interval", lambda c: 4, 4),
+)
+_QWEN35 = Architecture("qwen35", (*_DELTA, Key("rope.dimension_sections", "", _sections)), read=readers.delta, check=limits.delta)
+_LFM2 = Architecture(
+    "lfm2", (RECURRENT, Key("shortconv.l_cache", "conv_L_cache", lambda c: c.convolution and c.convolution.kernel)),
+    {"block_auto_adjust_ff_dim": False}, readers.lfm2, eps="norm_eps", shares=True,
+)  # fmt: skip
 _GRANITE = Architecture("granite", MULTIPLIERS, read=readers.LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN, scaled=True)
 _GRANITEMOE = _GRANITE._replace(
     name="granitemoe", keys=(*MULTIPLIERS, *experts("num_local_experts", inner=None)), read=readers.ATTENTION_BIAS, biases=("out",),
     normalize=True,
+)  # fmt: skip
+_HYBRID = _GRANITE._replace(
+    name="granitehybrid",
+    keys=(
+        *MULTIPLIERS, RECURRENT, *(key._replace(missing=0) for key in experts("num_local_experts", inner=None)), SHARED._replace(hf=""),
+        Key("ssm.conv_kernel", "mamba_d_conv", lambda c: c.mamba and c.mamba.kernel),
+        Key("ssm.state_size", "mamba_d_state", lambda c: c.mamba and c.mamba.state_dim),
+        Key("ssm.group_count", "mamba_n_groups", lambda c: c.mamba and c.mamba.groups),
+        Key("ssm.time_step_rank", "mamba_n_heads", lambda c: c.mamba and c.mamba.heads),
+        Key("ssm.inner_size", "", lambda c: c.mamba and c.mamba.width),
+        Key("rope.scaling.finetuned", "", lambda c: bool(c.ropes)),
+    ),
+    read=readers.granite_hybrid, check=limits.granite_hybrid, biases=("out",), normalize=True, dense=True,
 )  # fmt: skip
 _LLAMA = Architecture("llama", read=readers.LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN)
 _MISTRAL = _LLAMA._replace(keys=(window(None),), read=lambda m: {}, limited=True)
@@ -162,6 +183,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         keys=tuple(key._replace(hf="" if key.hf == "norm_topk_prob" else key.hf) for key in _DEEPSEEK.keys), hf={"topk_method": "greedy"}
     ),
     "deepseek_v3": _DEEPSEEK,
+    "dots1": Architecture(
+        "dots1",
+        (
+            *experts("n_routed_experts"), LEADING, *ROUTING,
+            Key("expert_shared_count", "n_shared_experts", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
+        ),
+        {"sliding_window": None}, check=limits.dots1, leading=True, head=True,
+    ),
     "ernie4_5": Architecture("ernie4_5"),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
@@ -190,11 +219,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "glm": Architecture("chatglm", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m), shares=True),
     "glm4": Architecture("glm4", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m)),
+    "glm4_moe_lite": _DEEPSEEK,
     "glm4_moe": Architecture(
         "glm4moe",
         (
             *experts("n_routed_experts"), LEADING,
-            *(key for key in _DEEPSEEK.keys if key.gguf.startswith(("expert_weights", "expert_gating", "expert_group"))),
+            *ROUTING,
             Key("expert_shared_count", "n_shared_experts", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
         ),
         read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m) | {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},
@@ -217,8 +247,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granite": _GRANITE,
     "granitemoe": _GRANITEMOE,
+    "granitemoehybrid": _HYBRID,
     "granitemoeshared": _GRANITEMOE._replace(keys=(*_GRANITEMOE.keys, SHARED._replace(hf="shared_intermediate_size"))),
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2._replace(
+        name="lfm2moe",
+        keys=(
+            *_LFM2.keys, *experts("num_experts"), LEADING._replace(hf="num_dense_layers"),
+            Key("expert_gating_func", "", lambda c: 2),
+        ),
+        hf={"routed_scaling_factor": 1.0, "norm_topk_prob": True}, check=limits.lfm2_moe, leading=True, normalize=True,
+    ),
     "llama": _LLAMA,
     "ministral": _MISTRAL,
     "ministral3": Architecture(
@@ -258,18 +298,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen2moe", (*experts("num_experts"), SHARED), {"norm_topk_prob": False}, check=limits.qwen2_moe, shares=True, normalize=False
     ),
     "qwen3": Architecture("qwen3"),
-    "qwen3_5_text": Architecture(
-        "qwen35",
-        (
-            Key("ssm.conv_kernel", "linear_conv_kernel_dim", lambda c: c.delta and c.delta.kernel),
-            Key("ssm.state_size", "linear_key_head_dim", lambda c: c.delta and c.delta.key_dim),
-            Key("ssm.group_count", "linear_num_key_heads", lambda c: c.delta and c.delta.key_heads),
-            Key("ssm.time_step_rank", "linear_num_value_heads", lambda c: c.delta and c.delta.value_heads),
-            Key("ssm.inner_size", "", lambda c: c.delta and c.delta.value_heads * c.delta.value_dim),
-            Key("full_attention_interval", "full_attention_interval", lambda c: 4, 4),
-            Key("rope.dimension_sections", "", _sections),
-        ),
-        read=lambda m: {"linear_value_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank")}, check=limits.qwen3_5,
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": _QWEN35._replace(
+        name="qwen35moe", keys=(*_QWEN35.keys, *experts("num_experts"), SHARED), normalize=True, check=limits.shared_delta
+    ),
+    "qwen3_next": Architecture(
+        "qwen3next", (*_DELTA, *experts("num_experts"), SHARED), {"norm_topk_prob": True}, readers.delta, limits.shared_delta,
+        normalize=True,
     ),
     "qwen3_moe": Architecture("qwen3moe", experts("num_experts"), {"norm_topk_prob": True}, normalize=True),
     "seed_oss": Architecture("seed_oss", read=readers.ATTENTION_BIAS),

@@ -122,6 +122,7 @@ class Metadata:
         if value is None:
             raise ModelError(f"{self.file.path}: the metadata lacks {self.architecture}.{key}")
         if isinstance(value, list):
+            value = [number for number in value if number] if key == "attention.head_count_kv" else value  # 0: a layer without attention
             if len(set(value)) != 1:
                 raise ModelError(f"{self.file.path}: {self.architecture}.{key} differs from layer to layer; that is not supported")
             value = value[0]

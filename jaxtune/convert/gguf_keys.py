@@ -40,6 +40,7 @@ class Architecture(NamedTuple):
     frequencies  the rope_types whose own frequencies it reads
     truncate     whether YaRN's limits are rounded
     leading      the first layers may be without experts
+    dense        it may be without experts, though its keys count them
     normalize    whether the chosen experts' weights are scaled to sum to one; None: its keys say
     scaled       its keys, or its check, hold the attention's scale; else that is head_dim ** -0.5
     """
@@ -60,6 +61,7 @@ class Architecture(NamedTuple):
     frequencies: tuple[str, ...] = ()
     truncate: bool = True
     leading: bool = False
+    dense: bool = False
     normalize: bool | None = None
     scaled: bool = False
 
@@ -103,3 +105,26 @@ MULTIPLIERS = (
 SHARED = Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size", moe("shared_intermediate_size"))
 LEADING = Key("leading_dense_block_count", "first_k_dense_replace", lambda c: c.moe.layers[0] if c.moe else None, 0)
 LOGIT_SCALE = Key("logit_scale", "logit_scale", lambda c: 1 / c.logits_scaling)
+
+
+def _groups(c: ModelConfig) -> tuple[int | None, int | None]:
+    """How many groups experts lie in, and a token goes to; not written where that is all of them."""
+    return c.moe.groups if c.moe and c.moe.groups[0] > c.moe.groups[1] else (None, None)
+
+
+ROUTING = (
+    Key("expert_weights_scale", "routed_scaling_factor", moe("scale"), 1.0),
+    Key("expert_weights_norm", "norm_topk_prob", moe("normalize"), False),
+    Key("expert_gating_func", "", lambda c: 2 if c.moe and c.moe.sigmoid else 1),
+    Key("expert_group_count", "n_group", lambda c: _groups(c)[0], 1),
+    Key("expert_group_used_count", "topk_group", lambda c: _groups(c)[1], 1),
+)
+
+
+def _kv_heads(c: ModelConfig) -> list[int] | None:
+    """By layer, 0 where there is no attention; None where it is in all."""
+    without = c.recurrent.layers if c.recurrent else ()
+    return [0 if layer in without else c.num_kv_heads for layer in range(c.num_layers)] if without else None
+
+
+RECURRENT = Key("attention.head_count_kv", "", lambda c: _kv_heads(c) or c.num_kv_heads)

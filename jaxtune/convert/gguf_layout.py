@@ -6,15 +6,26 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
 
 # Where llama.cpp turns neighbouring pairs of dimensions and Hugging Face halves of a head, files hold q and k with their rows interleaved.
-INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoeshared", "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo",
-               "smollm3")  # fmt: skip
+INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama", "ministral", "ministral3", "mistral",
+               "mixtral", "olmo", "smollm3")  # fmt: skip
 # one tensor of Hugging Face's that is two there
-_DIVIDED = {"kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")}
+_DIVIDED = {
+    "kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp"), "in_qkvz": ("attn_qkv", "attn_gate"),
+    "gate_up": ("ffn_gate", "ffn_up"),
+}  # fmt: skip
 
 
-def names(path: str, row: Row, index: tuple[int, ...]) -> tuple[str, ...]:
+def _is_divided(config: ModelConfig, name: str) -> bool:
+    return name in _DIVIDED and (name != "gate_up" or config.model_type == "granitemoehybrid")
+
+
+def names(config: ModelConfig, path: str, row: Row, index: tuple[int, ...]) -> tuple[str, ...]:
     """What the tensors of a row are called in a GGUF file, at `index` (a layer of its stack first) where it has one."""
-    templates = tuple(f"blk.{{layer}}.{name}.weight" for name in _DIVIDED.get(_name(path), ())) or (row.gguf,)
+    if path == "norm" and config.convolution:
+        return ("token_embd_norm.weight",)
+    templates = (row.gguf,)
+    if _is_divided(config, _name(path)):
+        templates = tuple(f"blk.{{layer}}.{name}.weight" for name in _DIVIDED[_name(path)])
     return tuple(template.format(layer=row.layers[index[0]] if index else None) for template in templates)
 
 
@@ -25,14 +36,14 @@ def to_gguf(config: ModelConfig, path: str, row: Row, value: np.ndarray) -> tupl
         heads = value.reshape(config.num_heads, -1, value.shape[-1])
         still = _still(config)
         return heads[:, :still].swapaxes(1, 2), heads[:, still:]
-    if name == "shared_gate_up":
-        return tuple(np.split(value, 2))
+    if _is_divided(config, name):
+        return tuple(value[rows] for rows in _divided_rows(config, name, len(value)))
     if name == "a_log":
         value = -np.exp(value)
     value = value + one if _is_offset(config, name, row) else value.T if row.transposed else value
     order = _order(config, name, value.shape)
     value = value if order is None else np.take(value, order[1], order[0])
-    return (value.reshape(_flat(row, value.shape)),)
+    return (value.reshape(_flat(config, path, row, value.shape)),)
 
 
 def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -41,8 +52,8 @@ def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ..
     if name == "kv_b" and len(values) == 2:
         heads = np.concatenate([value.swapaxes(1, 2), values[1]], axis=1)
         return heads.reshape(-1, heads.shape[-1])
-    if name == "shared_gate_up" and len(values) == 2:
-        return np.concatenate(values)
+    if len(values) == 2:
+        return np.concatenate(values)[np.argsort(np.concatenate(_divided_rows(config, name, sum(map(len, values)))))]
     if (order := _order(config, name, value.shape)) is not None:
         value = np.take(value, np.argsort(order[1]), order[0])
     if name == "a_log":
@@ -54,8 +65,8 @@ def pairs(config: ModelConfig, path: str, row: Row, a: np.ndarray, b: np.ndarray
     """A pair of LoRA, `b a` of shape `[out, in]`, as the pairs of the tensors of `names`; an embedding's is looked up by its tokens."""
     if path == "embed":
         return ((b, a.T),)
-    if _name(path) == "shared_gate_up":
-        return tuple((a, half) for half in np.split(b, 2))
+    if _is_divided(config, _name(path)):
+        return tuple((a, b[rows]) for rows in _divided_rows(config, _name(path), len(b)))
     if (order := _order(config, _name(path), (b.shape[-2], a.shape[-1]))) is not None:
         a, b = (a, np.take(b, order[1], 0)) if order[0] == 0 else (np.take(a, order[1], -1), b)
     return ((a, b),)
@@ -67,9 +78,9 @@ def shapes(config: ModelConfig, path: str, row: Row) -> list[tuple[int, ...]]:
     if _name(path) == "kv_b":
         H, still, rank = config.num_heads, _still(config), shape[1]
         return [(H, rank, still), (H, shape[0] // H - still, rank)]
-    if _name(path) == "shared_gate_up":
-        return [(shape[0] // 2, shape[1])] * 2
-    return [_flat(row, shape)]
+    if _is_divided(config, _name(path)):
+        return [(len(rows), shape[1]) for rows in _divided_rows(config, _name(path), shape[0])]
+    return [_flat(config, path, row, shape)]
 
 
 def _name(path: str) -> str:
@@ -81,9 +92,25 @@ def _still(config: ModelConfig) -> int:
     return config.latent.still
 
 
-def _flat(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of one are left out: a matrix of one row is a vector there."""
+def _flat(config: ModelConfig, path: str, row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of one are left out: a matrix of one row is a vector there. Mamba-2's decay and skip are columns, its norm has a row a group."""
+    if config.mamba and _name(path) in ("a_log", "skip"):
+        return (*shape, 1)
+    if config.mamba and _name(path) == "state_norm":
+        return config.mamba.groups, shape[0] // config.mamba.groups
     return shape if row.is_experts else tuple(size for size in shape if size != 1)
+
+
+def _divided_rows(config: ModelConfig, name: str, count: int) -> list[np.ndarray]:
+    """Which of a tensor's rows are in each of the two that it is there: halves; of `in_qkvz`, which lies head of keys by head of keys,
+    queries, keys and values, and the gates."""
+    if name != "in_qkvz":
+        return np.split(np.arange(count), 2)
+    assert config.delta is not None
+    d = config.delta
+    value = d.value_heads // d.key_heads * d.value_dim
+    parts = np.split(np.arange(count).reshape(d.key_heads, -1), [d.key_dim, 2 * d.key_dim, 2 * d.key_dim + value], axis=1)
+    return [np.concatenate([part.ravel() for part in parts[:3]]), parts[3].ravel()]
 
 
 def _is_offset(config: ModelConfig, name: str, row: Row) -> bool:
@@ -100,7 +127,7 @@ def _order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int,
     if part == "qkv_by_head":
         by_head = rows.reshape(config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, -1)
         return 0, np.concatenate([by_head[:, :-2].ravel(), by_head[:, -2].ravel(), by_head[:, -1].ravel()])
-    return _linear_order(config, name, shape) if config.delta else None
+    return _linear_order(config, name, shape) if config.delta and config.model_type != "qwen3_next" else None
 
 
 def _linear_order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:

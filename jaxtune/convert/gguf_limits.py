@@ -27,6 +27,8 @@ def check(c: ModelConfig, a: Architecture) -> None:
         raise ModelError(f"llama.cpp wants {'a head of its own' if a.head else 'no head but the embedding'} in a {a.name} model")
     if not a.scaled and not math.isclose(c.attention_scale, c.head_dim**-0.5, rel_tol=1e-6):
         raise ModelError(f"llama.cpp scales the attention of a {a.name} model by head_dim ** -0.5; this one has {c.attention_scale:g}")
+    if not c.ropes and a.name not in ("gpt2", "starcoder", "granitehybrid"):
+        raise ModelError(f"llama.cpp turns queries and keys in a {a.name} model; this one has no rotary positions")
     own = [rope.kind for rope in c.ropes if rope.kind in ("llama3", "divisors", "longrope") and rope.kind not in a.frequencies]
     if own:
         raise ModelError(f"llama.cpp reads no frequencies of rope_type {own[0]} in a {a.name} model; this one cannot be written")
@@ -44,7 +46,7 @@ def _check_windows(c: ModelConfig, a: Architecture) -> None:
 
 
 def _check_experts(c: ModelConfig, a: Architecture) -> None:
-    if not any(key.gguf == "expert_count" for key in a.keys):
+    if not any(key.gguf == "expert_count" for key in a.keys) or c.moe is None and a.dense:
         return
     if c.moe is None or list(c.moe.layers) != list(range(c.moe.layers[0] if a.leading else 0, c.num_layers)):
         where = "the last layers" if a.leading else "every layer"
@@ -170,15 +172,42 @@ def glm4_moe(c: ModelConfig) -> None:
         raise ModelError("llama.cpp runs GLM 4.5 with a shared expert; this model has none")
 
 
-def qwen3_5(c: ModelConfig) -> None:
+def delta(c: ModelConfig) -> None:
     """Which layers are linear, how wide their heads are, and the epsilon of the lengths of queries and keys."""
     if not math.isclose(c.norm_eps, 1e-6, rel_tol=1e-3):
-        raise ModelError(f"llama.cpp takes rms_norm_eps for what is 1e-6 in Qwen 3.5's linear layers; this model has {c.norm_eps:g}")
+        raise ModelError(f"llama.cpp takes rms_norm_eps for what is 1e-6 in {c.model_type}'s linear layers; this model has {c.norm_eps:g}")
     if c.delta is None or c.delta.key_dim != c.delta.value_dim or c.delta.layers != tuple(i for i in range(c.num_layers) if (i + 1) % 4):
         raise ModelError(
-            "llama.cpp runs Qwen 3.5 with full attention in every fourth layer, and linear heads of values as wide as those of keys; "
-            "this model differs"
+            f"llama.cpp runs {c.model_type} with full attention in every fourth layer, and linear heads of values as wide as those of "
+            "keys; this model differs"
         )
+
+
+def shared_delta(c: ModelConfig) -> None:
+    """As `delta`; the expert that all tokens share."""
+    delta(c)
+    if c.moe and not c.moe.shared_intermediate_size:
+        raise ModelError(f"llama.cpp runs {c.model_type} with a shared expert; this model has none")
+
+
+def dots1(c: ModelConfig) -> None:
+    """Heads of keys; groups; the expert that all tokens share."""
+    if c.num_kv_heads != c.num_heads:
+        raise ModelError("llama.cpp runs dots.llm1 with as many heads of keys as of queries; this model has fewer (num_key_value_heads)")
+    if c.moe and (c.moe.groups != (1, 1) or not c.moe.shared_intermediate_size):
+        raise ModelError("llama.cpp runs dots.llm1 without groups of experts and with a shared expert; this model differs")
+
+
+def lfm2_moe(c: ModelConfig) -> None:
+    """The weights of experts."""
+    if c.moe and c.moe.scale != 1:
+        raise ModelError(f"llama.cpp reads no routed_scaling_factor of an lfm2_moe model; this one has {c.moe.scale:g}")
+
+
+def granite_hybrid(c: ModelConfig) -> None:
+    """How wide the Mamba layers are."""
+    if c.mamba and c.mamba.width != 2 * c.hidden_size:
+        raise ModelError("llama.cpp runs Granite 4.0 with mamba_expand 2; this model differs")
 
 
 def ministral3(c: ModelConfig) -> None:

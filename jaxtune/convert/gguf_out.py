@@ -106,7 +106,7 @@ def _tensors(config: ModelConfig, types: Types, make: Callable[[str], np.ndarray
     rows = spec(config)
     places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they hold
     for cell in cells(rows):
-        gguf = gguf_layout.names(cell.path, rows[cell.path], cell.index)
+        gguf = gguf_layout.names(config, cell.path, rows[cell.path], cell.index)
         places.setdefault(gguf, (cell.path, []))[1].append(cell.name)
     found = [
         Tensor(name, value.shape, GGMLQuantizationType.F32, functools.partial(np.asarray, value))

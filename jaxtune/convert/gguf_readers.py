@@ -107,3 +107,31 @@ def ernie_moe(m: Metadata) -> dict[str, Any]:
     """The expert that all tokens share."""
     shared = m.get("expert_shared_feed_forward_length", 0) // m("expert_feed_forward_length")
     return {"moe_num_shared_experts": shared, "moe_layer_interval": 1, "moe_layer_end_index": -1, "use_bias": False}
+
+
+def delta(m: Metadata) -> dict[str, Any]:
+    """How wide heads of values are, in linear layers."""
+    return {"linear_value_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank")}
+
+
+def _attending(m: Metadata, other: str) -> list[str]:
+    """The kind of each layer: those attend that have heads of keys."""
+    heads = m.get("attention.head_count_kv")
+    heads = heads if isinstance(heads, list) else [heads] * m("block_count")
+    return ["full_attention" if number else other for number in heads]
+
+
+def lfm2(m: Metadata) -> dict[str, Any]:
+    """Which layers attend."""
+    return {"layer_types": _attending(m, "conv")}
+
+
+def granite_hybrid(m: Metadata) -> dict[str, Any]:
+    """Which layers attend, and what the file says of the others in other words."""
+    kinds, inner = _attending(m, "linear_attention"), m("ssm.inner_size")
+    return {
+        "layer_types": kinds, "position_embedding_type": "rope" if m.get("rope.scaling.finetuned", True) else "nope",
+        "shared_intermediate_size": m.get("expert_shared_feed_forward_length") or m("feed_forward_length"),
+        "mamba_d_head": inner // m("ssm.time_step_rank"), "mamba_expand": inner // m("embedding_length"),
+        "mamba_conv_bias": m.has(*(f"blk.{layer}.ssm_conv1d.bias" for layer in range(len(kinds)))),
+    } | ATTENTION_BIAS(m)  # fmt: skip

@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
+from jaxtune.convert import gguf_layout
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
 from jaxtune.model.spec import spec
@@ -78,7 +80,7 @@ TYPES = {
 }  # fmt: skip
 # where rows are no multiple of 256
 _SMALLER = {_T.Q2_K: _T.Q4_0, _T.Q3_K: _T.Q4_0, _T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
-_FLOAT32 = ("position_embd", "blk.{layer}.ffn_gate_inp", "blk.{layer}.ssm_conv1d")
+_FLOAT32 = ("position_embd", "blk.{layer}.ffn_gate_inp", "blk.{layer}.ssm_conv1d", "blk.{layer}.shortconv.conv")
 _VALUES = re.compile(r"attn_(v|qkv|kv_b)\.weight")
 
 
@@ -87,7 +89,8 @@ class Types:
 
     def __init__(self, config: ModelConfig, architecture: str, type: str):
         self.config, self.architecture, self.mixture = config, architecture, TYPES[type]
-        found = (_layer(name) for row in spec(config).values() for name in row.gguf_names() if _VALUES.search(name))
+        rows = [(path, row, index) for path, row in spec(config).items() for index in np.ndindex(len(row.layers))]
+        found = (_layer(name) for place in rows for name in gguf_layout.names(config, *place) if _VALUES.search(name))
         self.values = {layer: number for number, layer in enumerate(sorted(found))}
 
     def kind(self, name: str, shape: tuple[int, ...], row: Row) -> GGMLQuantizationType:
