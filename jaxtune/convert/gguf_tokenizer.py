@@ -46,6 +46,23 @@ _TEKKEN = Splitting(("|".join(_CASED) + r"|\p{N}" + _CASED_REST,), ignore_merges
 _O200K = Splitting(("|".join(f"{case}{_CONTRACTION}?" for case in _CASED) + r"|\p{N}{1,3}" + _CASED_REST,))
 _NEOX = Splitting(words=True, nfc=True)
 _DEEPSEEK_CODER = Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
+# DeepSeek's letters that have two cases, range by range, as its tokenizer.json has them
+_TWO_CASES = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-"
+    "\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-"
+    "\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45"
+    "\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-"
+    "\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a"
+    "-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3"
+    "\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-"
+    "\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-"
+    "\U000118df\U0001e900-\U0001e943"
+)
+_DEEPSEEK_LLM = Splitting((
+    r"[\r\n]", rf"\s?[{_TWO_CASES}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$", _DEEPSEEK_CODER.patterns[3], r"\p{N}",
+))  # fmt: skip
 _DEEPSEEK_V3 = Splitting((
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -55,20 +72,28 @@ _DEEPSEEK_V3 = Splitting((
 
 # tokenizer.ggml.pre -> rule; the names are llama.cpp's (src/llama-vocab.cpp), the rules those of the models' own tokenizer.json
 SPLITTINGS = {
-    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "roberta-bpe"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "roberta-bpe", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "glm4"), _LLAMA3),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "glm4", "lfm2", "midm-2.0"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _CL100K),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
-    **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), _QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     **dict.fromkeys(("olmo", "mpt"), _NEOX),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK_V3),
     "deepseek-coder": _DEEPSEEK_CODER,
+    "deepseek-llm": _DEEPSEEK_LLM,
     "qwen35": _QWEN3_5,
     "seed-coder": _SEED,
     "stablelm2": _QWEN2._replace(nfc=False),
     "tekken": _TEKKEN,
 }
+# and those whose steps are of other kinds
+SEQUENCES = {
+    "falcon": pre_tokenizers.Sequence([
+        pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]),
+}  # fmt: skip
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizerFast | None":
@@ -114,15 +139,16 @@ class _Info:
 def _byte_level(info: _Info) -> Tokenizer:
     """Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."""
     rule = info.get("pre")
-    if rule not in SPLITTINGS:
-        known = ", ".join(sorted(SPLITTINGS))
+    if rule not in SPLITTINGS and rule not in SEQUENCES:
+        known = ", ".join(sorted([*SPLITTINGS, *SEQUENCES]))
         raise ModelError(f"{info.where}: tokenizer.ggml.pre is {rule!r}, a way to split text that is not known; known are {known}")
-    splitting = SPLITTINGS[rule]
+    splitting = SPLITTINGS.get(rule, Splitting())
     vocab = {token: number for number, token in enumerate(info.tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in info.get("merges") or []]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words)])
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words))
+    backend.pre_tokenizer = SEQUENCES.get(rule) or pre_tokenizers.Sequence(steps)
     if splitting.nfc:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxtune.convert.gguf_tokenizer import SPACE, SPLITTINGS, Splitting
+from jaxtune.convert.gguf_tokenizer import SEQUENCES, SPACE, SPLITTINGS, Splitting
 from jaxtune.errors import ModelError
 
 
@@ -75,6 +76,9 @@ def _has_prefix(described: dict) -> bool:
 def splitting_name(described: dict) -> str:
     """llama.cpp's name for the way a byte-level tokenizer cuts text; ModelError when it has none that we know."""
     steps = described["pre_tokenizer"] or {}
+    for name, sequence in SEQUENCES.items():
+        if _without_offsets(steps) == _without_offsets(_described(sequence)):
+            return name
     steps = steps.get("pretokenizers", [steps])
     patterns = [_pattern(step) for step in steps if step.get("type") != "ByteLevel"]
     bytes_ = steps[-1] if steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space") else None
@@ -93,12 +97,28 @@ def splitting_name(described: dict) -> str:
     raise ModelError(f"this tokenizer cuts text in a way that llama.cpp has no name for that we know: {rule}")
 
 
+def _described(sequence: pre_tokenizers.PreTokenizer) -> dict:
+    """As tokenizer.json has it."""
+    empty = Tokenizer(models.BPE())
+    empty.pre_tokenizer = sequence
+    return json.loads(empty.to_str())["pre_tokenizer"]
+
+
+def _without_offsets(steps: dict) -> list[dict]:
+    """A sequence's steps, without what changes no token."""
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps.get("pretokenizers", [])]
+
+
 def _pattern(step: dict) -> str | None:
     """What a step cuts out, each match by itself; None for another kind of step."""
     if step.get("type") == "Digits" and step["individual_digits"]:
         return r"\p{N}"
-    isolated = step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]
-    return step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n") if isolated else None
+    if step.get("type") != "Split" or "Regex" not in step["pattern"]:
+        return None
+    pattern = step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")
+    # what matches nowhere is thrown away, which is nothing where the pattern ends with all spaces that are left
+    whole = step["behavior"] == "Removed" and step["invert"] and pattern.endswith(r"|\s+(?!\S)|\s+")
+    return pattern if whole or step["behavior"] == "Isolated" and not step["invert"] else None
 
 
 def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict, vocab_size: int) -> None:

@@ -10,7 +10,7 @@ from gguf import GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jaxtune.convert.gguf_file import GGUFFile
-from jaxtune.convert.gguf_tokenizer import SPACE, SPLITTINGS, gguf_tokenizer
+from jaxtune.convert.gguf_tokenizer import SEQUENCES, SPACE, SPLITTINGS, gguf_tokenizer
 from jaxtune.convert.gguf_vocabulary import add_tokenizer, splitting_name
 from jaxtune.convert.tokenizer import load_tokenizer, save_tokenizer
 from jaxtune.errors import ModelError
@@ -69,6 +69,22 @@ def test_every_splitting_rule(tmp_path, name):
     tokenizer = with_rule(make_tokenizer("chatml"), rule)
     assert SPLITTINGS[splitting_name(json.loads(tokenizer.backend_tokenizer.to_str()))] == rule
     assert_same(through_gguf(tokenizer, tmp_path / "t.gguf"), tokenizer)
+
+
+def test_rules_in_other_words(tmp_path):
+    """Falcon's steps are of several kinds; OLMo 2 and others throw away what their pattern, which matches all, does not match."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.backend_tokenizer.pre_tokenizer = SEQUENCES["falcon"]
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
+    assert splitting_name(described) == "falcon"
+    assert_same(through_gguf(tokenizer, tmp_path / "t.gguf"), tokenizer)
+    described = json.loads(with_rule(tokenizer, SPLITTINGS["dbrx"]).backend_tokenizer.to_str())
+    described["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert splitting_name(described) == "dbrx"
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+"  # which leaves something out
+    with pytest.raises(ModelError, match="has no name for that we know"):
+        splitting_name(described)
 
 
 def test_digits_are_cut_off_before_spaces_are_counted(tmp_path):
