@@ -4,10 +4,11 @@ import re
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from jaxtune.convert import gguf_layout, gguf_rope
 from jaxtune.convert.gguf_architectures import MODEL_TYPES, config_of
-from jaxtune.convert.gguf_file import GGUFFile, Metadata
+from jaxtune.convert.gguf_file import GGUFFile, GGUFTensor, Metadata
 from jaxtune.convert.names import cells
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig, heads
@@ -25,6 +26,10 @@ class GGUFCheckpoint:
         self.rows = spec(config)
         for cell in cells(self.rows):
             row, expert = self.rows[cell.path], cell.index[1:]
+            if (key := gguf_layout.number_key(row)) in file.metadata:
+                self.entries[cell.name] = GGUFTensor(file.path, GGMLQuantizationType.F32, cell.shape, 0)
+                self._places[cell.name] = (cell.path, (str(key), str(row.layers[cell.index[0]])), ())
+                continue
             stored = gguf_layout.names(config, cell.path, row, cell.index)
             if not all(name in file.tensors for name in stored):
                 continue
@@ -39,6 +44,12 @@ class GGUFCheckpoint:
     def read(self, name: str) -> np.ndarray:
         """One tensor, decoded and laid out as Hugging Face has it."""
         path, stored, expert = self._places[name]
+        if gguf_layout.number_key(self.rows[path]):
+            layers, numbers = self.config.num_layers, self.file.metadata[stored[0]]
+            numbers = numbers if isinstance(numbers, list) else [numbers] * layers
+            if len(numbers) != layers or not all(isinstance(number, (int, float)) for number in numbers):
+                raise ModelError(f"{self.file.path}: the metadata's {stored[0]} is no number for each of the model's {layers} layers")
+            return np.full(self.entries[name].shape, numbers[int(stored[1])], np.float32)
         if expert:  # all of a layer's experts are one tensor; it is decoded once for the run of them
             if self._stack[0] != stored[0]:
                 self._stack = (stored[0], self.file.read(stored[0]))
@@ -55,6 +66,11 @@ class GGUFCheckpoint:
 def gguf_config(file: GGUFFile) -> dict:
     """What config.json of this model would say. ModelError for an architecture whose switches are not known."""
     m = Metadata(file)
+    if file.metadata.get("general.type") == "adapter":
+        raise ModelError(
+            f"{file.path} is an adapter, which llama.cpp adds to its base (--lora), and no model; give the base here, and the adapter as the "
+            "folder that PEFT (or jaxtune) saved it to"
+        )
     if m.architecture not in MODEL_TYPES:
         raise ModelError(f"{file.path}: architecture {m.architecture!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
     norms = {"olmo": (), "lfm2": ("token_embd_norm.weight",), "lfm2moe": ("token_embd_norm.weight",)}  # OLMo's have no weights

@@ -170,6 +170,9 @@ _GEMMA2 = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": Architecture(
+        "apertus", read=readers.ATTENTION_BIAS, activation="xielu", biases=("out",), head=True, frequencies=_OWN, hf={"hidden_act": "xielu"}
+    ),
     "arcee": Architecture("arcee", activation="relu2", frequencies=_OWN),
     "cohere": Architecture(
         "command-r", (LOGIT_SCALE,), read=lambda m: {"use_qk_norm": m.has("blk.0.attn_q_norm.weight")},

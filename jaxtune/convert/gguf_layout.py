@@ -29,6 +29,12 @@ def names(config: ModelConfig, path: str, row: Row, index: tuple[int, ...]) -> t
     return tuple(template.format(layer=row.layers[index[0]] if index else None) for template in templates)
 
 
+def number_key(row: Row) -> str | None:
+    """The key of the metadata that holds a row's numbers, one a layer; None of what is a tensor there."""
+    activation = "blk.{layer}.ffn_act."
+    return row.gguf.replace(activation, "xielu.") if row.gguf.startswith(activation) else None
+
+
 def to_gguf(config: ModelConfig, path: str, row: Row, value: np.ndarray) -> tuple[np.ndarray, ...]:
     """A row's tensor in Hugging Face's layout as the tensors of `names`."""
     name, one = _name(path), value.dtype.type(1)

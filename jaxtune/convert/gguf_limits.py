@@ -19,7 +19,7 @@ def check(c: ModelConfig, a: Architecture) -> None:
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {a.name} model; this one has attention_bias")
     if c.mlp_bias and "mlp" not in a.biases:
         raise ModelError(f"llama.cpp knows no biases of the feed-forward part of a {a.name} model; this one has mlp_bias")
-    if ACTIVATIONS[c.hidden_act] is not ACTIVATIONS[a.activation]:
+    if ACTIVATIONS.get(c.hidden_act, c.hidden_act) != ACTIVATIONS.get(a.activation, a.activation):
         raise ModelError(f"llama.cpp computes {a.activation} in a {a.name} model; this one has hidden_act {c.hidden_act}")
     if a.shares and c.num_heads * c.head_dim != c.hidden_size:
         raise ModelError(f"llama.cpp takes hidden_size / num_attention_heads for the head_dim of a {a.name} model; not this one")

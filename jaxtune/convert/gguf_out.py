@@ -61,11 +61,22 @@ def save_gguf(
     writer.add_quantization_version(2)
     for key, value in keys.items():
         _add(writer, key, value)
+    for key, names in _numbers(config).items():
+        writer.add_array(key, [float(make(name).reshape(())) for name in names])
     if tokenizer is not None:
         add_tokenizer(writer, tokenizer, config.vocab_size, generation_config or {})
     with replacing(out) as scratch:
         write(writer, scratch, _tensors(config, Types(config, architecture.name, type), make))
     return out
+
+
+def _numbers(config: ModelConfig) -> dict[str, list[str]]:
+    """Keys of the metadata that hold a number of each layer, and the Hugging Face tensors that these are."""
+    found: dict[str, dict[int, str]] = {}
+    for row in spec(config).values():
+        if key := gguf_layout.number_key(row):
+            found.setdefault(key, {}).update(zip(row.layers, row.hf_names(), strict=True))
+    return {key: [names[layer] for layer in sorted(names)] for key, names in found.items()}
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -105,7 +116,7 @@ def _tensors(config: ModelConfig, types: Types, make: Callable[[str], np.ndarray
     """Every tensor of the file, one layer's experts together."""
     rows = spec(config)
     places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they hold
-    for cell in cells(rows):
+    for cell in cells({path: row for path, row in rows.items() if not gguf_layout.number_key(row)}):
         gguf = gguf_layout.names(config, cell.path, rows[cell.path], cell.index)
         places.setdefault(gguf, (cell.path, []))[1].append(cell.name)
     found = [

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.numpy import load_file
 
 from jaxtune.convert import hf
-from jaxtune.convert.gguf import generation_config, gguf_config
+from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_architectures import ARCHITECTURES, MODEL_TYPES
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_out import save_gguf
@@ -163,6 +163,7 @@ def test_other_files_and_versions(tmp_path):
         ((), {"general__architecture": "mamba"}, "architecture 'mamba' is not supported; supported are arcee, "),
         ((), {"llama__rope__scaling__type": "su"}, "rope.scaling.type 'su' is not supported"),
         ((), {"tokenizer__ggml__model": "t5"}, "a tokenizer of kind 't5' is not supported"),
+        ((), {"general__type": "adapter"}, "is an adapter, which llama.cpp adds to its base"),
     ],
 )
 def test_what_is_refused(tmp_path, drop, metadata, message):
@@ -176,6 +177,19 @@ def test_what_is_refused(tmp_path, drop, metadata, message):
     with pytest.raises(ModelError, match=message) as caught:
         load(tmp_path / "m.gguf")
     assert "m.gguf" in str(caught.value)
+
+
+def test_numbers_of_layers_that_are_damaged(tmp_path):
+    """Apertus's activations are metadata there."""
+    config = from_hf(references.load("apertus").config)
+    save_gguf(config, references.tree(config, references.load("apertus").tensors), tmp_path / "m.gguf", type="f32")
+    file = GGUFFile(tmp_path / "m.gguf")
+    checkpoint, name = GGUFCheckpoint(file, config), "model.layers.1.mlp.act_fn.alpha_p"
+    assert checkpoint.read(name) == np.float32(file.metadata["xielu.alpha_p"][1])
+    for value in ([0.5], ["a", "b"], "a"):
+        file.metadata["xielu.alpha_p"] = value
+        with pytest.raises(ModelError, match=r"m.gguf: the metadata's xielu.alpha_p is no number for each of the model's 2 layers"):
+            checkpoint.read(name)
 
 
 def test_extra_tensors_are_refused_and_rope_tensors_are_not(tmp_path):
@@ -241,6 +255,7 @@ def test_every_token_that_ends_a_turn_is_in_the_generation_config(tmp_path):
 
 # what llama.cpp runs of each family (checked with it, see docs/decisions.md), where the golden model is not like that; "": not said
 LIKE_LLAMA_CPP = {
+    "apertus": dict(),
     "arcee": dict(mlp_bias=False),
     "cohere": dict(use_qk_norm=False),
     "cohere2": dict(attention_bias=False, num_hidden_layers=4, layer_types=""),
@@ -305,7 +320,8 @@ def assert_same_config(found, wanted):
             value = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
             windows = field.name == "layer_windows" and wanted.model_type == "ministral"  # there are none in that file but its length
             assert windows or getattr(found, field.name) == value, field.name
-    assert ACTIVATIONS[found.hidden_act] is ACTIVATIONS[wanted.hidden_act] and len(found.ropes) == len(wanted.ropes)
+    acts = [ACTIVATIONS.get(config.hidden_act, config.hidden_act) for config in (found, wanted)]
+    assert acts[0] == acts[1] and len(found.ropes) == len(wanted.ropes)
     for a, b in zip(found.ropes, wanted.ropes, strict=True):
         np.testing.assert_allclose(a.frequencies(), b.frequencies(), rtol=1e-6)
         assert (a.dim, a.interleaved, a.long_factor) == (b.dim, b.interleaved, pytest.approx(b.long_factor))
