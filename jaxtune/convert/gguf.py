@@ -68,8 +68,8 @@ def gguf_config(file: GGUFFile) -> dict:
     m = Metadata(file)
     if file.metadata.get("general.type") == "adapter":
         raise ModelError(
-            f"{file.path} is an adapter, which llama.cpp adds to its base (--lora), and no model; give the base here, and the adapter as the "
-            "folder that PEFT (or jaxtune) saved it to"
+            f"{file.path} is an adapter, which llama.cpp adds to its base (--lora), and no model; give the base here, and the adapter as "
+            "the folder that PEFT (or jaxtune) saved it to"
         )
     if m.architecture not in MODEL_TYPES:
         raise ModelError(f"{file.path}: architecture {m.architecture!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
