@@ -12,7 +12,8 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from jaxtune import cli, errors
 from jaxtune.config import load_config
 from jaxtune.data import convert, files, formats, generate, judge, page, quality, terminal
 from jaxtune.data.report import report
+from jaxtune.disk import make_folder
 from jaxtune.errors import DataError, ModelError
 
 GENERATE = """jaxtune data generate MODEL IN OUT.jsonl --make tasks|instructions|answers [--count N] [--how "..."]
@@ -30,7 +32,8 @@ of IN. Empty rows and rows like others are left out, and counted.
     --make revisions      answers to the prompts of IN, criticised by a principle and revised: preference rows, the revision chosen
     --make preferences    the two answers of IN's rows, or two drawn for its prompts, judged by a principle in both orders
 
-These write the criticism or the judge's reasons too, what came to nothing to OUT.refused.jsonl, and go on where a stopped run was.
+These write the criticism or the judge's reasons too, and what came to nothing to OUT.refused.jsonl. What OUT has already is not made
+again: a run that was stopped goes on with the same command.
 """
 
 
@@ -93,7 +96,12 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of a task, instruction or answer")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling and of the tasks shown")
     args = parser.parse_args(argv)
+    if args.count < 1:
+        raise DataError(f"--count is {args.count}; it has to be 1 or more")
     said = [quality.texts(formats.parse(row, None)) for row in files.rows(args.source)]
+    make_folder(Path(args.target).parent)
+    judged = args.make in ("revisions", "preferences")
+    done = [] if judged else generate.written(args.target, "prompt", "completion")
 
     from jaxtune.convert import load, load_adapter
     from jaxtune.generate import generate as write
@@ -104,17 +112,23 @@ def _generate(argv: list[str]) -> None:
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
     ask = functools.partial(write, model, adapter=adapter)
     writer, made = generate.Writer(ask, settings, args.batch_size, args.seed), generate.Made()
-    if args.make in ("revisions", "preferences"):
+    if judged:
         made = judge.save(_judged(args, writer, said, plain=not model.tokenizer.chat_template), args.target)
         return _tell(made, args.target)
-    if args.make == "tasks":
-        rows = generate.self_instruct(writer, [prompt or answer for prompt, answer, _ in said], args.count, made=made)
-    elif args.make == "instructions":
-        rows = generate.back_translate(writer, [answer for _, answer, _ in said], made=made)
-    else:
-        rows = generate.rewrite(writer, [{"prompt": prompt, "completion": answer} for prompt, answer, _ in said], args.how, made=made)
-    generate.save(rows, args.target)
+    generate.save(_plain(args, writer, said, done, made), args.target)
     return _tell(made, args.target)
+
+
+def _plain(args: argparse.Namespace, writer: generate.Writer, said: list, done: list[dict], made: generate.Made) -> Iterator[dict]:
+    """The rows of prompt and completion that are not done yet."""
+    prompts, completions = {row["prompt"] for row in done}, {row["completion"] for row in done}
+    if args.make == "tasks":
+        seeds = [prompt or answer for prompt, answer, _ in said] + [row["prompt"] for row in done]
+        return generate.self_instruct(writer, seeds, args.count - len(done), made=made)
+    if args.make == "instructions":
+        return generate.back_translate(writer, [answer for _, answer, _ in said if answer not in completions], made=made)
+    given = [{"prompt": prompt, "completion": answer} for prompt, answer, _ in said if prompt not in prompts]
+    return generate.rewrite(writer, given, args.how, made=made)
 
 
 def _judged(args: argparse.Namespace, writer: generate.Writer, said: list, plain: bool) -> Callable:

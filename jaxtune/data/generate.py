@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jaxtune.data.similar import Similar
@@ -145,6 +146,35 @@ def save(rows: Iterable[Row], file: str | os.PathLike) -> int:
             stream.flush()
             count += 1
     return count
+
+
+def written(file: str | os.PathLike, *fields: str) -> list[dict[str, Any]]:
+    """The rows with these fields that an earlier run has left in a JSONL file; a last line that was cut off is taken away.
+
+    Raises:
+        DataError: the file holds other rows.
+    """
+    path = Path(file)
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines if line.strip()]
+    if not all(isinstance(row, dict) and row.keys() >= {*fields} for row in rows):
+        raise DataError(f"{path} holds other rows than those that are made ({', '.join(fields)}); name another file")
+    if _row(last) is not None:  # whole but for its end
+        rows.append(_row(last))
+        with path.open("ab") as stream:
+            stream.write(b"\n")
+    elif last:
+        os.truncate(path, path.stat().st_size - len(last))
+    return rows
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 class _Gate:

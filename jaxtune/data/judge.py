@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.generate import Made, Writer
+from jaxtune.data.generate import Made, Writer, written
 from jaxtune.data.similar import Similar
 from jaxtune.errors import DataError
 
@@ -162,7 +162,8 @@ def save(make: Callable[[set[str]], Iterable[Row]], file: str | os.PathLike) -> 
     `done` is what both files have already: a run that was stopped goes on where it was. Returns the counts of this run.
     """
     target, refused, made = Path(file), Path(f"{Path(file).with_suffix('')}.refused.jsonl"), Made()
-    done = {key for path in (target, refused) for row in _written(path) for key in _keys(row)}
+    left = written(target, "prompt", "chosen", "rejected") + written(refused, "prompt", "answers", "refused")
+    done = {key for row in left for key in _keys(row)}
     with open(target, "a", encoding="utf-8") as rows, open(refused, "a", encoding="utf-8") as others:
         for row in make(done):
             stream = others if "refused" in row else rows
@@ -173,17 +174,6 @@ def save(make: Callable[[set[str]], Iterable[Row]], file: str | os.PathLike) -> 
             else:
                 made.rows += 1
     return made
-
-
-def _written(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was cut off is taken away."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
 
 
 def _text(said: str | list[dict]) -> str:

@@ -1,10 +1,12 @@
 """The gates and the order of questions, with a writer that is a table; the model itself is tested with jaxtune.generate."""
 
 import json
+from argparse import Namespace
 
 import pytest
 
-from jaxtune.data.generate import Made, Writer, back_translate, rewrite, save, self_instruct
+from jaxtune.data.__main__ import _plain
+from jaxtune.data.generate import Made, Writer, back_translate, rewrite, save, self_instruct, written
 from jaxtune.errors import DataError
 
 SEEDS = [
@@ -76,6 +78,27 @@ def test_save_appends(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()] == [
         {"prompt": "a", "completion": "ü"}
     ] * 2
+
+
+def test_what_is_there_is_not_made_again(tmp_path):
+    """The command after a kill: rows in OUT are done, the cut one is taken away."""
+    out = tmp_path / "out.jsonl"
+    save([{"prompt": "Sing of the \u2028 sea.", "completion": "b"}, {"prompt": "One?", "completion": "x"}], out)
+    out.write_text(out.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    done = written(out, "prompt", "completion")
+    assert [row["prompt"] for row in done] == ["Sing of the \u2028 sea.", "One?"] and out.read_text(encoding="utf-8").endswith("}\n")
+    with out.open("a") as stream:
+        stream.write('{"prompt": "cut')
+    assert written(out, "prompt", "completion") == done and out.read_text(encoding="utf-8").count("\n") == 2
+    said = [(prompt, "b", "") for prompt in (*SEEDS, "One?")]
+
+    def rows(make):
+        return list(_plain(Namespace(make=make, count=3, how="Better."), Table(tasks), said, done, Made()))
+
+    assert len(rows("tasks")) == 1 and rows("instructions") == [] and [row["prompt"] for row in rows("answers")] == SEEDS
+    with pytest.raises(DataError, match="holds other rows than those that are made .prompt, chosen.; name another file"):
+        written(out, "prompt", "chosen")
+    assert written(tmp_path / "none.jsonl") == []
 
 
 def test_too_few_seeds():
