@@ -84,6 +84,8 @@ MINISTRAL |= dict(llama_4_scaling_beta=0.5)
 QWEN_VL = {key: value for key, value in SMALL.items() if key != "head_dim"} | dict(hidden_size=32, num_attention_heads=2)
 VISUAL = dict(depth=1, num_heads=2, intermediate_size=8, patch_size=2, spatial_merge_size=1)
 TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)
+PHIMOE = dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 1.5, 2.5, 4.0], short_mscale=1.3, long_mscale=1.3)
+PHIMOE |= dict(original_max_position_embeddings=32)
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
 
 # config.json of every case, as files on the hub spell it
@@ -339,6 +341,11 @@ CASES |= {
         vision_config=TOWER | dict(model_type="llama4_vision_model", vision_output_dim=8, projector_input_dim=8, projector_output_dim=8),
         tie_word_embeddings=False,
     ),
+    "phimoe": {key: value for key, value in SMALL.items() if key != "head_dim"}
+    | dict(model_type="phimoe", num_local_experts=6, num_experts_per_tok=2, router_jitter_noise=0.4, attention_bias=True, lm_head_bias=True)
+    | dict(sliding_window=5, original_max_position_embeddings=32, rope_scaling=PHIMOE, rms_norm_eps=1e-3, num_key_value_heads=4)
+    | dict(hidden_size=32, num_attention_heads=4),
+    "minimax_m2": SMALL | dict(model_type="minimax_m2", rotary_dim=8, intermediate_size=12, num_local_experts=6, num_experts_per_tok=3),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

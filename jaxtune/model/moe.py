@@ -67,6 +67,9 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
     x_ND = x_ND.astype(jnp.float32) if moe.float32 else x_ND
     logits_NE = linear(w["router" if "router" in w else "router_proj"], x_ND, w.get("router_bias")).astype(jnp.float32)
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
+    if moe.near is not None:
+        weights_NC, chosen_NC = _near(moe.near, logits_NE)
+        return probs_NE, weights_NC, chosen_NC, chosen_NC
     scores_NE = choice_NE = jax.nn.sigmoid(logits_NE) if moe.sigmoid else probs_NE
     if "router_correction" in w:  # of the choice alone: what balances the experts' load in place of a loss (arXiv 2408.15664)
         choice_NE = scores_NE + w["router_correction"].reshape(-1)
@@ -83,6 +86,21 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         weights_NC = weights_NC * w["router_expert_scale"].astype(jnp.float32)[chosen_NC]
     counted_NC = jax.lax.top_k(probs_NE, moe.experts_per_token)[1] if "router_correction" in w else chosen_NC
     return probs_NE, weights_NC * moe.scale if moe.scale != 1.0 else weights_NC, chosen_NC, counted_NC
+
+
+def _near(near: float, logits_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Phi 3.5's two experts and their weights `[N, 2]` (arXiv 2409.12136, as without noise): the likeliest of all, then of the others, each
+    by a softmax over those whose logits are at most `2 near` of its own (or theirs, if that is larger) below it."""
+    weights, chosen, left_NE = [], [], logits_NE
+    for _ in range(2):
+        best_N1 = left_NE.argmax(-1, keepdims=True)
+        top_N1 = jax.lax.stop_gradient(jnp.take_along_axis(left_NE, best_N1, axis=-1))
+        apart_NE = (top_N1 - logits_NE) / jnp.maximum(jnp.abs(logits_NE), top_N1)
+        probs_NE = jax.nn.softmax(jnp.where(apart_NE > 2 * near, -jnp.inf, left_NE), axis=-1)
+        weights.append(jnp.take_along_axis(probs_NE, best_N1, axis=-1))
+        chosen.append(best_N1)
+        left_NE = jnp.where(jnp.arange(logits_NE.shape[-1]) == best_N1, -jnp.inf, left_NE)
+    return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1)
 
 
 def _within_groups(moe: Moe, choice_NE: jax.Array) -> jax.Array:

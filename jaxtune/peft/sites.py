@@ -43,7 +43,7 @@ WITHOUT_OUT = ("falcon_h1", "nemotron_h")  # whose Mamba-2 layers' out_proj PEFT
 BY_INPUT = ("llama4_text",)  # whose experts' matrices `[E, in, out]` PEFT takes for `[E, out, in]`
 _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {
-    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    **dict.fromkeys(("minimax_m2", "mixtral"), {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "olmoe", "qwen3_moe",
                      "qwen3_next"), _LIKE_QWEN),
 }

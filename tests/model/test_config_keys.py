@@ -24,6 +24,7 @@ NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_
           "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
           "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
           "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], moe_latent_size=8),
+          "phimoe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
           "falcon_h1": dict(mamba_rms_norm=True),
           "lfm2": dict(full_attn_idxs=[0, 3]),
           "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),

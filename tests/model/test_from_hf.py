@@ -96,6 +96,8 @@ def test_every_family_has_a_golden():
         ("nemotron_h", dict(hybrid_override_pattern="M-X"), "hybrid_override_pattern='M-X' of this nemotron_h model has to be a text"),
         ("nemotron_h", dict(hybrid_override_pattern="M-"), "a model without a layer of attention is not implemented for nemotron_h"),
         ("nemotron_h", dict(use_bias=True), "use_bias=True is not implemented for nemotron_h"),
+        ("phimoe", dict(num_experts_per_tok=3), "num_experts_per_tok=3 of 6 is not implemented for phimoe"),
+        ("phimoe", dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type='linear' with short_mscale=None"),
         ("lfm2", dict(conv_bias=True), "conv_bias=True is not implemented for lfm2"),
         ("lfm2", dict(full_attn_idxs=[]), "a model without a full_attention layer is not implemented for lfm2"),
         ("lfm2", dict(block_ffn_dim_multiplier=0.0), "intermediate_size is 0 in this lfm2 model by its block_ff_dim"),

@@ -178,6 +178,14 @@ PUBLISHED = {
         | size(2688, 1856, 52, 32),
         31577940288,
     ),
+    "Phi-3.5-MoE": (
+        dict(model_type="phimoe", vocab_size=32064, attention_bias=True, lm_head_bias=True) | size(4096, 6400, 32, 32),
+        41873153344,
+    ),
+    "MiniMax-M2": (  # with its 15872 corrections of routers
+        dict(model_type="minimax_m2", vocab_size=200064, rotary_dim=64) | size(3072, 1536, 62, 48),
+        228689764864,
+    ),
     "LFM2-1.2B": (
         dict(model_type="lfm2", vocab_size=65536, full_attn_idxs=[2, 5, 8, 10, 12, 14], block_ff_dim=12288) | size(2048, 12288, 16, 32),
         1170340608,

@@ -179,10 +179,11 @@ SWITCHES = {
 }  # fmt: skip
 
 
-# whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's)
-KIN = {"dots1", "flex_olmo", "glm4_moe_lite", "granitemoehybrid", "granitemoehybrid_dense", "lfm2_moe", "qwen3_next"}
+# whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's; minimax_m2: olmoe's and lfm2_moe's)
+KIN = {"dots1", "flex_olmo", "glm4_moe_lite", "granitemoehybrid", "granitemoehybrid_dense", "lfm2_moe", "minimax_m2",
+       "qwen3_next"}
 # whose switches were each looked at once (docs/decisions.md): a program for each takes a second
-SEEN = {"falcon_h1", "llama4", "nemotron_h"}
+SEEN = {"falcon_h1", "llama4", "nemotron_h", "phimoe"}
 
 
 @pytest.mark.parametrize("case", [case for case in references.TEXT if case not in KIN | SEEN])

@@ -53,6 +53,7 @@ from jaxtune.model.families.nemotron_h import NEMOTRON_H
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, FLEX_OLMO, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
+from jaxtune.model.families.phimoe import MINIMAX_M2, PHIMOE
 from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "from_hf"]
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
     "llama4_text": LLAMA4,
+    "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
@@ -107,6 +109,7 @@ FAMILIES: dict[str, Family] = {
     "opt": OPT,
     "phi": PHI,
     "phi3": PHI3,
+    "phimoe": PHIMOE,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,

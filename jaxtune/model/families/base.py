@@ -37,6 +37,7 @@ class Moe:
     scale: float = 1.0  # of the chosen experts' weights
     epsilon: float = 0.0  # added to the sum by which `normalize` divides
     float32: bool = False  # whether the router multiplies in float32, whatever the model does
+    near: float | None = None  # a choice among logits: its weight is a softmax over those not much less (model/moe.py); None: over all
     scales_input: bool = False  # an expert's weight is its input's, not its output's
     clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
 

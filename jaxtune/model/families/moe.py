@@ -41,11 +41,16 @@ def _mixtral(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _mixtral_layer(c: ModelConfig, layer: int) -> Rows:
-    expert = "block_sparse_moe.experts.{expert}"
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
     yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
-    yield from experts(c, "block_sparse_moe.gate", f"{expert}.w1", f"{expert}.w3", f"{expert}.w2")
+    yield from mixtral_experts(c)
+
+
+def mixtral_experts(c: ModelConfig) -> Rows:
+    """A router and experts under Mixtral's names."""
+    expert = "block_sparse_moe.experts.{expert}"
+    return experts(c, "block_sparse_moe.gate", f"{expert}.w1", f"{expert}.w3", f"{expert}.w2")
 
 
 MIXTRAL = Family(
