@@ -148,7 +148,8 @@ def _example(text: Any, row: Row) -> Text | Chat | Completion | Steps:
     example = getattr(example, "example", example)  # its own label aside
     if not isinstance(example, Text | Chat | Completion | Steps):
         known = "text, messages, prompt and completion, or prompt and completions"
-        raise row.fail(f"the row has {', '.join(fields)}, which is not one text; give rows with {known}")
+        hint = "; of pairs one answer at a time: --columns completion=chosen" if "chosen" in fields else ""
+        raise row.fail(f"the row has {', '.join(fields)}, which is not one text; give rows with {known}{hint}")
     return example
 
 

@@ -65,6 +65,7 @@ def test_classes_and_steps(folder, reward):
     for wrong, texts, said in (
         (steps, ["one"], "judges step by step"), (reward, [STEPS], "judges whole texts"),
         (reward, [{"prompt": "one"}], "which is not one text"),
+        (reward, [{"prompt": "one", "chosen": "a", "rejected": "b"}], "of pairs one answer at a time: --columns completion=chosen"),
         (reward, [3], "it is int; a text is"), (reward, ["one", "two " * 300], "text 2: it has 302 tokens"), (reward, [""], "it is empty"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
