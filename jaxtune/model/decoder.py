@@ -139,14 +139,16 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
 
     A token sees those before it of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask will
     do); all 1 where it is left out. `positions_BT`: places inside a document; 0, 1, 2, ... of the row where they are left out. Pure: may
-    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh. Derivatives are taken in reverse (`jax.grad`, also
-    of a `jax.grad`); `jax.jvp` is not defined. Raises ModelError for tokens of another shape or kind, and (not when
-    traced) for those that the vocabulary lacks.
+    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh. Derivatives are taken in reverse: `jax.grad`, and
+    of dense or 8-bit weights without experts a `jax.grad` of it; `jax.jvp` is not defined. Raises ModelError for tokens of another shape or
+    kind, and (not when traced) for those that the vocabulary lacks.
     """
     check_argument("config", config, ModelConfig, "write jt.forward(model.config, model.params, tokens)")
     tokens_BT = jnp.asarray(tokens_BT)
-    if tokens_BT.ndim != 2 or not tokens_BT.size or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: tokens[None]")
+    whole = jnp.issubdtype(tokens_BT.dtype, jnp.integer)
+    if tokens_BT.ndim != 2 or not tokens_BT.size or not whole:
+        hint = "one row is tokens[None]" if whole else "tokens.astype(int)"
+        raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: {hint}")
     if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.is_fully_addressable:
         known = np.asarray(tokens_BT)  # inside another function's trace too, where jnp would make tracers of constants
         least, most = int(known.min()), int(known.max())

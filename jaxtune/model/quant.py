@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxtune.errors import ModelError
 from jaxtune.model.weight import Weight
 
 NF4_CODE = (
@@ -114,6 +115,8 @@ def pack(nibbles, block_size: int):
 
 def unpack(codes: jax.Array, block_size: int) -> jax.Array:
     """Codes 0 to 15, one a byte, `[..., cols, rows]`, of `NF4.codes`."""
+    if not jnp.issubdtype(codes.dtype, jnp.integer):  # jax 0.10 takes another residual for them, where it linearises a product twice
+        raise ModelError("no second derivative is taken through a 4-bit matrix; load the model with quantization=None or 'int8'")
     *lead, half, rows = codes.shape
     blocks = codes.reshape(*lead, -1, block_size // 2, rows)
     return jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, 2 * half, rows)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.errors import ModelError
 from jaxtune.model import quant
 from jaxtune.model.weight import dense, grouped, linear
 
@@ -112,6 +113,24 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind, shape):
     np.testing.assert_allclose(linear(leaf, x), x @ full.T, rtol=1e-5, atol=1e-5)
     left, right = (jax.grad(lambda x, w=w: jnp.square(linear(w, x)).sum())(jnp.asarray(x)) for w in (leaf, full))
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
+def test_second_derivatives_are_right_or_an_error(kind):
+    """Of a loop over layers, where jax loses its way among the residuals of a 4-bit matrix."""
+    stack, x = jax.tree.map(lambda leaf: leaf[None], quant.quantize(matrix(64, 64), kind)), jnp.asarray(matrix(2, 64))
+
+    def second(stack):
+        def value(x):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(linear(w, x)), None), x, stack)[0].sum()
+
+        return jax.grad(lambda x: jnp.square(jax.grad(value)(x)).sum())(x)
+
+    if kind == "int8":
+        np.testing.assert_allclose(second(stack), second(dense(stack)), rtol=1e-4, atol=1e-3)
+    else:
+        with pytest.raises(ModelError, match="no second derivative is taken through a 4-bit matrix"):
+            second(stack)
 
 
 @pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
