@@ -82,6 +82,8 @@ def _check(config: ModelConfig, adapter: Adapter) -> None:
     for key in ("use_dora", "lora_bias"):
         if getattr(c, key):
             raise ModelError(f"GGUF holds no adapters with {key}, only pairs of matrices; {_MERGE}")
+    if c.init_lora_weights == "loftq":
+        raise ModelError(f"this adapter makes up for what its base lost when LoftQ packed it, and no GGUF file is packed so; {_MERGE}")
     if adapter.wholes:
         names = ", ".join(dict.fromkeys(whole.path.rpartition("/")[2] for whole in adapter.wholes))
         raise ModelError(

@@ -1,5 +1,7 @@
 """LoRA adapters as GGUF: base and pairs, as llama.cpp adds them, are the merged model's file."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -97,7 +99,10 @@ def test_what_has_no_place_is_refused(tmp_path, fields, message):
 
 
 def test_other_methods_and_latents_are_refused(tmp_path):
-    model, _ = make(tiny.LLAMA)
+    model, adapter = make(tiny.LLAMA)
+    loftq = adapter.replace(config=dataclasses.replace(adapter.config, init_lora_weights="loftq"))
+    with pytest.raises(ModelError, match="no GGUF file is packed so; merge it"):
+        save_gguf_adapter(model.config, loftq, tmp_path / "lora.gguf")
     ia3 = Adapter({}, (), IA3Config())
     with pytest.raises(ModelError, match="of method ia3; merge it"):
         save_gguf_adapter(model.config, ia3, tmp_path / "lora.gguf")
