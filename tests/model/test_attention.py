@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.model import attention
+from jaxtune.model import attention, tiles
 from jaxtune.model.attention import Keys, Tile, attend
 
 B, T, H, K, h = 2, 45, 6, 2, 8
@@ -46,6 +46,21 @@ def plain(q, k, v, window=0, cap=0.0, parents=None, sinks=None):
         scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1)[..., :T] * seen.any(-1)[:, None, :, None]
     return jnp.einsum("bhts,bshx->bthx", probs, v)
+
+
+def test_chunks_of_positions():
+    """What is seen, by hand; the kernels' tables say the same, and no block is left out that somebody sees some of."""
+    keys, chunk = Keys(SLOTS, POSITIONS, SEGMENTS), 6
+    seen = np.asarray(attention.visible(keys, keys, -chunk))
+    for b, t, s in np.ndindex(B, T, T):
+        own = SEGMENTS[b, t] == SEGMENTS[b, s] > 0 and POSITIONS[b, t] // chunk == POSITIONS[b, s] // chunk
+        assert seen[b, t, s] == (s <= t and own)
+    queries, of_keys = (tiles.Place(*table.swapaxes(0, 1)[:3]) for table in tiles.tables(keys, keys, -chunk))
+    columns = tiles.Place(*(x[:, :, None] for x in queries[:3]))
+    np.testing.assert_array_equal(tiles.seen(columns, tiles.Place(*(x[:, None] for x in of_keys[:3]))), seen)
+    needed = np.asarray(attention.needed(keys, keys, -chunk, 5, 3))
+    blocks = seen.reshape(B, T // 5, 5, T // 3, 3).any((2, 4))
+    assert (needed >= blocks).all() and needed.mean() < 0.4
 
 
 def ours(q, k, v, window=0, cap=0.0, parents=None, sinks=None, tile=attention.TILE):
