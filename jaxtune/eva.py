@@ -37,6 +37,7 @@ log = logging.getLogger("jaxtune")
 # matrices of a layer that are given what another one is given
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate", "in_z": "in_qkv", "in_b": "in_qkv", "in_a": "in_qkv"}
 MOST = 256  # micro-batches that are looked at, whether or not all components stand still by then
+SILENCE = 20.0  # seconds without a word while they are
 
 
 class Components(struct.PyTreeNode):
@@ -68,12 +69,16 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
         raise ConfigError(f"lora.init_lora_weights eva looks at the inputs of layers' matrices, and {other[0]} is none; leave it out")
     started = time.monotonic()
     found = Watch(config, model, fresh.sites, mesh)
-    batches, live = 0, True
+    log.info("eva: components of %d inputs of matrices, until they stand still", len(found.going))
+    batches, live, told = 0, True, started
     while live and batches < MOST:
         step, micro = divmod(batches, rows.accumulation)
         whole = rows.batch_at(step, *parallel.row_part(mesh))
         live = found.look(jax.tree.map(lambda x: x[micro], whole), batches)  # noqa: B023
         batches += 1
+        if live and (now := time.monotonic()) - told > SILENCE:
+            told = now
+            log.info("eva: %d micro-batches, %d of %d inputs still turning", batches, sum(found.going.values()), len(found.going))
     ranks = found.ranks
     if ranks is None:
         raise ConfigError(

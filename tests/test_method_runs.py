@@ -159,7 +159,7 @@ BEGINNINGS = {
 
 
 @pytest.mark.parametrize("way", BEGINNINGS)
-def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, way):
+def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, monkeypatch, caplog, way):
     """An ordinary adapter, over a base that is beside it where it is another one; a resume takes both (whole runs: tests/test_train.py)."""
     keys = config(folder, tmp_path / "run", per_device_train_batch_size=8, **BEGINNINGS[way])
     keys["lora"] = {"target_modules": ["q_proj", "down_proj"]} | keys["lora"]
@@ -172,7 +172,10 @@ def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, way):
         opened = open_model(base_of(out, run) if run.resume else run.model)
         return start.begin(run, opened, start.read_weights(run, opened, mesh), rows, mesh)
 
-    model, adapter = begun(run)
+    monkeypatch.setattr(eva, "SILENCE", 0.0)
+    with caplog.at_level("INFO", "jaxtune"):
+        model, adapter = begun(run)
+    assert ("inputs still turning" in caplog.text) == (way == "eva")
     start.keep_beginning(run, model, adapter, out)
     resumed, again = begun(run.replace(resume=True))
     for one, other in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(model.params), strict=True):
