@@ -11,11 +11,13 @@ RUN is a run folder, an adapter folder, or a model (a folder, a .gguf file, a hu
 checked: its logits beside those of base and adapter, on real prompts.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from jaxtune import cli, errors
 from jaxtune.config import Config, load_config
 from jaxtune.convert import check, heads, hf
 from jaxtune.convert.bitsandbytes import Bitsandbytes
-from jaxtune.convert.folders import check_new, new_folder
+from jaxtune.convert.folders import check_new, new_file, new_folder
 from jaxtune.convert.gguf_adapter import ADAPTER_TYPES, save_gguf_adapter
 from jaxtune.convert.gguf_out import save_gguf
 from jaxtune.convert.gguf_types import TYPES
@@ -85,7 +87,7 @@ def export(
     dtype: str | None = None,
     bound: float | None = None,
 ) -> Path:
-    """Write the result of a run, or any model, to the new folder `out`; returns it.
+    """Write the result of a run, or any model, to the new folder `out` (of GGUF also to the new file `NAME.gguf`); returns it.
 
     merge   multiply the adapter into its base. A base that was packed for training is merged in its dequantised form, in 16 bits
     format  "hf": a folder for transformers and vLLM; "text": such a folder of the language model alone, of a checkpoint that holds more
@@ -115,7 +117,7 @@ def export(
     if format == "gguf-lora":
         return _write_pairs(found, opened, Path(out), type)
     if found.adapter is None:
-        with new_folder(out) as folder:
+        with _new(Path(out), format) as folder:
             _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
         return Path(out)
     return _merge(found, opened, head, Path(out), format, type, dtype, bound)
@@ -173,10 +175,20 @@ def _write_pairs(found: Found, opened: Opened, out: Path, type: str) -> Path:
     """The adapter alone, as a GGUF file."""
     assert found.adapter is not None
     adapter = load_adapter(found.adapter, Model(opened.config, {}, source=found.base))
-    with new_folder(out) as folder:
-        file = save_gguf_adapter(opened.config, adapter, folder / f"{out.name}-lora-{type}.gguf", type=type, name=out.name)
-    log.info("adapter: %s; run it by llama-cli -m BASE.gguf --lora %s, with a GGUF file of %s", out / file.name, file.name, found.base)
+    name = out.name.removesuffix(".gguf")
+    with _new(out, "gguf") as folder:
+        save_gguf_adapter(opened.config, adapter, folder / f"{name}-lora-{type}.gguf", type=type, name=name)
+    log.info("run it by llama-cli -m BASE.gguf --lora FILE, with a GGUF file of %s", found.base)
     return out
+
+
+@contextlib.contextmanager
+def _new(out: Path, format: str) -> Iterator[Path]:
+    """A folder to write into, renamed to `out` when the block ends. Where `out` is called NAME.gguf, its GGUF file is."""
+    with new_file(out) if format == "gguf" and out.suffix == ".gguf" else new_folder(out) as folder:
+        yield folder
+    for file in [out] if out.is_file() else sorted(out.glob("*.gguf")):
+        log.info("file: %s", file)
 
 
 def _head(found: Found) -> heads.Head | None:
@@ -220,7 +232,7 @@ def _merge(
     else:
         params = composed(opened.config, adapter, base)
     del model
-    with new_folder(out) as folder:
+    with _new(out, format) as folder:
         file = _write(opened, params, base, folder, out.name, format, type, dtype)
         merged = load(file, "auto")
         compared = check.compare(wanted, check.logits(merged.config, merged.params, prompts))
@@ -275,7 +287,7 @@ def main() -> None:
     """`python -m jaxtune.export`."""
     parser = cli.parser("export", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder, an adapter folder, or a model")
-    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("out", metavar="OUT", help="a new folder; of GGUF also a new file, NAME.gguf")
     parser.add_argument("--merge", action="store_true", help="multiply the adapter into its base")
     parser.add_argument("--format", choices=FORMATS, help="default: peft for an adapter that is not merged, hf otherwise")
     parser.add_argument("--type", help=f"of a GGUF file's matrices: {', '.join(TYPES)}; default: f16, of an adapter f32")

@@ -200,8 +200,11 @@ def test_an_adapter_for_llama_cpp(run, tmp_path):
 
 
 def test_a_model_is_converted_without_a_run(run, tmp_path):
-    export(run.parent / "model", tmp_path / "gguf", format="gguf", type="f32")
-    export(tmp_path / "gguf" / "gguf-f32.gguf", tmp_path / "hf")
+    export(run.parent / "model", tmp_path / "new" / "whole.gguf", format="gguf", type="f32")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["whole.gguf"]  # the file itself
+    with pytest.raises(ModelError, match="nothing is overwritten"):
+        export(run.parent / "model", tmp_path / "new" / "whole.gguf", format="gguf", type="f32")
+    export(tmp_path / "new" / "whole.gguf", tmp_path / "hf")
     found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", run.parent / "model"))
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():

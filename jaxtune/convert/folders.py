@@ -28,6 +28,22 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
             raise ModelError(_refusal(out)) from None  # another process was quicker
 
 
+@contextlib.contextmanager
+def new_file(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside `out` to write into, whose one file of `out`'s suffix is renamed to `out` when the block ends; all else is removed.
+
+    Raises ModelError when `out` exists.
+    """
+    out = check_new(out)
+    if out.exists():
+        raise ModelError(f"{out} is an empty folder, and a file is to be written; remove it, or give another name")
+    make_folder(out.parent, error=ModelError)
+    with naming(out), scratch_folder(out.parent, out.name) as scratch:
+        yield scratch
+        (file,) = scratch.glob(f"*{out.suffix}")
+        os.replace(file, check_new(out))
+
+
 def check_new(out: str | os.PathLike) -> Path:
     """`out` as an absolute path; raises the ModelError of `new_folder`, without making anything."""
     if not os.fspath(out):
