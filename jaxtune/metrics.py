@@ -213,7 +213,7 @@ def find_in(table: Mapping[str, Callable], spec: str | Callable, what: str) -> t
         return spec, table[spec]
     place, separator, name = spec.rpartition(":" if ".py:" in spec else ".")
     if not separator:
-        known = f"write one of {', '.join(table)}, or your own module.function or path/file.py:function"
+        known = "write " + (f"one of {', '.join(table)}, or " if table else "") + "your own module.function or path/file.py:function"
         raise ConfigError(f"{what} {spec} is not known; {known}")
     function = getattr(_file(place, spec, what) if separator == ":" else _module(place, spec, what), name, None)
     if not callable(function):

@@ -126,8 +126,8 @@ def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
 
 
 def hashes(config: Config) -> dict[str, str]:
-    """sha256 of the files that rewards are functions of, for run.json."""
-    files = [spec.rpartition(":")[0] for spec in config.reward_funcs if ".py:" in spec]
+    """sha256 of the files that rewards and `loss_function` are functions of, for run.json."""
+    files = [spec.rpartition(":")[0] for spec in (*config.reward_funcs, config.loss_function or "") if ".py:" in spec]
     return {file: sha256(Path(file).expanduser()) for file in files}
 
 

@@ -18,6 +18,7 @@ from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.kernels import check_attention
+from jaxtune.losses import objective_of
 from jaxtune.model import quant
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import spec
@@ -87,7 +88,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
     if config.dtype == "auto":
         config = config.replace(dtype="float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
-    step = make_step(config, model_config, OBJECTIVES[config.objective], optim.optimizer(config, _steps(config, rows)), mesh=mesh)
+    step = make_step(config, model_config, objective_of(config), optim.optimizer(config, _steps(config, rows)), mesh=mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), arguments, model_config
 

@@ -21,9 +21,9 @@ from jaxtune.convert.sources import is_adapter
 from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError
+from jaxtune.losses import objective_of
 from jaxtune.model import nf4_kernel
 from jaxtune.model.families import ModelConfig
-from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS, beginnings, kind_of, lora, param_dtypes
 from jaxtune.peft.adapter import Adapter
@@ -168,7 +168,7 @@ def programs(config: Config, model_config: Any, total_steps: int, state: Any, me
     """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
     alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
-    return _jitted(alike, model_config, total_steps, OBJECTIVES[config.objective], mesh, tuple(shardings), structure)
+    return _jitted(alike, model_config, total_steps, objective_of(config), mesh, tuple(shardings), structure)
 
 
 @functools.lru_cache(maxsize=1)

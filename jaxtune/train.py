@@ -204,7 +204,7 @@ def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: Train
     if saved["fingerprint"] != notes["fingerprint"]:
         _refuse(config, f"the training rows are not those {folder} was trained on")
     if changed := {file for file, _ in saved.get("rewards", {}).items() ^ notes["rewards"].items()}:
-        _refuse(config, f"the reward functions of {', '.join(sorted(changed))} are not those {folder} was trained with")
+        _refuse(config, f"the functions of {', '.join(sorted(changed))} are not those {folder} was trained with")
     log.info("resume: at step %d", int(state.step))
     return state, notes | saved | {name: notes[name] for name in ("fingerprint", "rewards")}
 
@@ -222,7 +222,7 @@ def _write_run_json(folder: Path, config: Config, mesh, opened: Opened, teacher:
         "seed": config.seed,
         **{name: {"source": one.source, "sha256": runfolder.file_hashes(one.path)} for name, one in models.items()},
         "data": {"fingerprint": rows.train.fingerprint, "ledger": rows.ledger},
-        "reward_files": hashes(config),
+        "function_files": hashes(config),
         "counts": {
             "trainable_parameters": count(trainable), "documents": len(rows.train.documents), "rows": len(rows.train.plan),
             "tokens": rows.train.tokens, "trained_tokens": rows.train.trained_tokens, "packing_efficiency": rows.train.efficiency,

@@ -115,7 +115,7 @@ def test_a_resume_with_other_reward_functions(tmp_path, caplog):
     kept = {"fingerprint": "f", "rewards": {"mine.py": "old", "same.py": "s"}}
     checkpoints = SimpleNamespace(steps=lambda: [2], restore=lambda state: (state, kept))
     state, notes = SimpleNamespace(step=2), {"fingerprint": "f", "rewards": {"mine.py": "new", "same.py": "s"}}
-    with pytest.raises(CheckpointError, match="^the reward functions of mine.py are not those .*resume_allow_drift=true"):
+    with pytest.raises(CheckpointError, match="^the functions of mine.py are not those .*resume_allow_drift=true"):
         _resume(load_config({"model": "m"}), tmp_path, checkpoints, state, notes)
     drifting = load_config({"model": "m", "resume_allow_drift": True})
     assert _resume(drifting, tmp_path, checkpoints, state, notes) == (state, notes)

@@ -16,7 +16,7 @@ LEVELS = (
     {"model", "data"},
     {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "background", "picture", "runlog", "runfolder", "in_backward", "step", "generation"},
-    {"loop", "report", "generate", "reference", "teacher", "folds", "score", "best_of", "rewards", "rollout", "on_policy"},
+    {"loop", "report", "generate", "reference", "teacher", "folds", "score", "best_of", "losses", "rewards", "rollout", "on_policy"},
     {"train", "sweep", "start", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes", "serving", "serve"},
     {"__main__", "__init__"},
 )

@@ -128,6 +128,7 @@ def _of(*objectives: str, default: Any = None) -> Any:
 class ObjectiveConfig(Group):
     """Keys of an objective, flat at the top level, under TRL's names and with TRL's defaults."""
 
+    loss_function: str | None = None  # module.function or path/file.py:function, which is run in place of the objective's own (losses.py)
     loss_type: tuple[str, ...] | None = None  # None: the objective's own, of sft nll; several with loss_weights
     loss_weights: tuple[float, ...] | None = _of("dpo")
     beta: float | None = _of("dpo", "kto", "orpo", "cpo", "simpo", *GROUPED, "distill")

@@ -1,0 +1,72 @@
+"""The objective of a run: that of the table, or a function of the user's own in its place.
+
+    objective: sft                          # how rows are read, and what a batch holds
+    loss_function: losses/mine.py:focal     # or mypackage.losses.focal, __main__.focal
+
+    def focal(config, model_config, params, base, batch, key=None):
+        out = token_logprobs(model_config, params, batch)          # of the trained tokens (jaxtune.objectives.logprobs)
+        weights = out.weights_BN * (1 - jnp.exp(out.logp_BN)) ** 2
+        return Loss(-(weights * out.logp_BN).sum(), out.weights_BN.sum(), {})
+
+It is an objective like those of `jaxtune.objectives`: pure, traced by jax, and it returns sums and their weights, never means. `key` is
+None while a model is evaluated. Naming a file or module is consent to run it.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxtune.config import Config
+from jaxtune.disk import sha256
+from jaxtune.errors import ConfigError
+from jaxtune.metrics import called, find_in
+from jaxtune.objectives import OBJECTIVES, Loss
+
+
+def objective_of(config: Config) -> Callable:
+    """`OBJECTIVES[config.objective]`, or what `config.loss_function` names; the same function as long as its file is the same.
+
+    Raises ConfigError for a name without a function, and, when it is traced, for one that fails or returns something else than a Loss.
+    """
+    spec = config.loss_function
+    if spec is None:
+        return OBJECTIVES[config.objective]
+    file = Path(spec.rpartition(":")[0]).expanduser()
+    in_file = ".py:" in spec and file.is_file()
+    return _checked(spec, _of_file(spec, sha256(file)) if in_file else find_in({}, spec, "loss_function:")[1])
+
+
+@functools.lru_cache(maxsize=8)
+def _of_file(spec: str, content: str) -> Callable:
+    return find_in({}, spec, "loss_function:")[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _checked(spec: str, function: Callable) -> Callable:
+    def objective(config, model_config, params, base, batch, key=None) -> Loss:
+        return _loss(spec, called(f"loss_function {spec}", function, config, model_config, params, base, batch, key))
+
+    return objective
+
+
+def _loss(spec: str, found: Any) -> Loss:
+    """What a function has returned, in float32. ConfigError where that is no Loss of single numbers."""
+    if not isinstance(found, Loss):
+        kind = type(found).__name__
+        raise ConfigError(
+            f"loss_function {spec} returned a {kind}; return Loss(total, weight, metrics) of jaxtune.objectives: a sum over the batch, the "
+            "sum of its weights, and of each metric such a pair"
+        )
+    pairs = {"": (found.total, found.weight)} | dict(found.metrics)
+    for name, pair in pairs.items():
+        what = f"the metric {name!r}" if name else "the loss"
+        if not isinstance(pair, tuple) or len(pair) != 2 or any(jnp.shape(part) for part in pair):
+            shapes = [list(jnp.shape(part)) for part in pair] if isinstance(pair, tuple) else type(pair).__name__
+            raise ConfigError(
+                f"loss_function {spec}: {what} has to be two single numbers, a sum and its weight, and is {shapes}; sum over all axes"
+            )
+    (total, weight), *metrics = (tuple(jnp.asarray(part, jnp.float32) for part in pair) for pair in pairs.values())
+    return Loss(total, weight, dict(zip(found.metrics, metrics, strict=True)))
