@@ -32,10 +32,11 @@ from jaxtune.tree import unflatten
 
 
 def check_names(config: Config) -> None:
-    """ConfigError for a method or an objective that there is none of."""
+    """ConfigError for a method, an objective or a loss function that there is none of."""
     for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
         if (name := getattr(config, key)) not in table:
             raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
+    objective_of(config)
 
 
 def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:
