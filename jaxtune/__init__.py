@@ -9,6 +9,9 @@ Names are loaded when they are first used, so that `import jaxtune` is quick and
 """
 
 import importlib
+import os
+import signal
+import sys
 
 __version__ = "0.1.0"
 
@@ -47,6 +50,22 @@ _WHERE = {
 _VERBS = ("train", "sweep", "evaluate", "generate", "serve", "score", "export", "report", "plan")  # modules that can be called
 
 __all__ = ["__version__", *_WHERE, *_VERBS]
+
+
+def _interrupted(*_) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def _interrupts_end() -> None:
+    """Until `errors.run` hears it, Ctrl-C ends the process, and says so: a KeyboardInterrupt out of the imports of a command may be
+    a traceback, an ImportError or a segmentation fault."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m jaxtune.train`, whose modules are imported after this one
+    _interrupts_end()
 
 
 def __getattr__(name: str):

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+import jaxtune
 from jaxtune import errors
 
 VERBS = {
@@ -133,6 +134,7 @@ def _dispatch() -> int | None:
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise errors.ConfigError(f"{verb} is not a verb of jaxtune{f'; did you mean {near[0]}?' if near else '.'}\n{_usage()}")
     sys.argv = [f"jaxtune {verb}", *sys.argv[2:]]
+    jaxtune._interrupts_end()
     runpy.run_module(f"jaxtune.{verb}", run_name="__main__")
     return None
 

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import jaxtune
+
 
 class JaxtuneError(Exception):
     """A mistake the user can put right: says what was given, why it cannot work, and what to write instead."""
@@ -157,6 +159,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a locale without some letter is no reason to end
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is jaxtune._interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _check_folder()
         with _interrupts_heard():

@@ -1,7 +1,7 @@
 """The objective of a run: that of the table, or a function of the user's own in its place.
 
     objective: sft                          # how rows are read, and what a batch holds
-    loss_function: losses/mine.py:focal     # or mypackage.losses.focal, __main__.focal
+    loss_function: losses/mine.py:focal     # or mypackage.losses.focal; from Python jt.train(config, loss_function=focal)
 
     def focal(config, model_config, params, base, batch, key=None):
         out = token_logprobs(model_config, params, batch)          # of the trained tokens (jaxtune.objectives.logprobs)
@@ -25,6 +25,22 @@ from jaxtune.errors import ConfigError
 from jaxtune.metrics import called, find_in
 from jaxtune.objectives import OBJECTIVES, Loss
 
+_GIVEN: dict[str, Callable] = {}  # functions handed over from Python, by the names that configs have for them
+
+
+def given(config: Config, function: Callable) -> Config:
+    """The config with `function` as its loss, named by its module and itself, as `config.yaml` will have it and a resume asks for.
+
+    Raises ConfigError for what cannot be called, and where the config names another function.
+    """
+    if not callable(function):
+        raise ConfigError(f"loss_function is of type {type(function).__name__}; give a function, or write its name into the config")
+    spec = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    if config.loss_function not in (None, spec):
+        raise ConfigError(f"the config names loss_function {config.loss_function}, and {spec} is given; leave one of them out")
+    _GIVEN[spec] = function
+    return config.replace(loss_function=spec)
+
 
 def objective_of(config: Config) -> Callable:
     """`OBJECTIVES[config.objective]`, or what `config.loss_function` names; the same function as long as its file is the same.
@@ -36,7 +52,7 @@ def objective_of(config: Config) -> Callable:
         return OBJECTIVES[config.objective]
     file = Path(spec.rpartition(":")[0]).expanduser()
     in_file = ".py:" in spec and file.is_file()
-    return _checked(spec, _of_file(spec, sha256(file)) if in_file else find_in({}, spec, "loss_function:")[1])
+    return _checked(spec, _of_file(spec, sha256(file)) if in_file else _GIVEN.get(spec) or find_in({}, spec, "loss_function:")[1])
 
 
 @functools.lru_cache(maxsize=8)

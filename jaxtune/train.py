@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import cli, compilation, data, distributed, errors, metrics, optim, parallel, reference, runfolder, start
+from jaxtune import cli, compilation, data, distributed, errors, losses, metrics, optim, parallel, reference, runfolder, start
 from jaxtune.background import Background
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
@@ -59,15 +59,19 @@ class Result:
 
 @compilation.in_32_bits
 def train(
-    config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = (), *, reward_funcs: Sequence[Callable] = ()
-) -> Result | CrossValidation:
+    config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = (), *,
+    reward_funcs: Sequence[Callable] = (), loss_function: Callable | None = None,
+) -> Result | CrossValidation:  # fmt: skip
     """One training run, from a config to its result; with `data.kfold` and no `data.fold`, one for each fold.
 
     `reward_funcs`: functions of objectives grpo and rloo (jaxtune/rewards.py), beside those that the config names.
+    `loss_function`: a function in place of the objective's own (jaxtune/losses.py).
 
     Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
     """
     config = load_config(config, overrides)
+    if loss_function is not None:
+        config = losses.given(config, loss_function)
     _check_tables(config)
     distributed.start(config.distributed)
     compilation.enable_cache(config)

@@ -70,6 +70,17 @@ def test_an_interrupted_command_ends_without_pythons_own_end():
     assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "interrupted\n")
 
 
+@pytest.mark.parametrize("command", ["jaxtune.train", "jaxtune"])
+def test_ctrl_c_while_modules_are_imported(command, tmp_path):
+    (tmp_path / "jax.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import nothing")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", command, "train"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a worker of xdist hears none
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_ctrl_c_while_python_ends_is_quiet():
     program = "import atexit, os, signal; from jaxtune import errors; atexit.register(os.kill, os.getpid(), signal.SIGINT); errors.run(int)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """A loss function of the user's own in place of an objective's."""
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import tiny
 from jaxtune.config import load_config
 from jaxtune.errors import ConfigError
 from jaxtune.losses import objective_of
-from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives import OBJECTIVES, Loss
 from jaxtune.train import train
 
 MINE = '''
@@ -39,6 +40,10 @@ def wrong(config, model_config, params, base, batch, key=None):
 def whole(config, model_config, params, base, batch, key=None):
     return Loss(jnp.int32(3), batch.sum(), {"m": (1, 2.0)})
 '''
+
+
+def whole(*_):
+    return Loss(3, 4, {})
 
 
 @pytest.fixture
@@ -72,6 +77,17 @@ def test_it_is_one_function_while_its_file_is_the_same(tmp_path, mine):
     (tmp_path / "mine.py").write_text(MINE + "\n")
     assert mine("focal") is not before
     assert objective_of(load_config({"model": "m"})) is OBJECTIVES["sft"]
+
+
+def test_a_function_from_python(monkeypatch):
+    monkeypatch.setattr(sys.modules["jaxtune.train"], "_train", lambda config, *_: config)
+    found = [train({"model": "m", "output_dir": "r"}, loss_function=function) for function in (whole, lambda *_: Loss(1, 2, {}))]
+    assert found[0].loss_function == f"{__name__}.whole" and "<lambda>" in found[1].loss_function
+    assert [float(objective_of(config)(*[None] * 5).total) for config in found] == [3, 1]
+    with pytest.raises(ConfigError, match=r"names loss_function a\.b, and .*test_losses\.whole is given"):
+        train({"model": "m", "loss_function": "a.b"}, loss_function=whole)
+    with pytest.raises(ConfigError, match="loss_function is of type str; give a function"):
+        train({"model": "m"}, loss_function="a.b")  # type: ignore[arg-type]
 
 
 def test_numbers_are_float32(mine):
