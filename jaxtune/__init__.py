@@ -5,7 +5,7 @@
     adapter = jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(r=16))
     logits = jt.forward(model.config, jt.compose(model.params, adapter), tokens)
 
-Names are loaded when they are first used, so that `import jaxtune` is quick and starts no device.
+Names are imported on first use, so `import jaxtune` is fast and starts no device.
 """
 
 import importlib
@@ -47,7 +47,7 @@ _WHERE = {
     "load_config": "jaxtune.config",
     "JaxtuneError": "jaxtune.errors",
 }
-_VERBS = ("train", "sweep", "evaluate", "generate", "serve", "score", "export", "report", "plan")  # modules that can be called
+_VERBS = ("train", "sweep", "evaluate", "generate", "serve", "score", "export", "report", "plan")  # callable modules
 
 __all__ = ["__version__", *_WHERE, *_VERBS]
 

@@ -1,4 +1,4 @@
-"""Work in a thread beside the main one: weights are read while rows are tokenised and the step is compiled."""
+"""Work in a background thread: weights are read while rows are tokenised and the step is compiled."""
 
 import threading
 from collections.abc import Callable
@@ -13,18 +13,18 @@ _here = threading.local()
 
 
 class GivenUp(Exception):  # noqa: N818
-    """Ends the thread of work that nobody waits for any more."""
+    """Ends a background thread whose result is no longer needed."""
 
 
 class Background(Generic[T]):
-    """`with Background(function) as work:` begins it, `work.result()` waits for what it returns, or raises what it raised.
+    """Runs a function in a thread: `with Background(function) as work: ... work.result()` returns its value or raises its exception.
 
-    Left by an exception, the block waits until the thread has heard of it (`go_on`), so that none is in JAX when Python ends.
-    Of several processes the function is called in `result()`: they must all call the same collective functions in the same order.
+    If the block is left by an exception, it waits until the thread notices (`go_on`), so that no thread is inside JAX when Python exits.
+    With several processes, `result()` calls the function itself: all of them must call the same collective functions in the same order.
     """
 
     def __init__(self, function: Callable[[], T]):
-        self._function = compilation.in_32_bits(function)  # of each thread its own
+        self._function = compilation.in_32_bits(function)  # the setting is per thread
         self._given_up = False
         self._value: T
         self._error: BaseException | None = None
@@ -41,7 +41,7 @@ class Background(Generic[T]):
             self._thread.join()
 
     def result(self) -> T:
-        """What the function returned, when it has; raises what it raised."""
+        """Wait for the function's return value, or raise its exception."""
         if self._thread is None:
             return self._function()
         self._thread.join()
@@ -53,12 +53,12 @@ class Background(Generic[T]):
         _here.work = self
         try:
             self._value = self._function()
-        except BaseException as error:  # raised where it is waited for
+        except BaseException as error:  # raised by result()
             self._error = error
 
 
 def go_on() -> None:
-    """Called between the parts of long work: ends it where it is a thread's whose result nobody waits for."""
+    """Called between the parts of long work: ends a background thread whose result is no longer needed."""
     work = getattr(_here, "work", None)
     if work is not None and work._given_up:
         raise GivenUp

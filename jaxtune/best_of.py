@@ -1,4 +1,4 @@
-"""Best-of-n: several answers to each prompt, and the one that a reward model, or a function, likes best."""
+"""Best-of-n: sample several answers to each prompt and keep the one that a reward model or function scores highest."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from jaxtune.score import score
 
 
 class Best(NamedTuple):
-    """The best of the answers to one prompt: its text and score, and all answers with their scores, in the order they were drawn."""
+    """The best answer to one prompt: its text and score, and all answers with their scores, in the order they were sampled."""
 
     prompt: Any
     text: str
@@ -27,7 +27,7 @@ class Best(NamedTuple):
 
     @property
     def answer(self) -> Completion:
-        """The best one, with its tokens."""
+        """The best answer, with its tokens."""
         return self.answers[self.scores.index(self.score)]
 
 
@@ -42,15 +42,15 @@ def best_of_n(
     chat: bool | None = None,
     **settings: Any,
 ) -> list[Best]:
-    """`argmax_y r(x, y)` over n answers y drawn for each prompt x (arXiv 2009.01325); in the order of the prompts.
+    """`argmax_y r(x, y)` over n answers y sampled for each prompt x (arXiv 2009.01325), in the order of the prompts.
 
     prompts   one or a list of texts or conversations, as for `jt.generate`
-    reward    a model with a scoring head; what `jt.load_scorer` takes; or a function `(prompts, completions) -> numbers` (TRL's kind of
-              reward function: it is called with these names), also by its name, `module.function` or `path/file.py:function`
-    settings  of `jt.generate_tokens`: max_new_tokens, top_p, seed, ...
+    reward    a model with a scoring head, anything `jt.load_scorer` accepts, or a function `(prompts, completions) -> numbers` (called with
+              these keywords, like TRL's reward functions), also by name: `module.function` or `path/file.py:function`
+    settings  passed to `jt.generate_tokens`: max_new_tokens, top_p, seed, ...
 
-    Of equal scores the first one drawn wins. Raises ConfigError for prompts of token ids and for a function that does not give one finite
-    number for each answer, and what `jt.generate_tokens` and `jt.score` raise.
+    Ties go to the answer sampled first. Raises ConfigError for prompts given as token ids and for a function that does not return one
+    finite number per answer, and whatever `jt.generate_tokens` and `jt.score` raise.
     """
     if n < 1:
         raise ConfigError(f"best of {n} is of nothing; write 1 or more")
@@ -76,7 +76,7 @@ def best_of_n(
 def for_command(
     model: Any, prompts: list, n: int | None, reward: str | None, adapter: Any, settings: dict[str, Any]
 ) -> tuple[list[Completion], list[dict[str, Any]]]:
-    """What `jaxtune generate --best-of N --reward WHAT` prints: the best answers, and what is said of each."""
+    """The best answers for `jaxtune generate --best-of N --reward WHAT`, and what to print about each."""
     if n is None or reward is None:
         raise ConfigError("--best-of N draws the answers that --reward WHAT chooses from; give both, or neither")
     if settings.pop("num_return_sequences") > 1:
@@ -92,7 +92,7 @@ def _conversation(prompt: str | Sequence[Mapping]) -> list[Mapping]:
 
 
 def find_reward(reward: Any) -> Callable[[list, list[str]], np.ndarray]:
-    """`(prompts, completions) -> scores [n]` of a reward model, a folder of one, or a function or its name."""
+    """`(prompts, completions) -> scores [n]` from a reward model, its folder, a function, or a function's name."""
     named = isinstance(reward, (str, os.PathLike)) and not os.path.exists(os.fspath(reward)) and _is_function(os.fspath(reward))
     if callable(reward) or named:
         name, function = metrics.find_in(metrics.METRICS, os.fspath(reward) if named else reward, "reward")  # type: ignore[arg-type]

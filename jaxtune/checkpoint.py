@@ -1,7 +1,7 @@
-"""Training checkpoints (Orbax): the state of a step, what was being done, and a checksum of every array.
+"""Training checkpoints (Orbax): the state after a step, the run's notes, and a checksum of every array.
 
-Written asynchronously into a temporary folder and renamed, so that a killed run leaves only whole checkpoints behind. Restored only
-if each array's checksum is the one it was saved with; otherwise the checkpoint before it is taken, and that is said.
+Checkpoints are written asynchronously into a temporary folder and renamed, so a killed run leaves only complete ones. They are restored
+only if every array matches its checksum; otherwise the previous checkpoint is used, with a warning.
 """
 
 import gc
@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from jaxtune.errors import CheckpointError
 
 log = logging.getLogger("jaxtune")
-# Bytes from which each device that holds a copy of an array writes a part of it. Cutting is a compilation for each device and shape (40
-# small arrays over 8 devices: 24 s before the first checkpoint was written), so small ones are written whole by one of them.
+# Arrays of at least this many bytes are written in parts by all devices that hold a copy. Splitting compiles a program per device and shape
+# (40 small arrays on 8 devices: 24 s before the first checkpoint was written), so smaller arrays are written whole by one device.
 SLICE = 2**24
 
 
@@ -29,36 +29,37 @@ class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
     def __init__(self, folder: Path, keep: int | None = None):
-        """`keep`: how many to keep besides the best one (None: all)."""
+        """`keep`: how many checkpoints to keep besides the best one (None: all)."""
         self.keep, self.best = keep, None
         _hush_closed_loops()
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        one_file = "[" not in str(folder.absolute())  # Orbax finds the parts of one by glob, to which that means something else
+        one_file = "[" not in str(folder.absolute())  # Orbax finds a checkpoint's files with glob, where this character is special
         state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=one_file)
         handlers = {"state": state, "notes": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """Steps there is a checkpoint of, the oldest first."""
+        """Steps that have a checkpoint, oldest first."""
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: Any, notes: dict) -> None:
-        """Begin to save; returns when the arrays are copied from the devices, writes in the background."""
+        """Start saving: returns once the arrays are copied from the devices; writing continues in the background."""
         if step in self.steps():
-            self.manager.delete(step)  # a damaged one, that this run has gone on from before
+            self.manager.delete(step)  # a damaged checkpoint of this step, from before this run resumed
         flat = _flat(state)
         sums = {name: int(sum_) for name, sum_ in jax.device_get(_checksums(flat)).items()}
-        saved = json.loads(json.dumps({"notes": notes, "checksums": sums}))  # as they are now: the run goes on while they are written
+        saved = json.loads(json.dumps({"notes": notes, "checksums": sums}))  # copied now, since the run changes them while they are written
         saved["sha256"] = _sha256(saved)
         self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat), notes=ocp.args.JsonSave(saved)), force=True)
         self._prune(step)
 
     def prove(self, step: int, state: Any, notes: dict, keep: bool) -> Any:
-        """Save, let the state go, read it back, compare: that a run can be resumed is known before it is long.
+        """Save the state, free it, read it back and compare: this shows early that the run can be resumed.
 
-        Returns what was read, which takes the state's place, so that no second copy has to fit. Unless `keep`, the checkpoint goes.
+        Returns the restored state, which replaces the original so that memory never holds two copies. The checkpoint is deleted unless
+        `keep`.
         """
         shapes = _shapes(state)
         self.save(step, state, notes)
@@ -76,7 +77,8 @@ class Checkpoints:
         return state
 
     def _prune(self, unfinished: int | None = None) -> None:
-        """Delete all but the newest `keep` and the best. One that is still being written takes a place, but the last whole one stays."""
+        """Delete all but the newest `keep` checkpoints and the best. One still being written counts, but the last complete one always
+        stays."""
         if self.keep is None:
             return
         whole = [step for step in self.steps() if step != unfinished]
@@ -86,7 +88,7 @@ class Checkpoints:
                 self.manager.delete(step)
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """The newest whole checkpoint (or that of `step`) as a tree like `state` (arrays or shapes with shardings), and its notes."""
+        """The newest complete checkpoint (or that of `step`), as a tree like `state` (arrays, or shapes with shardings), and its notes."""
         steps = self.steps() if step is None else [step]
         if not steps:
             raise CheckpointError(f"{self.manager.directory} holds no checkpoint; start without resume=true, in another folder")
@@ -99,14 +101,14 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint in {self.manager.directory} can be read; start again in another folder")
 
     def _read(self, shapes: dict[str, Any], step: int) -> tuple[dict[str, Any], dict]:
-        """The leaves by path, and the notes, of one checkpoint; CheckpointError where it is not whole."""
+        """The leaves by path, and the notes, of one checkpoint; CheckpointError if it is damaged."""
         where = ocp.checkpoint_utils.construct_restore_args(shapes)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(shapes, restore_args=where), notes=ocp.args.JsonRestore())
         try:
             restored = self.manager.restore(step, args=args)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax's own for an array whose bytes do not decode is no narrower
+        except Exception as error:  # Orbax raises no narrower class for an array that cannot be decoded
             problem = str(error).splitlines()[0][:200]
         else:
             saved = restored.notes if isinstance(restored.notes, dict) else {}
@@ -121,11 +123,11 @@ class Checkpoints:
         raise CheckpointError(problem)
 
     def wait(self) -> None:
-        """Until everything begun has been written."""
+        """Wait until everything is written."""
         self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish writing and let go of the folder."""
+        """Finish writing and release the folder."""
         try:
             self.wait()
             self._prune()
@@ -137,7 +139,7 @@ class Checkpoints:
 
 
 def _collect() -> None:
-    """Let go of what failed now and without a word: what Orbax was still reading or writing complains on stderr when it is collected."""
+    """Garbage-collect failed reads and writes now and silently: Orbax's leftovers print complaints on stderr when they are collected."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     gc.collect()
@@ -145,7 +147,7 @@ def _collect() -> None:
 
 
 def _hush_closed_loops() -> None:
-    """What Orbax still read or wrote when another part failed comes to its end later, finds nobody waiting and complains on stderr."""
+    """Silence asyncio: reads and writes that outlive a failed one complain on stderr that their event loop is closed."""
     hook = sys.unraisablehook
     if hasattr(hook, "hushed"):
         return
@@ -167,18 +169,18 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _flat(state: Any) -> dict[str, Any]:
-    """Leaves by path; PRNG keys as the integers they are made of."""
+    """Leaves by path; PRNG keys as the integers they consist of."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves}
 
 
 def _shapes(state: Any) -> dict[str, Any]:
-    """What to read of a checkpoint: shapes, dtypes and where they go."""
+    """What to read from a checkpoint: shapes, dtypes and shardings."""
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
 
 
 def _unflat(state: Any, flat: dict[str, Any]) -> Any:
-    """The inverse, as a tree like `state`."""
+    """The inverse of `_flat`, as a tree like `state`."""
 
     def leaf(path, like):
         value = flat[_name(path)]
@@ -193,7 +195,7 @@ def _name(path: tuple) -> str:
 
 @jax.jit
 def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Per array the sum of its words, each weighted by its place, modulo 2^32: the same on any mesh, and not blind to order."""
+    """For each array, the sum of its words, weighted by position, modulo 2^32: independent of the mesh, but sensitive to order."""
 
     def one(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""What the commands share: `jaxtune VERB`, argument parsing, and modules that can be called."""
+"""What the commands share: `jaxtune VERB`, argument parsing, and callable modules."""
 
 import argparse
 import difflib
@@ -35,8 +35,8 @@ VERBS = {
 def callable_module(name: str, function: Callable) -> None:
     """Make the module `name` callable as `function`, so that `jt.generate` is both the module and the verb.
 
-    `import jaxtune.generate` binds the module to `jaxtune.generate` and would hide a function of that name; with this,
-    whichever was bound last, the name means the same thing.
+    `import jaxtune.generate` binds the module to `jaxtune.generate` and would hide a function of that name. With a callable module, the
+    name works either way.
     """
 
     class CallableModule(types.ModuleType):
@@ -50,13 +50,13 @@ def callable_module(name: str, function: Callable) -> None:
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """The help with its default, where there is one to speak of."""
+        """The help text with its default, unless the default is empty."""
         return action.help if action.default in (None, False, [], {}) else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """As argparse does; a key of the config that was written as an option is told how to be written."""
+        """argparse's error; for a config key written as an option, it says how to write it."""
         if message.startswith("unrecognized arguments: --") and any(action.dest == "overrides" for action in self._actions):
             key = re.split(r"[ =]", message.partition("--")[2])[0]
             message += f"; keys of the config are written without dashes: {key}=VALUE"
@@ -64,14 +64,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser for one verb; the description is the module's docstring, printed as written."""
+    """An argument parser for one verb, described by its module docstring."""
     return _Parser(
         prog=f"jaxtune {verb}", description=description or VERBS[verb], formatter_class=_Help, allow_abbrev=False
     )
 
 
 def config_parser(verb: str, description: str | None = None) -> argparse.ArgumentParser:
-    """A parser that begins with `CONFIG.yaml [key=value ...]`: `config` (str) and `overrides` (list of str)."""
+    """A parser for `CONFIG.yaml [key=value ...]`: `config` (str) and `overrides` (list of str)."""
     result = parser(verb, description)
     result.add_argument("config", metavar="CONFIG.yaml", help="the config file")
     result.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="overrides, nested keys with dots: lora.r=32")
@@ -79,7 +79,7 @@ def config_parser(verb: str, description: str | None = None) -> argparse.Argumen
 
 
 def parse(the_parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, letting `key=value` stand before, between or after the options (plain argparse takes them only together)."""
+    """Parse arguments; `key=value` may stand before, between or after the options (plain argparse accepts them only together)."""
     return the_parser.parse_intermixed_args(argv)
 
 
@@ -100,7 +100,7 @@ def add_columns(the_parser: argparse.ArgumentParser) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print it whole: a terminal that is too narrow breaks its lines, but shows every number."""
+    """Print a table in full: a narrow terminal wraps its lines but shows every number."""
     width = console.width
     console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
@@ -108,7 +108,7 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def log_to_terminal() -> None:
-    """Print what jaxtune has to say on stderr. Orbax's threads log every exception that they also hand on, with its traceback: not here."""
+    """Print jaxtune's log on stderr. Orbax's threads log every exception with a traceback before raising it; that log is silenced."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logger, handler = logging.getLogger("jaxtune"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,7 +1,7 @@
-"""What programs are compiled with, and the cache of compiled ones, which makes the second start quick.
+"""Compiler settings, and the cache of compiled programs, which makes a second start fast.
 
-jax writes an entry in place. One that is cut off (by a kill, by a full disk) is never written again: every start warns of it and compiles
-anew. So what the last runs have written is looked through at the start, and what is not whole goes.
+jax writes cache entries in place. A truncated entry (after a kill or on a full disk) is never rewritten: every start warns about it and
+compiles again. So at the start, recently written entries are checked, and damaged ones are removed.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ else:
 
 F = TypeVar("F", bound=Callable)
 log = logging.getLogger("jaxtune")
-CHECKED = ".checked"  # its time: entries older than it are known to be whole
+CHECKED = ".checked"  # its modification time: older entries have been checked
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
 def in_32_bits(function: F) -> F:
-    """The function without `jax_enable_x64`, which would widen every number that is given no dtype."""
+    """The function without `jax_enable_x64`, which would widen every number that has no explicit dtype."""
 
     @functools.wraps(function)
     def narrow(*args, **kwargs):
@@ -44,17 +44,17 @@ def in_32_bits(function: F) -> F:
 
 
 def enable_cache(config: Config) -> None:
-    """Keep compiled programs on disk; a folder the user has set is left alone."""
+    """Cache compiled programs on disk, unless the user has already set a cache folder."""
     if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
         return
     folder = cache_folder() / "xla" if config.compilation_cache is True else Path(config.compilation_cache).expanduser()
-    with contextlib.suppress(OSError):  # read-only: jax says so itself, and only where it matters
+    with contextlib.suppress(OSError):  # read-only: jax reports it if it matters
         remove_damaged(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def remove_damaged(folder: Path) -> None:
-    """Remove entries that are not whole, of those written since this was last done."""
+    """Remove damaged entries among those written since the last check."""
     if not folder.is_dir():
         return
     marker, now = folder / CHECKED, time.time_ns()
@@ -64,11 +64,11 @@ def remove_damaged(folder: Path) -> None:
             entry.unlink(missing_ok=True)
             log.info("the compiled program %s was only half written, and is compiled again", entry.name.partition("-")[0])
     marker.touch()
-    os.utime(marker, ns=(now, now))  # not later: another process may be writing
+    os.utime(marker, ns=(now, now))  # taken first: another process may be writing
 
 
 def _is_whole(entry: bytes) -> bool:
-    """Whether all of a compressed entry is there."""
+    """Whether a compressed entry is complete."""
     try:
         if not entry.startswith(ZSTANDARD):
             zlib.decompress(entry)

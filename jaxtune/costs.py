@@ -1,4 +1,4 @@
-"""What a step needs by cause, from shapes: bytes of one device, floating-point operations."""
+"""Memory (bytes per device, by cause) and floating-point operations of a step, computed from shapes."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ def per_device(tree: Any) -> int:
 
 
 def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak: int) -> dict[str, int]:
-    """Bytes of one device by cause; see `Plan.bytes`."""
+    """Bytes per device by cause; see `Plan.bytes`."""
     teacher, base = base.get(TEACHER), {name: leaf for name, leaf in base.items() if name != TEACHER}
     scales = [leaf for leaf in jax.tree.leaves(base, is_leaf=_is_packed) if _is_packed(leaf)]
     packed = sum(per_device(leaf.codes) for leaf in scales)
@@ -56,7 +56,7 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def gradients(config: Config, trainable: Any) -> int:
-    """Bytes of gradients that exist at one time on one device."""
+    """Bytes of gradients that exist at the same time on one device."""
     if config.method != "full":
         return sum(x.size * 4 for x in jax.tree.leaves(trainable))
     if not config.optimizer_in_bwd:
@@ -66,9 +66,9 @@ def gradients(config: Config, trainable: Any) -> int:
 
 
 def inputs_kept(config: Config, model_config: ModelConfig) -> int:
-    """How many layers' inputs are on the device at one time in the backward pass."""
+    """How many layers' inputs are on the device at the same time in the backward pass."""
     if model_config.remat == "offload":
-        return 1  # the others are in the host's memory
+        return 1  # the others are in host memory
     first = partial.lowest(model_config, config.trainable_parameters)
     kept = _groups(model_config, first)
     largest = max((size for _, size in kept), default=0)
@@ -76,7 +76,7 @@ def inputs_kept(config: Config, model_config: ModelConfig) -> int:
 
 
 def _groups(model_config: ModelConfig, first: int = 0) -> list[tuple[int, int]]:
-    """`(inputs kept, layers from one to the next)` of the model from the stacks of layer `first` on."""
+    """`(inputs kept, layers between two of them)` for the stacks from layer `first` on."""
     found = []
     for pattern in model_config.patterns:
         width = sum(pattern.times)
@@ -86,7 +86,7 @@ def _groups(model_config: ModelConfig, first: int = 0) -> list[tuple[int, int]]:
 
 
 def _shares(config: Config, model_config: ModelConfig) -> tuple[float, float, bool]:
-    """The share of layers that a gradient goes through, that of their matrices that is trained, and whether the head is."""
+    """The share of layers that gradients pass through, the share of their matrices that is trained, and whether the head is trained."""
     if config.method != "full":
         return 1.0, 0.0, False
     rows, taken = spec(model_config), partial.trained_paths(model_config, config.trainable_parameters)
@@ -97,8 +97,8 @@ def _shares(config: Config, model_config: ModelConfig) -> tuple[float, float, bo
 
 
 class _Products(NamedTuple):
-    """Multiplications of one token's forward pass: of the layers' matrices, those of them that remat repeats, the head, attention (linear
-    attention's rule too)."""
+    """Multiplications per token in a forward pass: of the layers' matrices, of those that remat repeats, of the head, and of attention
+    (including linear attention)."""
 
     layers: float
     repeated: float
@@ -107,7 +107,7 @@ class _Products(NamedTuple):
 
     @property
     def all(self) -> float:
-        """Those of one pass."""
+        """The total of one pass."""
         return self.layers + self.head + self.attention
 
 
@@ -118,10 +118,10 @@ def _products(model_config: ModelConfig, length: int, trained: int | None, atten
             continue
         share = model_config.moe.experts_per_token / model_config.moe.num_experts if row.is_experts and model_config.moe else 1.0
         layers += share * math.prod(row.shape)
-        repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nobody reads a layer's output a second time
+        repeated += 0.0 if path.endswith("down") else share * math.prod(row.shape)  # nothing reads a layer's output a second time
     outputs = model_config.num_labels or model_config.vocab_size * (trained or length) / length
-    seen = length if attended is None else attended  # of which a token attends to half; to no more than its window
-    windows = {layer: model_config.layer_windows[layer] for layer in model_config.attending}  # of a chunk to half of it
+    seen = length if attended is None else attended  # a token attends to half of the row on average, or at most to its window
+    windows = {layer: model_config.layer_windows[layer] for layer in model_config.attending}  # half of its chunk on average
     spans = {layer: min(seen, 2 * window if window > 0 else -window or seen) for layer, window in windows.items()}
     mixed = model_config.num_heads * sum(model_config.at(layer).head_dim * span for layer, span in spans.items())
     mixed += len(model_config.recurrent.layers) * delta.products(model_config.recurrent) if model_config.recurrent else 0
@@ -132,23 +132,24 @@ def flops(
     config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None,
     rows: int | None = None, teacher: ModelConfig | None = None,
 ) -> float:  # fmt: skip
-    """FLOPs of the matrix products of one data-parallel device's step of rows of `length`: forward, backward, what remat repeats.
+    """FLOPs of the matrix products in a step on one data-parallel device, for rows of `length`: forward, backward and recomputation.
 
-    `rows`: those of the step; None: as many as the config's batch has. `teacher`: that of objective distill.
+    `rows`: rows per step; None: the config's batch size. `teacher`: the teacher's config, for objective distill.
 
-    A frozen matrix takes two products a token (forward, and the gradient of its input), a trained one three; remat, where it keeps no
-    products, one more, and groups of layers another forward pass of all but their last; layers below the lowest that is trained the
-    forward pass alone. `trained` places of a row have logits (None: all); a token is in a document of `attended` tokens (None: the row).
+    A frozen matrix takes two products per token (forward, and the gradient of its input), a trained one three. Remat adds one if it keeps
+    no products; groups of layers add another forward pass of all but their last layer; layers below the lowest trained one take the forward
+    pass alone. `trained` positions of a row have logits (None: all); a token's document has `attended` tokens (None: the whole row).
     """
     tokens = (rows or config.gradient_accumulation_steps * config.per_device_train_batch_size) * length
     own = _products(model_config, length, trained, attended)
     through, ours, head = _shares(config, model_config)
     again = 0 if model_config.remat in ("none", "dots") else 1
-    twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers  # layers that groups go through once more
+    # the share of layers that groups compute once more
+    twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers
     forward, backward = own.layers + own.attention, own.layers + 2 * own.attention
     layers = forward + own.layers * ours + through * (backward + forward * twice + (own.repeated + own.attention) * again)
     beside = own.all if compares(config) and not beforehand(config) else 0.0  # the reference's forward pass
     if teacher is not None:
         theirs = _products(teacher, length, trained, attended)
-        beside += theirs.all + theirs.head * head  # its logits once more, for the gradient of the student's head
+        beside += theirs.all + theirs.head * head  # its logits are computed again for the gradient of the student's head
     return 2.0 * tokens * (layers + own.head * (2 + 2 * head) + beside)

@@ -1,4 +1,4 @@
-"""Files and folders: made where they can be, there whole or not at all, known by their sha256."""
+"""Files and folders: creating them, writing them atomically, hashing them."""
 
 import contextlib
 import errno
@@ -22,13 +22,13 @@ LFS = b"version https://git-lfs"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is only what Git LFS left in the place of the file: a clone without git-lfs is full of them."""
+    """Whether a file is only a Git LFS pointer, as in a clone without git-lfs."""
     with open(path, "rb") as file:
         return file.read(len(LFS)) == LFS
 
 
 def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = JaxtuneError) -> None:
-    """The folder and those above it, where they are not there yet; `error` where none can be (in /proc, under a link to nowhere)."""
+    """Create the folder and its parents if needed; raise `error` where that is impossible (in /proc, under a dangling link)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, ValueError) as raised:  # ValueError: a name with a null byte
@@ -36,19 +36,19 @@ def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = 
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/jaxtune`, or `~/.cache/jaxtune`; JaxtuneError for a user without a home (of a container, say)."""
+    """`$XDG_CACHE_HOME/jaxtune` or `~/.cache/jaxtune`; JaxtuneError for a user without a home (in a container, for example)."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtune"
     except RuntimeError as error:
         raise JaxtuneError("this user has no home folder to keep caches in; set HOME or XDG_CACHE_HOME to a folder") from error
 
 
-_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's tofile, which keeps the system's reason to itself
+_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's tofile hides the system's reason
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A full disk's error names what was being written: the system says it of no file, or of one with a passing name."""
+    """Name `path` in the error for a full disk: the system names no file, or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -61,9 +61,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; it takes that name when the block ends, and is removed if the block fails."""
+    """A temporary file beside `path` to write into; it is renamed to `path` when the block ends, and removed if the block fails."""
     make_folder(path.parent)
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")  # some writers go by the suffix
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")  # some writers depend on the suffix
     try:
         with naming(path):
             yield scratch
@@ -73,6 +73,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file that appears whole."""
+    """Write a text file atomically."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Many processes, one run: JAX's multi-controller runtime, started from the config's keys or from what the cluster says of itself.
+"""Several processes, one run: JAX's multi-controller runtime, started from config keys or from the cluster's environment.
 
-Every process runs the same program. Each holds its own devices, reads its own rows and its own part of the weights, and writes its own
-part of a checkpoint; process 0 alone writes the log and the result.
+Every process runs the same program. Each has its own devices, reads its own rows and its own parts of the weights, and writes its own parts
+of a checkpoint; only process 0 writes the log and the result.
 """
 
 import logging
@@ -21,8 +21,8 @@ from jaxtune.errors import ConfigError, JaxtuneError
 log = logging.getLogger("jaxtune")
 T = TypeVar("T")
 
-HEARTBEAT = 30  # seconds after which a process that says nothing counts as lost
-# On CPUs, collectives that do not depend on each other may run in one order here and in another there, and wait for each other for ever.
+HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+# On CPUs, independent collectives may run in different orders on different processes, and then deadlock.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 KEYS = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 
@@ -32,9 +32,9 @@ class LostProcess(JaxtuneError):
 
 
 def start(config: DistributedConfig) -> None:
-    """Join the other processes, where there are any; once a process, before the first device is used.
+    """Join the other processes, if there are any; once per process, before the first device is used.
 
-    Raises ConfigError for keys that do not make a whole, and when the others cannot be reached.
+    Raises ConfigError for incomplete keys, and if the other processes cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -61,7 +61,7 @@ def start(config: DistributedConfig) -> None:
 
 
 def _keys(config: DistributedConfig) -> dict[str, Any] | None:
-    """What to start with: the three keys, {} where jax is to ask the cluster, None for a run of one process."""
+    """Arguments for initialisation: the three keys, {} to let jax ask the cluster, or None for a run of one process."""
     given: dict[str, Any] = {}
     for key, variable in KEYS.items():
         value = getattr(config, key)
@@ -90,7 +90,7 @@ def _whole(variable: str) -> int:
 
 
 def _cluster() -> str | None:
-    """What started this process as one of several, told from the environment alone; None: nothing did."""
+    """Which launcher started this process as one of several, according to the environment; None if there is none."""
     sizes = {"Slurm": "SLURM_STEP_NUM_TASKS", "MPI": "OMPI_COMM_WORLD_SIZE"}
     for name, variable in sizes.items():
         if os.environ.get(variable, "1") not in ("", "1"):
@@ -100,9 +100,9 @@ def _cluster() -> str | None:
 
 
 def check_joined(config: DistributedConfig, answers: bool = False) -> None:
-    """Raise ConfigError for a process of several that was started without the others: a TPU slice whose hosts were not named.
+    """Raise ConfigError for a process that should have joined others but was started alone: a TPU slice whose hosts were not named.
 
-    `answers`: whether the run is to end by generating some, which takes a single process.
+    `answers`: whether the run generates answers at the end, which requires a single process.
     """
     if jax.process_count() > 1 and answers:
         raise ConfigError(
@@ -122,7 +122,7 @@ def is_first() -> bool:
 
 
 def on_first(function: Callable[[], Any]) -> None:
-    """`function()` on process 0 alone. The others wait for it, and raise what it raised where that is a JaxtuneError."""
+    """`function()` on process 0 alone. The others wait for it and raise the same JaxtuneError if it fails."""
     if jax.process_count() == 1:
         function()
         return
@@ -143,7 +143,7 @@ def on_first(function: Callable[[], Any]) -> None:
 
 
 def lost(error: Exception, step: int) -> LostProcess:
-    """What to say when a program of several processes fails: most likely another of them has gone."""
+    """The likely explanation when a program of several processes fails: another process has died."""
     reason = str(error).splitlines()[0][:200]
     return LostProcess(
         f"process {jax.process_index()} of {jax.process_count()} cannot go on after step {step}: another process has probably stopped, "
@@ -152,7 +152,7 @@ def lost(error: Exception, step: int) -> LostProcess:
 
 
 def _leave(code: int) -> None:
-    """End at once: waiting for the others, who wait for this process, would take until they lose patience."""
+    """Exit immediately: a normal exit would wait for the other processes, which wait for this one, until they time out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""One family of errors, and the one place where a command turns them into a message and an exit code."""
+"""The exception classes, and the one place where a command turns an exception into a message and an exit code."""
 
 import _thread
 import atexit
@@ -16,11 +16,11 @@ import jaxtune
 
 
 class JaxtuneError(Exception):
-    """A mistake the user can put right: says what was given, why it cannot work, and what to write instead."""
+    """A mistake that the user can correct; the message says what was given, why it cannot work, and what to write instead."""
 
 
 class ConfigError(JaxtuneError):
-    """A key or value of the config or the command line."""
+    """A config key, config value or command-line argument."""
 
 
 class DataError(JaxtuneError):
@@ -36,7 +36,7 @@ class ModelError(JaxtuneError):
 
 
 def check_argument(name: str, value: object, kind: type | tuple[type, ...], instead: str) -> None:
-    """ModelError where an argument of a function is of another kind than it takes; `instead` is what to write."""
+    """ModelError if an argument of a function has the wrong type; `instead` says what to pass."""
     if not isinstance(value, kind):
         raise ModelError(f"{name} is of type {type(value).__name__}; {instead}")
 
@@ -55,7 +55,7 @@ _SYSTEM = {
 }
 
 
-NO_MEMORY = "out of memory"  # how its sentence begins
+NO_MEMORY = "out of memory"  # the beginning of the message
 _LESS_MEMORY = (
     "take fewer rows at a time (per_device_train_batch_size, --batch-size), shorter ones (data.max_length), method: qlora, or "
     "gradient_checkpointing: full or offload. jaxtune plan CONFIG.yaml says what takes the memory, before a run"
@@ -75,8 +75,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _no_devices() -> str | None:
-    """Asked when something has failed: a sentence where jax cannot start the devices that JAX_PLATFORMS names. Of a plugin that is half
-    installed it says so by an AssertionError from anywhere."""
+    """After a failure: a message if jax cannot start the devices that JAX_PLATFORMS names. A partly installed plugin raises an
+    AssertionError from an arbitrary place."""
     asked = os.environ.get("JAX_PLATFORMS")
     if not asked or "jax" not in sys.modules:
         return None
@@ -89,28 +89,27 @@ def _no_devices() -> str | None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error that is the user's or the machine's to put right; None when it is a bug of ours.
+    """A message for an error that the user or the machine causes; None for a bug of ours.
 
-    Libraries below (Orbax, TensorStore) wrap the operating system's error, some of them as text only, so the whole
-    chain is searched, and its messages too.
+    Libraries (Orbax, TensorStore) wrap operating-system errors, sometimes only as text, so the whole chain and its messages are searched.
     """
     for link in _chain(error):
         if isinstance(link, JaxtuneError):
             return str(link)
         for number, reason in _SYSTEM.items():
             if isinstance(link, OSError) and link.errno == number:
-                name = link.filename2 or link.filename  # of a rename the name that the user knows
+                name = link.filename2 or link.filename  # for a rename, the name that the user knows
                 return f"{name}: {reason}" if name else reason
             if os.strerror(number) in str(link):
                 return f"{reason} ({str(link).splitlines()[0][:160]})"
-        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word, and TensorStore's (above)
+        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in str(link):  # XLA's word; TensorStore also uses it, for the errors above
             said = _first_line(link)
             return f"{NO_MEMORY}{f' ({said})' if said else ''}; {_LESS_MEMORY}"
     return None
 
 
 def _check_folder() -> None:
-    """Libraries ask for the current folder, and say no more than "no such file" where it has been removed under the shell."""
+    """Raise ConfigError if the current folder has been deleted; libraries that ask for it would only report "no such file"."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -123,14 +122,14 @@ def _flush(*streams: Any) -> None:
             stream.flush()
 
 
-leave = os._exit  # what ends an interrupted command; tests have another
-last_words: list[Callable[[int], None]] = []  # called with the exit code when a command has failed and said why
+leave = os._exit  # ends an interrupted command; tests replace it
+last_words: list[Callable[[int], None]] = []  # called with the exit code after a command has failed and reported why
 
 
 @contextlib.contextmanager
 def _interrupts_heard() -> Iterator[None]:
-    """Ctrl-C again, a moment later, where Python has ignored it: a KeyboardInterrupt that is raised in a callback of the garbage
-    collector (JAX has one, and imports keep the collector busy) is printed and forgotten."""
+    """Repeat a Ctrl-C that Python has swallowed: a KeyboardInterrupt raised in a garbage-collector callback (JAX has one, and imports
+    trigger the collector often) is printed and ignored."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
@@ -145,18 +144,17 @@ def _interrupts_heard() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.unraisablehook is hook:  # another may be around it by now, which is needed to the very end (checkpoint.py)
+        if sys.unraisablehook is hook:  # another hook may wrap it by now and must stay until the end (checkpoint.py)
             sys.unraisablehook = before
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's `main` and exit: 0, or 2 with `error: ...` on stderr and no traceback for a user's mistake.
+    """Run a command's `main` and exit: with 0, or for a user's mistake with 2 and `error: ...` on stderr, without a traceback.
 
-    Ctrl-C exits 130 and a closed pipe 141 (what a shell reports for the signals), both quietly. Anything else is a bug
-    and keeps its traceback. After Ctrl-C nothing that is registered with atexit is called: where it fell into a compilation, Python's
-    own way to end is a segmentation fault.
+    Ctrl-C exits with 130 and a closed pipe with 141 (what a shell reports for these signals), both silently. Anything else is a bug and
+    keeps its traceback. After Ctrl-C no atexit functions run: if it hit a compilation, Python's normal exit is a segmentation fault.
     """
-    for stream in (sys.stdout, sys.stderr):  # a locale without some letter is no reason to end
+    for stream in (sys.stdout, sys.stderr):  # a locale that lacks a character must not end the command
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is jaxtune._interrupted:
@@ -170,18 +168,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone; point stdout elsewhere so that the interpreter's own flush does not complain.
+        # The reader (`| head`) is gone; redirect stdout so that the interpreter's own flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except SystemExit as left:
         if not isinstance(left.__context__, BrokenPipeError):
             raise
-        code = 141  # rich has seen the closed pipe first, and leaves with 1
+        code = 141  # rich noticed the closed pipe first and exits with 1
     except Exception as error:
         message = explain(error) or _no_devices()
         if message is None:
             raise
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what tasks of Orbax that nobody waits for any more say of the same
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's abandoned tasks report the same error
         print(f"error: {message}", file=sys.stderr)
         code = 2
     if code:
@@ -190,6 +188,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if code == 130:
         _flush(sys.stdout, sys.stderr)
         leave(code)
-    # From here on all is done, so Ctrl-C ends the process; Python would tell of it with a traceback of whatever is being cleaned up.
+    # The work is done, so Ctrl-C may end the process; Python would print a traceback from whatever cleanup is running.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)

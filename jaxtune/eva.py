@@ -1,8 +1,8 @@
-"""LoRA that begins with the directions in which the inputs of matrices differ most (EVA, arXiv 2410.07170).
+"""LoRA initialised with the directions in which the inputs of the matrices vary most (EVA, arXiv 2410.07170).
 
-Of each adapted matrix, `a` is the largest principal components of its inputs over tokens of the training rows, found batch by batch, and
-`b` zero. Components compete over all matrices: as many as all ranks together are kept, those that explain the largest shares of their
-inputs' variance, so that some layers get more rank than others, up to `r * rho`, and some may get none.
+`a` of each adapted matrix holds the largest principal components of its inputs over the tokens of the training rows, computed
+incrementally, and `b` is zero. Components compete across matrices: as many are kept as the ranks add up to, those that explain the largest
+shares of their inputs' variance. So some layers get more rank than others, up to `r * rho`, and some may get none.
 """
 
 import dataclasses
@@ -34,21 +34,21 @@ from jaxtune.peft.sites import Site, adaptable, is_parameter, names
 
 log = logging.getLogger("jaxtune")
 
-# matrices of a layer that are given what another one is given
+# matrices of a layer that share their input with another one
 SAME_INPUT = {"k": "q", "v": "q", "up": "gate", "in_z": "in_qkv", "in_b": "in_qkv", "in_a": "in_qkv"}
-MOST = 256  # micro-batches that are looked at, whether or not all components stand still by then
-SILENCE = 20.0  # seconds without a word while they are
+MOST = 256  # the most micro-batches to look at, whether or not all components have converged
+SILENCE = 20.0  # seconds between log messages
 
 
 class Components(struct.PyTreeNode):
-    """Principal components of the inputs so far of one matrix, or of several that are given the same."""
+    """Principal components of the inputs so far, for one matrix or several with the same input."""
 
-    vectors: jax.Array  # [K, in], of length 1
+    vectors: jax.Array  # [K, in], unit vectors
     values: jax.Array  # [K], singular values
     mean: jax.Array  # [in]
     count: jax.Array  # [], tokens
     total: jax.Array  # [], the sum of squares around the mean
-    still: jax.Array  # bool [K], whether the last batch has turned a component by less than tau says
+    still: jax.Array  # bool [K]: whether the last batch turned a component by less than tau allows
 
     @classmethod
     def none(cls, rank: int, width: int) -> "Components":
@@ -58,9 +58,9 @@ class Components(struct.PyTreeNode):
 
 
 def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh: Mesh) -> Adapter:
-    """The adapter as EVA begins it; `fresh` says where pairs stand, and what ranks there are to share out.
+    """The adapter with EVA's initialisation; `fresh` gives the adapted matrices and the ranks to distribute.
 
-    Raises ConfigError for a matrix that is not one of a layer, and for rows with fewer tokens than components.
+    Raises ConfigError for a matrix outside the layers, and if the rows have fewer tokens than components.
     """
     if model.config.is_given:
         kind = model.config.model_type
@@ -96,7 +96,7 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
 
 
 def redistributed(fresh: Adapter, ranks: dict[str, list[int]], table: dict[str, Any]) -> LoraConfig:
-    """The config of an adapter with these ranks, as PEFT writes them: patterns of whole names, and matrices without rank no targets."""
+    """The config of an adapter with these ranks, as PEFT writes it: patterns of full names, and matrices without rank are no targets."""
     config: LoraConfig = fresh.config
     new_ranks, alphas, targets = {}, {}, []
     for site in fresh.sites:
@@ -114,7 +114,7 @@ def redistributed(fresh: Adapter, ranks: dict[str, list[int]], table: dict[str, 
 
 
 class Watch:
-    """Components of the inputs of all sites, and the ranks that follow from them (None: there are no components yet)."""
+    """Components of the inputs of all sites, and the ranks that follow from them (None: no components yet)."""
 
     def __init__(self, config: Config, model: Model, sites: tuple[Site, ...], mesh: Mesh):
         self.config, self.mesh, self.sites, self.params = config, mesh, sites, model.params
@@ -127,11 +127,11 @@ class Watch:
         rank = {path: max(max(site.ranks) for site in sites if self.input_of[site.path] == path) for path in self.input_of.values()}
         most = {path: min(round(own * self.settings.rho), widths[path]) for path, own in rank.items()}
         self.found = {(path, n): Components.none(most[path], widths[path]) for path in most for n in range(len(_site(sites, path).ranks))}
-        self.going = dict.fromkeys(self.found, True)  # whether components that are in use are still turning
+        self.going = dict.fromkeys(self.found, True)  # whether components in use have not converged
         self.most = max(most.values())
 
     def look(self, batch: data.Batch, number: int) -> bool:
-        """Take the tokens of a micro-batch `[B, T]` in; whether there is something left to learn."""
+        """Process the tokens of a micro-batch `[B, T]`; returns whether there is more to learn."""
         background.go_on()
         batch = parallel.put(batch, self.mesh, micro_batches=False)
         live_BT = batch.weights != 0 if self.settings.use_label_mask else batch.segments > 0
@@ -155,7 +155,7 @@ class Watch:
         return any(self.going.values())
 
     def _share_out(self, numbers: dict) -> dict[str, list[int]]:
-        """As many components as all ranks together, those with the largest shares of their inputs' variance."""
+        """As many components as the ranks add up to, those with the largest shares of their inputs' variance."""
         places, shares, budget = [], [], 0
         for site in self.sites:
             for layer, rank in enumerate(site.ranks):
@@ -186,13 +186,13 @@ def _site(sites: tuple[Site, ...], path: str) -> Site:
 
 
 def _same(path: str) -> str:
-    """The matrix that is given what this one is given."""
+    """The matrix whose input this one shares."""
     stack, _, name = path.rpartition("/")
     return f"{stack}/{SAME_INPUT.get(name, name)}"
 
 
 class _Watched(Weight):
-    """A matrix that leaves what it is given in `seen`, in the trace of one layer."""
+    """A matrix that records its input in `seen`, while one layer is traced."""
 
     base: Matrix
     seen: dict = struct.field(pytree_node=False)
@@ -206,7 +206,7 @@ class _Watched(Weight):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _enter(config: ModelConfig, params: dict, batch: data.Batch) -> tuple[jax.Array, Shared]:
-    """What the first layer is given."""
+    """The input of the first layer."""
     slots = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     queries = Keys(slots, batch.positions, batch.segments, batch.parents)
     return decoder.entered(config, params, decoder.embed(config, params, batch.tokens), queries, queries._replace(parents=None))
@@ -214,7 +214,7 @@ def _enter(config: ModelConfig, params: dict, batch: data.Batch) -> tuple[jax.Ar
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(config: ModelConfig, stack: int, tau: float, weights, number, x_BTD, shared, live_BT, before, going, key):
-    """What the layer gives, and components with its inputs at live tokens taken in, where that is going on."""
+    """The layer's output, and the components updated with its inputs at live tokens, for those not yet converged."""
     seen: dict[str, jax.Array] = {}
     cut = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), weights)
     for path in before:
@@ -233,8 +233,8 @@ def _layer(config: ModelConfig, stack: int, tau: float, weights, number, x_BTD, 
 
 
 def with_inputs(found: Components, x_ND: jax.Array, live_N: jax.Array, tau: float, key: jax.Array) -> Components:
-    """Incremental principal components (Ross et al. 2008): those of the old ones by their values, the new rows around their mean, and
-    what the mean has moved; by power iterations on twice as many directions, as PEFT takes them."""
+    """Incremental PCA (Ross et al. 2008): the components of the old components scaled by their values, the new rows around their mean, and
+    the shift of the mean; by power iteration on twice as many directions, as in PEFT."""
     rank, width = found.vectors.shape
     count = live_N.sum().astype(jnp.float32)
     mean = jnp.where(live_N[:, None], x_ND, 0.0).sum(0) / count

@@ -1,11 +1,12 @@
 """python -m jaxtune.evaluate MODEL --data FILE [--adapter DIR | --tuned MODEL] [--metric NAME ...]
 
-Perplexity, token accuracy and metrics of generated answers, base beside tuned, on the same rows. Of reward models the accuracy over pairs,
-of classifiers that over texts, of process reward models that over steps; a base without a scoring head is given an untrained one. With
---objective dpo, of pairs, how often the better answer is told: by probability (chosen_likelier), by its change (rewards/accuracies).
+Perplexity, token accuracy and metrics of generated answers, for the base and the tuned model on the same rows. For reward models, the
+accuracy over pairs; for classifiers, over texts; for process reward models, over steps. A base without a scoring head gets an untrained
+one. With --objective dpo, how often the better answer of a pair wins: by probability (chosen_likelier) and by its change
+(rewards/accuracies).
 
-A metric is one of exact_match, normalised_match, f1, rouge_l, numeric_match, multiple_choice, or a function of your own,
-module.function or path/file.py:function, that takes (predictions, references, rows) and returns one number for each.
+A metric is one of exact_match, normalised_match, f1, rouge_l, numeric_match, multiple_choice, or your own function, module.function or
+path/file.py:function, that takes (predictions, references, rows) and returns one number for each.
 """
 
 import contextlib
@@ -43,20 +44,20 @@ from jaxtune.step import make_eval_step
 
 log = logging.getLogger("jaxtune")
 
-AT_ONCE = 64  # questions between two lines of the log and of the file of answers
+AT_ONCE = 64  # questions between two log lines and two writes to the file of answers
 
 Side = tuple[str, Model, Any]  # "base" or "tuned", a model, an adapter (or None)
 
 
 @dataclasses.dataclass
 class Report:
-    """What was measured. Scores are means over rows, from 0 to 1 for most metrics; `perplexity` and `loss` are per trained token.
+    """The measurements. Scores are means over rows, from 0 to 1 for most metrics; `perplexity` and `loss` are per trained token.
 
     Attributes:
-        rows: how many rows were answered.
-        base, tuned: metric -> value, the same keys in both; tuned is None where nothing was set beside the base.
+        rows: number of answered rows.
+        base, tuned: metric -> value, with the same keys; tuned is None if only the base was measured.
         interval: "base", "tuned" and "change" -> metric -> 95 % bootstrap interval, for the metrics of answers.
-        samples: the first rows: prompt, reference, and each side's answer.
+        samples: the first rows: prompt, reference, and the answers of both sides.
     """
 
     rows: int
@@ -66,7 +67,7 @@ class Report:
     samples: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
+        """Plain data, as printed by `--json`."""
         return dataclasses.asdict(self)
 
     def show(self, console: Console | None = None) -> None:
@@ -77,7 +78,7 @@ class Report:
             console.print(_sample(sample))
 
     def _table(self) -> Table:
-        """Metric, base, tuned, change, and the interval of the change (of the base, where it stands alone)."""
+        """Metric, base, tuned, change, and the interval of the change (or of the base, if measured alone)."""
         table = Table(title=f"{self.rows} answered rows" if self.rows else None, title_justify="left")
         columns = {"base": self.base} | ({"tuned": self.tuned, "change": self._change()} if self.tuned else {})
         for column in ("", *columns, "95 % interval"):
@@ -122,18 +123,18 @@ def evaluate(
     quantization: str | None = None,
     **options: Any,
 ) -> Report:
-    """Measure `model`, and beside it the same with `adapter`, or the model `tuned`, on the rows of `data`.
+    """Measure `model` on the rows of `data`, and compare it with the same model plus `adapter`, or with the model `tuned`.
 
-    model           the base: a loaded model, or what `jt.load` takes
-    data            a file, folder, hub id, or a list of them, in any of the formats of training
-    adapter, tuned  what to set beside it, one of them at most: an adapter or its folder; a whole tuned model or where it is
+    model           the base: a loaded model, or anything `jt.load` accepts
+    data            a file, folder, hub id, or a list of these, in any training format
+    adapter, tuned  what to compare with, at most one: an adapter or its folder; a whole tuned model or its location
     metric          metrics of the answers, by name or as functions (see `jaxtune.metrics`); () for perplexity and token accuracy alone
-    limit           answer the first so many rows only; perplexity is that of all
-    predictions     a new file for the answers, one JSON line each, written as they come
-    objective       dpo: the rows are pairs of answers, measured by `pair_scores` instead of by perplexity
+    limit           the number of rows to answer; perplexity covers all rows
+    predictions     a new file for the answers, one JSON object per line, written continuously
+    objective       dpo: the rows are pairs of answers, measured by `pair_scores` instead of perplexity
     options         keys of the config's `data` group: max_length, columns, system, chat_template, ...
 
-    Raises ConfigError, DataError or ModelError for what cannot be used.
+    Raises ConfigError, DataError or ModelError for unusable arguments.
     """
     if adapter is not None and tuned is not None:
         raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
@@ -156,7 +157,7 @@ def evaluate(
         yield "base", base, None
         if adapter is not None:
             yield "tuned", base, load_adapter(adapter, base) if isinstance(adapter, (str, os.PathLike)) else adapter
-        del base  # two whole models are in memory together only where the caller holds one
+        del base  # so that two whole models are in memory only if the caller holds one
         if tuned is not None:
             yield "tuned", opened(tuned), None
 
@@ -170,7 +171,7 @@ def compare(
     judges: dict[str, metrics.Metric] | None = None,
     predictions: str | os.PathLike | None = None,
 ) -> Report:
-    """Measure each side, the base first, on the `eval` or `test` rows of `config` by the metrics of `config.evaluate`, or `judges`."""
+    """Measure each side, the base first, on the `eval` or `test` rows of `config`, by `judges` or else the metrics of `config.evaluate`."""
     judges = metrics.find_all(config.evaluate.metric) if judges is None else judges
     asked: list[Question] = []
     values: dict[str, dict[str, float]] = {}
@@ -181,7 +182,8 @@ def compare(
         for side, model, adapter in sides:
             if judges and not asked:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
-            measured = config.objective in ON_TOKENS or heads.head_of(config) is not None  # not pairs: one half is not to be learnt
+            # no perplexity of pairs: half of the answers should not be learnt
+            measured = config.objective in ON_TOKENS or heads.head_of(config) is not None
             values[side] = loss_metrics(config, model, adapter, rows) if measured else {}
             answers[side], scores[side] = _answer(config, model, adapter, asked, judges, side, out)
             if config.objective == "dpo":
@@ -201,10 +203,10 @@ def compare(
 
 
 def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report:
-    """What a run trained beside its base, on its test rows, or its evaluation rows where there are none of those.
+    """Compare a run's result with its base, on its test rows, or on its evaluation rows if there are no test rows.
 
-    Leaves `evaluation.json` (the report) and, with metrics of answers, `predictions.jsonl` (every answer) in the run's folder. After full
-    tuning the base is read from its files again, since training has overwritten it in memory.
+    Writes `evaluation.json` (the report) and, with metrics of answers, `predictions.jsonl` (every answer) to the run folder. After full
+    tuning the base is read from its files again, because training has overwritten it in memory.
     """
 
     def sides() -> Iterator[Side]:
@@ -225,7 +227,7 @@ def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report
 
 
 def _scoring(model: Any, tuned: Any, adapter: Any) -> dict[str, Any]:
-    """The objective's keys where a model with a scoring head is measured; none for language models."""
+    """The objective's keys if one of the models has a scoring head; none for language models."""
     for what in (tuned, model):
         config = what.config if isinstance(what, Model) else open_config(what) if what is not None else None
         if config is not None and config.num_labels:
@@ -239,11 +241,12 @@ def _rows(config: Config, model: Model, rows: str, adapter: Any = None) -> Sourc
 
 
 def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[str, float]:
-    """The loss and the metrics of the rows, each with the weights it has in training.
+    """The loss and the metrics of the rows, with the same weights as in training.
 
-    Of a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; of one with a scoring head its objective's.
+    For a language model `loss` (nats per trained token), `perplexity` and `mean_token_accuracy`; with a scoring head, its objective's
+    metrics.
     """
-    language = config.objective in ON_TOKENS  # whose perplexity is of the likelihood, trained or not
+    language = config.objective in ON_TOKENS  # perplexity needs the likelihood, whatever loss was trained
     config = config.replace(loss_type=None) if language else config
     step = jax.jit(make_eval_step(config, model.config, OBJECTIVES["sft" if language else config.objective]))
     total = None
@@ -259,19 +262,18 @@ def loss_metrics(config: Config, model: Model, adapter: Any, rows: str) -> dict[
 
 
 def pair_scores(config: Config, model: Model, adapter: Any, pairs: Source) -> dict[str, list[float]]:
-    """Of each pair: whether the chosen answer is the likelier one, and whether its log-probability has risen by more than the rejected
-    one's has since the first side that was measured (the implicit reward of arXiv 2305.18290). 1.0, 0.0, or 0.5 where neither is.
-    """
+    """For each pair: whether the chosen answer is more likely than the rejected one, and whether its log-probability has risen by more
+    since the first side that was measured (the implicit reward of arXiv 2305.18290). 1.0, 0.0, or 0.5 for a tie."""
     logps = jax.jit(lambda base, tree, batch: answer_logprobs(config, model.config, compose(base, tree), batch).logp_BS)
     found = pairs.each_answer(lambda batch: np.asarray(logps(model.params, adapter, jax.tree.map(lambda x: x[0], batch))))
     pairs.ref_logps = found if pairs.ref_logps is None else pairs.ref_logps
     differences = {"chosen_likelier": found, "rewards/accuracies": found - pairs.ref_logps}
-    # to a thousandth of a nat: two answers that are the same have sums that are rounded differently
+    # rounded to a thousandth of a nat: identical answers have sums that differ by rounding
     return {name: ((1 + np.sign(np.subtract(*x.reshape(-1, 2).T).round(3))) / 2).tolist() for name, x in differences.items()}
 
 
 def _answer(config, model, adapter, asked, judges, side: str, out: IO | None) -> tuple[list[str], dict[str, list[float]]]:
-    """Greedy answers to the questions and their scores, `{metric: [number of each]}`; each answer goes to `out` as it comes."""
+    """Greedy answers to the questions and their scores, `{metric: [one number per answer]}`; answers are written to `out` continuously."""
     answers: list[str] = []
     scores: dict[str, list[float]] = {name: [] for name in judges}
     started = time.monotonic()
@@ -292,7 +294,7 @@ def _answer(config, model, adapter, asked, judges, side: str, out: IO | None) ->
 
 
 def _shown(question: Question) -> str:
-    """The prompt as a person would read it: the last turn of a chat."""
+    """The prompt as a person would read it: the last turn of a conversation."""
     return question.messages[-1].get("content") or "" if question.messages else question.text
 
 

@@ -1,14 +1,14 @@
-"""The result of a run in the formats of others.
+"""Export the result of a run in other formats.
 
-    jaxtune export runs/first exported --merge                      a model folder, base and adapter in one
-    jaxtune export runs/first exported                              the adapter, for PEFT; the model, where the run trained all of it
+    jaxtune export runs/first exported --merge                      a model folder, with the adapter merged into the base
+    jaxtune export runs/first exported                              the adapter, for PEFT; the model, after full tuning
     jaxtune export runs/first exported --format gguf --type q4_k_m  for llama.cpp and Ollama
-    jaxtune export runs/first exported --format gguf-lora           the adapter alone, for llama.cpp's --lora beside its base's file
+    jaxtune export runs/first exported --format gguf-lora           the adapter alone, for llama.cpp's --lora
     jaxtune export org/name exported --format gguf                  any model, converted
-    jaxtune export google/gemma-3-4b-it exported --format text      the language model alone of one that sees too
+    jaxtune export google/gemma-3-4b-it exported --format text      the language model of a multimodal checkpoint
 
 RUN is a run folder, an adapter folder, or a model (a folder, a .gguf file, a hub id). A merged model is written tensor by tensor and then
-checked: its logits beside those of base and adapter, on real prompts.
+verified: its logits are compared with those of base and adapter on real prompts.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ from jaxtune.runfolder import base_of
 log = logging.getLogger("jaxtune")
 
 FORMATS = ("hf", "text", "peft", "gguf", "gguf-lora")
-# The largest logit difference, and the least share of equal next tokens, that rounding the merged weights may make: ten times what it
-# made of SmolLM2 with a strong adapter (2.5e-4, 0.33) and twice for bfloat16 (5.0, 99 % equal). A wrong merge makes tens and agrees by
-# chance. What a coarse GGUF type loses is the user's choice: there it is only made sure that it is the same model (SmolLM2 in q4_k_m: 7.9,
-# 82 %; in q2_k: 22, 57 %).
+# The largest logit difference, and the smallest share of equal next tokens, that rounding the merged weights may cause: for float32 ten
+# times, and for bfloat16 twice, what it caused for SmolLM2 with a strong adapter (2.5e-4, 0.33; 5.0 with 99 % equal). A wrong merge causes
+# tens and agrees by chance. With coarse GGUF types the loss is the user's choice, and the bounds only make sure that it is the same model
+# (SmolLM2 in q4_k_m: 7.9, 82 %; in q2_k: 22, 57 %).
 BOUNDS = {"float32": (1e-2, 0.99), "float16": (3.0, 0.97), "bfloat16": (10.0, 0.95)}
 BOUNDS |= {"f32": BOUNDS["float32"], "f16": BOUNDS["float16"], "bf16": BOUNDS["bfloat16"]}
 BOUNDS |= {name: (40.0, 0.25) if name.startswith(("q2", "q3")) else (20.0, 0.5) for name in TYPES if name not in BOUNDS}
@@ -60,7 +60,7 @@ BOUNDS |= {name: (40.0, 0.25) if name.startswith(("q2", "q3")) else (20.0, 0.5) 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What there is to export: a base with an adapter folder, or a model alone; and the run it came from."""
+    """What to export: a base with an adapter folder, or a model alone; and the run it came from."""
 
     base: str
     adapter: Path | None
@@ -68,12 +68,12 @@ class Found:
 
     @property
     def dtype(self) -> str:
-        """What the run computed in."""
+        """The dtype that the run computed in."""
         return self.config.dtype if self.config else "float32"
 
     @property
     def quantization(self) -> str | None:
-        """How the run packed its base."""
+        """How the run quantised its base."""
         return self.config.quantization if self.config else None
 
 
@@ -87,18 +87,18 @@ def export(
     dtype: str | None = None,
     bound: float | None = None,
 ) -> Path:
-    """Write the result of a run, or any model, to the new folder `out` (of GGUF also to the new file `NAME.gguf`); returns it.
+    """Write the result of a run, or any model, to the new folder `out` (or, for GGUF, to the new file `NAME.gguf`); returns its path.
 
-    merge   multiply the adapter into its base. A base that was packed for training is merged in its dequantised form, in 16 bits
-    format  "hf": a folder for transformers and vLLM; "text": such a folder of the language model alone, of a checkpoint that holds more
-            than that (a vision tower), as a model_type of its own; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a
-            Modelfile for Ollama; "gguf-lora": a LoRA adapter as llama.cpp takes it beside its base. By default peft for an adapter
-            that is not merged, hf otherwise; hf, text and gguf merge an adapter
-    type    of a GGUF file's matrices: f16 by default, or q4_k_m and others (`convert.gguf_types.TYPES`); of an adapter f32, f16 or bf16
-    dtype   of a model folder's tensors: float32, bfloat16, float16; by default the base's own
-    bound   the largest difference of logits that is let pass; by default one for each dtype (`BOUNDS`)
+    merge   merge the adapter into its base. A base that was quantised for training is merged in its dequantised form, in 16 bits
+    format  "hf": a folder for transformers and vLLM; "text": such a folder with the language model of a multimodal checkpoint, under its
+            own model_type; "peft": the adapter as it is; "gguf": a file for llama.cpp, with a Modelfile for Ollama; "gguf-lora": a LoRA
+            adapter for llama.cpp, used with its base. The default is peft for an adapter that is not merged and hf otherwise; hf, text and
+            gguf merge an adapter
+    type    type of a GGUF file's matrices: f16 by default, or q4_k_m and others (`convert.gguf_types.TYPES`); for adapters f32, f16, bf16
+    dtype   dtype of a model folder's tensors: float32, bfloat16 or float16; the base's own by default
+    bound   the largest accepted difference of logits; the default depends on the dtype (`BOUNDS`)
 
-    Raises ModelError when the merged model's logits are not those of base and adapter, and for all that cannot be read or written.
+    Raises ModelError if the merged model's logits differ from those of base and adapter, and for anything that cannot be read or written.
     """
     check_new(out)
     found = find(run)
@@ -124,7 +124,7 @@ def export(
 
 
 def find(run: str | os.PathLike) -> Found:
-    """What a path or name stands for."""
+    """What a path or name refers to."""
     path = Path(run).expanduser()
     adapter = path if (path / "adapter_config.json").is_file() else path / "adapter"
     if (adapter / "adapter_config.json").is_file():
@@ -162,7 +162,7 @@ def _copy_adapter(found: Found, out: Path) -> Path:
     assert found.adapter is not None
     read_json(found.adapter / "adapter_config.json")
     tensors = Safetensors(found.adapter, stem="adapter_model")
-    for name in tensors.entries:  # a damaged file is not handed on
+    for name in tensors.entries:  # a damaged file must not be passed on
         check_finite(name, tensors.read(name))
     with new_folder(out) as folder:
         for file in found.adapter.iterdir():
@@ -184,7 +184,7 @@ def _write_pairs(found: Found, opened: Opened, out: Path, type: str) -> Path:
 
 @contextlib.contextmanager
 def _new(out: Path, format: str) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` when the block ends. Where `out` is called NAME.gguf, its GGUF file is."""
+    """A folder to write into, renamed to `out` when the block ends. If `out` is named NAME.gguf, only its GGUF file is kept."""
     with new_file(out) if format == "gguf" and out.suffix == ".gguf" else new_folder(out) as folder:
         yield folder
     for file in [out] if out.is_file() else sorted(out.glob("*.gguf")):
@@ -192,7 +192,7 @@ def _new(out: Path, format: str) -> Iterator[Path]:
 
 
 def _head(found: Found) -> heads.Head | None:
-    """The scoring head that the adapter has and its base may not."""
+    """The adapter's scoring head, which its base may lack."""
     if found.adapter is None:
         return None
     return (heads.head_of(found.config) if found.config else None) or heads.head_of_adapter(found.adapter)
@@ -201,12 +201,12 @@ def _head(found: Found) -> heads.Head | None:
 def _merge(
     found: Found, opened: Opened, head: heads.Head | None, out: Path, format: str, type: str, dtype: str | None, bound: float | None
 ) -> Path:
-    """Write base and adapter as one, then read it back and compare, before `out` gets its name."""
+    """Write the merged model, read it back and compare it with base and adapter, before `out` gets its name."""
     assert found.adapter is not None
     prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
     base, stored = opened.checkpoint, stored_dtype(opened)
     quantization = None if isinstance(base, Bitsandbytes) else found.quantization
-    # as the file has it, whatever the run rounded it to: that is what the adapter is merged into
+    # in the file's dtype, whatever the run rounded it to, because the adapter is merged into the file's weights
     model = read_model(opened, found.dtype if quantization else "auto", quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
     adapter = load_adapter(found.adapter, model)
@@ -227,7 +227,7 @@ def _merge(
     packed = {"is stored": in_file and in_file.what, "was trained": found.quantization}
     if packed_as := " and ".join(f"{verb} as {kind}" for verb, kind in packed.items() if kind):
         log.info("the base %s; it is merged as what that stands for, in %s", packed_as, dtype)
-    if head:  # another head than the checkpoint's, so the tree is written as it is here, not read once more
+    if head:  # the head differs from the checkpoint's, so the tree is written from memory instead of being read again
         opened, base = dataclasses.replace(opened, config=model.config), None
     else:
         params = composed(opened.config, adapter, base)
@@ -248,7 +248,7 @@ def _merge(
 
 
 def _texts(found: Found, opened: Opened) -> list[str]:
-    """Prompts and answers of the run's own evaluation rows; the usual prompts where there are none (any more)."""
+    """Prompts and answers from the run's own evaluation rows, or the built-in prompts if these are not available."""
     if found.config and opened.tokenizer:
         try:
             return [question.text + question.answer for question in questions(found.config, opened.tokenizer, limit=8)]
@@ -258,7 +258,7 @@ def _texts(found: Found, opened: Opened) -> list[str]:
 
 
 def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, format: str, type: str, dtype: str | None) -> Path:
-    """The model in `folder`; returns what `load` opens."""
+    """Write the model into `folder`; returns what `load` opens."""
     if format in ("hf", "text"):
         config, beside = opened.config, opened.beside
         if format == "text":
@@ -280,7 +280,7 @@ def _stop_texts(opened: Opened) -> list[str]:
     ends = opened.generation_config.get("eos_token_id", opened.tokenizer.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
     texts = (opened.tokenizer.convert_ids_to_tokens(number) for number in ends if number is not None)
-    return [text for text in texts if text is not None]  # of an id that the tokenizer has not
+    return [text for text in texts if text is not None]  # for an id that the tokenizer lacks
 
 
 def main() -> None:

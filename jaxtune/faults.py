@@ -1,4 +1,4 @@
-"""What goes wrong with the numbers of a run, told with the rows that were in the batch: their places in the files, never their text."""
+"""Numerical faults of a run, reported with the rows of the batch: their places in the files, never their text."""
 
 import json
 import math
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 KNOWN = 100  # losses that a new one is compared with
-AT_LEAST = 20  # of them before anything is said
-LISTED = 20  # rows named in a line of the log; files list all
+AT_LEAST = 20  # losses needed before anything is reported
+LISTED = 20  # rows named in a log line; files list all
 
 
 def rows_in_words(rows: dict[str, list[int]]) -> str:
@@ -20,9 +20,9 @@ def rows_in_words(rows: dict[str, list[int]]) -> str:
 
 
 def spike(losses: list[float], loss: float, sigma: float) -> dict[str, float] | None:
-    """How far `loss` stands above the losses before it, where that is more than `sigma` standard deviations; else None.
+    """How many standard deviations `loss` lies above the previous losses, if more than `sigma`; else None.
 
-    The deviation counts as at least 2 % of the mean, so that a loss that hardly moves raises no alarm.
+    The deviation counts as at least 2 % of the mean, so a nearly constant loss raises no alarm.
     """
     if not sigma or len(losses) < AT_LEAST:
         return None
@@ -33,12 +33,12 @@ def spike(losses: list[float], loss: float, sigma: float) -> dict[str, float] | 
 
 
 def remember(losses: list[float], loss: float) -> list[float]:
-    """The last losses with one more."""
+    """The last losses, with one more appended."""
     return [*losses, loss][-KNOWN:]
 
 
 def write_spike(folder: Path, step: int, found: dict[str, float], rows: dict[str, list[int]]) -> str:
-    """Add a line to `loss_spikes.jsonl`; returns what to say."""
+    """Append a line to `loss_spikes.jsonl`; returns the message."""
     record: dict[str, Any] = {"step": step, **found, "rows": rows}
     with (folder / "loss_spikes.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""Cross-validation: `data.kfold: k` without `data.fold` is a run for each fold, and the mean of what they measured.
+"""Cross-validation: `data.kfold: k` without `data.fold` runs every fold and averages their metrics.
 
 Fold f is evaluated on the rows whose hash falls into the f-th of k parts, and trained on the others. All folds take the same number of
-steps and, where their rows allow, have the same shapes (data/prepare.py), so that one compiled step serves them all.
+steps and, if their rows allow, have the same shapes (data/prepare.py), so one compiled step serves them all.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ FILE = "folds.json"
 
 @dataclasses.dataclass
 class CrossValidation:
-    """What the folds measured.
+    """The metrics of the folds.
 
     Attributes:
-        folder: holds `fold_0`, `fold_1`, ..., each the folder of a run, and `folds.json`.
-        folds: metrics of each finished fold, in order (of several processes, on the first one); `eval_*` of its evaluation rows and,
+        folder: holds `fold_0`, `fold_1`, ..., each a run folder, and `folds.json`.
+        folds: metrics of each finished fold, in order (with several processes, on the first); `eval_*` on its evaluation rows and,
             with `evaluate.metric`, `tuned_*`.
         metrics: their mean over the folds.
         spread: their sample standard deviation, sqrt(sum (x - mean)^2 / (k - 1)).
@@ -59,15 +59,15 @@ class CrossValidation:
 
 
 def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one: Callable[[Config], Any]) -> CrossValidation:
-    """Run what is left of the folds: one that is done is not run again, one that was stopped goes on.
+    """Run the remaining folds: finished folds are skipped, and a stopped fold continues.
 
     Raises:
-        CheckpointError: `output_dir` holds something and `resume` is not set, or it holds another run or one on other rows.
+        CheckpointError: `output_dir` is not empty and `resume` is not set, or it holds another run or one on other rows.
         ConfigError: a fold would never be evaluated.
     """
-    distributed.on_first(lambda: _check_free(config))  # refuse a folder in use before anything long is done
+    distributed.on_first(lambda: _check_free(config))  # refuse a folder in use before any long work
     rows = [data.load(_of(config, number), tokenizer, data_parallel).train for number in range(config.data.kfold or 0)]
-    # num_train_epochs of the fold with the most steps an epoch: the others have a few rows less, and see some of them once more
+    # num_train_epochs of the fold with the most steps per epoch; the others have a few rows fewer and see some of them once more
     steps = max(data.total_steps(config, fold) for fold in rows)
     if config.eval_strategy == "steps" and interval(config.eval_steps or 1, steps) > steps:
         raise ConfigError(f"eval_steps is {config.eval_steps}, but a fold has {steps} steps and would never be evaluated; lower it")
@@ -78,7 +78,7 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
         log.info("fold %d of %d", number, len(rows))
         own = folder / f"fold_{number}"
         distributed.on_first(lambda own=own: _clear(own))
-        if train_one(_fold(config, own, number, steps)).interrupted:  # nothing else of it is kept: one model in memory at a time
+        if train_one(_fold(config, own, number, steps)).interrupted:  # keep nothing else: only one model in memory at a time
             log.warning("stopped in fold %d of %d; go on with all of them: resume=true output_dir=%s", number, len(rows), folder)
             return _summary(folder, done, interrupted=True)
         done.append(_measured(config, own) if distributed.is_first() else {})
@@ -96,7 +96,7 @@ def _check_free(config: Config) -> None:
 
 
 def _done(folder: Path, rows: list[data.Source]) -> list[dict[str, float]]:
-    """What the finished folds measured, if they were trained on these rows."""
+    """The metrics of finished folds, if they were trained on these rows."""
     file = folder / FILE
     done: list[dict[str, float]] = read_entry(file, "folds") if os.path.lexists(file) else []
     for number in range(len(done)):
@@ -106,7 +106,7 @@ def _done(folder: Path, rows: list[data.Source]) -> list[dict[str, float]]:
 
 
 def _clear(folder: Path) -> None:
-    """Take away a fold that was stopped before it had written anything to go on with: config.yaml is the first that is seen there."""
+    """Remove the folder of a fold that was stopped before it wrote config.yaml, the first file that can be resumed."""
     if not folder.exists() or (folder / "config.yaml").is_file():
         return
     if runfolder.is_used(folder):
@@ -123,7 +123,7 @@ def _fold(config: Config, folder: Path, number: int, steps: int) -> Config:
 
 
 def _measured(config: Config, folder: Path) -> dict[str, float]:
-    """The metrics of the last evaluation, or of the best one where that model is the result; and those of `evaluation.json`."""
+    """The metrics of the last evaluation, or of the best one if that model is the result, and those of `evaluation.json`."""
     try:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):

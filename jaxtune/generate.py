@@ -1,12 +1,12 @@
-"""Text from a model, with or without an adapter.
+"""Generate text with a model, with or without an adapter.
 
     jaxtune generate Qwen/Qwen3-0.6B --prompt "What is the capital of France?"
     jaxtune generate BASE_MODEL --adapter runs/first/adapter --prompts questions.jsonl --json
     jaxtune generate BASE_MODEL --adapter a=DIR --adapter b=DIR --prompt "..." --use a --prompt "..." --use b=0.7,a=0.3
 
-A prompt is a text, written as a user's turn where the tokenizer has a chat template (--no-chat: as it is). A file of prompts has rows
-with `prompt` (a text or a list of messages) or `messages`. One prompt is answered word by word; several are answered together, each by
-the adapter that it names: --use (one for each --prompt, or one for all), or a row's `adapter` (a name, or weights by name).
+A prompt is a text, formatted as a user turn if the tokenizer has a chat template (unless --no-chat). A file of prompts has rows with
+`prompt` (a text or a list of messages) or `messages`. The answer to a single prompt is streamed; several prompts are answered together,
+each by the adapter that it names: --use (one per --prompt, or one for all), or a row's `adapter` (a name, or weights by name).
 """
 
 import argparse
@@ -39,7 +39,7 @@ BASE = "base"  # the choice of no adapter, on the command line
 
 
 class Completion(NamedTuple):
-    """One answer: the prompt's number, its tokens (with the one that stopped it), its text (without), and why it ended."""
+    """One answer: the prompt's number, its tokens (including the one that stopped it), its text (without it), and why it ended."""
 
     prompt: int
     tokens: list[int]
@@ -48,7 +48,7 @@ class Completion(NamedTuple):
 
 
 def generate(model: Any, prompts: Any, adapter: Any = None, **settings: Any) -> list[str]:
-    """The texts of `generate_tokens`, which says what may be given."""
+    """The texts of `generate_tokens`, which documents the arguments."""
     return [completion.text for completion in generate_tokens(model, prompts, adapter, **settings)]
 
 
@@ -71,20 +71,20 @@ def generate_tokens(
     stream: Callable[[int, str], None] | None = None,
     chat: bool | None = None,
 ) -> list[Completion]:
-    """Answers to prompts, in their order; `num_return_sequences` of each, one after another.
+    """Answers to prompts, in their order; `num_return_sequences` consecutive answers for each.
 
     prompts      one or a list of: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; token ids
-    adapter      as `jt.load_adapter` or training gives it, or its folder; or `jt.mix` of several, chosen or weighted prompt by prompt
-    temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but a generation
-                 config's own sampling settings are not taken over: what is not said here is off
-    seed         the answer to a prompt depends on the seed and on the prompt's number, not on what it is batched with
-    stop         strings that end an answer, besides the stop tokens (`generation.prompts.stop_tokens`); they are not part of its text
-    batch_size   rows at a time; by default as many as fit a cache of 1 GiB, 64 at most
+    adapter      an adapter from `jt.load_adapter` or training, or its folder; or `jt.mix` of several, chosen or weighted per prompt
+    temperature  0 is greedy; the filters (`generation.sampling.Sampling`) mean what they mean in transformers, but the sampling settings of
+                 the model's generation config are not used: whatever is not set here is off
+    seed         an answer depends on the seed and the prompt's number, not on what it is batched with
+    stop         strings that end an answer, besides the stop tokens (`generation.prompts.stop_tokens`); not part of its text
+    batch_size   rows at a time; by default as many as fit in a cache of 1 GiB, at most 64
     stream       called with an answer's number and the next piece of its text
-    chat         whether a text is a user's turn of the chat template; None: if there is a template
+    chat         whether to format a text as a user turn of the chat template; None: if there is a template
 
-    Raises DataError for a prompt that cannot be used, ConfigError for a setting out of range, ModelError for a missing template and for
-    logits that are not numbers.
+    Raises DataError for an unusable prompt, ConfigError for a setting out of range, ModelError for a missing template and for logits that
+    are not finite.
     """
     check_argument("model", model, Model, "give a model: jt.generate(jt.load(folder), prompts)")
     sampling = Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -122,7 +122,7 @@ def generate_tokens(
 
 
 def _encode(model: Any, prompts: Any, chat: bool | None, new: int, virtual: int) -> list[list[int]]:
-    """Token ids of every prompt, each with room for the answer, and for virtual tokens before it."""
+    """Token ids of every prompt; each must leave room for the answer, and for virtual tokens before it."""
     if model.tokenizer is None:
         raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
@@ -168,7 +168,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """The prompts of the command line, then those of the file; and which adapter the rows of the file ask for."""
+    """The prompts of the command line, then those of the file, and the adapters that the rows of the file name."""
     from jaxtune.data import files
 
     prompts: list[Any] = list(arguments.prompt)
@@ -197,7 +197,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 
 def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
-    """What answers the prompts: None, the one adapter of all, or several mixed; and each prompt's choice."""
+    """The adapter for the prompts: None, one for all, or several mixed; and each prompt's choice."""
     adapters = load_adapters(arguments.adapter, model)
     uses = [_choice(text) for text in arguments.use]
     if len(uses) > 1:

@@ -1,8 +1,8 @@
-"""Full tuning with the optimiser's step in the backward pass (`optimizer_in_bwd`; LOMO, arXiv 2306.09782, for any optimiser): a layer is
-updated as soon as its gradient is there, so one layer's gradients exist at one time, not the model's.
+"""Full tuning with optimiser steps inside the backward pass (`optimizer_in_bwd`; LOMO, arXiv 2306.09782, for any optimiser): a layer is
+updated as soon as its gradient is known, so only one layer's gradients exist at a time.
 
-The numbers are those of the ordinary step. What needs all gradients at one time (their norm to clip by, sums over micro-batches,
-skipping a bad step) cannot go with it: config/checks.py. Layers come first, from last to first, then what is not in a layer.
+The numbers equal those of the ordinary step. Whatever needs all gradients at once (clipping by their norm, sums over micro-batches,
+skipping a bad step) is refused: config/checks.py. Layers are updated from last to first, then everything outside the layers.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def update(total: Callable, trainable: dict, opt_state: Any, optimizer: optax.Gr
 
 
 def _update(optimizer: optax.GradientTransformation, stack: str, weights: dict, opt_state: Any) -> Update:
-    """The optimiser's step of one stack."""
+    """The optimiser's step for one stack."""
     state = _part(opt_state, lambda tree: {"layers": {stack: tree["layers"][stack]}})
     layers = next(iter(weights.values())).shape[0]
 
@@ -58,12 +58,12 @@ def _without_layers(tree: dict) -> dict:
 
 
 def _part(state: Any, pick: Callable[[dict], dict]) -> Any:
-    """The state of some of the parameters, with what is not of a parameter (the number of steps)."""
+    """The state of some of the parameters, with whatever belongs to no parameter (the step count)."""
     return jax.tree.map(lambda node: pick(node) if _like_params(node) else node, state, is_leaf=_like_params)
 
 
 def _whole(rest: Any, of_stacks: list) -> Any:
-    """The inverse: that of all parameters; what is not of a parameter is taken from `rest`."""
+    """The inverse: the state of all parameters; whatever belongs to no parameter is taken from `rest`."""
     first, *others = of_stacks
 
     def join(one, rest, *more):

@@ -1,4 +1,4 @@
-"""What computes attention in training: plain XLA, or the platform's kernel where it can do the run and is right on this very chip."""
+"""Choose how training computes attention: plain XLA, or the platform's kernel if it supports the run and is correct on the actual chip."""
 
 import functools
 import logging
@@ -15,10 +15,10 @@ from jaxtune.model.attention import Keys, attend
 
 log = logging.getLogger("jaxtune")
 
-KERNELS = {"flash": ("gpu", "cuda"), "splash": ("tpu",)}  # and the platforms they are for
-HEAD = 256  # the largest head that they take
-LONGEST, MOST_ROWS = 4096, 2  # of the rows that they are compared at: beside the weights there may be little room
-TOLERANCE = 0.02  # relative: bfloat16 probabilities, rounded in another order, are 0.005 apart
+KERNELS = {"flash": ("gpu", "cuda"), "splash": ("tpu",)}  # with the platforms they run on
+HEAD = 256  # the largest supported head
+LONGEST, MOST_ROWS = 4096, 2  # limits for the rows of the comparison: the weights may leave little memory
+TOLERANCE = 0.02  # relative: bfloat16 probabilities rounded in a different order differ by 0.005
 
 
 class Shape(NamedTuple):
@@ -35,9 +35,9 @@ class Shape(NamedTuple):
 
 
 def attention_form(config, model_config, mesh: Mesh) -> str:
-    """`xla | flash | splash`, as the key `attention` says; `auto` is the platform's kernel, unless that cannot do this run or is wrong.
+    """`xla | flash | splash` for the key `attention`; `auto` is the platform's kernel, unless it does not support the run or is wrong.
 
-    Whether it is wrong is tried on a device that is here; for one that is not (`plan --target`) it is taken to be right.
+    The kernel is tested on a device that is present, and assumed correct for one that is not (`plan --target`).
     """
     if config.attention != "auto":
         return config.attention
@@ -51,7 +51,7 @@ def attention_form(config, model_config, mesh: Mesh) -> str:
 
 
 def check_attention(config, model_config, mesh: Mesh) -> None:
-    """ConfigError where `attention` names a kernel that cannot do this run."""
+    """ConfigError if `attention` names a kernel that does not support this run."""
     platform, form = mesh.devices.flat[0].platform, config.attention
     if form not in KERNELS:
         return
@@ -63,7 +63,7 @@ def check_attention(config, model_config, mesh: Mesh) -> None:
 
 
 def _cannot(form: str, config, model_config, mesh: Mesh) -> str | None:
-    """Why a kernel cannot do this run."""
+    """Why a kernel does not support this run."""
     if config.method in PROMPTS:
         return f"knows no virtual tokens, which {config.method} has"
     if model_config.wide:
@@ -86,10 +86,10 @@ def _shape(config, model_config, mesh: Mesh) -> Shape:
 
 @functools.lru_cache
 def works(form: str, shape: Shape) -> bool:
-    """Whether the kernel gives plain XLA's result and gradients on the device at hand, within `TOLERANCE`; says what came of it."""
+    """Whether the kernel matches plain XLA's result and gradients on this device, within `TOLERANCE`; logs the outcome."""
     try:
         (found, seconds), (wanted, plain) = trial(form, shape), trial("xla", shape)
-    except Exception as error:  # whatever a compiler raises that cannot do this on this chip
+    except Exception as error:  # whatever a compiler raises if this chip does not support it
         why = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         log.warning("attention: xla, since the kernel %s does not work on this device (%s)", form, why)
         return False
@@ -104,7 +104,7 @@ def works(form: str, shape: Shape) -> bool:
 
 
 def trial(form: str, shape: Shape) -> tuple[tuple[jax.Array, ...], float]:
-    """Result and gradients of rows of two documents and padding, with a window, in `shape.dtype`; and the seconds of a second call."""
+    """Result and gradients for rows with two documents and padding, with a window, in `shape.dtype`, and the seconds of a second call."""
     B, T, h = shape.rows, shape.tokens, shape.head_dim
     first, second = T // 3, T - T // 8
     slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -131,7 +131,7 @@ def trial(form: str, shape: Shape) -> tuple[tuple[jax.Array, ...], float]:
 
 
 def _distance(found: jax.Array, wanted: jax.Array) -> float:
-    """Norm of the difference over the norm of `wanted`; infinite where `found` is no number."""
+    """Norm of the difference relative to the norm of `wanted`; infinite if `found` contains NaN."""
     found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
     distance = jnp.linalg.norm((found - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
     return float(jnp.where(jnp.isnan(distance), jnp.inf, distance))

@@ -1,16 +1,16 @@
-"""The largest setting that fits, in few tries: each is a compilation, so the next one is chosen by what the last ones needed."""
+"""Find the largest setting that fits in few tries: each is a compilation, so previous results choose the next one."""
 
 from collections.abc import Callable
 
 
 def largest(peak: Callable[[int], int], limit: int, start: int, unit: int = 1, most: int = 2**24, close: float = 0.0) -> int | None:
-    """The largest multiple of `unit` up to `most` with `peak(n) <= limit`, or None; `peak` has to rise with n.
+    """The largest multiple of `unit` up to `most` with `peak(n) <= limit`, or None; `peak` must increase with n.
 
-    Bytes are nearly linear in rows and in length, so the line through the last two tries says where to look, held between the largest
-    known to fit and the smallest known not to; from the fourth try on, every other one halves that. Ends when the two are neighbours,
-    or nearer than the share `close`.
+    Memory is nearly linear in rows and length, so the line through the last two tries predicts the next one, bounded by the largest value
+    known to fit and the smallest known not to. From the fourth try on, every other one bisects that interval. Ends when the two are
+    neighbours, or closer than the fraction `close`.
     """
-    low, high = 0, most // unit + 1  # in units: fits, does not
+    low, high = 0, most // unit + 1  # in units: the largest that fits, the smallest that does not
     seen: list[tuple[int, int]] = []
     n = min(max(1, start // unit), high - 1)
     while high - low > 1 and high - low > close * low:

@@ -1,4 +1,4 @@
-"""Locks that a process cannot leave behind, and folders to write into: the system unlocks when a process ends, however it ends."""
+"""Locks and temporary folders that no process leaves behind: the system unlocks when a process ends, however it ends."""
 
 import contextlib
 import errno
@@ -19,15 +19,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-YOUNG = 5.0  # seconds in which a folder may not be locked yet
+YOUNG = 5.0  # seconds during which a new folder may not be locked yet
 
 
 def lock(path: Path) -> int:
-    """Lock a file or folder that is there; it stays locked until what is returned, a file descriptor, is closed.
+    """Lock an existing file or folder until the returned file descriptor is closed.
 
-    Raises BlockingIOError where another process holds it, and another OSError where it cannot be locked.
+    Raises BlockingIOError if another process holds the lock, and another OSError if locking is impossible.
     """
-    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what is open for writing
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS only locks files opened for writing
     try:
         if fcntl is None:
             raise OSError(errno.ENOTSUP, "this system has no such locks")
@@ -40,15 +40,15 @@ def lock(path: Path) -> int:
 
 @contextlib.contextmanager
 def _removed_at_sigterm(folder: Path) -> Iterator[None]:
-    """SIGTERM removes the folder and then ends the process as ever; nothing changes where that signal has a handler already."""
+    """Remove the folder at SIGTERM, then end the process as usual; does nothing if that signal already has a handler."""
     owner = os.getpid()
 
     def end(number: int, frame: object) -> None:
-        if os.getpid() == owner:  # a worker inherits the handler, but not the folder
+        if os.getpid() == owner:  # a worker inherits the handler, but does not own the folder
             shutil.rmtree(folder, ignore_errors=True)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-        os._exit(128 + number)  # the first process of a container, which that signal does not end
+        os._exit(128 + number)  # the first process of a container ignores that signal
 
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
@@ -61,9 +61,9 @@ def _removed_at_sigterm(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder `.NAME.*.partial` in `parent`, to be filled and renamed; removed if it is still there when the block ends or at SIGTERM.
+    """A new folder `.NAME.*.partial` in `parent`, to be filled and renamed; removed if it still exists when the block ends or at SIGTERM.
 
-    Those of killed processes are removed too: they are the ones that nobody holds locked.
+    Folders of killed processes are removed too: they are the unlocked ones.
     """
     for left in parent.glob(f".{glob.escape(name)}.*.partial"):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""LoRA that begins with what packing takes from the base (LoftQ, arXiv 2310.08659).
+"""LoRA initialised to compensate for the quantisation of the base (LoftQ, arXiv 2310.08659).
 
-Of a matrix W, in turn: `Q = pack(W - scale * b a)`, then `scale * b a` the largest singular vectors of `W - Q`. With `loftq_iter: 1` the
-base is what `quantization` makes of the model anyway; with more it is another one, which the run writes beside its adapter.
+For a matrix W, alternate `Q = pack(W - scale * b a)` and `scale * b a` = the largest singular vectors of `W - Q`. With `loftq_iter: 1` the
+base is what `quantization` makes of the model anyway; with more it differs, and the run saves it beside its adapter.
 """
 
 import functools
@@ -31,10 +31,10 @@ log = logging.getLogger("jaxtune")
 
 
 def begin(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: Mesh) -> tuple[dict, Adapter]:
-    """The base as LoftQ packs it, and the adapter that makes up for it; `adapter` says where pairs stand.
+    """LoftQ's base and the adapter that compensates for it; `adapter` gives the adapted matrices.
 
-    The files are read once more, one tensor at a time. Raises ConfigError for a base that is packed in its files, and for a matrix that
-    stays plain.
+    The files are read once more, one tensor at a time. Raises ConfigError for a base that is quantised in its files, and for a matrix that
+    is not quantised.
     """
     started, rounds = time.monotonic(), config.lora.loftq_config.loftq_iter
     leaves, rows = flatten(model.params), spec(model.config)
@@ -71,10 +71,10 @@ def begin(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: 
 def alternate(
     w: jax.Array, first: Matrix, kind: str, rank: int, scale: float, rounds: int, dtype: str
 ) -> tuple[Matrix, np.ndarray, np.ndarray]:
-    """`(Q, a [R, in], b [out, R])` after so many rounds: Q packed as `kind`, `scale * b a` the nearest matrix of rank R to `w - Q`.
+    """`(Q, a [R, in], b [out, R])` after the given rounds: Q quantised as `kind`, `scale * b a` the nearest matrix of rank R to `w - Q`.
 
-    w      float32 `[out, in]`; what is packed is cast to `dtype` first, as where a model is read
-    first  `pack(w)`, which the first round begins with
+    w      float32 `[out, in]`; cast to `dtype` before quantising, as when a model is loaded
+    first  `pack(w)`, which the first round starts from
     """
     leaf, (a, b) = first, _nearest(w, first, rank, scale)
     for _ in range(rounds - 1):
@@ -85,7 +85,7 @@ def alternate(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _nearest(w: jax.Array, leaf: Matrix, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
-    """`(a, b)`: the largest singular vectors of `w - leaf`, from the eigenvectors of the smaller of its two squares."""
+    """`(a, b)`: the largest singular vectors of `w - leaf`, from the eigenvectors of the smaller of its two Gram matrices."""
     with jax.default_matmul_precision("highest"):
         rest = w - dense(leaf, jnp.float32)
         wide = rest if rest.shape[0] <= rest.shape[1] else rest.T

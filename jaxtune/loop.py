@@ -1,4 +1,4 @@
-"""The loop: dispatch a step, read the metrics of the one before, evaluate, save, stop."""
+"""The training loop: dispatch a step, read the metrics of the previous one, evaluate, save, stop."""
 
 import logging
 import math
@@ -28,11 +28,11 @@ log = logging.getLogger("jaxtune")
 
 
 class TrainingError(JaxtuneError):
-    """A run that cannot go on: its loss is not a number."""
+    """A run that cannot continue: its loss is not finite."""
 
 
 class Loop:
-    """One run's loop. What it must remember beside the state is in `notes`, which every checkpoint carries."""
+    """One run's loop. `notes` is what it must remember beside the state; every checkpoint carries it."""
 
     def __init__(
         self, config: Config, mesh, rows: data.Data, total_steps: int, checkpoints: Checkpoints, folder: Path, notes: dict,
@@ -43,16 +43,16 @@ class Loop:
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
-        self.asked = self.interrupted = False  # a signal has come; and this is the step to stop after
+        self.asked = self.interrupted = False  # a signal has arrived; and the step to stop after
         self.done = 0
         self.headline = ("reward", math.nan)  # of the newest rollout
-        self.window: list[dict[str, float]] = []  # metrics since the last line of the log
+        self.window: list[dict[str, float]] = []  # metrics since the last log line
         self.last: dict[str, float] = {}
-        self.said: set[str] = set()  # warnings that have been given
+        self.said: set[str] = set()  # warnings already given
         checkpoints.best = notes["best_step"]
 
     def __call__(self, state: TrainState, base: dict, step: Callable, eval_step: Callable) -> tuple[TrainState, dict[str, float]]:
-        """All steps that are left. Returns the state (the best one, if so configured) and the last metrics by name."""
+        """Run the remaining steps. Returns the state (the best one, if so configured) and the last metrics by name."""
         start = int(state.step)
         handlers = {number: signal.signal(number, self._interrupt) for number in _heard()}
         self.log = RunLog(self.folder, self.total, start, self.config.report_to) if distributed.is_first() else None
@@ -60,7 +60,8 @@ class Loop:
             state = self._run(start, state, base, step, eval_step)
             self.checkpoints.close()
         except BaseException as error:
-            if jax.process_count() == 1 or isinstance(error, JaxtuneError):  # else the others are not there to close it with
+            # otherwise the other processes would not take part in closing it
+            if jax.process_count() == 1 or isinstance(error, JaxtuneError):
                 self.checkpoints.close()
             elif isinstance(error, jax.errors.JaxRuntimeError):
                 raise distributed.lost(error, self.done) from error
@@ -78,11 +79,11 @@ class Loop:
             self._evaluate(0, state, base, eval_step)
         self.clock = time.monotonic()
         for number in range(start + 1, self.total + 1):
-            if self.drawn and waiting:  # before answers are drawn from the weights of that step
+            if self.drawn and waiting:  # before answers are sampled from the weights of that step
                 waiting = self._read(*waiting)
             batch, told = self._batch(number - 1, state, base)
             state, metrics = step(state, base, self._put(batch))
-            if waiting:  # the device is at work on this step, so reading the last one's metrics stalls nothing
+            if waiting:  # the device is computing this step, so reading the previous metrics stalls nothing
                 self._read(*waiting)
             waiting = (number, metrics | told)
             evaluate = self._due(number, config.eval_strategy, config.eval_steps)
@@ -113,7 +114,7 @@ class Loop:
         return state
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self.asked:  # a second signal quits at once
+        if self.asked:  # a second signal quits immediately
             raise KeyboardInterrupt
         self.asked = True
         if number in HANGUP:
@@ -123,12 +124,12 @@ class Loop:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX hears
 
     def _hear(self, number: int) -> None:
-        """Whether to stop after this step: a signal here, or one that any of several processes has had (a TPU's maintenance notice too)."""
+        """Whether to stop after this step: on a signal here, or one to any of several processes (including a TPU's maintenance notice)."""
         self.done = number
         self.interrupted = self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
     def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
-        """The batch of a step (from 0), and what was measured in making it."""
+        """The batch of a step (from 0), and the metrics of making it."""
         if self.drawn:
             return self.drawn.batch_at(step, state, base)
         return self.rows.train.batch_at(step, *self.part), {}
@@ -144,7 +145,7 @@ class Loop:
     # ---- metrics ----
 
     def _read(self, number: int, metrics: dict[str, jax.Array]) -> None:
-        """Fetch a step's metrics, deal with numbers that are none, and write a line of the log when it is time."""
+        """Fetch a step's metrics, handle non-finite numbers, and write a log line when it is due."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.notes["num_tokens"] += int(values["tokens"])
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
@@ -160,7 +161,7 @@ class Loop:
             self._write(number)
 
     def _watch(self, number: int, loss: float) -> None:
-        """Tell of a loss far above those before it. That of drawn answers is about 0, whatever they are worth."""
+        """Warn about a loss far above the previous ones. With sampled answers the loss is about 0 whatever they are worth."""
         if self.rollouts:
             return
         if found := faults.spike(self.notes["losses"], loss, self.config.loss_spike_sigma):
@@ -169,7 +170,7 @@ class Loop:
         self.notes["losses"] = faults.remember(self.notes["losses"], loss)
 
     def _unsound(self, number: int, values: dict[str, float]) -> None:
-        """A loss or gradient that is no number: pass it over while that is allowed (the step has changed nothing), else stop."""
+        """Handle a non-finite loss or gradient: skip it while that is allowed (the step has changed nothing), else stop."""
         if self.notes["skipped_steps"] >= self.config.max_skipped_steps:
             raise TrainingError(self._fault(number, values))
         self.notes["skipped_steps"] += 1
@@ -191,7 +192,7 @@ class Loop:
             mean["skipped_steps"] = self.notes["skipped_steps"]
         mean["tokens_per_second"] = sum(row["tokens"] for row in window) / seconds
         self._log(number, mean)
-        if not self.log:  # the first process speaks for all
+        if not self.log:  # the first process reports for all
             return
         for name, said in symptoms(self.config, self.log.history).items():
             if name not in self.said:
@@ -219,7 +220,7 @@ class Loop:
     # ---- evaluation ----
 
     def _evaluate(self, number: int, state: TrainState, base: dict, eval_step: Callable) -> tuple[bool, bool]:
-        """Log `eval_*`; whether it is time to stop early, and whether this is the best so far."""
+        """Log `eval_*`; returns whether to stop early, and whether this is the best so far."""
         metrics = self.rollouts.evaluate(state, base) if self.rollouts else self._losses(state, base, eval_step)
         self._log(number, metrics)
         return self._judge(number, metrics)
@@ -252,9 +253,8 @@ class Loop:
 
 
 def _heard() -> list[signal.Signals]:
-    """The signals that end a run with a checkpoint: a hangup only if the process does not ignore it (nohup), and none but in the main
-    thread, which alone may set a handler. Of several processes, JAX's own handler of SIGTERM tells the others, and all of them the
-    step to stop at."""
+    """The signals that end a run with a checkpoint: SIGHUP only if the process does not ignore it (nohup), and none outside the main
+    thread, which alone may set handlers. With several processes, JAX's own SIGTERM handler notifies all of them of the step to stop at."""
     if threading.current_thread() is not threading.main_thread():
         return []
     hangups = [number for number in HANGUP if signal.getsignal(number) != signal.SIG_IGN]
@@ -262,6 +262,6 @@ def _heard() -> list[signal.Signals]:
 
 
 def _mean(values: list[float]) -> float | None:
-    """The mean over the steps that had something to measure; None where none had."""
+    """The mean over the steps that measured something; None if none did."""
     measured = [value for value in values if not math.isnan(value)]
     return sum(measured) / len(measured) if measured else None

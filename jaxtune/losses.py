@@ -1,4 +1,4 @@
-"""The objective of a run: that of the table, or a function of the user's own in its place.
+"""Find the objective of a run: an entry of the table, or the user's own function in its place.
 
     objective: sft                          # how rows are read, and what a batch holds
     loss_function: losses/mine.py:focal     # or mypackage.losses.focal; from Python jt.train(config, loss_function=focal)
@@ -8,8 +8,8 @@
         weights = out.weights_BN * (1 - jnp.exp(out.logp_BN)) ** 2
         return Loss(-(weights * out.logp_BN).sum(), out.weights_BN.sum(), {})
 
-It is an objective like those of `jaxtune.objectives`: pure, traced by jax, and it returns sums and their weights, never means. `key` is
-None while a model is evaluated. Naming a file or module is consent to run it.
+Such a function is an objective like those of `jaxtune.objectives`: pure, traced by jax, and returning sums and weights, never means. `key`
+is None during evaluation. Naming a file or module is consent to run it.
 """
 
 import functools
@@ -43,9 +43,9 @@ def given(config: Config, function: Callable) -> Config:
 
 
 def objective_of(config: Config) -> Callable:
-    """`OBJECTIVES[config.objective]`, or what `config.loss_function` names; the same function as long as its file is the same.
+    """`OBJECTIVES[config.objective]`, or the function that `config.loss_function` names; the same object while its file is unchanged.
 
-    Raises ConfigError for a name without a function, and, when it is traced, for one that fails or returns something else than a Loss.
+    Raises ConfigError if there is no such function and, when it is traced, if it fails or does not return a Loss.
     """
     spec = config.loss_function
     if spec is None:
@@ -69,7 +69,7 @@ def _checked(spec: str, function: Callable) -> Callable:
 
 
 def _loss(spec: str, found: Any) -> Loss:
-    """What a function has returned, in float32. ConfigError where that is no Loss of single numbers."""
+    """The returned Loss, in float32. ConfigError unless it is a Loss of scalars."""
     if not isinstance(found, Loss):
         kind = type(found).__name__
         raise ConfigError(

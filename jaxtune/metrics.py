@@ -1,11 +1,11 @@
-"""Task metrics: pure functions of answers and references, and the `metric:` hook that finds one by name.
+"""Task metrics: pure functions of answers and references, and how a metric is found by name.
 
-A metric takes `(predictions, references, rows)`, lists of one length (answers, the data's own answers, the data's rows as dicts), and
-returns one number for each. Means and confidence intervals are taken of those numbers, so a metric of your own needs nothing else:
+A metric takes `(predictions, references, rows)`, lists of the same length (answers, the data's own answers, the data's rows as dicts), and
+returns one number for each. Means and confidence intervals are computed from these numbers, so your own metric needs nothing else:
 
     metric: exact_match                    # one of METRICS
-    metric: mypackage.judges.same_sql      # a function of an importable module
-    metric: judges/cron.py:cron_match      # a function of a file
+    metric: mypackage.judges.same_sql      # a function in an importable module
+    metric: judges/cron.py:cron_match      # a function in a file
 """
 
 import importlib
@@ -30,7 +30,7 @@ Metric = Callable[[list[str], list[str], list[dict]], Sequence[float]]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# a sign counts unless it stands after a digit ("5-10"); commas count between groups of three digits
+# a sign counts unless it follows a digit ("5-10"); commas count between groups of three digits
 _NUMBER = re.compile(r"(?:(?<![\d)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 # "the answer is B" | "(b)" | "B) ..." | "b" alone
 _CHOICE = re.compile(r"(?i:\b(?:answer|choice|option)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b|\(([A-Za-z])\)|^\W*([A-Z])[).:]|^\W*([A-Za-z])\W*$")
@@ -40,12 +40,12 @@ _CHOICE = re.compile(r"(?i:\b(?:answer|choice|option)(?:\s+is)?)\s*:?\s*\(?([A-Z
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no English articles, single spaces: SQuAD's rule (arXiv 1606.05250, the official script)."""
+    """Lower case, without punctuation and English articles, with single spaces: SQuAD's rule (arXiv 1606.05250, the official script)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def f1_of_tokens(prediction: str, reference: str) -> float:
-    """`2PR / (P + R)` over the words that both hold after `normalise`, counted with repetition (SQuAD's F1)."""
+    """`2PR / (P + R)` over the common words after `normalise`, counted with repetition (SQuAD's F1)."""
     ours, theirs = normalise(prediction).split(), normalise(reference).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -70,7 +70,7 @@ def rouge_l_of(prediction: str, reference: str) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####` (gsm8k's mark), or else the last number in the text; None where there is none."""
+    """The number after the last `####` (gsm8k's marker), or else the last number in the text; None if there is none."""
     marked = text.rpartition("####")[2] if "####" in text else None
     found = _NUMBER.findall(text if marked is None else marked)
     if not found:
@@ -79,7 +79,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter of a multiple-choice answer: `B`, `(b)`, `B) because ...`, `The answer is B.`; None where there is none."""
+    """The letter of a multiple-choice answer: `B`, `(b)`, `B) because ...`, `The answer is B.`; None if there is none."""
     match = _CHOICE.search(text)
     return next(letter for letter in match.groups() if letter).upper() if match else None
 
@@ -88,12 +88,12 @@ def chosen_letter(text: str) -> str | None:
 
 
 def exact_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """1.0 where the answer is the reference, white space at the ends aside."""
+    """1.0 if the answer equals the reference, ignoring white space at the ends."""
     return [float(p.strip() == r.strip()) for p, r in zip(predictions, references, strict=True)]
 
 
 def normalised_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """1.0 where answer and reference are the same after `normalise`."""
+    """1.0 if answer and reference are equal after `normalise`."""
     return [float(normalise(p) == normalise(r)) for p, r in zip(predictions, references, strict=True)]
 
 
@@ -108,7 +108,7 @@ def rouge_l(predictions: list[str], references: list[str], rows: list[dict]) -> 
 
 
 def numeric_match(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """1.0 where both texts end in the same number (`final_number`): gsm8k's score."""
+    """1.0 if both texts end in the same number (`final_number`): gsm8k's score."""
     pairs = [(final_number(p), final_number(r)) for p, r in zip(predictions, references, strict=True)]
     if any(wanted is None for _, wanted in pairs):
         index = next(i for i, (_, wanted) in enumerate(pairs) if wanted is None)
@@ -117,7 +117,7 @@ def numeric_match(predictions: list[str], references: list[str], rows: list[dict
 
 
 def multiple_choice(predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """1.0 where both texts choose the same letter (`chosen_letter`)."""
+    """1.0 if both texts choose the same letter (`chosen_letter`)."""
     pairs = [(chosen_letter(p), chosen_letter(r)) for p, r in zip(predictions, references, strict=True)]
     if any(wanted is None for _, wanted in pairs):
         index = next(i for i, (_, wanted) in enumerate(pairs) if wanted is None)
@@ -139,7 +139,8 @@ METRICS: dict[str, Metric] = {
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold a right one: `1 - C(n - c, k) / C(n, k)` (arXiv 2107.03374 eq. 1).
+    """The probability that k of n samples, chosen without replacement, include a correct one: `1 - C(n - c, k) / C(n, k)` (arXiv 2107.03374
+    eq. 1).
 
     Raises ValueError unless 0 <= correct <= n and 1 <= k <= n.
     """
@@ -149,7 +150,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def perplexity(nll: float, weight: float) -> float:
-    """`exp(nll / weight)` of a sum of negative log-likelihoods (nats) and its weight; inf where that overflows."""
+    """`exp(nll / weight)` for a sum of negative log-likelihoods (nats) and its weight; inf on overflow."""
     try:
         return math.exp(nll / weight)
     except OverflowError:
@@ -157,9 +158,9 @@ def perplexity(nll: float, weight: float) -> float:
 
 
 def bootstrap(scores: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `scores` (Efron 1979): resampled with replacement, seeded, so repeatable.
+    """Percentile bootstrap interval of the mean of `scores` (Efron 1979): resampled with replacement, seeded and hence reproducible.
 
-    Of paired differences it is the interval of the change.
+    For paired differences it is the interval of the change.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):
@@ -174,7 +175,7 @@ def bootstrap(scores: Sequence[float], confidence: float = 0.95, resamples: int 
 
 
 def find_all(specs: Iterable[str | Metric]) -> dict[str, Metric]:
-    """`{name: function}` of several metrics. Raises ConfigError where two have one name, or one does not take three lists."""
+    """`{name: function}` of several metrics. Raises ConfigError if two share a name, or if one does not take three lists."""
     found: dict[str, Metric] = {}
     for spec in specs:
         name, function = find(spec)
@@ -192,7 +193,7 @@ def _takes_three(function: Metric) -> bool:
         inspect.signature(function).bind([], [], [])
     except TypeError:
         return False
-    except ValueError:  # a builtin that does not say
+    except ValueError:  # a builtin without a signature
         return True
     return True
 
@@ -200,13 +201,13 @@ def _takes_three(function: Metric) -> bool:
 def find(spec: str | Metric) -> tuple[str, Metric]:
     """The metric that `spec` names, and its short name: one of METRICS, `module.function`, or `path/file.py:function`.
 
-    The named module or file is the user's own code and is run. A function stands for itself. Raises ConfigError when there is none.
+    The named module or file is the user's own code and is executed. A function is returned as it is. Raises ConfigError if there is none.
     """
     return find_in(METRICS, spec, "metric")
 
 
 def find_in(table: Mapping[str, Callable], spec: str | Callable, what: str) -> tuple[str, Callable]:
-    """The same from another table; `what` is what errors call it."""
+    """`find` for another table; `what` is its name in errors."""
     if callable(spec):
         return getattr(spec, "__name__", what), spec
     if spec in table:
@@ -228,7 +229,7 @@ def _file(place: str, spec: str, what: str):
     found = importlib.util.spec_from_file_location(f"jaxtune_metric_{path.stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look their module up there
+    sys.modules[found.name] = module  # dataclasses look up their module there
     return _run(lambda: found.loader.exec_module(module) or module, spec, what)
 
 
@@ -239,7 +240,7 @@ def _module(place: str, spec: str, what: str):
 def _run(load: Callable, spec: str, what: str):
     try:
         return load()
-    except Exception as error:  # anything may happen in a user's file
+    except Exception as error:  # a user's file may raise anything
         raise ConfigError(
             f"{what} {spec} cannot be loaded: {type(error).__name__}: {error}. Write module.function of an installed module, or "
             "path/file.py:function"
@@ -247,19 +248,19 @@ def _run(load: Callable, spec: str, what: str):
 
 
 def called(what: str, function: Callable, *arguments: Any, **named: Any) -> Any:
-    """What a function of the user's returns; ConfigError, with its line of the user's file, for what it raises."""
+    """Call a user's function; ConfigError, with the line in the user's file, for anything it raises."""
     try:
         return function(*arguments, **named)
     except JaxtuneError:
         raise
-    except Exception as error:  # anything may happen in a user's function
+    except Exception as error:  # a user's function may raise anything
         frames = traceback.extract_tb(error.__traceback__)
-        where = f", at line {frames[1].lineno} of {frames[1].filename}" if len(frames) > 1 else ""  # the first one is this function
+        where = f", at line {frames[1].lineno} of {frames[1].filename}" if len(frames) > 1 else ""  # the first frame is this function
         raise ConfigError(f"{what} failed: {type(error).__name__}: {error}{where}; put it right there") from error
 
 
 def score(spec: str | Metric, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
-    """What a metric says of each answer. Raises ConfigError when it does not return one number for each."""
+    """A metric's number for each answer. Raises ConfigError if it does not return one number per answer."""
     name, metric = find(spec)
     given = (list(predictions), list(references), list(rows))
     scores = metric(*given) if name in METRICS else called(f"metric {name}", metric, *given)

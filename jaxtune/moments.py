@@ -1,13 +1,13 @@
-"""Optimiser moments in 8 bits: block-wise dynamic quantisation, as bitsandbytes' 8-bit optimisers keep them (arXiv 2110.02861).
+"""Optimiser moments in 8 bits: block-wise dynamic quantisation, as in bitsandbytes' 8-bit optimisers (arXiv 2110.02861).
 
-    core = in_8_bits(optax.scale_by_adam(...), layers)      # the same updates, from moments of one byte a number
+    core = in_8_bits(optax.scale_by_adam(...), layers)      # the same updates, from moments of one byte per number
 
-A block of 256 numbers of one parameter has one float32 `absmax`; each number is the nearest of 256 levels times it. The levels are
-bitsandbytes' dynamic map, seven decades with twice as many levels in each as in the one below:
+A block of 256 numbers of one parameter has one float32 `absmax`; each number is stored as the nearest of 256 levels times it. The levels
+are bitsandbytes' dynamic map, seven decades with twice as many levels in each as in the one below:
 
     level(i, k) = 10^(i - 6) (0.1 + 0.9 (k + 1/2) / n),   0 <= k < n = 2^i (signed) or 2^(i + 1) (unsigned),   i = 0..6;   0;   1
 
-Codes number them in rising order, so that 0 is code 127 of the signed map and code 0 of the unsigned one.
+Codes number them in ascending order, so 0 is code 127 of the signed map and code 0 of the unsigned one.
 """
 
 import math
@@ -20,15 +20,15 @@ import numpy as np
 import optax
 
 BLOCK = 256
-SMALLEST = 4096  # numbers of one parameter; below, moments stay float32, as in bitsandbytes (min_8bit_size)
+SMALLEST = 4096  # numbers per parameter; smaller moments stay float32, as in bitsandbytes (min_8bit_size)
 DECADES = 7
 
 
 class Packed(NamedTuple):
-    """An optimiser's state with its moments packed.
+    """An optimiser's state with its moments quantised.
 
-    codes: the state, moments as uint8 of the parameter's own shape (so that they are cut over a mesh as it is); small ones float32.
-    absmax: one float32 a block where `codes` is packed, else None.
+    codes: the state, with moments as uint8 in the parameter's own shape (so that they are sharded like it); small ones are float32. absmax:
+    one float32 per block where `codes` is quantised, else None.
     """
 
     codes: Any
@@ -36,12 +36,12 @@ class Packed(NamedTuple):
 
 
 def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int], in_turn: bool = True) -> optax.GradientTransformation:
-    """`core`, its moments kept in 8 bits between steps; the update is computed from them in float32. `core`'s state is a NamedTuple of
-    trees like the parameters, and of scalars.
+    """`core` with its moments stored in 8 bits between steps; the update is computed from them in float32. `core`'s state is a NamedTuple
+    of scalars and of trees like the parameters.
 
-    `layers(path)` is the number of leading axes of a leaf that count parameters (1 for a stack of layers), which blocks do not cross.
-    `in_turn`: a stack's layers one after the other, in place, so that one layer's moments are in float32 at one time, not all layers'.
-    Not for state that is cut over the layers (ZeRO-1).
+    `layers(path)` is the number of leading axes of a leaf that count parameters (1 for a stack of layers); blocks do not cross them.
+    `in_turn`: update a stack's layers one after the other, in place, so that only one layer's moments are in float32 at a time. Not for
+    state that is sharded over the layers (ZeRO-1).
     """
 
     def init(params):
@@ -53,7 +53,7 @@ def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int]
 
     def stack(update, state, param):
         def layer(i, done):
-            # a scalar (the number of steps) goes into every layer as it was before the first
+            # every layer gets a scalar (the step count) as it was before the first
             update_i, state_i = jax.tree.map(lambda now, before: now[i] if now.ndim else before, done, (update, state))
             new = one(update_i, state_i, None if param is None else param[i], 0)
             return jax.tree.map(lambda now, new: now.at[i].set(new) if now.ndim else new, done, new)
@@ -73,7 +73,7 @@ def in_8_bits(core: optax.GradientTransformation, layers: Callable[[tuple], int]
 
 
 def _apart(state: Packed, tree) -> list[Packed]:
-    """The state of each parameter alone; scalars are in all of them."""
+    """The state of each parameter separately; each contains the scalars."""
 
     def fields(part):
         return [tree.flatten_up_to(field) if _per_parameter(field) else [field] * tree.num_leaves for field in part]
@@ -92,7 +92,7 @@ def _together(states: list[Packed], tree, like: Packed) -> Packed:
 
 
 def _per_parameter(field: Any) -> bool:
-    """Whether a field of a state is a tree like the parameters, and not a scalar."""
+    """Whether a field of a state is a tree like the parameters, not a scalar."""
     return field is not None and not jax.tree_util.treedef_is_leaf(jax.tree.structure(field))
 
 
@@ -123,7 +123,7 @@ def _signed(path: tuple) -> bool:
 
 
 def quantize(x: jax.Array, signed: bool, lead: int = 0) -> tuple[jax.Array, jax.Array]:
-    """`(codes uint8 of x's shape, absmax float32 of its blocks)`; a block of zeros has absmax 0."""
+    """`(codes, uint8 in x's shape; absmax, float32 per block)`; a block of zeros has absmax 0."""
     blocks = _blocks(x, lead)
     absmax = jnp.max(jnp.abs(blocks), -1)
     share = blocks / jnp.where(absmax > 0, absmax, 1.0)[..., None]
@@ -140,23 +140,23 @@ def dequantize(codes: jax.Array, absmax: jax.Array, signed: bool, lead: int = 0)
 
 
 def levels(signed: bool) -> np.ndarray:
-    """The 256 levels, rising, float32 `[256]`."""
+    """The 256 levels in ascending order, float32 `[256]`."""
     above = _magnitudes(signed)
     return np.concatenate([-above[-2::-1], [0.0], above] if signed else [[0.0], above]).astype(np.float32)
 
 
 def _magnitudes(signed: bool) -> np.ndarray:
-    """The positive levels, rising, float64."""
+    """The positive levels in ascending order, float64."""
     counts = [2 ** (i + (not signed)) for i in range(DECADES)]
     decades = [10.0 ** (i - DECADES + 1) * (0.1 + 0.9 * (np.arange(n) + 0.5) / n) for i, n in enumerate(counts)]
     return np.concatenate([*decades, [1.0]])
 
 
 def _rank(share: jax.Array, signed: bool) -> jax.Array:
-    """Number of the level nearest to `share` in 0..1, 0 being zero: int32.
+    """Number of the level nearest to `share` in 0..1, where 0 is zero: int32.
 
-    Levels of a decade are evenly spaced, so a place inside it is arithmetic; only where decades meet is there a threshold to compare
-    with. (A search through the 256 levels is 8 gathers a number, which TPUs do badly.)
+    Levels within a decade are evenly spaced, so a position in it is computed; a comparison is needed only at the borders of decades. (A
+    search through the 256 levels is 8 gathers per number, which are slow on TPUs.)
     """
     above, last = _magnitudes(signed), 0
     middle = (np.concatenate([[0.0], above[:-1]]) + above) / 2  # below middle[r] a number is nearer to level r - 1
@@ -170,9 +170,9 @@ def _rank(share: jax.Array, signed: bool) -> jax.Array:
 
 
 def _blocks(x: jax.Array, lead: int) -> jax.Array:
-    """`[..., number of blocks, 256]`, each parameter's numbers in their order, filled up with zeros.
+    """`[..., number of blocks, 256]`, each parameter's numbers in order, padded with zeros.
 
-    Rows that are whole blocks keep their axes, so that a leaf cut over a mesh is not brought together for it.
+    Rows made of whole blocks keep their axes, so that a sharded leaf is not gathered.
     """
     if x.ndim > lead and x.shape[-1] % BLOCK == 0:
         return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)

@@ -1,8 +1,8 @@
-"""Distillation from answers that are drawn during training: the student's own (GKD, arXiv 2306.13649), or the teacher's (`seq_kd`).
+"""Distillation on answers sampled during training: the student's own (GKD, arXiv 2306.13649), or the teacher's (`seq_kd`).
 
-With probability `lmbda` a step's prompts are answered by the student, else by the rows, or with `seq_kd` by the teacher: TRL's
-GKDTrainer. Who answers and what it says is a pure function of the seed, the step and the weights of that step, so that a resumed run learns
-from what the stopped one would have learnt from. The rows have room for the longest answer (data/units.py), so that shapes stay.
+As in TRL's GKDTrainer, the student answers a step's prompts with probability `lmbda`; otherwise the step uses the rows' answers, or with
+`seq_kd` the teacher's. Who answers, and how, is a pure function of the seed, the step and the weights at that step, so a resumed run learns
+from the same answers as an uninterrupted one. Rows leave room for the longest answer (data/units.py), so shapes do not change.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from jaxtune.step import TrainState
 
 
 class OnPolicy:
-    """The batches of one run: `batch_at(step, state, base)` in place of a source's `batch_at(step)`."""
+    """The batches of one run: `batch_at(step, state, base)` replaces a source's `batch_at(step)`."""
 
     def __init__(self, config: Config, model: Model, mesh: Mesh, train: data.Source):
         if jax.process_count() > 1:
@@ -37,7 +37,7 @@ class OnPolicy:
         self.sampling = Sampling.create(config.temperature)
 
     def batch_at(self, step: int, state: TrainState, base: dict) -> tuple[Batch, dict[str, float]]:
-        """The batch of step `step` (from 0), and what was measured of its answers where they were drawn."""
+        """The batch of step `step` (from 0), and metrics of its answers if they were sampled."""
         own = self.is_own(step)
         told = {"on_policy": float(own)}
         if not own and not self.config.seq_kd:
@@ -67,7 +67,7 @@ class OnPolicy:
         return word < self.config.lmbda * 2**32
 
     def _known(self, answer: list[int]) -> Any:
-        """The answer up to a token that the student's embedding does not have, which a teacher's of another width may."""
+        """The answer up to the first token beyond the student's embedding; a teacher's embedding may be wider."""
         tokens = np.asarray(answer, np.int32)
         unknown = np.flatnonzero(tokens >= self.model.config.vocab_size)
         return tokens[: unknown[0]] if len(unknown) else tokens

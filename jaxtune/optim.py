@@ -3,8 +3,8 @@
     update = optimizer(config, total_steps).update(grads, state, trainable)      # an optax chain
     rate   = schedule(config, total_steps)(step)                                 # step 0 is the first update
 
-Layers are stacked (`layers/0/q` is `[L, out, in]`), so what depends on the shape of one parameter (which ones decay, factored
-moments, orthogonalisation) looks at the shape of one layer: a stacked norm `[L, D]` is still a norm.
+Layers are stacked (`layers/0/q` is `[L, out, in]`), so whatever depends on the shape of one parameter (weight decay, factored moments,
+orthogonalisation) uses the shape of one layer: a stacked norm `[L, D]` is still a norm.
 """
 
 import inspect
@@ -25,7 +25,7 @@ STACKED = re.compile(r"(^|/)(layers/\d+|layer_inputs/projection)(/|$)")
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
-    """`grads * min(1, max_norm / (norm + 1e-6))` and the norm before clipping (torch's formula); max_norm 0 leaves them alone."""
+    """`grads * min(1, max_norm / (norm + 1e-6))` and the norm before clipping (torch's formula); max_norm 0 disables clipping."""
     norm = optax.tree.norm(grads)
     if not max_norm:
         return grads, norm
@@ -34,7 +34,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
 
 
 def _arguments(function: Callable, given: tuple, what: str) -> dict[str, Any]:
-    """Keyword arguments for one of the functions below, each of the kind of its default."""
+    """Keyword arguments for one of the functions below, each converted to the type of its default."""
     known = {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     for name, value in given:
         if name not in known:
@@ -126,12 +126,12 @@ SCHEDULES: dict[str, Callable] = {
 
 
 def _factors(config: Config, total_steps: int) -> np.ndarray:
-    """The factor on the learning rate at steps 0 .. total_steps, float64."""
+    """The learning-rate factor at steps 0 .. total_steps, float64."""
     name, t = config.lr_scheduler_type, np.arange(total_steps + 1, dtype=np.float64)
     warmup = interval(config.warmup_steps, total_steps)
     given = _arguments(SCHEDULES[name], config.lr_scheduler_kwargs, f"lr_scheduler_kwargs of {name}")
     factor = SCHEDULES[name](t, warmup, total_steps, config.learning_rate, **given)
-    if name == "warmup_stable_decay":  # its warm-up has a shape and a floor of its own
+    if name == "warmup_stable_decay":  # its warm-up has its own shape and minimum
         return factor
     return np.where(t < warmup, t / max(1, warmup), factor)
 
@@ -139,11 +139,11 @@ def _factors(config: Config, total_steps: int) -> np.ndarray:
 def schedule(config: Config, total_steps: int) -> Callable[[Any], Any]:
     """`step -> learning rate` of the update at that step; step 0 is the first update, as in transformers' Trainer.
 
-    An int gives a Python float (for the log), an int32 array or tracer a float32 array: one table, computed once in float64, so
-    both are the schedule of transformers exactly. Past the end the last value stays.
+    An int gives a Python float (for the log), an int32 array or tracer a float32 array: both from one float64 table that equals
+    transformers' schedule exactly. After the last step, the last value is kept.
 
     Raises:
-        ConfigError: an lr_scheduler_kwargs key that the schedule has not, or values that do not go together.
+        ConfigError: an lr_scheduler_kwargs key that the schedule lacks, or values that do not fit together.
     """
     rates = _factors(config, total_steps) * config.learning_rate
 
@@ -168,7 +168,7 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. Not to norms and biases, as in HF's Trainer; to an adapter's arrays it does."""
+    """A tree of bool: whether weight decay applies. As in HF's Trainer, norms and biases have none; an adapter's arrays do."""
 
     def one(path, leaf):
         name = _name(path)
@@ -183,7 +183,7 @@ def _adam(config: Config) -> optax.GradientTransformation:
 
 
 def _adamw(config: Config) -> optax.GradientTransformation:
-    """torch.optim.AdamW (arXiv 1711.05101): eps outside the root, decay times the learning rate."""
+    """torch.optim.AdamW (arXiv 1711.05101): eps outside the root, decay multiplied by the learning rate."""
     return _adam(config)
 
 
@@ -192,7 +192,7 @@ def _stacked(path: tuple) -> int:
 
 
 def _adamw_8bit(config: Config) -> optax.GradientTransformation:
-    """bitsandbytes' AdamW8bit: AdamW with both moments in one byte a number (`moments.py`)."""
+    """bitsandbytes' AdamW8bit: AdamW with both moments in one byte per number (`moments.py`)."""
     return moments.in_8_bits(_adam(config), _stacked, in_turn=config.zero_stage == 0)
 
 
@@ -202,7 +202,7 @@ def _lion_8bit(config: Config) -> optax.GradientTransformation:
 
 
 def _lion(config: Config) -> optax.GradientTransformation:
-    """Lion (arXiv 2302.06675): `sign(b1 m + (1 - b1) g)`, with the betas of Adam's keys, as transformers passes them."""
+    """Lion (arXiv 2302.06675): `sign(b1 m + (1 - b1) g)`, with Adam's keys for the betas, as in transformers."""
     return optax.scale_by_lion(config.adam_beta1, config.adam_beta2, mu_dtype=jnp.float32)
 
 
@@ -212,7 +212,7 @@ def _sgd(config: Config, momentum=0.0, nesterov=False) -> optax.GradientTransfor
 
 
 class FactoredState(NamedTuple):
-    """Adafactor's second moments: means over rows and over columns of a matrix, all of a vector (in `row`, with an empty `col`)."""
+    """Adafactor's second moments: means over rows and columns of a matrix; those of a vector in `row`, with an empty `col`."""
 
     count: jax.Array
     row: Any
@@ -222,7 +222,7 @@ class FactoredState(NamedTuple):
 def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) as transformers runs it: an external learning rate, no first moment, no scaling by the parameter.
 
-    optax's factors the two largest axes of a leaf, which of a stack of low-rank pairs are the wrong ones, and clips a stack as one.
+    optax's version factors a leaf's two largest axes, wrong for a stack of low-rank pairs, and clips a stack as one.
     """
 
     def matrix(path, p):
@@ -258,15 +258,15 @@ def _adafactor(config: Config, decay_rate=0.8, clip_threshold=1.0, eps=1e-30) ->
 
 
 def _clip_rms(u: jax.Array, dims: int, threshold: float) -> jax.Array:
-    """Scale each layer's update down to a root mean square of `threshold`."""
+    """Scale each layer's update down to a root mean square of at most `threshold`."""
     axes = tuple(range(u.ndim - dims, u.ndim))
     return u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(u * u, axes, keepdims=True)) / threshold)
 
 
 def _muon(config: Config, momentum=0.95, nesterov=True, ns_steps=5) -> optax.GradientTransformation:
-    """Muon (kellerjordan.github.io/posts/muon): momentum, orthogonalised, at AdamW's size (`0.2 sqrt(max(out, in))`, arXiv 2502.16982).
+    """Muon (kellerjordan.github.io/posts/muon): orthogonalised momentum, scaled like AdamW (`0.2 sqrt(max(out, in))`, arXiv 2502.16982).
 
-    For matrices inside the layers; embedding, head and vectors take Adam. torch.optim.Muon with `match_rms_adamw`, in float32.
+    Applies to matrices inside the layers; embedding, head and vectors use Adam. Equals torch.optim.Muon with `match_rms_adamw`, in float32.
     """
 
     def update(updates, state, params=None):
@@ -282,7 +282,7 @@ def _muon(config: Config, momentum=0.95, nesterov=True, ns_steps=5) -> optax.Gra
 
 
 def orthogonalize(m: jax.Array, steps: int = 5) -> jax.Array:
-    """Roughly `U V^T` of each matrix `[..., out, in]`, by Newton-Schulz: singular values end between about 0.7 and 1.2."""
+    """Approximately `U V^T` of each matrix `[..., out, in]`, by Newton-Schulz iteration: singular values end between about 0.7 and 1.2."""
     tall = m.shape[-2] > m.shape[-1]
     x = m.mT if tall else m
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)
@@ -304,23 +304,23 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """The chain that `config.optim` names: its direction, weight decay, and the learning rate, which decay is multiplied by as well.
+    """The chain that `config.optim` names: its direction, weight decay, and the learning rate, which also multiplies the decay.
 
-    Updates and moments (but 8-bit ones) are float32 whatever the parameters are. Clip gradients before (`clip_by_global_norm`).
+    Updates and moments (except 8-bit ones) are float32 whatever the parameters are. Clip gradients before (`clip_by_global_norm`).
 
     Raises:
-        ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule has not.
+        ConfigError: an optim_args or lr_scheduler_kwargs key that the optimiser or schedule lacks.
     """
     core = OPTIMIZERS[config.optim]
     core = core(config, **_arguments(core, config.optim_args, f"optim_args of {config.optim}"))
     decay = optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity()
-    # torch's SGD adds the decay to the gradient, all the others to the update
+    # torch's SGD adds the decay to the gradient, all others to the update
     parts = [decay, core] if config.optim == "sgd" else [core, decay]
     return peft.METHODS[config.method].around(_in_float32(optax.chain(*parts, _descend(config, total_steps))), config, total_steps)
 
 
 def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """`- rate(step) * factor` per leaf; LoRA+ (arXiv 2402.12354): `loraplus_lr_ratio` for b and vectors, for embeddings their own rate."""
+    """`- rate(step) * factor` per leaf; LoRA+ (arXiv 2402.12354): `loraplus_lr_ratio` for b and vectors, another for embeddings."""
     rate, ratio = schedule(config, total_steps), config.loraplus_lr_ratio
 
     def factor(path, leaf) -> float:
@@ -339,7 +339,7 @@ def _descend(config: Config, total_steps: int) -> optax.GradientTransformation:
 
 
 def _in_float32(chain: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows the chain float32 parameters and gradients, so that every moment is float32 too."""
+    """Pass float32 parameters and gradients to the chain, so that every moment is float32 too."""
 
     def cast(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,7 +1,7 @@
-"""Devices: the mesh, and where every array lies on it, derived from the row table's logical axes.
+"""Devices: the mesh, and the sharding of every array on it, derived from the row table's logical axes.
 
-The mesh has four axes: `data` (rows), `fsdp` (rows, and weights cut along their input), `tensor` (weights cut along heads and mlp) and
-`sequence` (the tokens of a row). Devices of one process are neighbours in it, the last axis first.
+The mesh has four axes: `data` (rows), `fsdp` (rows, and weights split along their input), `tensor` (weights split along heads and MLP) and
+`sequence` (the tokens of a row). Devices of one process are neighbours on the mesh, along the last axes first.
 """
 
 import math
@@ -28,7 +28,8 @@ RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tenso
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over all devices (or those given); an axis of -1 takes the rest. `ConfigError` when the sizes do not multiply out."""
+    """The mesh over all devices (or those given); an axis of -1 takes the rest. ConfigError if the sizes do not multiply to their number.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -50,12 +51,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
-    """Rows over `data` and `fsdp`: `[A, B, T]`, or `[B, T]`. (The model cuts T over `sequence` where it matters.)"""
+    """Rows over `data` and `fsdp`: `[A, B, T]`, or `[B, T]`. (The model splits T over `sequence` where it matters.)"""
     return NamedSharding(mesh, PartitionSpec(*(None,) * micro_batches, ROWS))
 
 
 def row_part(mesh: Mesh) -> tuple[int, int]:
-    """`(part, parts)`: which of how many equal parts of a batch's rows this process's devices hold.
+    """`(part, parts)`: the part of a batch's rows that this process's devices hold, of how many equal parts.
 
     Processes that share the devices of one part (`tensor` or `sequence` over several hosts) hold the same rows.
     """
@@ -69,7 +70,7 @@ def row_part(mesh: Mesh) -> tuple[int, int]:
 
 
 def put(batch: Any, mesh: Mesh, micro_batches: bool = True) -> Any:
-    """A batch of this process's part of the rows (numpy) as arrays of the whole mesh."""
+    """A batch with this process's part of the rows (numpy) as arrays on the whole mesh."""
     sharding, (_, parts) = batch_sharding(mesh, micro_batches), row_part(mesh)
 
     def one(x: np.ndarray) -> jax.Array:
@@ -81,7 +82,8 @@ def put(batch: Any, mesh: Mesh, micro_batches: bool = True) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays where `shardings` says. What is not a global array yet has to be the same on every process; each keeps its own shards."""
+    """Put arrays where `shardings` says. Anything that is not a global array yet must be equal on every process, which keeps its own
+    shards."""
 
     def one(x, sharding):
         if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
@@ -93,7 +95,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """The tree as numpy arrays, whole, on every process; all of them have to call it, in the same order."""
+    """The tree as whole numpy arrays on every process; all processes must call it, in the same order."""
 
     def one(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -103,11 +105,11 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-WHOLE = ("vocab",)  # axes that stay whole where they do not divide: vocabularies are rarely round, and their models are to work too
+WHOLE = ("vocab",)  # axes that may stay whole if not divisible: vocabulary sizes are rarely round, and such models should work
 
 
 def sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], whole: tuple = WHOLE) -> NamedSharding:
-    """Each dimension along its axis's part of the mesh; ConfigError where it does not divide (axes in `whole` are then not cut)."""
+    """Shard each dimension along its axis of the mesh; ConfigError if it is not divisible (axes in `whole` then stay whole)."""
     names = []
     for size, axis in zip(shape, axes, strict=True):
         name = RULES.get(axis) if axis else None
@@ -121,35 +123,35 @@ def sharding(mesh: Mesh, path: str, shape: tuple[int, ...], axes: tuple[str | No
 
 
 def param_shardings(mesh: Mesh, config: ModelConfig, params: dict) -> dict:
-    """A sharding for every array of a parameter tree (or its shapes), packed leaves cut like the matrix they stand for."""
+    """A sharding for every array of a parameter tree (or its shapes); quantised leaves are sharded like the matrix they stand for."""
     rows = spec(config)
     return unflatten({path: leaf_shardings(mesh, path, rows[path], leaf) for path, leaf in flatten(params).items()})
 
 
 def leaf_shardings(mesh: Mesh, path: str, row: Row, leaf: Any) -> Any:
-    """Those of one leaf (or its shapes), stacked as the row says."""
+    """The shardings of one leaf (or its shapes), stacked as the row says."""
     if not is_weight(leaf):
         return sharding(mesh, path, leaf.shape, row.axes)
     whole = jax.tree.map(lambda _: replicated(mesh), leaf)
     if isinstance(leaf, Int8):
         absmax = sharding(mesh, path, leaf.absmax.shape, row.axes[:-1])
         return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, row.axes), absmax=absmax)
-    if isinstance(leaf, NF4) and leaf.codes.shape[-1] == leaf.shape[0]:  # blocks end with the rows, so both cut alike
-        axes = (*row.axes[:-2], row.axes[-1], row.axes[-2])  # packed the other way round
-        absmax = sharding(mesh, path, leaf.absmax.shape, axes, whole=axes)  # small: whole where its blocks do not divide
+    if isinstance(leaf, NF4) and leaf.codes.shape[-1] == leaf.shape[0]:  # blocks end with the rows, so both are sharded alike
+        axes = (*row.axes[:-2], row.axes[-1], row.axes[-2])  # stored transposed
+        absmax = sharding(mesh, path, leaf.absmax.shape, axes, whole=axes)  # small: whole if its blocks are not divisible
         return whole.replace(codes=sharding(mesh, path, leaf.codes.shape, axes), absmax=absmax)
     return whole
 
 
 def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
-    """Where what is trained lies: a full tree, and what an adapter trains whole, like parameters; the arrays of a matrix like it."""
+    """Shardings of what is trained: a full tree and whole modules like parameters, an adapter's arrays like the matrix they belong to."""
     if not isinstance(trainable, Adapter):
         return param_shardings(mesh, config, trainable)
     rows, kind = adaptable(config), kind_of(trainable.config)
     ranks = {site.path: max(site.ranks) for site in trainable.sites}
 
     def arrays(path: str, leaves: dict) -> dict:
-        if path not in rows:  # virtual tokens: few, and of every device
+        if path not in rows:  # virtual tokens: few, and the same for every device
             return {name: replicated(mesh) for name in leaves}
         *lead, out, width = rows[path].axes
         along = {"out": out, "in": width, None: None}
@@ -167,13 +169,13 @@ def trainable_shardings(mesh: Mesh, config: ModelConfig, trainable: Any) -> Any:
 
 
 def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> Any:
-    """Shardings for a tree that holds copies of `trainable` inside (an optimiser's state): those of the parameter whose path
-    the leaf's path ends with, where it has its shape or a part of it; `default` for the rest."""
+    """Shardings for a tree that contains copies of `trainable` (an optimiser's state): those of the parameter whose path the leaf's path
+    ends with, if the leaf has its shape or a compatible part of it; `default` for the rest."""
     leaves = jax.tree_util.tree_leaves_with_path(trainable)
     known = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)}
 
     def alike(shape: tuple[int, ...], leaf: Any, sharding: NamedSharding) -> bool:
-        """A copy, or one number for each of equal parts of an axis, like the scales of 8-bit moments, that is cut at the same places."""
+        """A copy, or one number per equal part of an axis (the scales of 8-bit moments), if it is divisible in the same places."""
         if leaf.shape == shape:
             return True
         if len(shape) != leaf.ndim or not all(part and whole % part == 0 for whole, part in zip(shape, leaf.shape, strict=True)):
@@ -189,10 +191,10 @@ def like(trainable: Any, shardings: Any, tree: Any, default: NamedSharding) -> A
 
 
 def state_shardings(mesh: Mesh, state: Any, trainable: Any, own: Any, zero_stage: int = 0) -> Any:
-    """Where a `TrainState` (its shapes) lies: copies of `trainable` like it (`own`), the rest on every device.
+    """Shardings of a `TrainState` (its shapes): copies of `trainable` like it (`own`), the rest on every device.
 
-    `zero_stage` 1: the optimiser's copies are cut over `data` besides (ZeRO-1, arXiv 1910.02054): each device updates its part of the
-    parameters, and they are put together again.
+    `zero_stage` 1: the optimiser's copies are sharded over `data` as well (ZeRO-1, arXiv 1910.02054): each device updates its part of the
+    parameters, which are then gathered.
     """
     shardings = like(trainable, own, state, replicated(mesh))
     if zero_stage:
@@ -206,7 +208,7 @@ def _names(axis: Any) -> tuple[str, ...]:
 
 
 def _over_data(where: NamedSharding, leaf: Any) -> NamedSharding:
-    """The same with the first dimension that divides cut over `data` too; a leaf without one stays as it is."""
+    """Also shard the first divisible dimension over `data`; a leaf without one is unchanged."""
     mesh, spec = where.mesh, list(where.spec) + [None] * (leaf.ndim - len(where.spec))
     for number, size in enumerate(leaf.shape):
         names = _names(spec[number])

@@ -1,4 +1,4 @@
-"""Pictures of losses over steps."""
+"""Plots of losses over steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ History = Sequence[Mapping[str, Any]]  # rows of a metrics.jsonl
 
 
 def draw_loss(history: History, path: Path, name: str = "loss") -> None:
-    """`loss` and `eval_loss` (`reward` and `eval_reward`) over steps, as a PNG that is replaced whole; nothing where there are none."""
+    """Plot `loss` and `eval_loss` (or `reward` and `eval_reward`) over steps, as an atomically replaced PNG; nothing if there are none."""
     train, evals = _points(history, name), _points(history, f"eval_{name}")
     if not train and not evals:
         return
@@ -34,7 +34,7 @@ def draw_loss(history: History, path: Path, name: str = "loss") -> None:
 
 
 def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") -> None:
-    """Several runs' smoothed `loss` as lines and `eval_loss` as dots on dashes, a colour each, as a PNG; nothing where there are none."""
+    """Plot several runs: smoothed `loss` as lines, `eval_loss` as dots on dashes, one colour per run; nothing if there are none."""
     points = {run: (_points(rows, name), _points(rows, f"eval_{name}")) for run, rows in histories.items()}
     points = {run: both for run, both in points.items() if any(both)}
     if not points:
@@ -54,7 +54,7 @@ def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") 
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential mean over about a fiftieth of the curve, corrected for its start as Adam's moments are."""
+    """Exponential moving average over about a fiftieth of the curve, with bias correction as for Adam's moments."""
     decay = 1 - min(1.0, 50 / len(values))
     mean, out = 0.0, []
     for number, value in enumerate(values, 1):
@@ -80,7 +80,7 @@ def _figure(height: float = 4.5) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, trains: Sequence[Points], evals: Sequence[Points], name: str, path: Path) -> None:
-    """Axes that a single wild step does not flatten, and the file."""
+    """Set axis limits that a single outlier does not stretch, and save the file."""
     tops = [sorted(value for _, value in train)[math.ceil(0.99 * len(train)) - 1] for train in trains if train]
     seen = [value for points in (*trains, *evals) for _, value in points]
     low, high = min(seen), max(tops + [value for points in evals for _, value in points])

@@ -1,12 +1,12 @@
 """python -m jaxtune.plan CONFIG.yaml --target v5e-8 [key=value ...]
 
-Will it fit, exactly, before anything is downloaded: compiles the very step that train runs, from the model's config.json and
-shapes alone, for a TPU slice, a GPU or the machine at hand, and says what takes the memory.
+Does it fit in memory? Compiles the actual training step for a TPU slice, a GPU or the local machine, from the model's config.json and
+shapes alone, before anything is downloaded, and reports what takes the memory.
 """
 
 import os
 
-if __name__ == "__main__":  # before jax is loaded: warnings of XLA's compiler and of libtpu are of no use here, and errors are raised
+if __name__ == "__main__":  # before jax is imported: warnings of XLA's compiler and libtpu are of no use here, and errors are raised
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
@@ -49,19 +49,19 @@ def plan(
     config: Config | Mapping | str, overrides: Sequence[str] = (), *,
     target: str = "here", alternatives: bool = True, auto: str | None = None,
 ) -> Plan:
-    """Compile the step of `config` for `target` and say what it needs; where it does not fit, the nearest settings that do.
+    """Compile the step of `config` for `target` and report what it needs; if it does not fit, find the nearest settings that do.
 
-    Where the rows of `data.train` and the tokenizer are here, the step is that of those rows, and the steps of the run are known; nothing
-    is fetched for that.
+    If the rows of `data.train` and the tokenizer are on this machine, the step is that of those rows, and the number of steps is known;
+    nothing is downloaded for this.
 
-    `auto`: a key of `AUTO`, which takes the largest value that fits.
+    `auto`: a key of `AUTO`, set to the largest value that fits.
 
-    Raises ConfigError for a target that is not known or cannot be compiled for here, ModelError for a model we cannot read.
+    Raises ConfigError for a target that is unknown or cannot be compiled for here, ModelError for a model that cannot be read.
     """
     config = load_config(config, overrides)
     where, model_config = find_target(target), _model(config)
     config = unshared(config, model_config)
-    if where.name == "here":  # with the rows it is the program that `train` looks for
+    if where.name == "here":  # with the rows, it is exactly the program that `train` looks up
         enable_cache(config)
     if auto is not None:
         config = _largest(config, model_config, where, auto)
@@ -75,11 +75,11 @@ def plan(
     return result
 
 
-WHOLE = {"trainable_parameters": ()}  # of an adapter there are none
+WHOLE = {"trainable_parameters": ()}  # adapters have no such key
 
 
 def compare(config: Config, target: str) -> dict[str, Plan | str]:
-    """The same run by full tuning, LoRA and QLoRA; a reason where a method cannot be used."""
+    """The same run as full tuning, LoRA and QLoRA; an error message for a method that cannot be used."""
     where, model_config = find_target(target), _model(config)
     config = unshared(config, model_config)
     rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
@@ -100,13 +100,13 @@ def _model(config: Config) -> ModelConfig:
         log.info("%s is config and weights in one file, and is fetched whole where it is not in the cache", config.model)
     head, tokenizer = heads.head_of(config), None
     if head is not None:
-        with contextlib.suppress(ModelError):  # it is not here: which token pads is then not known, and costs nothing
+        with contextlib.suppress(ModelError):  # not on this machine: the padding token is then unknown, which costs nothing
             tokenizer = open_tokenizer(config.model, fetch=False)
     return heads.valued(config, heads.headed(heads.cut(config, open_config(config.model)), head, tokenizer))
 
 
 def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None, str]:
-    """The training rows, or why they are not known; what is not on this machine is not fetched."""
+    """The training rows, or why they are unknown; nothing is downloaded."""
     try:
         sides = (config.data.train, config.data.eval, config.data.test, (config.data.replay,) if config.data.replay else ())
         named = [source for side in sides if isinstance(side, tuple) for source in side]
@@ -142,7 +142,7 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
 
 
 def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data.Source | None) -> list[str]:
-    """What is to be known of drawing answers, which the step's bytes and hours do not hold."""
+    """Notes on sampling answers, which the step's memory and time do not include."""
     if draws_answers(config):
         return [f"drawing answers of up to {config.max_completion_length} tokens is not in the step's bytes and hours"]
     if config.objective not in POLICY:
@@ -160,7 +160,7 @@ def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data
 
 
 def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Source | None) -> tuple[int, dict[str, int], float]:
-    """The compiled step's peak bytes of one device, the same by cause, and its floating-point operations."""
+    """The compiled step's peak bytes per device, the same by cause, and its floating-point operations."""
     step, (state, base, batch), model_config = abstract_step(config, model_config, mesh, rows)
     try:
         memory = step.lower(state, base, batch).compile().memory_analysis()
@@ -177,7 +177,7 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
 
 
 def _share(rows: data.Source | None) -> float:
-    """The mean length of rows over the longest, which the step is planned for."""
+    """The mean length of rows relative to the longest, for which the step is planned."""
     return rows.plan.slots() / (len(rows.plan) * rows.plan.lengths[-1]) if rows else 1.0
 
 
@@ -200,7 +200,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _alternatives(config: Config, model_config: ModelConfig, where: Target) -> list[dict[str, Any]]:
-    """Settings that fit, each compiled: the cheapest change of each kind, in the order of what they cost."""
+    """Settings that fit, each compiled: the mildest change of each kind, sorted by their cost in time."""
     found = []
     for change, candidates in _candidates(config, where.devices):
         for keys in candidates:
@@ -221,11 +221,11 @@ def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
     return config.replace(**changes)
 
 
-AUTO = {"per_device_train_batch_size": (1, 2**16, 0.0), "data.max_length": (128, 2**24, 0.02)}  # unit, most, how near is enough
+AUTO = {"per_device_train_batch_size": (1, 2**16, 0.0), "data.max_length": (128, 2**24, 0.02)}  # unit, largest, relative precision
 
 
 def _largest(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
-    """`config` with the largest value of `key` that fits, its own being the first tried; as it is where nothing does."""
+    """`config` with the largest value of `key` that fits, trying its own first; unchanged if none fits."""
     limit = where.chip.memory
     if limit is None:
         raise ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
@@ -245,7 +245,7 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
 
 
 def _candidates(config: Config, devices: Sequence):
-    """`(what it is, [settings to try, the mildest first])`."""
+    """`(description, [settings to try, the mildest first])`."""
     on_host = devices[0].platform == "cpu"
     if config.gradient_checkpointing in (False, "dots") or (config.gradient_checkpointing == "auto" and on_host):
         yield "recompute activations", [{"gradient_checkpointing": True}]
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     given = cli.parse(parser)
     cli.log_to_terminal()
-    if given.target != "here":  # nothing runs: a device that is here may be busy, and a plugin without one would only complain
+    if given.target != "here":  # nothing runs: a local device may be busy, and a plugin without a device would only complain
         jax.config.update("jax_platforms", "cpu")
     config = load_config(given.config, given.overrides)
     console = Console()

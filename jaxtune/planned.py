@@ -1,4 +1,4 @@
-"""What a plan says, and how it is printed."""
+"""The result of a plan, and how it is printed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ class Plan:
     """What one device needs for a step.
 
     Attributes:
-        fits: whether `peak_bytes` is within the device's memory; None where that is not known.
+        fits: whether `peak_bytes` is within the device's memory; None if that is unknown.
         peak_bytes: arguments + temporaries + outputs - what they share, from the compiled program: exact.
-        bytes: peak_bytes by cause. Weights, scales, teacher (where there is one), trainable, optimizer and batch are exact; gradients,
-            activations and logits are computed from shapes, and `other` is what is left of the temporaries.
+        bytes: peak_bytes by cause. Weights, scales, teacher (if any), trainable, optimizer and batch are exact; gradients, activations and
+            logits are computed from shapes, and `other` is the remainder of the temporaries.
         flops: of a step on one device, computed from shapes (products only).
-        seconds_at_least: flops or bytes over the chip's published rates, whichever takes longer; None where not known.
-        steps: of the whole run; None where neither `max_steps` nor the rows are known.
-        hours_at_least: those steps at `seconds_at_least`, shorter rows in proportion.
-        rows: of an epoch (documents, tokens, rows, their length, how full they are), where the data is at hand.
+        seconds_at_least: flops or bytes divided by the chip's published rates, whichever takes longer; None if unknown.
+        steps: of the whole run; None if neither `max_steps` nor the rows are known.
+        hours_at_least: those steps at `seconds_at_least`, in proportion for shorter rows.
+        rows: of an epoch (documents, tokens, rows, their length and fill), if the data is available.
         settings: the keys that the bytes depend on most.
-        instead: where it does not fit, settings that do.
-        notes: what is estimated, and what is not known and why.
+        instead: if it does not fit, settings that do.
+        notes: what is estimated, and what is unknown and why.
     """
 
     target: str
@@ -46,11 +46,11 @@ class Plan:
     notes: list[str]
 
     def of(self, *causes: str) -> int:
-        """Bytes of several causes together."""
+        """The sum of the bytes of several causes."""
         return sum(self.bytes.get(cause, 0) for cause in causes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
+        """Plain data, as printed by `--json`."""
         return dataclasses.asdict(self)
 
 
@@ -81,7 +81,7 @@ def show(result: Plan, console: Console) -> None:
 
 
 def side_by_side(plans: Mapping[str, Plan | str], console: Console) -> None:
-    """Print plans of the same run by several methods, a row each."""
+    """Print plans of the same run for several methods, one row each."""
     able = {name: one for name, one in plans.items() if isinstance(one, Plan)}
     if able:
         one = next(iter(able.values()))

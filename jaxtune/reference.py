@@ -1,11 +1,11 @@
-"""The reference model of DPO and KTO, without a second model wherever there is a way.
+"""The reference model of DPO and KTO, without a second model wherever possible.
 
-    an adapter is trained       the base under it; or the adapter it began as (`init_adapter`, LoftQ), or another one (`ref_model: FOLDER`)
-    the whole model is trained  the weights it began with, whose log-probabilities are computed before the first step
-    ref_model: MODEL            a checkpoint of its own, loaded beside the policy, or only until its log-probabilities are computed
+    an adapter is trained       the base without it; or the initial adapter (`init_adapter`, LoftQ), or another one (`ref_model: FOLDER`)
+    the whole model is trained  its initial weights, whose log-probabilities are computed before the first step
+    ref_model: MODEL            a separate checkpoint, loaded beside the policy, or only until its log-probabilities are computed
 
-`precompute_ref_log_probs` computes them once, for every answer of the run, and keeps them on disk under the hash of the rows and of the
-reference model's files: later runs over the same rows load neither the reference nor spend a forward pass on it.
+`precompute_ref_log_probs` computes the log-probabilities once for every answer of the run, and caches them on disk under a hash of the rows
+and of the reference model's files: later runs on the same rows neither load the reference nor run its forward pass.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ log = logging.getLogger("jaxtune")
 
 
 def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: data.Data, mesh: jax.sharding.Mesh) -> dict:
-    """The `base` of the step: the frozen tree (in full tuning what is not trained, if anything), with the reference model in it where that
-    is another tree.
+    """The `base` of the step: the frozen tree (in full tuning whatever is not trained), with the reference model in it if that is another
+    tree.
 
-    Where log-probabilities are computed beforehand they go into the rows. Raises ConfigError for a reference model that cannot serve.
+    Log-probabilities computed beforehand are put into the rows. Raises ConfigError for an unsuitable reference model.
     """
     base = partial.rest(model.params, trainable) if config.method == "full" else model.params
     if not compares(config):
@@ -63,7 +63,7 @@ def prepare(config: Config, opened: Opened, model: Model, trainable: Any, rows: 
 
 
 def compares(config: Config) -> bool:
-    """Whether there is a reference model that stands still."""
+    """Whether there is a reference model that does not change."""
     return (config.objective in WITH_REFERENCE or (config.objective in POLICY and kl_weight(config) != 0)) and not config.sync_ref_model
 
 
@@ -74,11 +74,11 @@ def beforehand(config: Config) -> bool:
 
 
 def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.Mesh) -> dict:
-    """The reference model's tree; shares what it can with the model's."""
+    """The reference model's tree, which shares what it can with the model's."""
     if config.ref_model is None:
         loftq = isinstance(trainable, Adapter) and getattr(trainable.config, "init_lora_weights", None) == "loftq"
         start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter or loftq else None  # the step donates what is trained
-        if config.method == "full":  # of answers that are not there yet nothing can be computed beforehand
+        if config.method == "full":  # answers that are not sampled yet cannot be computed beforehand
             log.info("reference: a copy of the starting weights is kept, because its KL is weighed; an adapter (method: lora) needs none")
             return compose(model.params, jax.tree.map(jnp.copy, trainable))
         return compose(model.params, start)
@@ -102,7 +102,7 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
 
 
 def _comparable(config: Any, like: Any) -> Any:
-    """The model's config with the settings of the computation as the other has them."""
+    """The model's config with the other's computation settings."""
     return config.__class__(**{**vars(config), **{name: getattr(like, name) for name in HOW}})
 
 
@@ -129,7 +129,7 @@ def _compute(config: Config, model: Model, reference: dict, source: data.Source,
 
 
 def _identity(config: Config, opened: Opened) -> dict:
-    """What the reference's log-probabilities depend on beside the rows: files, and how they are read."""
+    """Everything the reference's log-probabilities depend on besides the rows: files, and how they are read."""
     paths = {"model": opened.path, "init_adapter": config.init_adapter, "ref_model": config.ref_model}
     if config.ref_model is not None and not Path(config.ref_model).expanduser().exists():
         paths["ref_model"] = open_model(config.ref_model).path
@@ -147,7 +147,7 @@ def _file(config: Config, source: data.Source, identity: dict) -> Path:
 
 
 def _cached(config: Config, source: data.Source, identity: dict) -> bool:
-    """Whether the source's log-probabilities were on disk; they are then in place."""
+    """Whether the source's log-probabilities were cached; if so, they are now set."""
     path = _file(config, source, identity)
     if not path.is_file():
         return False

@@ -1,8 +1,8 @@
-"""Runs side by side: the keys in which they differ, their losses, and what they measured.
+"""Compare runs: the keys in which they differ, their losses, and their metrics.
 
     jaxtune report runs/a runs/b --plot losses.png
 
-RUN is a run's folder, or one that holds such folders (of a sweep, of cross-validation). Only what the runs have written is read.
+RUN is a run folder, or a folder of such folders (from a sweep or cross-validation). Only files written by the runs are read.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from jaxtune.picture import History, draw_runs, smoothed
 from jaxtune.runfolder import leaves, measured, read_config, read_entry
 from jaxtune.runlog import chosen_evaluation, read_metrics
 
-WIDEST = 100  # letters of a line beside the picture; runs that differ in more keys than that holds are called by their folders
-NAMES = {"output_dir", "resume", "run_name"}  # keys that say which run it is, not what it does
+WIDEST = 100  # characters per line of the plot's legend; runs whose differing keys need more are labelled by their folders
+NAMES = {"output_dir", "resume", "run_name"}  # keys that identify a run and do not affect it
 
 
 @dataclasses.dataclass
@@ -33,11 +33,11 @@ class Entry:
 
     Attributes:
         run: its folder.
-        keys: values of the keys that are not the same in all runs.
-        step: how far it has come, of `steps`.
-        finished: whether its result is there.
-        metrics: `loss` (smoothed, as in its picture), the `eval_*` of the evaluation that counts (the last, or the best one where that
-            model is the result), and `tuned_*` of its evaluation.json.
+        keys: values of the keys that differ between runs.
+        step: the last step, of `steps`.
+        finished: whether its result exists.
+        metrics: `loss` (smoothed, as in its plot), the `eval_*` of the relevant evaluation (the last, or the best one if that model is the
+            result), and `tuned_*` from its evaluation.json.
     """
 
     run: str
@@ -55,28 +55,28 @@ class Entry:
 
 @dataclasses.dataclass
 class Report:
-    """Runs side by side, the best first where they have the metric `by`.
+    """Runs in comparison, the best first if they have the metric `by`.
 
     Attributes:
         by: the metric they are sorted by, or None.
-        runs: an `Entry` each.
+        runs: one `Entry` per run.
     """
 
     by: str | None
     runs: list[Entry]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
+        """Plain data, as printed by `--json`."""
         return {"by": self.by, "runs": [run.to_dict() for run in self.runs]}
 
     def draw(self, path: str | os.PathLike) -> None:
-        """The losses of all runs over their steps, as a PNG."""
+        """Plot the losses of all runs over their steps, as a PNG."""
         names = {run.run: ", ".join(f"{key}={word(value)}" for key, value in run.keys.items()) or run.run for run in self.runs}
         clear = len(set(names.values())) == len(names) and max(map(len, names.values()), default=0) <= WIDEST
         draw_runs({names[run.run] if clear else run.run: run.history for run in self.runs}, Path(path))
 
     def show(self, console: Console | None = None) -> None:
-        """Print a table, a row for each run."""
+        """Print a table with one row per run."""
         keys, metrics = _all(run.keys for run in self.runs), _all(run.metrics for run in self.runs)
         table = Table(box=None)
         for name in ("run", *keys, "step", *metrics):
@@ -89,12 +89,12 @@ class Report:
 
 
 def report(runs: str | os.PathLike | Sequence[str | os.PathLike], by: str | None = None) -> Report:
-    """What these runs have written, side by side.
+    """Compare what these runs have written.
 
-    runs  folders of runs, or folders of such folders
-    by    the metric to sort by (of the rows' `metrics`); None: the first run's `metric_for_best_model`, where all have it
+    runs  run folders, or folders of such folders
+    by    the metric to sort by (one of the rows' `metrics`); None: the first run's `metric_for_best_model`, if all have it
 
-    Raises CheckpointError for a folder that holds no run, or files that cannot be read; ConfigError for a metric that no run has.
+    Raises CheckpointError for a folder without a run or with unreadable files; ConfigError for a metric that no run has.
     """
     given = [runs] if isinstance(runs, (str, os.PathLike)) else runs
     folders = [folder for one in given for folder in _runs_in(Path(one).expanduser())]
@@ -134,12 +134,12 @@ def _entry(folder: Path, config: Any, keys: dict[str, Any]) -> Entry:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder has left its result."""
+    """Whether the run in this folder has a result."""
     return (folder / "adapter").is_dir() or (folder / "model").is_dir()
 
 
 def _all(tables: Any) -> list[str]:
-    """The keys of all tables, in their order."""
+    """The keys of all tables, in order."""
     return list(dict.fromkeys(key for table in tables for key in table))
 
 

@@ -1,13 +1,13 @@
-"""Rewards of drawn answers: functions from the table, of the user's own, and reward models.
+"""Rewards for sampled answers: built-in functions, the user's own functions, and reward models.
 
-A reward function is TRL's: `f(prompts, completions, completion_ids, **columns) -> list of float or None`, all of one length, one entry for
-each answer; None: the function does not judge this answer. Prompts are as the rows have them; completions are texts, or, to prompts of
-messages, `[{"role": "assistant", "content": text}]`. It is called with the arguments it names, all of them if it takes `**kwargs`: the
-columns of the rows, and `trainer_state` (`global_step`, `max_steps`), `log_metric(name, value)`, `log_extra(column, values)`.
+A reward function has TRL's signature: `f(prompts, completions, completion_ids, **columns) -> list of float or None`. All lists have one
+entry per answer; None means that the function does not score this answer. Prompts are as in the rows; completions are texts or, if prompts
+are messages, `[{"role": "assistant", "content": text}]`. The function is called with the arguments it names, or all of them if it takes
+`**kwargs`: the columns of the rows, `trainer_state` (`global_step`, `max_steps`), `log_metric(name, value)`, `log_extra(column, values)`.
 
     reward_funcs: [numeric_match, rewards/mine.py:brief, mypackage.judges.same_sql]
 
-Naming a file or module is consent to run it: it is the user's own code, with the user's own rights.
+Naming a file or module is consent to run it: it is the user's own code, with the user's own permissions.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from jaxtune.score import score
 
 
 class RewardError(JaxtuneError):
-    """A reward function that fails, or does not give one number or None for each answer."""
+    """A reward function that fails, or does not return one number or None per answer."""
 
 
 class Answers(NamedTuple):
-    """What rewards judge: lists of one length, the answers to a prompt side by side."""
+    """What rewards score: lists of the same length, with the answers to a prompt next to each other."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -47,7 +47,7 @@ class Answers(NamedTuple):
 
 
 class Reward(NamedTuple):
-    """A reward: its name in the log, its weight, and what it says of answers (float64 `[answers]`, NaN: nothing)."""
+    """A reward: its name in the log, its weight, and its function of answers (float64 `[answers]`, NaN: no score)."""
 
     name: str
     weight: float
@@ -58,7 +58,7 @@ class Reward(NamedTuple):
 
 
 def _by_metric(metric: metrics.Metric, config: Config, answers: Answers) -> list[float]:
-    """A metric of the answers' texts against the rows' `reward_column`."""
+    """A metric that compares the answers with the rows' `reward_column`."""
     column = config.reward_column
     if column not in answers.columns:
         raise ConfigError(
@@ -74,21 +74,21 @@ def _by_metric(metric: metrics.Metric, config: Config, answers: Answers) -> list
 
 
 def _format(config: Config, answers: Answers) -> list[float]:
-    """1 where the whole answer matches `reward_pattern` (a regular expression; `.` also matches a line break)."""
+    """1 if the whole answer matches `reward_pattern` (a regular expression; `.` also matches a newline)."""
     pattern = re.compile(config.reward_pattern or "", re.DOTALL)
     return [float(pattern.fullmatch(text.strip()) is not None) for text in answers.texts]
 
 
 def _think_format(config: Config, answers: Answers) -> list[float]:
-    """1 where the answer begins with reasoning between <think> and </think> and has no second <think>: TRL's reward of that name."""
+    """1 if the answer begins with reasoning between <think> and </think> and has no second <think>: TRL's reward of that name."""
     pattern = re.compile(r"<think>(?!.*<think>).*?</think>", re.DOTALL)
     return [float(pattern.match(text) is not None) for text in answers.texts]
 
 
 def _soft_overlong(config: Config, answers: Answers) -> list[float]:
-    """0 up to 4/5 of `max_completion_length` tokens, from there down to -1 at its end (DAPO's soft punishment, arXiv 2503.14476 eq. 13)."""
+    """0 up to 4/5 of `max_completion_length` tokens, then falling to -1 at its end (DAPO's soft punishment, arXiv 2503.14476 eq. 13)."""
     most = config.max_completion_length
-    assert most is not None  # resolved for these objectives
+    assert most is not None  # set for these objectives
     slack = most / 5
     return [min(0.0, (most - slack - len(ids)) / slack) for ids in answers.completion_ids]
 
@@ -102,7 +102,7 @@ REWARDS: dict[str, Callable[[Config, Answers], list[float]]] = {
 
 
 def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
-    """The rewards that a config names, then those given as functions, then its reward models. ConfigError where there is none."""
+    """The rewards that a config names, then the given functions, then the reward models. ConfigError if there are none."""
     found: list[tuple[str, Callable]] = []
     for spec in (*config.reward_funcs, *own):
         name, function = metrics.find_in(REWARDS, spec, "reward_funcs:")
@@ -126,7 +126,7 @@ def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
 
 
 def hashes(config: Config) -> dict[str, str]:
-    """sha256 of the files that rewards and `loss_function` are functions of, for run.json."""
+    """sha256 of the files that define rewards and `loss_function`, for run.json."""
     files = [spec.rpartition(":")[0] for spec in (*config.reward_funcs, config.loss_function or "") if ".py:" in spec]
     return {file: sha256(Path(file).expanduser()) for file in files}
 
@@ -160,7 +160,7 @@ def _of_user(name: str, function: Callable, answers: Answers, told: dict[str, li
         out = asyncio.run(_awaited(out)) if inspect.isawaitable(out) else out
     except JaxtuneError:
         raise
-    except Exception as error:  # anything may happen in a user's function
+    except Exception as error:  # a user's function may raise anything
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
@@ -186,7 +186,7 @@ def _wanted(name: str, function: Callable, given: dict[str, Any]) -> dict[str, A
 
 
 def _numbers(name: str, out: Any, count: int) -> np.ndarray:
-    """Rewards as float64, None as NaN; a number that is none, or another count of them, is an error of the function."""
+    """Rewards as float64, with None as NaN; a non-number, or a wrong count, is an error of the function."""
     must = f"the reward function {name} must return a list with one number, or None, for each of the {count} answers"
     if isinstance(out, (str, bytes, dict)) or not hasattr(out, "__iter__"):
         raise RewardError(f"{must}; it returned {type(out).__name__}")

@@ -1,7 +1,7 @@
-"""Answers drawn from the policy, judged, and laid out as the batch of a step (grpo, rloo, ppo).
+"""Sample answers from the policy, score them, and arrange them as the batch of a step (grpo, rloo, ppo).
 
-What a rollout holds is a pure function of the config, the seed, the step and the weights of that step, so that a resumed run draws what
-the stopped one would have drawn. Where several steps learn from one rollout, it is kept in `rollouts/` until no checkpoint needs it.
+A rollout is a pure function of the config, the seed, the step and the weights at that step, so a resumed run samples the same answers as an
+uninterrupted one. If several steps learn from one rollout, it is kept in `rollouts/` as long as a checkpoint needs it.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from jaxtune.step import TrainState, with_reference
 
 
 class Rollouts:
-    """The rollouts of one run: `batch_at(step, state, base)` in place of a source's `batch_at(step)`."""
+    """The rollouts of one run: `batch_at(step, state, base)` replaces a source's `batch_at(step)`."""
 
     def __init__(self, config: Config, model: Model, mesh: Mesh, rows: data.Data, rewards: Sequence[Reward], folder: Path, steps: int):
         self.config, self.mesh, self.folder, self.total = config, mesh, folder, steps
@@ -48,13 +48,13 @@ class Rollouts:
         numbers = (config.temperature, config.top_k, config.top_p, config.min_p or 0.0, config.repetition_penalty)
         self.sampling = Sampling.create(*numbers)
         self.score = _scorer(config, dataclasses.replace(model.config, mesh=mesh), mesh, self.train.layout.reference)
-        self._writing = False  # whether this process has begun to write completions.jsonl
-        self._current: tuple[int, data.Batch, dict[str, float]] | None = None  # rollout, its rows, what is said of it
+        self._writing = False  # whether this process has started to write completions.jsonl
+        self._current: tuple[int, data.Batch, dict[str, float]] | None = None  # number, batch and metrics
 
     # ---- training ----
 
     def batch_at(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
-        """The batch of step `step` (from 0), and what its rollout measured where this step drew it."""
+        """The batch of step `step` (from 0), and the metrics of its rollout if this step sampled it."""
         number, place = divmod(step, self.train.repeats)
         if self._current is None or self._current[0] != number:
             kept = self.folder / "rollouts" / f"{number:08d}.npz"
@@ -69,7 +69,7 @@ class Rollouts:
         return jax.tree.map(lambda x: x[slice_], batch), told if place == 0 else {}
 
     def forget(self, oldest: int) -> None:
-        """Remove rollouts that no step from `oldest` (from 0) on needs."""
+        """Remove rollouts that no step from `oldest` (counted from 0) on needs."""
         for file in (self.folder / "rollouts").glob("*.npz"):
             if int(file.stem) < oldest // self.train.repeats:
                 file.unlink()
@@ -96,7 +96,7 @@ class Rollouts:
         return batch, told
 
     def _scored(self, batch: data.Batch, state: TrainState, base: dict) -> "Scored":
-        """What the policy and the reference make of a rollout's tokens."""
+        """The numbers that policy and reference assign to a rollout's tokens."""
         base, found = with_reference(base, state), []
         for number in range(self.train.layout.slices):
             one = parallel.put(jax.tree.map(lambda x: x[number], batch), self.mesh)  # noqa: B023
@@ -106,7 +106,7 @@ class Rollouts:
     def _by_answer(
         self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray
     ) -> tuple[data.Batch, np.ndarray, dict[str, float]]:
-        """The batch with an advantage for each answer, these in order, and what was measured."""
+        """The batch with an advantage per answer, the advantages in order, and metrics."""
         layout, kl_N, told = self.train.layout, None, {}
         if scored.ref is not None:
             apart = (scored.old - scored.ref) * (batch.weights != 0)
@@ -121,10 +121,10 @@ class Rollouts:
     def _by_token(
         self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray, lengths_N: np.ndarray, ended: np.ndarray
     ) -> tuple[data.Batch, np.ndarray, dict[str, float]]:
-        """The batch with an advantage, a return and a value for each token, the mean advantage of each answer, and what was measured."""
+        """The batch with an advantage, a return and a value per token, the mean advantage of each answer, and metrics."""
         rewards_N = weighted(rewards_NF, self.weights)
         scores_N = np.nan_to_num(rewards_N) - (self.config.missing_eos_penalty or 0.0) * ~ended
-        # both list the tokens answer by answer: rows of the batch hold them in order
+        # both list the tokens answer by answer, because rows of the batch hold them in order
         there, place = batch.answers.numbers > 0, np.arange(lengths_N.max()) < lengths_N[:, None]
 
         def of_answers(x: np.ndarray | None) -> np.ndarray | None:
@@ -147,7 +147,7 @@ class Rollouts:
     # ---- evaluation ----
 
     def evaluate(self, state: TrainState, base: dict) -> dict[str, float]:
-        """`eval_reward` and what else is measured, over the prompts of `data.eval`; the same draws at every evaluation."""
+        """`eval_reward` and other metrics over the prompts of `data.eval`; every evaluation uses the same random keys."""
         assert self.eval is not None
         layout, step, prompts = self.eval.layout, int(state.step), list(range(len(self.eval.asked)))
         answers, ended = self._answers(self.eval, prompts, (self.config.seed, 1, 0), state, base)
@@ -163,7 +163,7 @@ class Rollouts:
     def _answers(
         self, source: Prompts, prompts: list[int], seed: tuple[int, ...], state: TrainState, base: dict
     ) -> tuple[list[Answer], np.ndarray]:
-        """The answers to every prompt, side by side, and whether they came to an end of their own."""
+        """The answers to every prompt, next to each other, and whether each ended by itself."""
         return draw(
             self.model.config, compose(base, state.trainable), [source.ids(prompt) for prompt in prompts], source.layout.answers,
             source.layout.most, sampling=self.sampling, reader=self.reader, seed=seed, mesh=self.mesh,
@@ -172,7 +172,7 @@ class Rollouts:
     def _judge(
         self, source: Prompts, prompts: list[int], answers: list[Answer], step: int
     ) -> tuple[Answers, np.ndarray, dict[str, float]]:
-        """What was judged, the rewards `[answers, rewards]`, and what reward functions told of themselves."""
+        """What was scored, the rewards `[answers, rewards]`, and the metrics that reward functions logged."""
         places = [prompt for prompt in prompts for _ in range(source.layout.answers)]
         asked, texts = [source.asked[place] for place in places], [answer.text for answer in answers]
         chat = [isinstance(prompt, list) for prompt in asked]
@@ -191,7 +191,7 @@ class Rollouts:
 
     def _write_completions(self, step: int, judged: Answers, rewards_NF: np.ndarray, advantages: np.ndarray) -> None:
         file = self.folder / "completions.jsonl"
-        if not self._writing and file.exists():  # of steps that are taken again
+        if not self._writing and file.exists():  # from steps that are repeated
             kept = [line for line in file.read_text(encoding="utf-8").splitlines(True) if json.loads(line)["step"] <= step]
             write_text(file, "".join(kept))
         self._writing = True
@@ -203,8 +203,8 @@ class Rollouts:
 
 
 class Scored(NamedTuple):
-    """Numbers of trained tokens, 0 elsewhere, float32 `[A, B, T]` or of all slices: log-probabilities by the policy that drew them and by
-    the reference, and what the value head expects; None: nobody asks."""
+    """Numbers per trained token, 0 elsewhere, float32 `[A, B, T]` or for all slices: log-probabilities under the policy that sampled them
+    and under the reference, and the value head's values; None if unused."""
 
     old: Any = None
     ref: Any = None
@@ -239,18 +239,18 @@ def _scorer(config: Config, model_config: Any, mesh: Mesh, reference: bool) -> A
 
 
 def _shuffled(batch: data.Batch, prompts: int, seed: tuple[int, ...]) -> data.Batch:
-    """The rows of a rollout `[slices, A, B, ...]` in another order of their prompts, whatever rows the devices make of these."""
+    """The rows of a rollout `[slices, A, B, ...]` with their prompts in another order, independent of how devices split the rows."""
     order = np.random.default_rng(seed).permutation(prompts)
     return jax.tree.map(lambda x: x.reshape(prompts, -1, *x.shape[3:])[order].reshape(x.shape), batch)
 
 
 def _like(values: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Numbers of answers, in order, where a rollout's batch has them; 0 where it has no answer."""
+    """Numbers per answer, in order, in the layout of a rollout's batch; 0 where it has no answer."""
     return np.pad(values, (0, place.size - len(values))).reshape(place.shape).astype(np.float32)
 
 
 def _measured(rewards: Sequence[Reward], rewards_NF: np.ndarray, rewards_N: np.ndarray) -> dict[str, float]:
-    """TRL's metrics of rewards, `rewards_N` being their weighted sum. A reward that judged no answer is left out."""
+    """TRL's metrics of rewards; `rewards_N` is their weighted sum. A reward that scored no answer is left out."""
     told: dict[str, float] = {}
     for number, reward in enumerate(rewards):
         values = rewards_NF[:, number]
@@ -262,12 +262,12 @@ def _measured(rewards: Sequence[Reward], rewards_NF: np.ndarray, rewards_N: np.n
 
 
 def _flat_groups(spread_N: np.ndarray) -> dict[str, float]:
-    """The share of answers in groups of one reward."""
+    """The share of answers in groups with a single reward."""
     return {"frac_reward_zero_std": float(np.isclose(spread_N, 0).mean())}
 
 
 def _lengths(answers: Sequence[Answer], ended: np.ndarray) -> dict[str, float]:
-    """TRL's metrics of lengths, in tokens with the one that ends an answer."""
+    """TRL's metrics of lengths, in tokens, including the one that ends an answer."""
     lengths = np.array([len(answer.tokens) for answer in answers], float)
     told = {"completions/clipped_ratio": float(1 - ended.mean())}
     for name, some in (("length", lengths), ("terminated_length", lengths[ended] if ended.any() else np.zeros(1))):
@@ -305,7 +305,7 @@ def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
 
 
 def check(config: Config, rows: data.Data, model_config: Any) -> None:
-    """ConfigError for what a run of drawn answers cannot do, DataError for prompts that leave no room for them."""
+    """ConfigError for settings that sampling does not support, DataError for prompts that leave no room for answers."""
     if jax.process_count() > 1:
         raise ConfigError(f"objective {config.objective} draws answers in one process; run it on one host, with mesh over its devices")
     if config.mesh.sequence > 1:

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and what it says about how the result came to be."""
+"""A run's folder: who may write into it, and how the result was made."""
 
 import importlib.metadata
 import json
@@ -22,10 +22,10 @@ from jaxtune.locks import lock
 log = logging.getLogger("jaxtune")
 LOCK = ".lock"
 NO_CONFIG = "has files but no config.yaml, which says which run they are of; put it back (the run printed its keys at its start)"
-INITIAL, BASE = "initial", "base"  # an adapter as it began, and the base that it began over, where neither is had from the config alone
+INITIAL, BASE = "initial", "base"  # the initial adapter, and the base it starts from, if the config alone does not determine them
 _held: dict[Path, int] = {}  # folders of this process's runs -> their open lock files
 
-# Keys that may differ between a run and its resumption: they change what is kept and said, not what is computed.
+# Keys that may differ between a run and its resumption: they change what is saved and logged, not what is computed.
 FREE = {
     "output_dir", "resume", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to", "run_name",
     "compilation_cache", "evaluate", "eval_steps", "eval_strategy", "eval_on_start", "per_device_eval_batch_size", "mesh",
@@ -40,18 +40,18 @@ def folder_of(config: Config) -> Path:
 
 
 def default_folder(config: Config, kind: str) -> str:
-    """Where results lie that the config names no folder for."""
+    """The folder for results if the config names none."""
     return f"runs/{Path(config.model.partition('#')[0]).stem}-{kind}"
 
 
 def base_of(folder: Path, config: Config) -> str:
     """The model that the run in this folder trains over: the config's, or one that was made for it."""
-    whole = (folder / INITIAL / "adapter_config.json").is_file()  # which is written last
+    whole = (folder / INITIAL / "adapter_config.json").is_file()  # written last
     return str(folder / BASE) if whole and (folder / BASE / "config.json").is_file() else config.model
 
 
 def check_free(config: Config) -> None:
-    """Raise what `open_run` would, without making anything."""
+    """Raise what `open_run` would raise, without creating anything."""
     folder = folder_of(config)
     if config.resume or os.path.lexists(folder):
         open_run(config)
@@ -63,12 +63,12 @@ def check_free(config: Config) -> None:
 
 
 def is_used(folder: Path) -> bool:
-    """Whether the folder holds anything but hidden files, which a kill at the start leaves."""
+    """Whether the folder holds anything except hidden files, which a kill during start-up leaves."""
     return folder.exists() and not all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def _came_to_nothing(folder: Path) -> bool:
-    """Whether the folder is what a run leaves that has logged and saved nothing: one that memory did not suffice for, say."""
+    """Whether the folder is left from a run that logged and saved nothing, for example one that ran out of memory."""
     names, own = {path.name for path in folder.iterdir() if not path.name.startswith(".")}, {"config.yaml", "checkpoints"}
     if not own <= names <= own | {"run.json", "metrics.jsonl"} or any((folder / "checkpoints").iterdir()):
         return False
@@ -76,10 +76,10 @@ def _came_to_nothing(folder: Path) -> bool:
 
 
 def open_run(config: Config) -> Path:
-    """The run's folder, made if need be, and this process's alone until `let_go`.
+    """The run's folder, created if needed, and reserved for this process until `let_go`.
 
-    Raises CheckpointError when the folder holds something and `resume` is not set (a run that came to nothing may be begun anew), when
-    `resume` is set and there is nothing to resume, and when another process is writing into it.
+    Raises CheckpointError if the folder is not empty and `resume` is not set (a run that saved nothing may be replaced), if `resume` is set
+    and there is nothing to resume, and if another process is writing into it.
     """
     folder = folder_of(config)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -112,7 +112,7 @@ def _claim(folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Say so where the disk has less room than the run will need at the least; what it has by then nobody knows."""
+    """Warn if the disk has less free space than the run will need at least."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         log.warning(
@@ -128,7 +128,7 @@ def let_go(config: Config) -> None:
 
 
 def differences(config: Config, folder: Path) -> list[str]:
-    """`key: then -> now` for each key that changes what is computed. CheckpointError where the folder's config cannot be read."""
+    """`key: then -> now` for each key that changes what is computed. CheckpointError if the folder's config cannot be read."""
     try:
         then = leaves(read_yaml(folder / "config.yaml"))
     except ConfigError as error:
@@ -139,7 +139,7 @@ def differences(config: Config, folder: Path) -> list[str]:
 
 
 def check_same(config: Config) -> None:
-    """CheckpointError where the config's folder holds another run."""
+    """CheckpointError if the config's folder holds another run."""
     folder = folder_of(config)
     if different := differences(config, folder):
         raise CheckpointError(f"{folder} holds another run: {'; '.join(different)}. Use the same values, or another folder")
@@ -154,7 +154,7 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Config:
-    """The config of the run in this folder. CheckpointError where it cannot be read."""
+    """The config of the run in this folder. CheckpointError if it cannot be read."""
     try:
         return load_config(folder / "config.yaml")
     except ConfigError as error:
@@ -162,7 +162,7 @@ def read_config(folder: Path) -> Config:
 
 
 def read_entry(file: Path, key: str) -> Any:
-    """One entry of a JSON file that says what is done."""
+    """One entry of a JSON file that records a run's state."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,7 +173,7 @@ def read_entry(file: Path, key: str) -> Any:
 
 
 def measured(folder: Path, evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """What a run has measured: `eval_*` of one evaluation, and `tuned_*` of its evaluation.json, where there is one."""
+    """The metrics of a run: `eval_*` from one evaluation, and `tuned_*` from its evaluation.json, if it exists."""
     found = {name: value for name, value in evaluation.items() if name.startswith("eval_") and value is not None}
     answers = folder / "evaluation.json"
     if answers.exists():
@@ -208,6 +208,6 @@ def _installed(name: str) -> bool:
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """sha256 of a model file, or of the files of a model folder that decide what the model is."""
+    """sha256 of a model file, or of the files of a model folder that define the model."""
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model"))
     return {file.name: sha256(file) for file in files}

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, metrics.jsonl, TensorBoard, loss.png, reward.png. Takes Python floats, no device arrays."""
+"""A run's log: a progress bar, metrics.jsonl, TensorBoard, loss.png, reward.png. Takes Python floats, no device arrays."""
 
 import contextlib
 import errno
@@ -22,38 +22,38 @@ from jaxtune.disk import write_text
 from jaxtune.errors import CheckpointError
 from jaxtune.picture import draw_loss
 
-PLOT_EVERY = 60.0  # seconds; a picture takes 0.3 of them, in which no step is dispatched; one is drawn at the end besides
-# of the names in metrics.jsonl, those that a line of the terminal leaves out
+PLOT_EVERY = 60.0  # seconds; drawing takes 0.3 of them, during which no step is dispatched; the end draws once more
+# names in metrics.jsonl that the terminal does not show
 UNSHOWN = re.compile(
     r"epoch|tokens_per_second|num_tokens|(eval_)?(clip_ratio/(?!region).*|completions/((min|max)_.*|.*terminated.*)|.*/std)"
 )
-RATE_OVER = 30.0  # seconds that tokens/s and the time left look back on
+RATE_OVER = 30.0  # seconds that tokens/s and the time left are averaged over
 
 
 class RunLog:
-    """The log of one run, `metrics.jsonl` in `folder`; after a resume, the history up to `start` and on from there.
+    """The log of one run, `metrics.jsonl` in `folder`; after a resume, it keeps the history up to `start` and continues from there.
 
-    The bar (plain lines where stdout is not a terminal) counts steps from `start` to `total_steps`.
+    The bar (plain lines if stdout is not a terminal) counts steps from `start` to `total_steps`.
 
     Raises:
-        CheckpointError: a line of the metrics.jsonl to go on with is not JSON (a last line cut short is forgotten).
+        CheckpointError: a line of the existing metrics.jsonl is not JSON (a truncated last line is ignored).
     """
 
     def __init__(self, folder: Path, total_steps: int, start: int = 0, report_to: Sequence[str] = ("tensorboard",)):
         self.folder, self.total = Path(folder), total_steps
         self.history = _history(self.folder / "metrics.jsonl", start)
         self._file = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._events: Any = None  # opened by the first line: tensorboardX imports torch where that is, and by then the device is at work
+        self._events: Any = None  # opened at the first line: tensorboardX imports torch if installed, and by then the device is busy
         self._report_to, self._start = report_to, start
         self._bar = _Bar(start, total_steps)
         self._drawn = time.monotonic()
 
     def advance(self, step: int, loss: float, tokens: int, name: str = "loss") -> None:
-        """A step is done: move the bar. `tokens` are those of this step, all processes together; `name` is what the number is."""
+        """Move the bar after a step. `tokens` are those of this step over all processes; `name` says what the number is."""
         self._bar.advance(step, f"{name} {loss:.4f}", tokens)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics, under TRL's names; `eval_*` are those of an evaluation. What is not a number is null."""
+        """Write one line of metrics, under TRL's names; `eval_*` come from an evaluation. Non-finite numbers become null."""
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.history.append(row)
         self._file.write(json.dumps(row) + "\n")
@@ -67,7 +67,7 @@ class RunLog:
             self._draw()
 
     def close(self) -> None:
-        """Take the bar down, draw the last picture, close the files."""
+        """Remove the bar, draw the last plot, close the files."""
         self._bar.close()
         self._file.close()
         if self._events is not None:
@@ -81,7 +81,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with its `step`. A last line that a kill cut short is left out.
+    """The lines of a metrics.jsonl, each with its `step`. A last line truncated by a kill is ignored.
 
     Raises:
         CheckpointError: another line is not JSON, or has no step.
@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def chosen_evaluation(config: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of a run's metrics the evaluation that its result has: the last, or the best one where that model is kept. None without one."""
+    """The evaluation of a run's result: the last, or the best one if that model is kept. None if there is none."""
     name = config.metric_for_best_model
     rows = [row for row in rows if row.get(name) is not None]
     if not rows or not config.load_best_model_at_end:
@@ -109,7 +109,7 @@ def chosen_evaluation(config: Any, rows: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _history(path: Path, start: int) -> list[dict[str, Any]]:
-    """The rows up to step `start`; later ones, of steps that are taken again, leave the file too."""
+    """The rows up to step `start`; later ones, from steps that are repeated, are removed from the file."""
     if not path.exists():
         return []
     rows = [row for row in read_metrics(path) if 0 < start >= row["step"]]
@@ -118,7 +118,7 @@ def _history(path: Path, start: int) -> list[dict[str, Any]]:
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
-    """A writer that makes TensorBoard forget what an earlier process wrote of the steps after `start`."""
+    """A writer that makes TensorBoard discard what an earlier process wrote about the steps after `start`."""
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=start + 1 if start else 0, flush_secs=10)
@@ -126,11 +126,11 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 # ---- the terminal ----
 
-HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal is closed; Windows has no such signal
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal was closed; Windows has no such signal
 
 
 def leave_terminal() -> None:
-    """Point stdout and stderr elsewhere where they are a terminal that has gone (a closed ssh session): to write there is an error."""
+    """Redirect stdout and stderr if their terminal is gone (a closed ssh session), since writing to it is an error."""
     import termios
 
     for number in (1, 2):
@@ -143,7 +143,7 @@ def leave_terminal() -> None:
 
 @contextlib.contextmanager
 def _if_seen() -> Iterator[None]:
-    """A terminal that has gone is no reason to end a run (one that was disowned, and hears of no hang-up)."""
+    """Ignore a terminal that is gone: a disowned run, which receives no SIGHUP, should continue."""
     try:
         yield
     except OSError as error:
@@ -160,7 +160,7 @@ def duration(seconds: float) -> str:
 
 
 class _Bar:
-    """Steps, loss, tokens per second and time left; as lines where there is no terminal to draw on."""
+    """Steps, loss, tokens per second and time left; as plain lines without a terminal."""
 
     def __init__(self, start: int, total: int):
         self.total, self.step = total, start
@@ -177,7 +177,7 @@ class _Bar:
             self._redirect()
 
     def _redirect(self) -> None:
-        """Lines of the log above the bar: rich takes over sys.stderr, but handlers hold on to the stream they were given."""
+        """Print log lines above the bar: rich replaces sys.stderr, but handlers keep the stream they were given."""
         for name in (None, "jaxtune"):
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__):
@@ -193,7 +193,7 @@ class _Bar:
             self.progress.update(self.task, completed=step, description=f"{said}{self._pace()}")
 
     def _pace(self) -> str:
-        """`  1,234 tokens/s  0:42 left`, once two steps are known: the first holds the compilation."""
+        """`  1,234 tokens/s  0:42 left`, once two steps are known; the first includes compilation."""
         if len(self.marks) < 2:
             return ""
         (then, first, before), (now, last, after) = self.marks[0], self.marks[-1]
@@ -202,7 +202,7 @@ class _Bar:
         return f"  {(after - before) / seconds:,.0f} tokens/s  {duration(left)} left"
 
     def say(self, step: int, metrics: dict[str, float], evaluation: bool) -> None:
-        """A line per logged step, or above a bar only those of evaluations."""
+        """A line per logged step; with a bar, only for evaluations."""
         if self.progress is not None and not evaluation:
             return
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if not UNSHOWN.fullmatch(name)]

@@ -1,9 +1,9 @@
-"""Scores of texts by a reward model or classifier.
+"""Score texts with a reward model or classifier.
 
     jaxtune score runs/reward --data answers.jsonl
 
-MODEL is a run's folder, a `...ForSequenceClassification` or `...ForTokenClassification` folder, or an adapter for one. Prints the rows,
-as JSON lines, with their `score` (a number; a list where the model has several labels, or judges step by step).
+MODEL is a run folder, a `...ForSequenceClassification` or `...ForTokenClassification` folder, or an adapter for one. Prints the rows as
+JSON lines with their `score` (a number, or a list if the model has several labels or scores step by step).
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ from jaxtune.objectives.reward import answer_scores
 from jaxtune.peft import compose
 
 MOST_TOKENS, MOST_ROWS = 16384, 64  # of a batch
-LEAST_TOKENS = 16  # texts are padded to powers of two from here on, so that few shapes are compiled
+LEAST_TOKENS = 16  # texts are padded to powers of two, at least this, so that few shapes are compiled
 
 
 @in_32_bits
 def score(
     model: Any, texts: Any, adapter: Any = None, *, step_separator: str = "\n", batch_size: int | None = None
 ) -> np.ndarray | list[np.ndarray]:
-    """Scores of texts, in their order: float32 `[n]` by a reward model, `[n, num_labels]` where the model has several labels.
+    """Scores of texts, in order: float32 `[n]` from a reward model, `[n, num_labels]` if the model has several labels.
 
-    A model that judges step by step gives a list of float32 `[steps]`: the probability that the step is right (label 1).
+    A model that judges step by step returns a list of float32 `[steps]`: the probability that each step is correct (label 1).
 
-    model    a model with a scoring head (`jt.load`, `jt.load_scorer`), or what `jt.load_scorer` takes
-    texts    a list; each is a text as it is, a conversation (a list of messages), a pair (prompt, answer), each of them a text or
-             messages, or a row of any format of training. Tokens are those of training: plain answers end with EOS, plain texts do not
-    adapter  an adapter for it, or its folder
-    step_separator  what the model was trained with
+    model    a model with a scoring head (`jt.load`, `jt.load_scorer`), or anything `jt.load_scorer` accepts
+    texts    a list of texts, conversations (lists of messages), pairs (prompt, answer) of texts or messages, or rows in any training
+             format. They are tokenised as in training: plain answers end with EOS, plain texts do not
+    adapter  an adapter for the model, or its folder
+    step_separator  as in the model's training
 
     Raises ModelError for a model without a scoring head, DataError for a text that cannot be used or is too long.
     """
@@ -58,7 +58,7 @@ def score(
     asked = [_tokens(model, text, number, step_separator) for number, text in enumerate(texts, 1)]
     found: list[Any] = [None] * len(asked)
     params, config = compose(model.params, adapter), dataclasses.replace(model.config, remat="none")
-    order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))  # the longest first: what does not fit fails at once
+    order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))  # longest first, so that what does not fit fails at once
     while order:
         size = _bucket(len(asked[order[0]][0]), LEAST_TOKENS)
         rows = batch_size or max(1, min(MOST_ROWS, MOST_TOKENS // size))
@@ -78,7 +78,7 @@ def _scores(config: Any, params: dict, batch: Batch) -> jax.Array:
 
 
 def _right(scores_SL: np.ndarray) -> np.ndarray:
-    """`p(1) = sigmoid(s_1 - s_0)` of each step."""
+    """`p(1) = sigmoid(s_1 - s_0)` for each step."""
     return 1 / (1 + np.exp(scores_SL[:, 0] - scores_SL[:, 1]))
 
 
@@ -87,7 +87,7 @@ def _bucket(n: int, least: int = 1) -> int:
 
 
 def _batch(rows: list[tuple[list[int], list[slice]]], count: int, size: int) -> Batch:
-    """Texts, padded on the right, and the places that are scored; empty rows at the end."""
+    """Texts padded on the right, and the positions to score; empty rows at the end."""
     batch = Batch.empty((count, size), answers=_bucket(max(len(places) for _, places in rows)))
     assert batch.answers is not None
     batch.positions[:] = np.arange(size)
@@ -102,7 +102,7 @@ def _batch(rows: list[tuple[list[int], list[slice]]], count: int, size: int) -> 
 
 
 def _tokens(model: Any, text: Any, number: int, separator: str) -> tuple[list[int], list[slice]]:
-    """Token ids, and what of them is scored: all, at its end, or each step's last token."""
+    """Token ids, and which positions are scored: the end, or each step's last token."""
     row = Row("texts", number, "text", {}, number)
     example, tokenizer = _example(text, row), model.tokenizer
     stepwise = isinstance(example, Steps)
@@ -131,7 +131,7 @@ def _tokens(model: Any, text: Any, number: int, separator: str) -> tuple[list[in
 
 
 def _example(text: Any, row: Row) -> Text | Chat | Completion | Steps:
-    """What a text is: see `score`."""
+    """A text as an example: see `score`."""
     if isinstance(text, str):
         return Text(text)
     if isinstance(text, Mapping):
@@ -145,7 +145,7 @@ def _example(text: Any, row: Row) -> Text | Chat | Completion | Steps:
     else:
         raise row.fail(f"it is {type(text).__name__}; a text is a string, a list of messages, a pair (prompt, answer) or a row of fields")
     example = formats.parse(dataclasses.replace(row, fields=fields), None)
-    example = getattr(example, "example", example)  # its own label aside
+    example = getattr(example, "example", example)  # without its own label
     if not isinstance(example, Text | Chat | Completion | Steps):
         known = "text, messages, prompt and completion, or prompt and completions"
         hint = "; of pairs one answer at a time: --columns completion=chosen" if "chosen" in fields else ""

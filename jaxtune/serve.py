@@ -1,11 +1,11 @@
-"""A model behind an OpenAI-compatible API, to talk to before it is handed on. It is no production server: for that, export the result
-and serve it by vLLM or llama.cpp.
+"""Serve a model through an OpenAI-compatible API, to try it before passing it on. Not a production server: for that, export the result and
+serve it with vLLM or llama.cpp.
 
     jaxtune serve MODEL --adapter runs/first/adapter
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"model": "adapter", "messages": [{"role": "user", "content": "..."}]}'
 
-The model alone is called base, an adapter by its name (--adapter NAME=DIR; without one: adapter), so that the `model` of a request
-chooses between them. Requests that wait are answered together. docs/serving.md says what is understood.
+The model alone is named base, an adapter as given (--adapter NAME=DIR; by default adapter); the `model` of a request selects one of them.
+Waiting requests are answered together. docs/serving.md lists the supported fields.
 """
 
 import argparse
@@ -31,8 +31,8 @@ log = logging.getLogger("jaxtune")
 
 
 def serve(model: Any, adapters: Mapping[str, Any] | None = None, **settings: Any) -> None:
-    """Answer requests, as `open_server` says, until SIGTERM or Ctrl-C: what is being answered is finished, what waits refused. A second
-    one ends at once."""
+    """Serve requests as `open_server` does, until SIGTERM or Ctrl-C: running answers are finished, waiting requests are refused. A second
+    signal exits immediately."""
     with _interrupted() as stopped:
         server = open_server(model, adapters, **settings)
         server.start()
@@ -47,16 +47,16 @@ def open_server(
     model: Any, adapters: Mapping[str, Any] | None = None, *, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None,
     max_new_tokens: int = 1024, batch_size: int | None = None, log_requests: bool = False,
 ) -> Server:  # fmt: skip
-    """A server that has its address, for `server.start()` and `server.stop()`.
+    """A server bound to its address, with `server.start()` and `server.stop()`.
 
-    adapters        by name: as `jt.load_adapter` or training gives them, or their folders; `base` is the model without one
-    port            0: any that is free; `server.url` says which
-    api_key         what clients have to send (Authorization: Bearer KEY); None: nothing
-    max_new_tokens  of an answer to a request that does not say; fewer, where the context has no room
-    batch_size      answers at a time; by default as many as fit a cache of 1 GiB, 64 at most
-    log_requests    log prompts and answers; without it neither is written anywhere
+    adapters        by name: adapters from `jt.load_adapter` or training, or their folders; `base` is the model without one
+    port            0: any free port; `server.url` tells which
+    api_key         the key that clients must send (Authorization: Bearer KEY); None: no key
+    max_new_tokens  for requests that do not say; fewer if the context has no room
+    batch_size      answers at a time; by default as many as fit in a cache of 1 GiB, at most 64
+    log_requests    log prompts and answers; otherwise they are not written anywhere
 
-    Raises ConfigError for an address that cannot be had or a setting out of range, ModelError for a model that writes no text.
+    Raises ConfigError for an unavailable address or a setting out of range, ModelError for a model that generates no text.
     """
     check_argument("model", model, Model, "give a model: jt.serve(jt.load(folder))")
     if model.tokenizer is None:
@@ -82,7 +82,7 @@ def open_server(
 
 @contextmanager
 def _interrupted() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C puts its number into; the second one is a KeyboardInterrupt."""
+    """A list to which SIGTERM or Ctrl-C appends its number; a second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
             "jt.serve ends by Ctrl-C, which the main thread alone hears; in another: server = jt.serve.open_server(...), server.start(), "

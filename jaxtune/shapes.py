@@ -1,4 +1,4 @@
-"""The step that a run would take as shapes alone: parameters, state and batch where their arrays would be."""
+"""The training step as shapes alone: parameters, state and batch without their arrays."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from jaxtune.tree import unflatten
 
 
 def check_names(config: Config) -> None:
-    """ConfigError for a method, an objective or a loss function that there is none of."""
+    """ConfigError for an unknown method, objective or loss function."""
     for key, table in (("method", METHODS), ("objective", OBJECTIVES)):
         if (name := getattr(config, key)) not in table:
             raise ConfigError(f"{key} {name!r} is not known; there are {', '.join(table)}")
@@ -40,7 +40,8 @@ def check_names(config: Config) -> None:
 
 
 def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quantization: str | None) -> dict:
-    """The parameter tree as shapes, packed as the checkpoint is, or else as `quantization` packs it (`dtype`: of a path, or of all)."""
+    """The parameter tree as shapes, quantised as in the checkpoint or else by `quantization` (`dtype`: for all, or a function of the path).
+    """
     hf = json.loads(config.hf_json or "{}")
     in_file = packed_as(hf)
     kind = in_file or quantization
@@ -57,8 +58,8 @@ def abstract_params(config: ModelConfig, dtype: str | Callable[[str], str], quan
 
 
 def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Batch:
-    """The batch of a full step: the largest of `rows`; without them every token counts as trained, and a row has one pair (or other group)
-    of answers; of answers that are drawn it is that of prompts of `data.max_length`."""
+    """The batch of a full step: the largest of `rows`. Without rows every token counts as trained, and a row has one pair (or other group)
+    of answers; for sampled answers, prompts have `data.max_length` tokens."""
     sharding = parallel.batch_sharding(mesh)
     known = rows is not None or config.objective in POLICY
     if rows is not None:
@@ -84,8 +85,8 @@ def abstract_batch(config: Config, mesh, rows: data.Source | None = None) -> Bat
 
 
 def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
-    """`(jitted step, (state, base, batch), model_config)`, the step that `train` runs, with shapes in place of arrays; of these rows,
-    where they are known."""
+    """`(jitted step, (state, base, batch), model_config)`: the step that `train` runs, with shapes in place of arrays, for these rows if
+    known."""
     if config.dtype == "auto":
         config = config.replace(dtype="float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
@@ -95,7 +96,7 @@ def abstract_step(config: Config, model_config: ModelConfig, mesh, rows: data.So
 
 
 def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: data.Source | None = None):
-    """`((state, base, batch), model_config)`: the shapes of what the step of `train` is called with, and how it computes."""
+    """`((state, base, batch), model_config)`: the shapes of the arguments of `train`'s step, and how it computes."""
     check_attention(config, model_config, mesh)
     model_config = how_to_compute(config, model_config, mesh)
     params = abstract_params(model_config, param_dtypes(config, model_config), config.quantization)
@@ -111,7 +112,7 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
         base = beginnings.moved(params, _with_shardings(trainable, own), lambda scale: _everywhere(scale, mesh))
     apart = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if apart and compares(config) and not beforehand(config):
-        base = base | {REFERENCE: params}  # a checkpoint of its own, or a copy of the starting weights
+        base = base | {REFERENCE: params}  # a separate checkpoint, or a copy of the initial weights
     if config.teacher is not None:
         base = base | {TEACHER: _abstract_teacher(config, mesh)}
     return (state, base, abstract_batch(config, mesh, rows)), model_config
@@ -122,7 +123,7 @@ def _steps(config: Config, rows: data.Source | None) -> int:
 
 
 def _abstract_teacher(config: Config, mesh) -> Teacher:
-    """The teacher as jaxtune/teacher.py reads it."""
+    """The teacher as shapes, as jaxtune/teacher.py reads it."""
     teacher = open_config(config.teacher)
     check_attention(config, teacher, mesh)
     teacher = how_to_compute(config, teacher, mesh)

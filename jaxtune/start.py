@@ -1,4 +1,4 @@
-"""The start of a run: its rows, its weights and what is trained of them, its compiled step."""
+"""The start of a run: its rows, its weights and trainable part, its compiled step."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ log = logging.getLogger("jaxtune")
 
 
 def read_rows(config: Config, opened: Opened, mesh: Mesh) -> tuple[data.Data, int]:
-    """The rows, which the model can take, and how many steps a run over them has."""
+    """The rows, checked against the model, and the number of steps of a run over them."""
     rows = data.load(config, opened.tokenizer, parallel.data_parallel(mesh))
     virtual = getattr(getattr(config, config.method, None), "num_virtual_tokens", 0)
     check_fits((rows.train, rows.eval, rows.test), opened.tokenizer, opened.config, virtual)
@@ -82,9 +82,9 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
 def begin(
     config: Config, opened: Opened, weights: tuple[ModelConfig, dict], rows: data.Source | None, mesh: Mesh
 ) -> tuple[Model, Any]:
-    """The model with the head it needs and how it computes, and what is trained of it; says how many matrices that has.
+    """The model with the head it needs and its way of computing, and its trainable part; logs the number of matrices.
 
-    `rows`: those of the training, which an adapter may begin with.
+    `rows`: the training rows, which may initialise the adapter.
     """
     model = heads.attach(opened.model(*weights), heads.head_of(config), jax.random.key(config.seed), mesh)
     folders = [Path(folder).expanduser() for folder in (config.init_adapter, opened.path) if folder]
@@ -116,7 +116,7 @@ def begin(
 
 
 def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: Any, mesh: Mesh) -> tuple[Model, Adapter]:
-    """The model and the adapter that the run begins with; of a run that is resumed, those that it has kept."""
+    """The initial model and adapter of the run; a resumed run takes those it has saved."""
     kept = runfolder.folder_of(config) / runfolder.INITIAL if config.output_dir else None
     if config.resume and kept and is_adapter(kept):
         return model, peft_files.load_adapter(kept, model)
@@ -127,13 +127,13 @@ def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: A
 
 
 def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> None:
-    """Write what `begin` has made: the adapter, and the base where LoftQ has packed another one than the config asks for."""
+    """Save what `begin` made: the adapter, and the base if LoftQ has quantised it differently from what the config asks for."""
     if beginnings.in_a_run(config) is None or is_adapter(folder / runfolder.INITIAL):
         return
     adapter = parallel.fetch(adapter)
     if beginnings.in_a_run(config) == "loftq" and config.lora.loftq_config.loftq_iter > 1:
         model.source = str(folder / runfolder.BASE)
-        shutil.rmtree(model.source, ignore_errors=True)  # of a start that was killed before its adapter was there
+        shutil.rmtree(model.source, ignore_errors=True)  # left by a start that was killed before its adapter was written
         hf.save(model.config, model.params, model.source, tokenizer=model.tokenizer, generation_config=model.generation_config,
                 beside=model.beside, keep_packed=True)  # fmt: skip
     if distributed.is_first():
@@ -141,7 +141,7 @@ def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> 
 
 
 def place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
-    """The first state, each leaf where it belongs."""
+    """The initial state, with each leaf on its devices."""
     make = lambda trainable: init_state(trainable, optimizer, config.seed, config.sync_ref_model)  # noqa: E731
     shapes = jax.eval_shape(make, trainable)
     own = jax.tree.map(lambda leaf: leaf.sharding, trainable)
@@ -150,13 +150,13 @@ def place_state(mesh, config: Config, trainable, optimizer) -> TrainState:
 
 
 def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source, total_steps: int) -> None:
-    """Compile the step for the shapes that it will have, which JAX keeps, while the weights are still being read.
+    """Compile the step for its future shapes, while the weights are still being read; JAX caches the program.
 
-    Not of a run that is resumed: it may be refused or be done already, and its program is in the cache.
+    Skipped for a resumed run: it may be refused or already finished, and its program is on disk.
     """
-    if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes are those of its files
+    if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes depend on its files
         return
-    if beginnings.in_a_run(config) == "eva":  # whose ranks the rows say
+    if beginnings.in_a_run(config) == "eva":  # whose ranks depend on the rows
         return
     model_config = heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
@@ -165,7 +165,7 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
 
 
 def programs(config: Config, model_config: Any, total_steps: int, state: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted step and evaluation step; those of the run before where nothing that they compute is different, as from fold to fold."""
+    """The jitted step and evaluation step; those of the previous run if they compute the same, as from fold to fold."""
     alike = config.replace(output_dir=None, resume=False, data=dataclasses.replace(config.data, fold=None))
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
     return _jitted(alike, model_config, total_steps, objective_of(config), mesh, tuple(shardings), structure)

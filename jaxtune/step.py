@@ -1,4 +1,4 @@
-"""The train step: one pure function, whatever the method, the objective and the machine."""
+"""The training step: one pure function for all methods, objectives and machines."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from jaxtune.peft import beginnings, compose, penalty
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that changes in training: the step's number, what is trained, the optimiser's state, the PRNG key.
+    """Everything that changes in training: the step number, the trainable part, the optimiser's state, the PRNG key.
 
-    `reference`, with `sync_ref_model` only: an earlier `trainable`, which the reference model is composed of.
+    `reference`, only with `sync_ref_model`: an earlier `trainable`, from which the reference model is composed.
     """
 
     step: jax.Array
@@ -39,8 +39,8 @@ def init_state(trainable, optimizer: optax.GradientTransformation, seed: int, sy
 
 
 def with_reference(base: dict, state: TrainState) -> dict:
-    """The base, with the reference model in it where that is another tree: one that moves, or the base as it was before an adapter was
-    taken out of it."""
+    """The base, with the reference model in it if that is another tree: one that moves, or the base as it was before an adapter was taken
+    out of it."""
     if state.reference is not None:
         return base | {REFERENCE: compose(base, state.reference)}
     before = None if REFERENCE in base else beginnings.unmoved(base)
@@ -48,14 +48,14 @@ def with_reference(base: dict, state: TrainState) -> dict:
 
 
 def _synchronised(config, reference, trainable, step: jax.Array):
-    """Every `ref_model_sync_steps` steps `(1 - alpha) reference + alpha trainable` (TR-DPO, arXiv 2404.09656), else as it was."""
+    """Every `ref_model_sync_steps` steps `(1 - alpha) reference + alpha trainable` (TR-DPO, arXiv 2404.09656), otherwise unchanged."""
     alpha, due = config.ref_model_mixup_alpha, step % config.ref_model_sync_steps == 0
     return jax.tree.map(lambda old, new: jnp.where(due, (1 - alpha) * old + alpha * new, old).astype(old.dtype), reference, trainable)
 
 
 def how_to_compute(config, model_config, mesh: Mesh):
-    """The model's config with the run's way to compute it: the dtype, what the backward pass computes again, how many tokens have
-    logits at one time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long each as 128)."""
+    """The model's config with the run's computation settings: the dtype, what the backward pass recomputes, how many tokens have logits at
+    a time (on a CPU as many as its cache holds: 512 rows of 49152 logits take 3 times as long per row as 128)."""
     platform = mesh.devices.flat[0].platform
     # dots keeps products and attention: 1.3 times the speed for 2.7 GB where full takes 0.5
     auto = "dots" if platform == "cpu" and not config.optimizer_in_bwd else "full"
@@ -72,12 +72,12 @@ def make_step(
     config, model_config, objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None,
     mesh: Mesh | None = None,
 ) -> Callable:
-    """`step(state, base, batch) -> (state, metrics)`, to be jitted (or pmapped with `axis_name`); on `mesh`, activations lie as
-    model/layout.py says.
+    """`step(state, base, batch) -> (state, metrics)`, to be jitted (or pmapped with `axis_name`); on `mesh`, activations are sharded by
+    model/layout.py.
 
-    `batch` has leading axes `[A, B, T]`; sums of loss, gradient and weight over the A micro-batches (and devices) are divided once by
-    the total weight, so A, B and the number of devices cannot change the result. `metrics` are float32 scalars on the device.
-    With `max_skipped_steps`, a step whose loss or gradient is no number changes nothing but the step's number.
+    `batch` has leading axes `[A, B, T]`. Sums of loss, gradient and weight over the A micro-batches (and devices) are divided once by the
+    total weight, so A, B and the number of devices do not change the result. `metrics` are float32 scalars on the device. With
+    `max_skipped_steps`, a step with a non-finite loss or gradient changes nothing but the step number.
     """
     model_config = dataclasses.replace(model_config, mesh=mesh)
     if config.optimizer_in_bwd and axis_name is not None:
@@ -116,7 +116,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss.total / loss.weight + own, "grad_norm": grad_norm, "weight": loss.weight, "tokens": tokens}
-        metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN where there was nothing to measure
+        metrics |= {name: value / weight for name, (value, weight) in loss.metrics.items()}  # NaN if there was nothing to measure
         reference = None if state.reference is None else _synchronised(config, state.reference, trainable, state.step + 1)
         new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state, reference=reference)
         if config.max_skipped_steps:
@@ -130,7 +130,7 @@ def make_step(
 
 
 def _with_penalty(trainable, grads):
-    """What the method adds to the loss (AdaLoRA's orthogonality), and the gradient with its part."""
+    """The method's own loss term (AdaLoRA's orthogonality), and the gradient including it."""
     if penalty(trainable) is None:
         return 0.0, grads
     own, more = jax.value_and_grad(penalty)(trainable)

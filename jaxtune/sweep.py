@@ -1,10 +1,10 @@
-"""One config over several values of its keys: a run for each combination, one after the other, and all of them side by side.
+"""Run one config with several values for its keys: one run per combination, one after the other, and a comparison of them.
 
     jaxtune sweep CONFIG.yaml max_steps=200 --over learning_rate=1e-4,3e-4 lora.r=8,16
 
-Runs lie in OUTPUT_DIR/learning_rate=0.0001,lora.r=8 and so on. All configs are checked before the first run begins; one that fails on its
-way (its loss is no number, or memory does not suffice) is told and the others go on. With resume=true what is done is left, what was
-stopped goes on, and new values may be added.
+Runs are written to OUTPUT_DIR/learning_rate=0.0001,lora.r=8 and so on. All configs are checked before the first run starts. If a run fails
+(its loss is not finite, or it runs out of memory), this is reported and the others continue. With resume=true, finished runs are skipped, a
+stopped run continues, and values may be added.
 """
 
 import itertools
@@ -28,14 +28,14 @@ log = logging.getLogger("jaxtune")
 
 
 def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Sequence[Any]], overrides: Sequence[str] = ()) -> Report | None:
-    """Train every combination of the values in `over` (key -> values, as in the config; dots for nested keys); what they measured.
+    """Train every combination of the values in `over` (key -> values, as in the config; dots for nested keys) and compare them.
 
-    None where a signal has stopped it (and, of several processes, on all but the first).
+    Returns None if a signal stopped it (and, with several processes, on all but the first).
 
     Raises:
-        ConfigError: a key or value that the config cannot have, or nothing to sweep over; before the first run.
-        CheckpointError: `output_dir` holds something and `resume` is not set, or a run of other values.
-        TrainingError: no run has come to its end.
+        ConfigError: an invalid key or value, or nothing to sweep over; before the first run.
+        CheckpointError: `output_dir` is not empty and `resume` is not set, or it holds a run with other values.
+        TrainingError: no run has finished.
     """
     config = load_config(config, overrides)
     runs = combinations(config, over)
@@ -60,7 +60,7 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
             failed[name] = why
             log.warning("%s: %s", name, why)
             continue
-        jax.clear_caches()  # a program takes a few of the 65,530 memory maps of a process on Linux, which many runs would use up
+        jax.clear_caches()  # a program takes a few of a Linux process's 65,530 memory maps; many runs would use them up
         if stopped:
             log.warning("stopped in run %d of %d; the same command with resume=true goes on", number, len(runs))
             return None
@@ -75,7 +75,7 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
 
 
 def _is_begun(run: Config) -> bool:
-    """Whether the folder holds this run. CheckpointError where it holds another."""
+    """Whether the folder holds this run. CheckpointError if it holds another."""
     folder = Path(run.output_dir)
     if not (folder / "config.yaml").is_file():
         return False

@@ -1,6 +1,6 @@
-"""Machines to plan for, whether they are here or not: TPU topologies (through libtpu) and GPUs (through a target description).
+"""Machines to plan for, present or not: TPU topologies (through libtpu) and GPUs (through a target description).
 
-XLA's own compiler gives the exact memory of a step for a chip that nobody in the room owns; nothing runs on one.
+XLA's own compiler gives the exact memory of a step for a chip that is not present; nothing runs on one.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ GB = 10**9
 
 
 class Chip(NamedTuple):
-    """Figures of one accelerator: memory that a program may use, its bandwidth (bytes/s), dense bfloat16 FLOP/s; None where not known."""
+    """Figures of one accelerator: memory available to a program, its bandwidth (bytes/s), dense bfloat16 FLOP/s; None if unknown."""
 
     memory: int | None
     bandwidth: float | None = None
@@ -26,7 +26,7 @@ class Chip(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Devices to compile for, what one of them can do, where those figures are from, and what jax calls a GPU that is not here."""
+    """Devices to compile for, the figures of one of them and their source, and jax's name for a GPU that is not present."""
 
     name: str
     devices: list
@@ -35,7 +35,8 @@ class Target(NamedTuple):
     kind: str | None = None
 
     def lowering(self) -> contextlib.AbstractContextManager:
-        """In this, jax lowers kernels for the target: since 0.12 it asks the context for the chip, and without one the machine at hand."""
+        """Inside this context, jax lowers kernels for the target: since 0.12 it takes the chip from the context, by default the local
+        machine."""
         if self.kind is None:
             return contextlib.nullcontext()
         chip = jax.sharding.AbstractDevice(device_kind=self.kind, num_cores=None, platform="cuda")
@@ -48,7 +49,7 @@ TPUS = {
     "v5e": (Chip(int(15.75 * 2**30), 819 * GB, 197e12), 1, 2, 256),
     "v5p": (Chip(int(95.0 * 2**30), 2765 * GB, 459e12), 2, 3, 4096),
     "v6e": (Chip(int(31.25 * 2**30), 1640 * GB, 918e12), 1, 2, 256),
-    "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3, 4096),  # a device is one of a chip's two cores, with half of it
+    "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3, 4096),  # a device is one of a chip's two cores, with half of its memory
 }
 
 # GPU: chip; compute capability; multiprocessors; L2 MiB; shared memory per multiprocessor and per block at most, KiB; clock GHz
@@ -65,7 +66,7 @@ GPUS = {
     "h200": (Chip(141 * GB, 4800 * GB, 989e12), (9, 0), 132, 50, (228, 227), 1.98),
     "b200": (Chip(180 * GB, 8000 * GB, 2250e12), (10, 0), 148, 126, (228, 227), 1.96),
 }
-# compute capability -> a GPU that has it by the name that jax knows; no more than that is asked of it
+# compute capability -> a GPU that has it, by jax's name for it; only the capability is used
 NAMES = {
     (8, 0): "NVIDIA A100", (8, 6): "NVIDIA A10", (8, 9): "NVIDIA L4", (9, 0): "NVIDIA H100", (10, 0): "NVIDIA B200",
     (12, 0): "NVIDIA RTX PRO 6000",
@@ -75,9 +76,9 @@ NAMES = {
 def find_target(name: str) -> Target:
     """The devices of a target: `here`, a TPU slice (`v5e-8`, `v5p-128`), or GPUs (`h100`, `8xh100`, `a100-80`).
 
-    A slice is named as Google names it: v5e and v6e by chips, v4, v5p and 7x by cores (two a chip).
+    Slices have Google's names: v5e and v6e are counted in chips, v4, v5p and 7x in cores (two per chip).
 
-    Raises ConfigError for an unknown name, and when the package that compiles for it is not installed.
+    Raises ConfigError for an unknown name, and if the package that compiles for it is not installed.
     """
     text = name.lower().replace(" ", "").replace("nvidia-", "")
     if text == "here":
@@ -96,7 +97,7 @@ def find_target(name: str) -> Target:
 
 
 def _meant(text: str) -> str:
-    """A suggestion for a name that nearly is one."""
+    """A suggestion for a misspelt name."""
     if text in ("cpu", "gpu", "cuda", "tpu", "local", "localhost"):
         return "; for the machine at hand write here"
     turned = re.fullmatch(r"(?P<kind>[a-z0-9-]+?)[x*](?P<count>\d+)", text)
@@ -110,7 +111,7 @@ PUBLISHED = "memory and rates of the chip are the published ones"
 
 
 def _here() -> Target:
-    """The machine at hand: its memory as it says itself, its rates as published, where the tables know the chip."""
+    """The local machine: its memory as it reports it, its published rates if the tables contain the chip."""
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -126,7 +127,7 @@ def _here() -> Target:
 
 
 def _known(kind: str) -> Chip:
-    """The row of the tables that a device's own name ("NVIDIA A100-SXM4-80GB", "TPU v5 lite") means."""
+    """The row of the tables for a device's own name ("NVIDIA A100-SXM4-80GB", "TPU v5 lite")."""
     words = {"tpu v5": "v5p"}.get(kind.lower(), kind.lower()).replace(" lite", "e").replace("rtx ", "rtx").replace("tpu7x", "7x")
     tables = {name: row[0] for name, row in (TPUS | GPUS).items()}
     found = [name for name in tables if all(re.search(rf"(?<![a-z\d]){part}(?!\d)", words) for part in name.split("-"))]
@@ -134,7 +135,7 @@ def _known(kind: str) -> Chip:
 
 
 def _host_memory() -> int | None:
-    """Bytes of memory that this machine, or the container this is in, has."""
+    """Bytes of memory of this machine, or of the container this runs in."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max"
@@ -151,10 +152,10 @@ def _tpu(name: str, kind: str, count: int) -> Target:
         near = sorted({min(max(1 << n, 1), most) for n in (chips.bit_length() - 1, chips.bit_length()) if n >= 0})
         choices = " or ".join(f"{kind}-{n * cores}" for n in near)
         raise ConfigError(f"target {name}: slices of {kind} have 1, 2, 4, ... {most} chips; write {choices}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server where there is no TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # without a TPU there is no metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # of the machine at hand; it has none, and libtpu says that
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # it cannot find out
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # of the local machine; it has none, and libtpu complains about that
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # it cannot determine them
     sides = _sides(chips, dimensions)
     extra = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if chips == 1 else {}
     kind = f"tpu{kind}" if kind == "7x" else kind
@@ -191,7 +192,7 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     """
     hosts = next(n for n in range(math.ceil(count / 8), count + 1) if count % n == 0)
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
-    both = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} --no-deps"  # by itself pip takes two versions
+    both = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} --no-deps"  # otherwise pip installs two versions
     topology = _topology("cuda", kind, "jax_cuda13_plugin", both, extra)
     return Target(name, list(topology.devices), chip, PUBLISHED, NAMES[major, minor])
 
@@ -201,13 +202,13 @@ def _topology(platform: str, name: str, module: str, package: str, extra: dict):
 
     try:
         return topologies.get_topology_desc(name, platform, **extra)
-    except Exception as error:  # each backend has errors of its own for "not installed" and "no such topology"
+    except Exception as error:  # each backend raises its own errors for "not installed" and "no such topology"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"target {name} cannot be compiled for here: {reason}. It needs {module} (pip install {package})") from error
 
 
 def errors_bytes(message: str) -> int | None:
-    """The bytes a RESOURCE_EXHAUSTED message says a program needs, or None."""
+    """The bytes that a RESOURCE_EXHAUSTED message says a program needs, or None."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     words = r"(?:Used|needs?|requires?|allocating|allocate)\s+|memory required for [\w ]+\("

@@ -1,4 +1,4 @@
-"""The teacher of objective distill: a model of its own beside the student, frozen, over the same mesh."""
+"""The teacher of objective distill: a separate, frozen model on the same mesh."""
 
 import logging
 from pathlib import Path
@@ -22,9 +22,9 @@ log = logging.getLogger("jaxtune")
 
 
 def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -> Opened | None:
-    """The files of the run's teacher; None where the objective has none.
+    """The files of the run's teacher; None if the objective has none.
 
-    Raises ConfigError for a teacher whose tokens are not the student's, DataError for rows that it cannot take.
+    Raises ConfigError for a teacher with another vocabulary, DataError for rows that it cannot process.
     """
     if config.teacher is None:
         return None
@@ -45,7 +45,7 @@ def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -
 
 
 def check_tokens(config: Config, student: Any, teacher: Any) -> None:
-    """ConfigError where a token's number is another token's with the teacher; one of the two may have more tokens, behind the others."""
+    """ConfigError if student and teacher number a token differently; one of them may have more tokens at the end."""
     if teacher is None:
         raise ConfigError(
             f"teacher {config.teacher} holds no tokenizer, so nothing tells whether its tokens are those of {config.model}; put its "
@@ -63,7 +63,7 @@ def check_tokens(config: Config, student: Any, teacher: Any) -> None:
 
 
 def read_teacher(config: Config, opened: Opened | None, mesh: Mesh) -> dict[str, Teacher]:
-    """What the teacher adds to the step's base: its weights on the mesh, computing in the run's way; nothing where there is none."""
+    """What the teacher adds to the step's base: its weights on the mesh, with the run's computation settings; empty if there is none."""
     if opened is None:
         return {}
     model = read_model(opened, config.dtype, config.teacher_quantization, mesh)

@@ -1,8 +1,8 @@
 """python -m jaxtune.train CONFIG.yaml [key=value ...]
 
-Fine-tune a model as the config says; writes a run folder: config.yaml, run.json, metrics.jsonl, loss.png, tensorboard/,
-checkpoints/, and the result: adapter/ (PEFT's format) or model/ (Hugging Face's). With data.kfold, one such folder for each fold and
-folds.json, the mean and spread of what they measured.
+Fine-tune a model as the config says. Writes a run folder: config.yaml, run.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/, and
+the result: adapter/ (PEFT's format) or model/ (Hugging Face's). With data.kfold, one such folder per fold, and folds.json with the mean and
+spread of their metrics.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ log = logging.getLogger("jaxtune")
 
 @dataclasses.dataclass
 class Result:
-    """What a run ended with: its folder, the last metrics by name, what was trained, and the model it was trained on."""
+    """The result of a run: its folder, the last metrics by name, the trained part, and the model it was trained on."""
 
     folder: Path
     step: int
@@ -62,12 +62,12 @@ def train(
     config: Config | Mapping | str | os.PathLike, overrides: tuple[str, ...] | list[str] = (), *,
     reward_funcs: Sequence[Callable] = (), loss_function: Callable | None = None,
 ) -> Result | CrossValidation:  # fmt: skip
-    """One training run, from a config to its result; with `data.kfold` and no `data.fold`, one for each fold.
+    """Run a training config to its result; with `data.kfold` and no `data.fold`, one run per fold.
 
-    `reward_funcs`: functions of objectives grpo and rloo (jaxtune/rewards.py), beside those that the config names.
-    `loss_function`: a function in place of the objective's own (jaxtune/losses.py).
+    `reward_funcs`: functions for objectives grpo, rloo and ppo (jaxtune/rewards.py), in addition to those that the config names.
+    `loss_function`: a function that replaces the objective's own (jaxtune/losses.py).
 
-    Raises JaxtuneError for everything the user can put right: keys, files, rows, targets, a folder in use.
+    Raises JaxtuneError for everything the user can correct: keys, files, rows, targets, a folder in use.
     """
     config = load_config(config, overrides)
     if loss_function is not None:
@@ -99,7 +99,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Calla
 
 def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callable]) -> Result:
     # ---- 1. What there is: the model's files, the rows ----
-    distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before anything long is done
+    distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before any long work
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
     opened = open_model(_base(config))
@@ -133,7 +133,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     if distributed.is_first():
         checkpoint = nbytes((state.trainable, state.opt_state)) if config.save_strategy != "no" else 0
         runfolder.check_room(folder, nbytes(state.trainable) + checkpoint)
-        if config.resume:  # whose keys of what is kept and said may be others
+        if config.resume:  # keys that only affect saving and logging may have changed
             runfolder.write_config(folder, config)
         _write_run_json(folder, config, mesh, opened, teacher, rows, state.trainable, total_steps)
 
@@ -158,20 +158,20 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
 
 def _check_tables(config: Config) -> None:
     check_names(config)
-    metrics.find_all(config.evaluate.metric)  # they are called at the end, and a mistake is to be heard of at the start
+    metrics.find_all(config.evaluate.metric)  # metrics are called at the end, but their mistakes should be reported at the start
     if config.init_adapter:
         config_file(Path(config.init_adapter).expanduser())
 
 
 def settled(config: Config) -> Config:
-    """With the values that depend on the machine, and on the model."""
+    """The config with values that depend on the machine and on the model."""
     changes: dict[str, Any] = {}
     if config.dtype == "auto":
         changes["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if config.output_dir is None:
         changes["output_dir"] = runfolder.default_folder(config, f"{config.method}-{config.objective}")
     config = config.replace(**changes)
-    if config.objective in ON_TOKENS:  # as `unshared` leaves it, without reading the model's config
+    if config.objective in ON_TOKENS:  # `unshared` would not change it, so the model's config need not be read
         return config
     return unshared(config, open_config(_base(config)))
 
@@ -182,7 +182,7 @@ def _base(config: Config) -> str:
 
 
 def _check_folder(config: Config) -> None:
-    """Refuse a folder that is in use, and one to resume that holds another run."""
+    """Refuse a folder in use, and one to resume that holds another run."""
     runfolder.check_free(config)
     if config.resume and (found := runfolder.differences(config, runfolder.folder_of(config))):
         _refuse(config, f"{config.output_dir} holds another run: {'; '.join(found)}")
@@ -190,12 +190,12 @@ def _check_folder(config: Config) -> None:
 
 def _open_folder(config: Config) -> None:
     folder = runfolder.open_run(config)
-    if not config.resume:  # before anything else is in it, so that a run killed from here on can be resumed
+    if not config.resume:  # first of all files, so that a run killed from here on can be resumed
         runfolder.write_config(folder, config)
 
 
 def first_notes(rows: data.Data) -> dict[str, Any]:
-    """What a run remembers beside its state, before the first step; checkpoints carry it."""
+    """What a run remembers besides its state, before the first step; part of every checkpoint."""
     best = {"best": None, "best_step": None, "bad_evals": 0}
     return {"fingerprint": rows.train.fingerprint, "num_tokens": 0, "skipped_steps": 0, "losses": []} | best
 
@@ -214,7 +214,7 @@ def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: Train
 
 
 def _refuse(config: Config, what: str) -> None:
-    """CheckpointError for a run that is not the one to go on with, or where that is allowed a line that says so."""
+    """CheckpointError for a run that cannot be resumed as this one, or only a warning if drift is allowed."""
     if not config.resume_allow_drift:
         raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to go on all the same")
     log.warning("resume_allow_drift: %s; going on all the same", what)
@@ -238,11 +238,11 @@ def _write_run_json(folder: Path, config: Config, mesh, opened: Opened, teacher:
 
 
 def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> Path:
-    """`adapter/` in PEFT's format, or `model/` in Hugging Face's; the result of an earlier end of this run is replaced."""
+    """`adapter/` in PEFT's format, or `model/` in Hugging Face's; replaces an earlier result of this run."""
     out = folder / ("adapter" if isinstance(trainable, Adapter) else "model")
     scratch, old = folder / f".{out.name}.new", folder / f".{out.name}.old"
     if distributed.is_first():
-        for left in (scratch, old):  # by a killed run
+        for left in (scratch, old):  # left by a killed run
             shutil.rmtree(left, ignore_errors=True)
     if isinstance(trainable, Adapter):
         trainable = parallel.fetch(trainable)
@@ -255,7 +255,7 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
             whole = compose(model.params, trainable)
             settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "beside": model.beside}
             hf.save(model.config, whole, scratch, **settings)
-        if out.exists():  # aside first: what is there is at no moment half of one
+        if out.exists():  # moved aside first, so that there is never half a result
             os.replace(out, old)
         os.replace(scratch, out)
         shutil.rmtree(old, ignore_errors=True)

@@ -9,10 +9,10 @@ TRL + PEFT need the [oracle] extra, here or in the Python that is named; the oth
 without one. `--only NAME` takes one row of a table. Every round appends a line for each side to `--results`; a table is of the medians of
 all rounds in there with the same settings, and `--write docs/benchmarks.md` puts it between that file's marks.
 
-ROWS.jsonl has `question` and `answer` (gsm8k), each taken once. Tokens do not include padding. "job" is the whole process, with imports, loading,
-compilation from an empty cache and saving; "per CPU second" is tokens per second of processor time, which other jobs disturb less; "start" is
-the time to the end of the first step; "steps" is the speed from there on. Peak memory is the process's largest resident size, on a GPU the
-allocator's peak.
+ROWS.jsonl has `question` and `answer` (gsm8k), each taken once. Tokens do not include padding. "job" is the whole process, with imports,
+loading, compilation from an empty cache and saving; "per CPU second" is tokens per second of processor time, which other jobs disturb less;
+"start" is the time to the end of the first step; "steps" is the speed from there on. Peak memory is the process's largest resident size, on
+a GPU the allocator's peak.
 """
 
 import argparse
