@@ -1,4 +1,4 @@
-"""The config: one frozen, hashable, checked object for a run, from YAML and `key=value` overrides."""
+"""The config of a run: one frozen, hashable, validated object, read from YAML and `key=value` overrides."""
 
 from jaxtune.config.adapters import (
     AdaLoraConfig,

@@ -1,6 +1,6 @@
-"""The keys of each parameter-efficient method: PEFT's config classes, their names, meanings and defaults.
+"""The keys of each parameter-efficient method: PEFT's config classes, with their names, meanings and defaults.
 
-`target_modules` is by default every linear layer but the head, where PEFT has a list by model type (IA3's own list is kept).
+`target_modules` defaults to every linear layer but the head, where PEFT has a list per model type (IA3 keeps PEFT's list).
 """
 
 import math
@@ -17,7 +17,7 @@ Names = str | tuple[str, ...]  # name endings, or a regular expression
 
 @dataclass(frozen=True)
 class LoraConfig(Group):
-    """PEFT's `LoraConfig`, its names and meanings; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+    """PEFT's `LoraConfig`, with its names and meanings; the scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
 
     group: ClassVar[str] = "lora"
     least_rank: ClassVar[int] = 1
@@ -29,7 +29,7 @@ class LoraConfig(Group):
     exclude_modules: Names | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches wins
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first matching pattern wins
     alpha_pattern: tuple[tuple[str, int | float], ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
@@ -63,17 +63,17 @@ class LoraConfig(Group):
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:
-        """Of a module that no pattern names."""
+        """The rank and alpha of a module that no pattern matches."""
         return self.r, self.lora_alpha
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """What the product of a pair is multiplied by."""
+        """The factor of a pair's product."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)
 class MatrixConfig(Group):
-    """What the methods that adapt matrices have in common; a key that PEFT's class of a method has not is no field of it, but fixed."""
+    """Common keys of the methods that adapt matrices; a key that a method's PEFT class lacks is fixed instead of a field."""
 
     exclude_modules: ClassVar[Any] = None
     layers_to_transform: ClassVar[Any] = None
@@ -94,22 +94,22 @@ class MatrixConfig(Group):
 
     @property
     def rank_and_alpha(self) -> tuple[int, float]:
-        """Of a module that no pattern names."""
+        """The rank and alpha of a module that no pattern matches."""
         return 1, 1.0
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """What the method's part of a product is multiplied by."""
+        """The factor of the method's part of a product."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class IA3Config(MatrixConfig):
-    """(IA)3: PEFT's `IA3Config`. None: PEFT's modules for the model type, keys, values and what enters the last matrix of a layer."""
+    """(IA)3: PEFT's `IA3Config`. None: PEFT's modules for the model type, which are keys, values and the input of a layer's last matrix."""
 
     group: ClassVar[str] = "ia3"
 
     target_modules: Names | None = None
-    feedforward_modules: Names | None = None  # scaled where x enters; the others where y leaves
+    feedforward_modules: Names | None = None  # scaled at the input; the others at the output
     exclude_modules: Names | None = None
 
 
@@ -144,8 +144,8 @@ class LoKrConfig(_Ranked):
 
     group: ClassVar[str] = "lokr"
 
-    decompose_both: bool = False  # the left factor too is a product of rank r
-    decompose_factor: int = -1  # a side of the left factor, as near as divides; -1: near the square root
+    decompose_both: bool = False  # also factor the left factor with rank r
+    decompose_factor: int = -1  # one side of the left factor, rounded to a divisor; -1: near the square root
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class VeraConfig(MatrixConfig):
 
 @dataclass(frozen=True)
 class AdaLoraConfig(MatrixConfig):
-    """PEFT's `AdaLoraConfig`; `total_step` None is all steps of the run."""
+    """PEFT's `AdaLoraConfig`; `total_step` None means all steps of the run."""
 
     group: ClassVar[str] = "adalora"
-    least_rank: ClassVar[int] = 0  # a matrix that the allocation has left nothing
+    least_rank: ClassVar[int] = 0  # a matrix to which the allocation has left no rank
 
     target_r: int = 8
     init_r: int = 12
@@ -194,7 +194,7 @@ class AdaLoraConfig(MatrixConfig):
     exclude_modules: Names | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: Names | None = None
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # of an adapter whose ranks are settled
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # an adapter whose ranks are final
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,7 +219,7 @@ class AdaLoraConfig(MatrixConfig):
 
 @dataclass(frozen=True)
 class BeftConfig(MatrixConfig):
-    """Bias tuning (BitFit), as PEFT's `BeftConfig` adds to biases; by default every linear layer that has one."""
+    """Bias tuning (BitFit), like PEFT's `BeftConfig` an offset to biases; by default for every linear layer that has one."""
 
     group: ClassVar[str] = "bitfit"
 
@@ -236,7 +236,7 @@ class LNTuningConfig(MatrixConfig):
 
 @dataclass(frozen=True)
 class PromptConfig(Group):
-    """What methods of virtual tokens have in common."""
+    """Common keys of the virtual-token methods."""
 
     num_virtual_tokens: int = 20
 
@@ -248,7 +248,7 @@ class PromptConfig(Group):
 
 @dataclass(frozen=True)
 class PromptTuningConfig(PromptConfig):
-    """PEFT's `PromptTuningConfig`; a text is read by the model's own tokenizer."""
+    """PEFT's `PromptTuningConfig`; a text is tokenised by the model's own tokenizer."""
 
     group: ClassVar[str] = "prompt_tuning"
 
@@ -263,11 +263,11 @@ class PromptTuningConfig(PromptConfig):
 
 @dataclass(frozen=True)
 class PromptEncoderConfig(PromptConfig):
-    """PEFT's `PromptEncoderConfig` (p-tuning), its network an MLP."""
+    """PEFT's `PromptEncoderConfig` (p-tuning), with an MLP as its network."""
 
     group: ClassVar[str] = "p_tuning"
 
-    encoder_reparameterization_type: Literal["MLP"] = "MLP"  # an LSTM is not offered
+    encoder_reparameterization_type: Literal["MLP"] = "MLP"  # an LSTM is not supported
     encoder_hidden_size: int | None = None  # the model's
 
 
@@ -278,13 +278,13 @@ class PrefixTuningConfig(PromptConfig):
     group: ClassVar[str] = "prefix_tuning"
 
     prefix_projection: bool = False
-    encoder_hidden_size: int | None = None  # keys' and values' of a layer
+    encoder_hidden_size: int | None = None  # keys and values of a layer
     init_weights: Literal["zero"] | None = None
 
 
 @dataclass(frozen=True)
 class OFTConfig(MatrixConfig):
-    """PEFT's `OFTConfig`: give `oft_block_size`, or r, the number of blocks."""
+    """PEFT's `OFTConfig`: set `oft_block_size`, or r, the number of blocks."""
 
     group: ClassVar[str] = "oft"
 
@@ -308,7 +308,7 @@ class OFTConfig(MatrixConfig):
 
 @dataclass(frozen=True)
 class BOFTConfig(MatrixConfig):
-    """PEFT's `BOFTConfig`, of one butterfly factor, as PEFT has it where its CUDA kernel is not built."""
+    """PEFT's `BOFTConfig` with one butterfly factor, as in PEFT without its CUDA kernel."""
 
     group: ClassVar[str] = "boft"
 

@@ -1,7 +1,7 @@
-"""Other spellings that are understood, and keys of torch tools that are done differently here.
+"""Alternative spellings of keys, and keys of torch tools that work differently here.
 
-`ALIASES` names the key an alias stands for; `TRANSLATE`, by alias or by key, turns a value of other tools into ours: by a
-table (what it lacks is passed on, for the key's own check to judge) or by a function. Using an alias prints a one-line note.
+`ALIASES` names the key that an alias stands for. `TRANSLATE`, by alias or by key, converts a value of other tools: by a table (values that
+it lacks are passed on for the key's own check) or by a function. Using an alias prints a one-line note.
 """
 
 from typing import Any
@@ -143,7 +143,7 @@ TRANSLATE: dict[str, foreign.Translation] = {
     "val_set_size": {0: DEFAULT},
     "val_size": {0: DEFAULT},
     "report_to": foreign.report_to,
-    # and of keys that work differently: these ask for nothing
+    # and of keys that work differently: these values request nothing
     "model_revision": {"main": DEFAULT},
     "dataset_train_split": {"train": DEFAULT},
     "dataset_test_split": {"test": DEFAULT},
@@ -164,7 +164,7 @@ _MESH = "one program runs over all devices; write mesh: {data: -1, fsdp: 1, tens
 _FP16 = "float16 overflows without loss scaling; write dtype: bfloat16"
 _HUB = "nothing is uploaded; push the result folder yourself with `hf upload`"
 
-# What a torch tool's key is here. A key that asks for nothing (`fp16: false`, `deepspeed: null`) is let through with a note.
+# What to write here for a torch tool's key. A key that requests nothing (`fp16: false`, `deepspeed: null`) is ignored with a note.
 DIFFERENT: dict[str, str] = {
     key: here
     for here, keys in {
@@ -238,7 +238,7 @@ DIFFERENT: dict[str, str] = {
     for key in keys.split()
 }
 
-# Keys that cannot change a result here: how torch is driven, what is always so, what is only shown. A note says why they are left out.
+# Keys that cannot change a result here: how torch is run, what always holds, what is only displayed. A note says why they are ignored.
 LEFT_OUT: dict[str, str] = {
     key: why
     for why, keys in {
@@ -297,7 +297,7 @@ LEFT_OUT: dict[str, str] = {
     for key in keys.split()
 }
 
-# Several of bitsandbytes' keys make one of ours.
+# Several of bitsandbytes' keys form one of ours.
 BITSANDBYTES = (
     "load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant",
     "double_quantization",
@@ -305,7 +305,7 @@ BITSANDBYTES = (
 
 
 def bitsandbytes(given: dict[str, Any]) -> str | None:
-    """`load_in_4bit` and its companions as a value of `quantization`."""
+    """bitsandbytes: `load_in_4bit` and related keys as a value of `quantization`."""
     four = given.get("load_in_4bit") or given.get("quantization_bit") == 4
     eight = given.get("load_in_8bit") or given.get("quantization_bit") == 8
     double = any(given.get(key) for key in ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"))

@@ -1,4 +1,4 @@
-"""The keys of two ways in which LoRA may begin (`lora.init_lora_weights`): PEFT's classes, their names and meanings."""
+"""The keys of two LoRA initialisations (`lora.init_lora_weights`): PEFT's classes, with their names and meanings."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from jaxtune.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoftQConfig(Group):
-    """PEFT's `LoftQConfig`: how the base is packed, and how often packing and what makes up for it are computed in turn."""
+    """PEFT's `LoftQConfig`: how the base is quantised, and for how many rounds."""
 
     group: ClassVar[str] = "lora.loftq_config"
 
@@ -24,15 +24,15 @@ class LoftQConfig(Group):
 
 @dataclass(frozen=True)
 class EvaConfig(Group):
-    """PEFT's `EvaConfig`: how the inputs of matrices are looked at, and how ranks follow from them."""
+    """PEFT's `EvaConfig`: how the inputs of matrices are analysed, and how ranks follow from them."""
 
     group: ClassVar[str] = "lora.eva_config"
 
     rho: float = 2.0  # a layer's rank is at most r * rho; 1: every layer has rank r
-    tau: float = 0.99  # components have converged where their cosine similarity from batch to batch is this
-    use_label_mask: bool = True  # tokens that are trained alone
+    tau: float = 0.99  # components have converged if their cosine similarity between batches is at least this
+    use_label_mask: bool = True  # only tokens that are trained
     whiten: bool = False
-    adjust_scaling_factors: bool = True  # alpha in proportion to the rank, so that gradients are of one scale
+    adjust_scaling_factors: bool = True  # alpha proportional to the rank, so that gradients have one scale
 
     def __post_init__(self):
         super().__post_init__()

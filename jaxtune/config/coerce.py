@@ -1,7 +1,7 @@
-"""Values as YAML gives them -> values as the annotations say, hashable, or an error that names key, value and expected.
+"""Convert YAML values to the annotated types, hashable, or raise an error that names key, value and expected type.
 
-Inside a config everything is hashable: a list is a tuple, a table (`{q_proj: 8}`) a tuple of pairs in the order written.
-`thaw` is the way back.
+Inside a config everything is hashable: a list becomes a tuple, a table (`{q_proj: 8}`) a tuple of pairs in the given order. `thaw` is the
+inverse.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str:
 
 
 class Mismatch(Exception):
-    """The value is not of this kind; another member of a union may still take it."""
+    """The value has another type; another member of a union may still accept it."""
 
 
 def plain(value: Any) -> Any:
-    """What Python calls hand over, as YAML would have it: a path its text, a numpy number the number, an enum's member its value."""
+    """Python values as YAML would give them: a path as text, a numpy number as a number, an enum member as its value."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,7 +38,7 @@ def plain(value: Any) -> Any:
 
 
 def freeze(value: Any) -> Any:
-    """Lists and dicts, nested as they come, as tuples and tuples of pairs."""
+    """Nested lists and dicts as tuples and tuples of pairs."""
     if isinstance(value, Mapping):
         return tuple((str(key), freeze(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -47,13 +47,13 @@ def freeze(value: Any) -> Any:
 
 
 def _is_table(kind: Any) -> bool:
-    """`tuple[tuple[str, X], ...]`: a dict on the surface."""
+    """`tuple[tuple[str, X], ...]`: a dict for the user."""
     args = typing.get_args(kind)
     return typing.get_origin(kind) is tuple and typing.get_origin(args[0]) is tuple and typing.get_args(args[0])[0] is str
 
 
 def _choices(kind: Any) -> list[str]:
-    """The kind's alternatives in words."""
+    """The type's alternatives in words."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         return [word for arg in args for word in _choices(arg)]
@@ -71,14 +71,14 @@ def _choices(kind: Any) -> list[str]:
 
 
 def expected(kind: Any) -> str:
-    """The kind in words, for an error message: `true, false or group`."""
+    """The type in words, for an error message: `true, false or group`."""
     *most, last = _choices(kind)
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def _literal(value: Any, choices: tuple) -> Any:
     if value is False and "no" in choices:
-        return "no"  # `eval_strategy: no` is a boolean to YAML 1.1
+        return "no"  # YAML 1.1 reads `eval_strategy: no` as a boolean
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return choice
@@ -123,7 +123,7 @@ def _sequence(value: Any, item: Any, table: bool) -> tuple:
         return tuple(coerce(entry, item) for entry in value)
     if value is None:
         raise Mismatch
-    return (coerce(value, item),)  # one thing stands for a list of one
+    return (coerce(value, item),)  # a single value stands for a list of one
 
 
 def _group(value: Any, kind: Any) -> Any:
@@ -170,12 +170,12 @@ class Group:
     """A frozen, hashable set of keys whose values are checked against their annotations on construction.
 
     Raises:
-        ConfigError: a value is not of its annotation's kind.
+        ConfigError: a value does not have its annotated type.
     """
 
     group: ClassVar[str] = ""  # the dotted prefix in error messages
-    shorthand: ClassVar[str | None] = None  # the field that a bare string stands for, and that has to be there
-    without: ClassVar[str] = ""  # what to write where it is missing
+    shorthand: ClassVar[str | None] = None  # the field that a bare string sets, which is required
+    without: ClassVar[str] = ""  # what to write if it is missing
 
     def __post_init__(self):
         for name, kind in kinds(type(self)).items():
@@ -186,18 +186,18 @@ class Group:
             try:
                 object.__setattr__(self, name, coerce(value, kind))
             except Mismatch:
-                if value is None and default is not dataclasses.MISSING:  # an empty key, where null is no value of its own
+                if value is None and default is not dataclasses.MISSING:  # an empty key, for a field that cannot be null
                     object.__setattr__(self, name, default)
                     continue
                 path = f"{self.group}.{name}" if self.group else name
                 raise ConfigError(f"{path} is {value!r}, but has to be {expected(kind)}.{_nearest(value, kind)}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (dicts, lists, scalars), in field order; building the class from it gives an equal one."""
+        """Plain data (dicts, lists, scalars) in field order; constructing the class from it gives an equal object."""
         return {name: thaw(getattr(self, name), kind) for name, kind in kinds(type(self)).items()}
 
     def to_plain(self) -> Any:
-        """What stands for it inside another group: its dict, or with a `shorthand` only what is set, bare if that is all."""
+        """Its form inside another group: a dict, or with a `shorthand` only the keys that are set, as a bare value if that is all."""
         if not self.shorthand:
             return self.to_dict()
         plain = {field.name: self.to_dict()[field.name] for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}

@@ -1,9 +1,9 @@
-"""Values of other tools, which take more than a table to read as ours.
+"""Values of other tools that need more than a table to convert.
 
-Each function takes the value of one key and returns ours; `DEFAULT` where it asks for what is the default anyway.
+Each function takes the value of one key and returns ours, or `DEFAULT` if it requests the default.
 
 Raises:
-    ConfigError: a value that has no counterpart here; names what to write.
+    ConfigError: a value without a counterpart here; says what to write instead.
 """
 
 import ast
@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtune.errors import ConfigError
 
-DEFAULT = object()  # the value asks for what is the default anyway
+DEFAULT = object()  # the value requests the default
 
 
 def warmup_ratio(value: Any) -> Any:
@@ -26,7 +26,7 @@ def warmup_ratio(value: Any) -> Any:
 
 
 def resume(value: Any) -> Any:
-    """HF's `resume_from_checkpoint`, where it does not name a checkpoint."""
+    """HF's `resume_from_checkpoint`, unless it names a checkpoint."""
     if isinstance(value, str) and value not in ("last", "latest", "auto"):
         raise ConfigError(
             f"resume_from_checkpoint is {value!r}, but a run resumes from its own newest checkpoint; write its output_dir and resume: true."
@@ -49,7 +49,7 @@ def sampling(value: Any) -> Any:
 
 
 def names(value: Any) -> Any:
-    """`a,b` as a list, where no file is called so."""
+    """`a,b` as a list, unless there is a file of that name."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value and not os.path.exists(value) else value
 
 
@@ -74,19 +74,19 @@ def label_names(value: Any) -> Any:
 
 
 def label_numbers(value: Any) -> Any:
-    """HF's `{negative: 0, positive: 1}`, turned round."""
+    """HF's `{negative: 0, positive: 1}`, inverted."""
     return {number: name for name, number in value.items()} if isinstance(value, dict) else value
 
 
 def pref_loss(value: Any) -> Any:
-    """LLaMA-Factory's `pref_loss`, two of which are objectives of their own."""
+    """LLaMA-Factory's `pref_loss`, two of which are separate objectives."""
     if value in ("orpo", "simpo"):
         raise ConfigError(f"pref_loss {value} is an objective of its own; write objective: {value}, and leave stage and pref_loss out.")
     return value
 
 
 def report_to(value: Any) -> Any:
-    """Where metrics go, without the services that they are not sent to."""
+    """Where metrics go, without the services that jaxtune does not send to."""
     if value in ("none", "all", None):
         return ["tensorboard"] if value == "all" else []
     given = value if isinstance(value, (list, tuple)) else [value]
@@ -99,12 +99,12 @@ def report_to(value: Any) -> Any:
 
 
 def special_tokens(value: Any) -> Any:
-    """Axolotl's table, where all it has is a token to pad with."""
+    """Axolotl's table, if it only contains a padding token."""
     return DEFAULT if isinstance(value, Mapping) and not {name for name in value if value[name]} - {"pad_token"} else value
 
 
 def column_map(value: Any) -> Any:
-    """torchtune's table; both have our names first."""
+    """torchtune's table; like ours, it has our names first."""
     ours = {"input": "prompt", "output": "completion"}
     return {ours.get(name, name): column for name, column in value.items()} if isinstance(value, Mapping) else value
 
@@ -114,7 +114,7 @@ _TYPES = {
     "sharegpt": "sharegpt", "input_output": "segments", "stepwise_supervised": "stepwise",
     "chat_template.default": "preference", "chat_template.argilla_chat": "preference",
 }  # fmt: skip
-# keys of Axolotl's data sets that ask for what is done anyway; what their other values are called here
+# keys of Axolotl's data sets that request the usual behaviour, and what to write for their other values
 _DONE = {
     "ds_type": (None, ""), "roles": (None, ""), "message_property_mappings": (None, ""), "trust_remote_code": (None, ""),
     "roles_to_train": (({"assistant"}, {"gpt"}, {"assistant", "gpt"}), "data.train_on"),
@@ -132,7 +132,7 @@ def datasets(value: Any) -> Any:
 
 def _sources(entry: dict) -> list[dict]:
     kind, columns = entry.pop("type", None), entry.pop("columns", None) or {}
-    columns = dict(columns if isinstance(columns, Mapping) else {name: name for name in columns})  # TRL's list of those that are kept
+    columns = dict(columns if isinstance(columns, Mapping) else {name: name for name in columns})  # TRL's list of columns to keep
     form = _form(kind, columns)
     prompt = {"messages": "messages", "sharegpt": "conversations", "preference": "prompt"}.get(form or "", "messages")
     fields = {"field": "text", "field_messages": prompt, "field_chosen": "chosen", "field_rejected": "rejected", "field_tools": "tools"}
@@ -149,8 +149,8 @@ def _sources(entry: dict) -> list[dict]:
 
 
 def _form(kind: Any, columns: dict[str, str]) -> str | None:
-    """Axolotl's `type` as our format; the columns that it names are put into `columns`."""
-    if kind in (None, ""):  # tokenised rows there, and here whatever their fields say
+    """Axolotl's `type` as our format; the columns that it names are added to `columns`."""
+    if kind in (None, ""):  # these rows are already tokenised, whatever fields they have
         return None
     if isinstance(kind, Mapping):
         fields = ("instruction", "input", "output", "system")
@@ -178,7 +178,7 @@ _COMPONENTS = {
 
 
 def component(group: str) -> ConfigError:
-    """What stands here for a torchtune group that names a `_component_`."""
+    """What to write here for a torchtune group that names a `_component_`."""
     instead = _COMPONENTS.get(group, "leave it out; checkpoints, logs and metrics are written into output_dir anyway")
     return ConfigError(f"{group} is a torchtune group (_component_), which is flat keys here: {instead}.")
 

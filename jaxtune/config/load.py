@@ -1,4 +1,4 @@
-"""A YAML file or a dict, and `key=value` overrides -> a checked Config."""
+"""Read a YAML file or dict and `key=value` overrides into a validated Config."""
 
 import difflib
 import functools
@@ -24,7 +24,7 @@ log = logging.getLogger("jaxtune")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4 is a number (YAML 1.1 wants 2.0e-4), and a key given twice is an error."""
+    """YAML as people write it: 2e-4 is a number (YAML 1.1 requires 2.0e-4), and a repeated key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen = set()
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# 010 is ten, and 1:30 a text, as in YAML 1.2; in YAML 1.1 they are eight and ninety
+# As in YAML 1.2, 010 is ten and 1:30 a text; in YAML 1.1 they are eight and ninety.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":int")]
     for first, known in _Loader.yaml_implicit_resolvers.items()
@@ -50,7 +50,7 @@ def _whole(text: str) -> int:
 
 
 def _groups(kind: type = Config, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """Prefix of each group -> its keys and their kinds; the top level is the prefix ''."""
+    """Prefix of each group -> its keys and their types; the top level has the prefix ''."""
     out = {prefix: kinds(kind)}
     for name, of in kinds(kind).items():
         if isinstance(of, type) and issubclass(of, Group):
@@ -70,7 +70,7 @@ HINTS = {
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a text of YAML holds; ConfigError, naming `where` it is from, for one that is none."""
+    """Parse YAML text; ConfigError, naming its origin `where`, if it is not YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -83,12 +83,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
-    except (RecursionError, ValueError) as error:  # lists in lists in lists ..., a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # deeply nested lists, or a number with thousands of digits
         raise ConfigError(f"{where} cannot be read: {error}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """The keys of a YAML file. ConfigError where it is missing, or holds anything else."""
+    """The keys of a YAML file. ConfigError if it is missing or holds anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -102,7 +102,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value, down to the keys that exist; a table under one of those stays whole."""
+    """Dotted path -> value, down to the existing keys; a table below one of those stays whole."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         path, value = prefix + str(key), value.to_dict() if isinstance(value, Group) else value
@@ -119,7 +119,7 @@ def _flatten(raw: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _plainly(path: str) -> str:
-    """The key without a group of other tools (Axolotl's `trl.beta`), or without ours where it is an alias (`lora.lora_r`)."""
+    """The key without another tool's group (Axolotl's `trl.beta`), or without ours for an alias (`lora.lora_r`)."""
     group, _, name = path.partition(".")
     if group in ELSEWHERE or (path not in PATHS and ALIASES.get(name, "").startswith(f"{group}.")):
         return name
@@ -127,7 +127,7 @@ def _plainly(path: str) -> str:
 
 
 def _override(text: str) -> tuple[str, Any]:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of bytes that are no text in its encoding
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's replacement for bytes that are not text in its encoding
         raise ConfigError(
             f"{text!r} cannot be read: Python takes the command line for {sys.getfilesystemencoding()} here; set PYTHONUTF8=1 in the "
             "environment, and leave PYTHONUTF8=0 out of it"
@@ -139,9 +139,9 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _unknown(path: str) -> ConfigError:
-    """Names the nearest key, over the keys and their aliases: `lora.rank` is LLaMA-Factory's `lora_rank`, so lora.r."""
+    """An error that names the nearest key among keys and aliases: `lora.rank` is LLaMA-Factory's `lora_rank`, and hence lora.r."""
     group = path.partition(".")[0]
-    others = GROUPS_OF_METHODS - {"lora", group}  # whose keys are like each other's
+    others = GROUPS_OF_METHODS - {"lora", group}  # all these names are similar
     names = {known: known for known in PATHS if known.partition(".")[0] not in others} | ALIASES
     asked = _words(path)
 
@@ -149,7 +149,7 @@ def _unknown(path: str) -> ConfigError:
         words = _words(name)
         whole = difflib.SequenceMatcher(None, "_".join(asked), "_".join(words)).ratio()
         last = difflib.SequenceMatcher(None, asked[-1], words[-1]).ratio()
-        return max(whole, 0.6 * last + 0.3 * whole)  # the group is easily guessed wrong, the last word seldom
+        return max(whole, 0.6 * last + 0.3 * whole)  # people often guess the group wrong, but seldom the last word
 
     best = max(names, key=likeness)
     return ConfigError(f"{path} is not a key" + (f"; did you mean {names[best]}?" if likeness(best) >= 0.6 else "."))
@@ -170,10 +170,10 @@ def _translate(name: str, value: Any) -> Any:
 
 
 def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
-    """Aliases as the keys they stand for.
+    """Replace aliases by the keys they stand for.
 
-    Raises:
-        ConfigError: an unknown key, a torch tool's key that is done differently here, or one key under two names; all of them at once.
+    Raises: ConfigError: an unknown key, a torch tool's key that works differently here, or one key under two names; reports all of them at
+    once.
     """
     out: dict[str, Any] = {}
     said: dict[str, str] = {}
@@ -183,7 +183,7 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
         if value is DEFAULT:
             return
         value = _translate(path, value)
-        if value is None and path in out:  # an empty key beside one that is not
+        if value is None and path in out:  # an empty key beside a set one
             return
         if out.get(path) is not None and out[path] != value:
             raise ConfigError(f"{said[path]} and {name} both set {path}, to {word(out[path])} and to {word(value)}; leave one.")
@@ -234,10 +234,10 @@ def _entry(out: dict[str, Any], path: str, value: Any) -> None:
 
 
 def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterable[str] = ()) -> Config:
-    """Read a config: a YAML file's path, a dict or a `Config`, then `key=value` overrides (values are YAML), which win.
+    """Read a config: the path of a YAML file, a dict or a `Config`, then `key=value` overrides (values are YAML), which take precedence.
 
     Raises:
-        ConfigError: an unknown key (names the nearest one), a wrong type, or keys that do not go together.
+        ConfigError: an unknown key (suggests the nearest one), a wrong type, or an invalid combination of keys.
     """
     overrides = list(overrides)
     if isinstance(config, Config):
@@ -276,7 +276,7 @@ def describe(config: Config) -> str:
 
 
 def _fill(words: list[str], width: int = 118) -> str:
-    """Words two spaces apart in lines of at most `width`; none is broken, though it holds spaces."""
+    """Words separated by two spaces in lines of at most `width`; words with spaces are not broken."""
     lines = [""]
     for word in words:
         if lines[-1].strip() and len(lines[-1]) + 2 + len(word) > width:
@@ -286,5 +286,5 @@ def _fill(words: list[str], width: int = 118) -> str:
 
 
 def word(value: Any) -> str:
-    """A value as it stands in an override."""
+    """A value as written in an override."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""The keys of an objective: defaults that depend on it, and what does not go together."""
+"""The keys of an objective: defaults that depend on it, and invalid combinations."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from jaxtune.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtune.config.schema import Config
 
-# The losses an objective offers, its default first. Those of dpo: objectives/pairwise.py.
+# The losses of each objective, its default first. Those of dpo: objectives/pairwise.py.
 LOSS_TYPES = {
     "dpo": (
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
@@ -26,20 +26,20 @@ LOSS_TYPES = {
 }  # fmt: skip
 SFT_LOSSES = ("nll", "dft")
 BETA = dict.fromkeys(LOSS_TYPES, 0.1) | {"grpo": 0.0, "rloo": 0.05, "distill": 0.5}
-ON_TOKENS = ("sft", "distill")  # objectives that learn the rows' tokens, one by one
-SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary's
+ON_TOKENS = ("sft", "distill")  # objectives that learn the rows' tokens one by one
+SCORING = ("reward", "stepwise_reward", "classification")  # objectives that train a scoring head in place of the vocabulary head
 ON_ANSWERS = ("dpo", "cpo", "simpo", "orpo", "kto", "reward")  # objectives that compare whole answers of the rows
-# The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's two (TRL).
+# The log-partition that an f-divergence leaves in a reward cancels only in the difference of a pair's rewards (TRL).
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 def draws_answers(config: "Config") -> bool:
-    """Whether objective distill learns from answers that are drawn, at some steps or all."""
+    """Whether objective distill learns from sampled answers, at some or all steps."""
     return bool(config.lmbda or config.seq_kd)
 
 
 def resolve(config: "Config") -> dict[str, Any]:
-    """What the defaults of None come to."""
+    """Values for defaults of None."""
     out: dict[str, Any] = {}
     if config.beta is None:
         out["beta"] = BETA.get(config.objective)
@@ -50,7 +50,7 @@ def resolve(config: "Config") -> dict[str, Any]:
     if config.loss_type == ("chunked_nll",):  # TRL's name for the way in which every loss is computed here
         out["loss_type"] = ("nll",)
     if config.cpo_alpha is None and config.objective in ("cpo", "simpo"):
-        out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and tells SimPO's users to set 0
+        out["cpo_alpha"] = 1.0 if config.objective == "cpo" else 0.0  # TRL's trainer has 1 for both, and its documentation sets 0 for SimPO
     if config.objective in policy.POLICY:
         out |= policy.resolve(config)
     if config.objective == "distill" and draws_answers(config) and config.max_completion_length is None:
@@ -63,7 +63,7 @@ def resolve(config: "Config") -> dict[str, Any]:
 
 
 def check(config: "Config") -> None:
-    """Raise ConfigError for the first thing that cannot work."""
+    """Raise ConfigError for the first problem found."""
     for field in dataclasses.fields(config):
         objectives = field.metadata.get("objectives")
         value = getattr(config, field.name)
@@ -130,7 +130,7 @@ def _labels(config: "Config") -> None:
 
 
 def _losses(losses: tuple[str, ...], objective: str) -> None:
-    """ConfigError for a name that the objective has not."""
+    """ConfigError for a loss that the objective lacks."""
     known = SFT_LOSSES if objective == "sft" else LOSS_TYPES.get(objective, ())
     for name in losses:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The keys of objectives that draw answers and learn from their rewards (grpo, rloo, ppo): defaults, and what does not go together."""
+"""The keys of objectives that sample answers and learn from their rewards (grpo, rloo, ppo): defaults, and invalid combinations."""
 
 import math
 import re
@@ -24,7 +24,7 @@ AT_MOST = {"top_p": 1, "min_p": 1, "top_entropy_quantile": 1, "gamma": 1, "lam":
 
 
 def resolve(config: "Config") -> dict[str, Any]:
-    """What the defaults of None come to."""
+    """Values for defaults of None."""
     out: dict[str, Any] = {}
     generations = config.num_generations or GENERATIONS[config.objective]
     defaults = {"num_generations": generations, "num_generations_eval": generations, "max_completion_length": 512}
@@ -33,15 +33,15 @@ def resolve(config: "Config") -> dict[str, Any]:
     out |= {key: value for key, value in defaults.items() if getattr(config, key) is None}
     if isinstance(config.scale_rewards, bool):
         out["scale_rewards"] = "group" if config.scale_rewards else "none"
-    if config.metric_for_best_model in ("eval_loss", "loss"):  # which says nothing of how good the answers are
+    if config.metric_for_best_model in ("eval_loss", "loss"):  # which says nothing about how good the answers are
         out["metric_for_best_model"] = "eval_reward"
     return out
 
 
 def step_shape(config: "Config") -> tuple[int, int, int]:
-    """Micro-batches of a step, answers of each on a device, and steps that one drawing of answers is cut into.
+    """Micro-batches per step, answers in each per device, and the number of steps that one rollout is split into.
 
-    Of ppo a drawing has the answers of `gradient_accumulation_steps` micro-batches, as in TRL, whose mini-batches are parts of that.
+    For ppo a rollout has the answers of `gradient_accumulation_steps` micro-batches, as in TRL, whose mini-batches are parts of it.
     """
     micro_batches, each = config.gradient_accumulation_steps, config.per_device_train_batch_size
     if config.objective != "ppo":
@@ -51,7 +51,8 @@ def step_shape(config: "Config") -> tuple[int, int, int]:
 
 
 def least_batch(config: "Config", devices: int) -> int:
-    """The smallest `per_device_train_batch_size` whose drawing is whole groups of answers, and whole steps; others are its multiples."""
+    """The smallest `per_device_train_batch_size` for which a rollout is whole groups of answers and whole steps; others must be multiples.
+    """
     if config.objective not in POLICY:
         return 1
     micro_batches = config.gradient_accumulation_steps
@@ -62,17 +63,17 @@ def least_batch(config: "Config", devices: int) -> int:
 
 
 def steps_per_rollout(config: "Config") -> int:
-    """Optimiser steps that learn from one drawing of answers."""
+    """Optimiser steps that learn from one rollout."""
     return step_shape(config)[2] * (config.num_ppo_epochs if config.objective == "ppo" else config.num_iterations)
 
 
 def kl_weight(config: "Config") -> float:
-    """The weight of the KL to the reference model, in the loss or in the reward; 0: there is none."""
+    """The weight of the KL to the reference model, in the loss or in the reward; 0: no KL."""
     return config.kl_coef if config.objective == "ppo" else config.beta or 0.0
 
 
 def check(config: "Config") -> None:
-    """Raise ConfigError for the first thing that cannot work."""
+    """Raise ConfigError for the first problem found."""
     for table, wrong, words in (
         (AT_LEAST, lambda value, bound: value < bound, "at least"),
         (ABOVE, lambda value, bound: value <= bound, "above"),
@@ -102,7 +103,7 @@ def check(config: "Config") -> None:
 
 
 def _shares(config: "Config") -> None:
-    """One drawing is cut into whole steps."""
+    """Check that a rollout can be split into whole steps."""
     micro_batches, each = config.gradient_accumulation_steps, config.per_device_train_batch_size
     if config.objective == "ppo":
         if micro_batches * each % config.num_mini_batches:

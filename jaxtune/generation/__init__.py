@@ -1,1 +1,1 @@
-"""Generation, piece by piece: prompts to tokens (prompts), tokens to tokens (decode, sampling), tokens to text (answer)."""
+"""The parts of generation: prompts to tokens (prompts), tokens to tokens (decode, sampling), tokens to text (answer)."""

@@ -1,4 +1,4 @@
-"""One answer as it grows, on the host: tokens to text, stop strings, and pieces of text handed out as soon as they are certain."""
+"""One growing answer, on the host: tokens to text, stop strings, and pieces of text that are released as soon as they are certain."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Reader(NamedTuple):
-    """How tokens are read: the tokenizer, the tokens and the strings that end an answer."""
+    """How tokens are read: the tokenizer, and the tokens and strings that end an answer."""
 
     tokenizer: Any
     stop_tokens: frozenset[int]
@@ -23,8 +23,8 @@ class Reader(NamedTuple):
         return min((at for at in map(text.find, self.stop_strings) if at >= 0), default=None)
 
     def certain(self, text: str) -> int:
-        """How much of the text stays whatever follows: not the beginning of a character or of a stop string."""
-        whole = len(text.rstrip("\ufffd"))  # bytes of a character that is not complete yet
+        """The length of the text that stays whatever follows: without an incomplete character or a possible beginning of a stop string."""
+        whole = len(text.rstrip("\ufffd"))  # bytes of an incomplete character
         for string in self.stop_strings:
             beginnings = (n for n in range(len(string) - 1, 0, -1) if text.endswith(string[:n]))
             whole = min(whole, len(text) - next(beginnings, 0))
@@ -32,16 +32,16 @@ class Reader(NamedTuple):
 
 
 class Answer:
-    """Tokens, text and `finish_reason` ("stop", "length", or None while it goes on) of one answer."""
+    """Tokens, text and `finish_reason` ("stop", "length", or None while unfinished) of one answer."""
 
     def __init__(self, reader: Reader, most: int, on_text: Callable[[str], None] | None = None):
         self.reader, self.most, self.on_text = reader, most, on_text
         self.tokens: list[int] = []
-        self.logps: tuple[np.ndarray, ...] | None = None  # `decode.Logps` of at least these tokens, where they were asked for
+        self.logps: tuple[np.ndarray, ...] | None = None  # `decode.Logps` of at least these tokens, if requested
         self.text, self.finish_reason, self._sent = "", None, 0
 
     def update(self, tokens: list[int], logps: tuple[np.ndarray, ...] | None = None) -> None:
-        """Take all tokens so far, `most` at most. Nothing changes once the answer has ended."""
+        """Take all tokens so far, at most `most`. Nothing changes once the answer has ended."""
         if self.finish_reason is not None:
             return
         known, self.tokens, self.logps = len(self.tokens), tokens[: self.most], logps

@@ -1,4 +1,4 @@
-"""Many answers, batch by batch: prompts of like length side by side, the cache growing as the answers do."""
+"""Generate many answers in batches: prompts of similar length together, with a cache that grows with the answers."""
 
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
 from jaxtune.tree import nbytes
 
-CHUNK = 8  # tokens between two looks at the text, where someone watches it (streaming, stop strings)
-MOST_ROWS = 64  # rows of a batch, on each device that holds rows of its own, if no batch_size is given; or as many as
+CHUNK = 8  # tokens between two looks at the text, for streaming and stop strings
+MOST_ROWS = 64  # rows per batch, on each device that holds its own rows, if no batch_size is given; or as many as
 MOST_BYTES = 2**30  # fit here with their cache and attention scores
-LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches are not shorter, so that few shapes are compiled
+LEAST_TOKENS, LEAST_SLOTS = 16, 256  # padded prompts and caches have at least this size, so that few shapes are compiled
 
 
 class Row(NamedTuple):
-    """One answer to be made: which sample of which prompt, how its tokens are chosen, and the seed of its random key (`seed_words`)."""
+    """One answer to generate: which sample of which prompt, how its tokens are chosen, and the seed of its random key (`seed_words`)."""
 
     prompt: int
     sample: int
@@ -35,9 +35,9 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What all batches of one call share; with a mesh, its devices take the rows in turns.
+    """What all batches of one call share; on a mesh, the devices take rows in turn.
 
-    new: the most tokens of a row; chunk: tokens between two looks at the text, None: none before the end; likely: as in `prefill`.
+    new: the most tokens of a row; chunk: tokens between two looks at the text, None: only at the end; likely: as in `prefill`.
     """
 
     config: Any
@@ -50,15 +50,15 @@ class Run(NamedTuple):
     likely: int | None = None
 
     def all(self, rows: list[Row], batch_size: int | None = None) -> None:
-        """Make every answer, `batch_size` at a time."""
+        """Generate every answer, `batch_size` at a time."""
         devices = 1 if self.mesh is None else parallel.data_parallel(self.mesh)
         size = batch_size or devices * fitting_rows(self.config, max((len(row.ids) for row in rows), default=1), self.new)[0]
-        in_order = sorted(rows, key=lambda row: -len(row.ids))  # the longest first: what does not fit into memory fails at once
+        in_order = sorted(rows, key=lambda row: -len(row.ids))  # longest first, so that what does not fit into memory fails at once
         for start in range(0, len(rows), size):
             self.batch(in_order[start : start + size], size, devices)
 
     def batch(self, rows: list[Row], size: int, devices: int = 1) -> None:
-        """Answer a batch of prompts, padded with empty rows to a bucket of `size` at most."""
+        """Answer a batch of prompts, padded with empty rows to a power of two, at most `size`."""
         B = -(-min(bucket(len(rows)), size) // devices) * devices
         T = bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
         lengths_B, prompt_B = np.zeros(B, np.int32), None
@@ -75,7 +75,7 @@ class Run(NamedTuple):
         keys_B, sampling = row_keys(np.stack([row.seed for row in filled]), places_B2), Sampling.of_rows([row.sampling for row in filled])
         adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
         params = compose(self.params, adapter)
-        T += virtual.count(params)  # which take slots as prompts do
+        T += virtual.count(params)  # virtual tokens take slots like prompts
         prompts_PT, lengths_B, keys_B, sampling = self._place((prompts_PT, jnp.asarray(lengths_B), keys_B, sampling))
         shared = Rows(lengths_B, keys_B, self.stops)
         state = prefill(self.config, params, sampling, shared, prompts_PT, self.new, prompt_B, self.likely)
@@ -86,7 +86,7 @@ class Run(NamedTuple):
             if all(ended):
                 return
             done_B = np.asarray(ended + [True] * (B - len(rows)))
-            # The cache grows as the answers do, twofold, and never beyond what max_new_tokens needs; the newest token needs no slot.
+            # The cache doubles as the answers grow, never beyond what max_new_tokens needs; the newest token needs no slot.
             slots = state.cache.positions.shape[1]
             if step == slots - T + 1:
                 slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
@@ -95,8 +95,8 @@ class Run(NamedTuple):
             state = decode(self.config, params, sampling, shared, state.replace(done_B=self._place(done_B)), until)
 
     def _look(self, rows: list[Row], state: State) -> None:
-        """Give every answer what it has so far."""
-        logps = None if state.logps is None else jax.tree.map(np.array, state.logps)  # copies: the state is donated
+        """Give every answer its tokens so far."""
+        logps = None if state.logps is None else jax.tree.map(np.array, state.logps)  # copies, because the state is donated
         for number, (row, tokens) in enumerate(zip(rows, np.asarray(state.tokens_BN), strict=False)):
             tokens = tokens[tokens != NONE].tolist()
             if NAN in tokens:
@@ -107,7 +107,7 @@ class Run(NamedTuple):
             row.answer.update(tokens, logps and (logps.chosen_BN[number], logps.likely_BNK[number], logps.logps_BNK[number]))
 
     def _place(self, tree: Any) -> Any:
-        """Rows, where there is a mesh each on the device that makes their answers."""
+        """Put rows on devices; on a mesh, each row on the device that generates its answer."""
         return tree if self.mesh is None else jax.device_put(tree, parallel.batch_sharding(self.mesh, False))
 
 
@@ -117,7 +117,7 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def fitting_rows(config: Any, prompt: int, new: int) -> tuple[int, int]:
-    """How many rows' caches, and attention scores while prompts are read, stay within `MOST_BYTES`; and the bytes of one row's cache."""
+    """How many rows' caches, and attention scores while prompts are read, fit in `MOST_BYTES`; and the bytes of one row's cache."""
     prompt = bucket(prompt, LEAST_TOKENS)
     cache = nbytes(jax.eval_shape(lambda: decoder.init_cache(config, 1, prompt + new).memory))
     scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt

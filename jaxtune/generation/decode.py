@@ -1,7 +1,7 @@
-"""The decode loop on the device: a padded batch of prompts in, tokens out, no word with the host in between.
+"""The decoding loop on the device: a padded batch of prompts in, tokens out, without host communication in between.
 
-`prefill` reads the prompts and chooses each row's first token; `decode` goes on in one `lax.while_loop` until every row has
-ended. Prompts stand at the right end of their rows (left padding, segment 0), so that all rows write the same slot of the cache.
+`prefill` reads the prompts and chooses each row's first token; `decode` continues in one `lax.while_loop` until every row has ended.
+Prompts are at the right end of their rows (left padding, segment 0), so that all rows write the same slot of the cache.
 """
 
 import functools
@@ -15,19 +15,19 @@ from jaxtune.generation.sampling import Sampling, choose
 from jaxtune.model import decoder, virtual
 from jaxtune.model.families import ModelConfig
 
-NONE, NAN = -1, -2  # in `tokens_BN`: no token, the row had ended; no token, the logits are not numbers
+NONE, NAN = -1, -2  # in `tokens_BN`: no token because the row had ended, or because the logits are NaN
 
 
 class Rows(struct.PyTreeNode):
-    """What stays the same through a batch: prompt lengths (0: an empty row that fills the batch up), random keys, stop tokens."""
+    """What is constant within a batch: prompt lengths (0: an empty padding row), random keys, stop tokens."""
 
     lengths_B: jax.Array  # int32
-    keys_B: jax.Array  # the random key of a token is its row's key folded with the token's number in the answer
+    keys_B: jax.Array  # a token's random key is its row's key folded with the token's number in the answer
     stops_S: jax.Array  # int32
 
 
 class Logps(struct.PyTreeNode):
-    """Log-probabilities, before penalty, temperature and filters: of the tokens chosen, and the K likeliest tokens with theirs."""
+    """Log-probabilities, before penalty, temperature and filters: of the chosen tokens, and of the K most likely tokens."""
 
     chosen_BN: jax.Array  # float32
     likely_BNK: jax.Array  # int32
@@ -41,9 +41,9 @@ class State(struct.PyTreeNode):
     tokens_BN: jax.Array  # int32, the tokens chosen so far, NONE or NAN
     last_B: jax.Array  # int32, the newest token, not yet in the cache
     done_B: jax.Array  # bool
-    seen_BV: jax.Array | None  # bool, tokens of prompt and answer; only where there is a repetition penalty
-    logps: Logps | None  # only where they are asked for
-    step: jax.Array  # int32 [], how many tokens each row has been given
+    seen_BV: jax.Array | None  # bool, tokens of prompt and answer; only with a repetition penalty
+    logps: Logps | None  # only if requested
+    step: jax.Array  # int32 [], the number of tokens of each row
 
 
 @jax.jit
@@ -66,10 +66,10 @@ def prefill(
     config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, prompts_PT: jax.Array, new: int, prompt_B: jax.Array | None = None,
     likely: int | None = None,
 ) -> State:
-    """The state after the first of `new` tokens, its cache just full. Logits are computed for the last position only.
+    """The state after the first of `new` tokens, with its cache just full. Logits are computed for the last position only.
 
-    prompt_B: the prompt of each row, where rows share them, each of which is then read once; None: each row has its own.
-    likely: how many of the likeliest tokens are written down with their log-probabilities, beside that of the chosen one; None: nothing is.
+    prompt_B: the prompt of each row, if rows share prompts, each of which is then read once; None: each row has its own. likely: how many
+    of the most likely tokens to record with their log-probabilities, besides the chosen one; None: record nothing.
     """
     (P, T), B = prompts_PT.shape, len(rows.lengths_B)
     lengths_P = rows.lengths_B if prompt_B is None else jnp.zeros(P, jnp.int32).at[prompt_B].max(rows.lengths_B)
@@ -100,7 +100,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, state: State, until: jax.Array) -> State:
-    """Go on until every row has ended or has been given `until` tokens. `state` is donated: the cache is updated in place."""
+    """Continue until every row has ended or has `until` tokens. `state` is donated: the cache is updated in place."""
 
     def going(state: State) -> jax.Array:
         return (state.step < until) & ~state.done_B.all()
@@ -114,7 +114,7 @@ def decode(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, st
 
 
 def _append(config: ModelConfig, params: dict, sampling: Sampling, rows: Rows, state: State, hidden_BD: jax.Array) -> State:
-    """Choose the next token of each row and write it down; a row that has ended gets NONE, one without numbers gets NAN and ends."""
+    """Choose and record the next token of each row; a row that has ended gets NONE, one with NaN logits gets NAN and ends."""
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rows.keys_B, state.step)
     logits_BV = decoder.logits(config, params, hidden_BD)
     tokens_B, nan_B = choose(sampling, logits_BV, keys_B, state.seen_BV), jnp.isnan(logits_BV).any(-1)
@@ -146,10 +146,10 @@ def _write_logps(logps: Logps, logits_BV: jax.Array, tokens_B: jax.Array, step: 
 
 @functools.partial(jax.jit, static_argnames="size")
 def with_slots(state: State, size: int) -> State:
-    """The same state, its cache grown to `size` slots.
+    """The same state with its cache grown to `size` slots.
 
-    A step costs as much as the cache has slots, filled or not, so a cache made for `max_new_tokens` at once would be paid for by
-    every answer that ends early.
+    A step costs as much as the cache has slots, filled or not, so every answer that ends early would pay for a cache made for
+    `max_new_tokens` at once.
     """
     extra = size - state.cache.positions.shape[1]
 

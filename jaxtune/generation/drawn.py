@@ -1,4 +1,4 @@
-"""Answers drawn in training, from the weights of a step."""
+"""Sample answers during training, with the weights of a step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ def draw(
     config: ModelConfig, params: dict, prompts: Sequence[list[int]], each: int, most: int, *,
     sampling: Sampling, reader: Reader, seed: tuple[int, ...], mesh: Mesh,
 ) -> tuple[list[Answer], np.ndarray]:  # fmt: skip
-    """`each` answers of at most `most` tokens to every prompt (token ids), those to one side by side, and whether each came to an end.
+    """`each` answers of at most `most` tokens to every prompt (token ids), those to one prompt next to each other, and whether each ended
+    by itself.
 
-    A pure function of all of this: the key of a token is the seed folded with the prompt's, the sample's and the token's number.
+    A pure function of all arguments: a token's key is the seed folded with the numbers of the prompt, the sample and the token.
     """
     words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
     run = Run(

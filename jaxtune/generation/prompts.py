@@ -1,4 +1,4 @@
-"""From what a user asks to token ids, and the token ids that end an answer."""
+"""From a user's input to token ids, and the token ids that end an answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ _PROBE = "ZQX"  # an answer that no template changes
 
 
 def is_one_prompt(prompts: Any) -> bool:
-    """Whether this is one prompt (a text, a conversation, a list of token ids) where a list of prompts may stand."""
+    """Whether this is one prompt (a text, a conversation, a list of token ids) rather than a list of prompts."""
     return isinstance(prompts, str) or (len(prompts) > 0 and (isinstance(prompts[0], Mapping) or _is_token(prompts[0])))
 
 
 def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
     """Token ids of one prompt: a text, a conversation (a list of messages) or token ids.
 
-    A conversation is written with the tokenizer's chat template and the opening of an answer. So is a text, as the user's turn, if `chat`
-    (None: if there is a template); otherwise it is tokenised as it is, with the special tokens the tokenizer adds (BOS).
-    `name` is what errors call it. DataError for a prompt that is empty or none of these, ModelError for a missing template.
+    A conversation is formatted with the tokenizer's chat template, including the opening of an answer. So is a text, as the user's turn, if
+    `chat` (None: if there is a template); otherwise it is tokenised as it is, with the special tokens that the tokenizer adds (BOS). `name`
+    is used in errors. DataError for a prompt that is empty or of another type, ModelError for a missing template.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -37,7 +37,7 @@ def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> l
 
 
 def check_room(config: Any, ids: Sequence[int], new: int, virtual: int, name: str, key: str = "max_new_tokens") -> None:
-    """DataError where a prompt of these tokens, after `virtual` ones, has no room for `new` more; `key` is what that number is called."""
+    """DataError if a prompt of these tokens, after `virtual` ones, leaves no room for `new` more; `key` names that number."""
     most = config.max_position_embeddings - virtual
     if len(ids) + new > most:
         advice = f"{key}={most - len(ids)} or less" if len(ids) < most else f"a prompt of fewer than {most} tokens"
@@ -48,7 +48,7 @@ def check_room(config: Any, ids: Sequence[int], new: int, virtual: int, name: st
 
 
 def _known(model: Any, ids: Sequence[Any], name: str) -> list[int]:
-    """Token ids, each of them in the model's vocabulary: a tokenizer may have more tokens than the model has rows."""
+    """The token ids, checked against the model's vocabulary: a tokenizer may have more tokens than the model."""
     for token in ids:
         if not _is_token(token) or not 0 <= token < model.config.vocab_size:
             raise DataError(f"{name} holds {token!r}, which is no token id of this model; ids go from 0 to {model.config.vocab_size - 1}")
@@ -80,7 +80,8 @@ def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
 def stop_tokens(model: Any) -> set[int]:
     """Token ids that end an answer: those of generation config, config.json and tokenizer, and the chat template's end of turn.
 
-    All of them, because files disagree: a base model's config names the end of a document, its template another token for a turn's end.
+    All of them, because files disagree: a base model's config names the end of a document, its template another token for the end of a
+    turn.
     """
     found = {end_of_turn(model.tokenizer), model.tokenizer.eos_token_id}
     for settings in (model.generation_config, model.hf_config, model.hf_config.get("text_config") or {}):
@@ -95,14 +96,14 @@ def stop_tokens(model: Any) -> set[int]:
 def end_of_turn(tokenizer: Any) -> int | None:
     """The token that the chat template writes after an assistant's answer; None without a template, such a turn or such a token.
 
-    Found by rendering an answer and looking at what follows it: the first special or added token.
+    Found by rendering an answer and taking the first special or added token after it.
     """
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # jinja2's own, or a TypeError inside the template: it knows no such turn
+    except Exception:  # jinja2's own, or a TypeError inside the template: it has no such turn
         return None
     after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

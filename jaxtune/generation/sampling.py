@@ -1,8 +1,8 @@
 """From logits to a token: the filters of transformers' `generate`, in its order and with its meaning, as pure functions.
 
-Repetition penalty, then temperature, top-k, top-p, min-p, then one draw. Filters take and give float32 logits `[B, V]`; what they
-take away is -inf. None of them sorts: the tokens to keep are found by bisection over the logits' bits, which is exact and costs a
-tenth of a sort of the vocabulary on a CPU.
+Repetition penalty, then temperature, top-k, top-p, min-p, then one draw. Filters map float32 logits `[B, V]` to logits, with -inf for what
+they remove. None of them sorts: the tokens to keep are found by bisection over the logits' bits, which is exact and costs a tenth of
+sorting the vocabulary on a CPU.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from jaxtune.errors import ConfigError
 
 
 class Sampling(struct.PyTreeNode):
-    """How a token is chosen. `None` leaves a filter out of the compiled program; a number in one can change without compiling again.
+    """How a token is chosen. `None` leaves a filter out of the compiled program; a number can change without compiling again.
 
-    temperature         None: the most likely token (greedy); the other filters then cannot change the choice and are left out
+    temperature         None: the most likely token (greedy); the other filters cannot change the choice then, and are left out
     top_k               keep the k most likely tokens
     top_p               keep the most likely tokens that together reach this probability
     min_p               keep the tokens at least this fraction as likely as the most likely one
-    repetition_penalty  divide the logit (multiply, where negative) of every token that the prompt or the answer already holds
+    repetition_penalty  divide the logit (multiply, if negative) of every token that already occurs in the prompt or the answer
 
     In a batch each is a column `[B, 1]` (`of_rows`), and a temperature of 0 is greedy.
     """
@@ -35,7 +35,7 @@ class Sampling(struct.PyTreeNode):
 
     @classmethod
     def create(cls, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> "Sampling":
-        """From the numbers users write, where 0, 0, 1, 0 and 1 mean "off"; `ConfigError` for a number outside its range."""
+        """From the numbers users write, where 0, 0, 1, 0 and 1 mean "off"; ConfigError for a number outside its range."""
         _check("temperature", temperature, temperature >= 0, "0 (greedy) or more, for example 0.7")
         _check("top_k", top_k, top_k >= 0 and top_k == int(top_k), "0 (off) or a whole number of tokens, for example 50")
         _check("top_p", top_p, 0 < top_p <= 1, "above 0 and up to 1 (off), for example 0.9")
@@ -48,7 +48,7 @@ class Sampling(struct.PyTreeNode):
 
     @classmethod
     def of_rows(cls, each: Sequence["Sampling"]) -> "Sampling":
-        """That of a batch whose rows have one each: columns, float32 `[B, 1]`. What no row asks for stays out of the program."""
+        """The settings of a batch whose rows have one each: columns, float32 `[B, 1]`. What no row uses stays out of the program."""
 
         def column(name: str, off: float) -> np.ndarray | None:
             values = [getattr(one, name) for one in each]
@@ -59,7 +59,7 @@ class Sampling(struct.PyTreeNode):
         return cls(**{name: column(name, off) for name, off in _OFF.items()})
 
 
-# What takes nothing away: a sum of probabilities may round to 1 before the last token, so 1 would not do for top_p.
+# Neutral values: a sum of probabilities may round to 1 before the last token, so 1 would not be neutral for top_p.
 _OFF = {"temperature": 0.0, "top_k": np.inf, "top_p": np.inf, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -69,7 +69,7 @@ def _check(name: str, value, holds: bool, wanted: str) -> None:
 
 
 def filtered(sampling: Sampling, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Logits of the distribution that is drawn from. `seen_BV` (bool: tokens so far) is needed for the repetition penalty only."""
+    """Logits of the distribution to sample from. `seen_BV` (bool: tokens so far) is needed for the repetition penalty only."""
     if sampling.repetition_penalty is not None:
         assert seen_BV is not None
         logits_BV = repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
@@ -100,12 +100,13 @@ def repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty) -> jax
 
 
 def top_k(logits_BV: jax.Array, k) -> jax.Array:
-    """Keep the `k` largest logits, and what equals the smallest of them."""
+    """Keep the `k` largest logits, and ties of the smallest of them."""
     return _keep_heaviest(logits_BV, jnp.ones_like(logits_BV), k)
 
 
 def top_p(logits_BV: jax.Array, p) -> jax.Array:
-    """Nucleus (arXiv 1904.09751): keep a token if the more likely ones together have a probability below `p`. Equals stay together."""
+    """Nucleus sampling (arXiv 1904.09751): keep a token if the more likely ones together have a probability below `p`. Ties stay together.
+    """
     return _keep_heaviest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p)
 
 
@@ -118,10 +119,10 @@ def min_p(logits_BV: jax.Array, p) -> jax.Array:
 def _keep_heaviest(logits_BV: jax.Array, weights_BV: jax.Array, limit) -> jax.Array:
     """Keep a token if all larger logits together weigh less than `limit`; the largest is always kept.
 
-    What larger logits weigh falls as the logit grows, so there is a smallest logit to keep, found bit by bit.
+    The weight of the larger logits decreases as a logit grows, so there is a smallest logit to keep, found bit by bit.
     """
     bits = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the same order as the floats
 
     def halve(_, bounds):
         low, high = bounds  # at `high` the weight above is below the limit; at `low` it is not

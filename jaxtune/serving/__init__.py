@@ -1,1 +1,1 @@
-"""A model behind HTTP, piece by piece: the body of a request (requests), its answers as JSON (replies), batches (worker), HTTP (server)."""
+"""The parts of the HTTP server: request bodies (requests), answers as JSON (replies), batches (worker), HTTP (server)."""

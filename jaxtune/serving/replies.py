@@ -1,4 +1,4 @@
-"""Answers as JSON, in OpenAI's form: whole, or piece by piece."""
+"""Answers as JSON in OpenAI's form, complete or streamed."""
 
 import secrets
 import time
@@ -23,7 +23,7 @@ class Reply:
         self._offsets = [0] * len(job.answers)  # of the next token's text in each answer
 
     def usage(self) -> dict:
-        """How many tokens were read and written; the one that ended an answer counts."""
+        """How many tokens were read and written, including the one that ended an answer."""
         read, written = sum(map(len, self.job.asked.ids)), sum(len(answer.tokens) for answer in self.job.answers)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
@@ -37,7 +37,7 @@ class Reply:
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def first(self) -> list[dict]:
-        """What a stream begins with: of a chat, whose turn it is."""
+        """The first event of a stream: for a chat, the role."""
         return [self._chunk(n, {"delta": {"role": "assistant", "content": ""}}) for n in range(len(self.job.answers) * self.chat)]
 
     def piece(self, piece: Piece) -> list[dict]:
@@ -46,13 +46,13 @@ class Reply:
         if not piece.text and piece.finish_reason is None and logprobs is None:
             return []
         said: dict = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        if piece.finish_reason is not None and self.chat:  # an end by itself, as OpenAI's
+        if piece.finish_reason is not None and self.chat:  # the end is a separate event, as in OpenAI's API
             more = [self._chunk(piece.number, said, logprobs)] if piece.text or logprobs else []
             return [*more, self._chunk(piece.number, {"delta": {}}, None, piece.finish_reason)]
         return [self._chunk(piece.number, said, logprobs, piece.finish_reason)]
 
     def last(self) -> list[dict]:
-        """What a stream ends with, where it was asked for: the tokens' count."""
+        """The last event of a stream, if requested: token counts."""
         return [{**self._stream_head(), "choices": [], "usage": self.usage()}] if self.job.asked.include_usage else []
 
     def _stream_head(self) -> dict:
@@ -62,7 +62,7 @@ class Reply:
         return {**self._stream_head(), "choices": [{"index": number, **said, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
     def _logprobs(self, piece: Piece) -> dict | None:
-        """Log-probabilities of a piece's tokens, those of the model itself: before penalty, temperature and filters."""
+        """Log-probabilities of a piece's tokens under the model itself: before penalty, temperature and filters."""
         answer, likely = self.job.answers[piece.number], self.job.asked.likely
         if likely is None or answer.logps is None:
             return None
@@ -78,7 +78,7 @@ class Reply:
             self._offsets[piece.number] += len(token["token"])
         by_text = [
             {one["token"]: one["logprob"] for one in [token, *reversed(other)]} for token, other in zip(tokens, others, strict=True)
-        ]  # of equal texts the likelier stays
+        ]  # the likelier of two equal texts is kept
         return {
             "tokens": [token["token"] for token in tokens],
             "token_logprobs": [token["logprob"] for token in tokens],
@@ -91,5 +91,5 @@ class Reply:
 
 
 def _told(text: str, logprob: Any) -> dict:
-    part = "\ufffd" in text  # of a character, whose bytes the text does not tell
+    part = "\ufffd" in text  # part of a character, whose bytes cannot be known from the text
     return {"token": text, "logprob": max(float(logprob), _LEAST), "bytes": None if part else list(text.encode())}

@@ -1,4 +1,4 @@
-"""What a request asks for: its body, key by key, under OpenAI's names. What cannot be done is refused, never left out in silence."""
+"""Parse a request: its body, key by key, under OpenAI's names. Unsupported values are refused, never ignored silently."""
 
 import difflib
 import json
@@ -12,16 +12,16 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.generation.prompts import check_room, is_one_prompt
 from jaxtune.generation.sampling import Sampling
 
-MOST_ROWS = 1024  # answers to one request
-MOST_LIKELY = 20  # alternatives to a token, as OpenAI has it
+MOST_ROWS = 1024  # answers per request
+MOST_LIKELY = 20  # alternatives per token, as in OpenAI's API
 _BOTH = {
     "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "n", "stream", "stream_options",
     "logprobs",
 }  # fmt: skip
 KEYS = {True: _BOTH | {"messages", "max_completion_tokens", "top_logprobs"}, False: _BOTH | {"prompt"}}  # by whether it is a chat
-# Book-keeping that changes no answer.
+# Metadata that changes no answer.
 UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-# What is not done here, and the values that ask for nothing.
+# Unsupported keys, and the values that request nothing.
 NEUTRAL = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",),
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
@@ -30,7 +30,7 @@ NEUTRAL = {
 
 
 class Refusal(Exception):
-    """An answer of another status than 200, in OpenAI's form."""
+    """A reply with a status other than 200, in OpenAI's form."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -44,9 +44,9 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that can be answered: `each` answers of at most `most[i]` tokens to every prompt `ids[i]`.
+    """A valid request: `each` answers of at most `most[i]` tokens to every prompt `ids[i]`.
 
-    likely: how many alternatives to each token are told with its log-probability; None: not even that.
+    likely: how many alternatives to report per token, with log-probabilities; None: no log-probabilities.
     """
 
     chat: bool
@@ -63,10 +63,10 @@ class Asked:
 
 
 def parse(raw: bytes) -> dict:
-    """The body as an object of JSON."""
+    """The body as a JSON object."""
     try:
         body = json.loads(raw.decode())
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair is no text, NaN no number
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair is not text, NaN is not a number
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is no JSON ({error or 'it is nested too deeply'}); send an object like {{\"model\": ...}}") from None
     if not isinstance(body, dict):
@@ -75,11 +75,11 @@ def parse(raw: bytes) -> dict:
 
 
 def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: int, encode: Callable[..., list[int]]) -> Asked:
-    """What a body asks for.
+    """Read a request's body.
 
-    names    the models that are served, each with the number of its virtual tokens
-    default  the most tokens of an answer, where the request does not say and the context has room
-    encode   `prompts.token_ids` of the model
+    names    the served models, each with the number of its virtual tokens
+    default  the most tokens of an answer, if the request sets no limit and the context has room
+    encode   the model's `prompts.token_ids`
     """
     _check_keys(body, chat)
     there = f"this server has {', '.join(names)}"
@@ -145,7 +145,7 @@ def _prompts(body: dict, chat: bool, model: Any, encode: Callable[..., list[int]
 
 
 def _messages(given: Any) -> list[dict]:
-    """Messages whose contents are texts: parts of `{"type": "text"}` are put together."""
+    """Messages whose contents are texts; parts of `{"type": "text"}` are joined."""
     example = 'messages has to be a list like [{"role": "user", "content": "..."}]'
     if not isinstance(given, list) or not given:
         raise Refusal(400, example, param="messages")

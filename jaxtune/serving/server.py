@@ -1,4 +1,4 @@
-"""HTTP: who may ask, what is asked for, and how answers go out. A thread for each connection; none of them computes."""
+"""HTTP: authorisation, routing and replies. One thread per connection; none of them computes."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ from jaxtune.serving.requests import Refusal, parse, read
 from jaxtune.serving.worker import Job, Worker
 
 MOST_BYTES = 4 * 2**20  # of a request's body
-GRACE = 10.0  # seconds that answers have to reach their clients, once the server stops
+GRACE = 10.0  # seconds for answers to reach their clients once the server stops
 CHATS = {"/v1/chat/completions": True, "/v1/completions": False}
 log = logging.getLogger("jaxtune")
 
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- what comes in ----
 
     def _body(self) -> bytes:
-        """The request's body. Where it is refused unread, the connection ends with it."""
+        """The request's body. If it is refused unread, the connection is closed."""
         given = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"Content-Length is {given[:80]!r}; it has to be a number of bytes")
         if int(given) > MOST_BYTES:
             self.close_connection = True
-            self.rfile.read(min(int(given), 4 * MOST_BYTES))  # or the client would meet a broken pipe, not the answer
+            self.rfile.read(min(int(given), 4 * MOST_BYTES))  # otherwise the client would see a broken pipe instead of the reply
             raise Refusal(413, f"the body has {given} bytes, and {MOST_BYTES} at most are read; send a shorter request")
         body = self.rfile.read(int(given))
         if len(body) < int(given):
@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         self.begun, self.said = True, str(status)
         self.send_response(status)
         for name, value in headers.items():
-            self.send_header(name, value)  # "Connection: close" is heard by send_header
+            self.send_header(name, value)  # send_header reacts to "Connection: close"
         self.end_headers()
 
     def _json(self, status: int, body: dict) -> None:
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(found)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """An error as the answer, or as the last event of a stream that has begun."""
+        """Send an error as the reply, or as the last event of a stream that has begun."""
         with contextlib.suppress(ConnectionError, TimeoutError):
             if self.begun:
                 self._events([refusal.body()])
@@ -181,12 +181,12 @@ class Handler(BaseHTTPRequestHandler):
         self.said = f"{refusal.status}" if refusal.status < 500 else f"{refusal.status} ({refusal})"
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, in the same form."""
+        """Errors from http.server itself, in the same form."""
         self.begun, self.close_connection = False, True
         self._refuse(Refusal(code, message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `_answer` says it, without what clients have written."""
+        """Nothing: `_answer` logs requests, without what clients have written."""
 
 
 def _encoded(body: dict) -> bytes:
@@ -194,9 +194,9 @@ def _encoded(body: dict) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """A worker's models at an address: `start`, `url`, `stop`."""
+    """Serves a worker's models at an address: `start`, `url`, `stop`."""
 
-    daemon_threads, block_on_close = True, False  # connections that are kept alive do not keep the process
+    daemon_threads, block_on_close = True, False  # idle connections do not keep the process alive
     request_queue_size = 128
 
     def __init__(
@@ -215,23 +215,23 @@ class Server(ThreadingHTTPServer):
             raise ConfigError(f"{host}, port {port}: {reason}; choose another --host or --port (0: any that is free)") from None
 
     def server_bind(self) -> None:
-        """As of any TCP server: HTTPServer would ask a name server who it is."""
+        """As for any TCP server; HTTPServer would query a name server for its own name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     @property
     def url(self) -> str:
-        """What clients call the base URL."""
+        """The base URL for clients."""
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
         return f"http://{host}:{self.server_port}/v1"
 
     def start(self) -> None:
-        """Begin to answer, in threads."""
+        """Start serving, in threads."""
         self.worker.thread.start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="jaxtune-http", daemon=True).start()
 
     def stop(self) -> None:
-        """Take no more requests, refuse those that wait, finish the others."""
+        """Accept no more requests, refuse those that wait, finish the others."""
         self.shutdown()
         self.worker.stop()
         with self._changed:
@@ -240,7 +240,7 @@ class Server(ThreadingHTTPServer):
 
     @contextlib.contextmanager
     def busy(self) -> Any:
-        """Around an answer, which `stop` waits for."""
+        """Marks an answer in progress, which `stop` waits for."""
         with self._changed:
             self._working += 1
         try:
@@ -251,6 +251,6 @@ class Server(ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is the client's affair; the rest is a bug of ours."""
+        """A broken connection is the client's problem; anything else is a bug of ours."""
         if not isinstance(error := sys.exception(), (ConnectionError, TimeoutError)):
             log.error("a connection failed", exc_info=error)

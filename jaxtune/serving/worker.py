@@ -1,4 +1,4 @@
-"""The one thread that computes. Requests that wait are taken together, as many as are for one model, and decoded side by side."""
+"""The one thread that computes. Waiting requests for the same model are taken together and decoded in one batch."""
 
 import logging
 import queue
@@ -21,13 +21,13 @@ from jaxtune.peft import virtual_tokens
 from jaxtune.serving.requests import MOST_LIKELY, Asked, Refusal
 
 MOST_WAITING = 256  # requests
-GATHER = 0.01  # seconds that the first of a batch waits for those sent with it
-LEAST_NEW = 256  # as far as token buffers are concerned, so that few programs are compiled
+GATHER = 0.01  # seconds that the first request of a batch waits for others sent at the same time
+LEAST_NEW = 256  # lower limit for token buffers, so that few programs are compiled
 log = logging.getLogger("jaxtune")
 
 
 class Piece(NamedTuple):
-    """What an answer has got since the last piece: some text (certain to stay), and the tokens up to `end`."""
+    """What an answer has gained since the last piece: final text, and its tokens up to `end`."""
 
     number: int
     text: str
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Told(Answer):
-    """An answer that tells of every change."""
+    """An answer that reports every change."""
 
     def __init__(self, reader: Reader, most: int, number: int, tell: Callable[[Piece], None]):
         super().__init__(reader, most, self._hear)
@@ -47,7 +47,7 @@ class Told(Answer):
         self._heard += text
 
     def update(self, tokens: list[int], logps: Any = None) -> None:
-        """As any answer, and tell."""
+        """Update the answer and report the change."""
         if self.finish_reason is not None:
             return
         start = len(self.tokens)
@@ -57,7 +57,7 @@ class Told(Answer):
 
 
 class Job:
-    """A request under way. Its answers are those of one call of `generate_tokens`: to every prompt `asked.each`, one after another."""
+    """A request in progress. Its answers are those of one call of `generate_tokens`: `asked.each` consecutive ones to every prompt."""
 
     def __init__(self, asked: Asked, reader: Reader):
         self.asked, self.reader = asked, reader
@@ -70,7 +70,7 @@ class Job:
         return [Row(*divmod(n, asked.each), asked.ids[n // asked.each], one, asked.sampling, words) for n, one in enumerate(self.answers)]
 
     def pieces(self, gone: Callable[[], bool]) -> Iterator[Piece]:
-        """Pieces of the answers as they come, until all have ended; `gone` says whether the client has left. Raises Refusal."""
+        """Pieces of the answers as they arrive, until all have ended; `gone` says whether the client has disconnected. Raises Refusal."""
         going = len(self.answers)
         while going:
             try:
@@ -86,13 +86,13 @@ class Job:
                 yield event
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: what has not ended does, and takes no more time."""
+        """End all unfinished answers, since nobody waits for them any more."""
         for answer in self.answers:
             answer.finish_reason = answer.finish_reason or "cancelled"
 
 
 class Worker:
-    """A model and its adapters, by name (None: the model alone), and the requests that wait for them."""
+    """A model and its adapters by name (None: the model alone), and the requests that wait for them."""
 
     def __init__(self, model: Any, adapters: Mapping[str, Any], batch_size: int | None = None):
         self.model, self.adapters, self.batch_size = model, adapters, batch_size
@@ -101,16 +101,17 @@ class Worker:
         self._tokenizer, self._changed = threading.Lock(), threading.Condition()
         self._waiting: deque[Job] = deque()
         self._stopping = False
-        self.encode("x", "prompt", chat=False)  # a tokenizer that cuts or pads by itself is told not to here, and not while others read
+        # this disables the tokenizer's own truncation and padding now, rather than while other threads use it
+        self.encode("x", "prompt", chat=False)
         self.thread = threading.Thread(target=self._work, name="jaxtune-worker", daemon=True)
 
     def encode(self, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
-        """`prompts.token_ids`, of one prompt at a time."""
+        """`prompts.token_ids`, for one prompt at a time."""
         with self._tokenizer:
             return token_ids(self.model, prompt, name, chat)
 
     def submit(self, asked: Asked) -> Job:
-        """Let a request wait for its turn."""
+        """Queue a request."""
         job = Job(asked, Reader(self.model.tokenizer, self.stops, asked.stop))
         with self._changed:
             if self._stopping:
@@ -122,7 +123,7 @@ class Worker:
         return job
 
     def stop(self) -> None:
-        """Refuse what waits, finish what is being answered."""
+        """Refuse waiting requests and finish the running ones."""
         with self._changed:
             self._stopping = True
             for job in self._waiting:
@@ -132,7 +133,8 @@ class Worker:
         self.thread.join()
 
     def _next(self) -> list[Job]:
-        """The requests of the next batch: those for the model that has been waited for longest. None left and stopping: []."""
+        """The requests of the next batch: those for the model that has been waited for longest; [] if none are left and the worker is
+        stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
         time.sleep(GATHER)
