@@ -1,4 +1,4 @@
-"""Data: what the model sees. `load` goes from a config to batches; nothing here imports transformers or datasets by itself."""
+"""Data: what the model sees. `load` goes from a config to batches; transformers and datasets are imported only when needed."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,10 +1,10 @@
 """jaxtune data CONFIG.yaml [key=value ...] [--json] [--report FILE.html]
 
-Shows what the model will see, before a single step: rows and tokens by source, lengths, what is dropped or cut, ten rows with
-their trained tokens in colour, and every problem with examples. The same as a page in data_report.html.
+Shows what the model will see before the first step: rows and tokens by source, lengths, what is dropped or cut, ten rows with their trained
+tokens in colour, and every problem with examples. Also writes this as a page, data_report.html.
 
-jaxtune data convert IN OUT --to FORMAT           writes the rows of a file in another format (--help says more)
-jaxtune data generate MODEL IN OUT --make WHAT    makes rows with a local model (--help says more)
+jaxtune data convert IN OUT --to FORMAT           converts the rows of a file to another format (see --help)
+jaxtune data generate MODEL IN OUT --make WHAT    creates rows with a local model (see --help)
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _report(argv: list[str]) -> None:
     from jaxtune.convert.load import open_config, open_tokenizer
 
     tokenizer, vocabulary = open_tokenizer(config.model), None
-    with contextlib.suppress(ModelError):  # a folder may hold the tokenizer alone
+    with contextlib.suppress(ModelError):  # a folder may hold only the tokenizer
         vocabulary = open_config(config.model).vocab_size
     found = report(config, tokenizer, vocabulary=vocabulary)
     file = args.report or (None if args.json else "data_report.html")
@@ -120,7 +120,7 @@ def _generate(argv: list[str]) -> None:
 
 
 def _plain(args: argparse.Namespace, writer: generate.Writer, said: list, done: list[dict], made: generate.Made) -> Iterator[dict]:
-    """The rows of prompt and completion that are not done yet."""
+    """The prompt and completion rows that are not done yet."""
     prompts, completions = {row["prompt"] for row in done}, {row["completion"] for row in done}
     if args.make == "tasks":
         seeds = [prompt or answer for prompt, answer, _ in said] + [row["prompt"] for row in done]
@@ -132,7 +132,7 @@ def _plain(args: argparse.Namespace, writer: generate.Writer, said: list, done: 
 
 
 def _judged(args: argparse.Namespace, writer: generate.Writer, said: list, plain: bool) -> Callable:
-    """What makes the rows that are left to make, for `judge.save`."""
+    """The function that makes the remaining rows, for `judge.save`."""
     principles = judge.read_principles(args.principles) if args.principles else judge.PRINCIPLES
     judged = said if args.make == "preferences" else []
     pairs = list(dict.fromkeys((prompt, (answer, other)) for prompt, answer, other in judged if other))

@@ -1,4 +1,4 @@
-"""Prompts whose answers the policy writes itself (grpo, rloo, ppo), and the rows that prompts and answers make."""
+"""Prompts that the policy answers itself (grpo, rloo, ppo), and the rows made of prompts and answers."""
 
 import math
 from typing import Any
@@ -19,16 +19,16 @@ from jaxtune.data.tokenised import examples, form_of
 from jaxtune.data.units import Answer, Cursor, Single, put_answers
 from jaxtune.errors import ConfigError, DataError
 
-SHORTEST = 32  # trained tokens that a row has room for, at least
+SHORTEST = 32  # a row has room for at least this many trained tokens
 
 
 class Prompts(Source):
-    """The prompts of one side. What Source calls a step is a rollout here: the prompts whose answers are drawn at once.
+    """The prompts of one side. A step of Source is a rollout here: the prompts whose answers are sampled together.
 
     Attributes:
         layout: how their answers become rows.
-        fields: `[documents]`, the row of each prompt with all its columns but `prompt`, which reward functions are given.
-        asked: `[documents]`, the prompt as the row has it: a text, or a list of messages.
+        fields: `[documents]`, the row of each prompt with all its columns except `prompt`, for reward functions.
+        asked: `[documents]`, the prompt as in the row: a text, or a list of messages.
     """
 
     def __init__(self, documents: Documents, layout: "Layout", seed: int, shuffle: bool, config: Config, name: str):
@@ -54,17 +54,17 @@ class Prompts(Source):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with the longest answer that it may be given."""
+        """Tokens of the longest prompt with the longest possible answer."""
         return self.longest_prompt + self.layout.most
 
     @property
     def attended(self) -> float:
-        """Tokens of the longest prompt and answer, which is what a step is planned for."""
+        """Tokens of the longest prompt and answer, for which a step is planned."""
         return float(self.longest)
 
     @property
     def rollouts_per_epoch(self) -> int:
-        """Drawings of answers that ask each prompt once."""
+        """Rollouts that use each prompt once."""
         return super().steps_per_epoch
 
     @property
@@ -73,7 +73,7 @@ class Prompts(Source):
         return self.rollouts_per_epoch * self.repeats
 
     def prompts_at(self, rollout: int) -> list[int]:
-        """The numbers of the prompts of a rollout (from 0); those of an epoch's last one may be fewer."""
+        """The numbers of the prompts of a rollout (from 0); the last one of an epoch may have fewer."""
         epoch, index = divmod(rollout, self.rollouts_per_epoch)
         places = self._epoch(epoch)[index]
         return places[places >= 0].tolist()
@@ -94,12 +94,12 @@ class Prompts(Source):
         return self.layout.largest(self.longest_prompt)
 
     def batch_at(self, step: int, process: int = 0, processes: int = 1) -> Batch:
-        """Not to be had from a step number alone: answers depend on the weights."""
+        """Unavailable from a step number alone: the answers depend on the weights."""
         raise NotImplementedError
 
 
 def turns(prompt: str | list[dict], config: Config) -> str | list[dict]:
-    """A prompt as it is asked: a text after a system turn (`data.system`) is the user's turn."""
+    """A prompt as it is asked: with a system turn (`data.system`), a text becomes the user's turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and config.data.system else prompt
 
 
@@ -122,17 +122,17 @@ def _rows(documents: Documents, config: Config, name: str) -> tuple[list[Any], l
 
 
 class Layout:
-    """How drawn answers become batches `[A, B, T]`.
+    """How sampled answers become batches `[A, B, T]`.
 
     The answers to a prompt share it in one row (`Batch.parents`), as many of them as divide both the group and a device's part of a
-    micro-batch; `data.shared_prompts: false` gives each answer a row of its own.
+    micro-batch; with `data.shared_prompts: false` each answer has its own row.
 
     Attributes:
-        prompts: of a rollout. answers: to each of them. most: tokens of an answer.
-        slices: steps that a rollout is cut into; each is taken `num_iterations` (ppo: `num_ppo_epochs`) times, `repeats` steps in all.
-        micro_batches, rows: A and B. together: answers in a row (S).
-        old: whether steps need the log-probabilities by the policy that drew the answers. reference: whether there is a reference model.
-        kept: whether steps are given its log-probabilities (RLOO's and PPO's are part of the reward). valued: whether tokens have values.
+        prompts: number per rollout. answers: number per prompt. most: tokens per answer.
+        slices: steps that a rollout is split into; each is taken `num_iterations` (ppo: `num_ppo_epochs`) times, `repeats` steps in all.
+        micro_batches, rows: A and B. together: answers per row (S).
+        old: whether steps need log-probabilities under the policy that sampled the answers. reference: whether there is a reference model.
+        kept: whether steps get its log-probabilities (for RLOO and PPO they are part of the reward). valued: whether tokens have values.
     """
 
     def __init__(self, config: Config, data_parallel: int, training: bool = True):
@@ -157,14 +157,14 @@ class Layout:
             self.prompts = max(1, config.per_device_eval_batch_size * data_parallel // self.answers)
 
     def empty(self, size: int, trained: int, slices: int | None = None) -> Batch:
-        """Rows of `size` tokens without any, `[A, B, T]` or `[slices, A, B, T]`."""
+        """Empty rows of `size` tokens, `[A, B, T]` or `[slices, A, B, T]`."""
         shape = (self.micro_batches, self.rows, size) if slices is None else (slices, self.micro_batches, self.rows, size)
         batch = Batch.empty(shape, trained, self.together, self.together > 1)
         assert batch.answers is not None
         return batch.replace(rollout=Rollout(np.zeros_like(batch.answers.values)))
 
     def largest(self, longest: int) -> Batch:
-        """A batch of the largest shape that a step may have, where no prompt has more than `longest` tokens."""
+        """A batch of the largest shape that a step may have, if no prompt has more than `longest` tokens."""
         batch = self.empty(self.size(longest, self.together * self.most), self.together * self.most)
         assert batch.rollout is not None
         known = np.zeros_like(batch.weights)
@@ -173,7 +173,7 @@ class Layout:
         return batch.replace(rollout=rollout)  # type: ignore[attr-defined]
 
     def size(self, longest: int, trained: int) -> int:
-        """Tokens of a row with room for so many trained ones: prompts have room for the longest of all, so that shapes are few."""
+        """Tokens of a row with room for that many trained ones; all prompts get the room of the longest, so that there are few shapes."""
         return -(-(longest + trained) // 16) * 16
 
     def batches(
@@ -181,7 +181,8 @@ class Layout:
     ) -> Batch:
         """All rows of a rollout, `[slices, A, B, T]`.
 
-        prompts: token ids of each prompt. answers: of each of their answers, those to a prompt side by side. trained: whether an answer is.
+        prompts: token ids of each prompt. answers: token ids of all answers, those to one prompt next to each other. trained: whether to
+        train each.
         """
         units = [range(first, first + self.together) for first in range(0, len(answers), self.together)]
         most = max(sum(len(answers[n]) for n in unit) for unit in units)
@@ -207,7 +208,7 @@ def _answer(prompt: list[int], answer: list[int], advantage: float, trained: boo
 
 
 def bucket(n: int) -> int:
-    """The next of 32, 48, 64, 96, 128, ...: rows have few lengths, each of which is a compilation."""
+    """The next of 32, 48, 64, 96, 128, ...: rows have few lengths, because each is a compilation."""
     size = SHORTEST
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -215,7 +216,7 @@ def bucket(n: int) -> int:
 
 
 def require_room(prompts: Prompts, model_config: Any) -> None:
-    """DataError where the longest prompt and an answer do not fit the model's context."""
+    """DataError if the longest prompt and an answer do not fit the model's context."""
     most = model_config.max_position_embeddings
     if prompts.longest > most:
         raise DataError(

@@ -1,7 +1,7 @@
 """jaxtune data convert IN OUT --to FORMAT [--from FORMAT] [--columns OURS=THEIRS ...]
 
-Writes the rows of IN (a file, folder, glob or hub id) in another format, to a .jsonl, .json, .csv or .parquet file. A row
-that has no form in the new format is an error, not a row less.
+Writes the rows of IN (a file, folder, glob or hub id) in another format, to a .jsonl, .json, .csv or .parquet file. A row that cannot be
+expressed in the new format is an error; it is never dropped.
 """
 
 import csv
@@ -24,15 +24,15 @@ Kind = TypeVar("Kind", bound=Example)
 
 
 class NoForm(Exception):
-    """The example has no form in this format; says why."""
+    """The example cannot be expressed in this format; says why."""
 
 
 def convert(source: str, target: str | os.PathLike, to: str, form: str | None = None, columns: dict[str, str] | None = None) -> int:
-    """Write the rows of `source` to the file `target` in the format `to`; how many there were.
+    """Write the rows of `source` to the file `target` in the format `to`; returns their number.
 
     Raises:
-        DataError: a row cannot be read, or has no form in the new format; nothing is written then.
-        ConfigError: the format or the kind of file is not known, or the file is there.
+        DataError: a row cannot be read, or cannot be expressed in the new format; nothing is written then.
+        ConfigError: an unknown format or file type, or the file exists.
     """
     if to not in WRITERS:
         raise ConfigError(f"--to {to} is no format to write; there are {', '.join(WRITERS)}")
@@ -170,7 +170,7 @@ def _only(example: Example, kind: type[Kind]) -> Kind:
 
 
 def _as_chat(example: Example) -> Chat:
-    """A prompt and completion in plain text become a question and its answer."""
+    """A plain-text prompt and completion become a question and its answer."""
     if isinstance(example, Completion):
         said = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
         return Chat(said, start=1)

@@ -28,19 +28,19 @@ class Documents:
     """Token ids and trained masks of many documents.
 
     Attributes:
-        tokens: int32, the documents of each part end to end, one array for each part.
-        mask: uint8, 1 where the token is trained as a target, laid out as `tokens`.
+        tokens: int32, the documents of each part end to end, one array per part.
+        mask: uint8, 1 where the token is trained as a target, with the layout of `tokens`.
         part: int64 [n], the part (the data source) of each document.
         starts: int64 [n], where it begins in its part.
         lengths: int64 [n], its tokens.
         trained: int64 [n], its trained tokens.
-        rows: int64 [n], which row of its source it comes from, from 1.
+        rows: int64 [n], the number of its row in its source, from 1.
         content: uint64 [n], hash of the row.
         groups: uint64 [n], hash of what a split keeps together: the row, or its field `data.split_by`.
         strata: uint64 [n], hash of the row's field `data.stratify`.
-        values: float64 [n], or [n, L], what the row has beside its text: the margin of a pair, a class, a number, or L of them; 0 else.
+        values: float64 [n], or [n, L], the row's data besides its text: the margin of a pair, a class, a number, or L of them; otherwise 0.
         digests: uint64 [n], hash of the document's tokens and mask.
-        info: for each part, what its maker had to say (the ledger).
+        info: for each part, its producer's ledger.
     """
 
     tokens: list[np.ndarray]
@@ -67,7 +67,7 @@ class Documents:
         return self.tokens[part][where], self.mask[part][where]
 
     def select(self, docs: np.ndarray) -> "Documents":
-        """Some of the documents, in the order given; tokens are not copied."""
+        """Some of the documents, in the given order; tokens are not copied."""
         if len(docs) == len(self) and (docs == np.arange(len(self))).all():
             return self  # the index stays on disk
         return replace(self, **{name: getattr(self, name)[docs] for name in ("part", *INDEX)})
@@ -82,7 +82,7 @@ class Documents:
 
     @classmethod
     def load(cls, folder: Path) -> "Documents":
-        """Open what `write` wrote, memory-mapped. DataError where a file of it is missing, cut or changed."""
+        """Open what `write` wrote, memory-mapped. DataError if one of its files is missing, truncated or changed."""
         try:
             found = {name: sha256(folder / name) for name in _names()}
             whole = json.loads((folder / SUMS).read_text()) == found
@@ -99,7 +99,7 @@ class Documents:
 
     @classmethod
     def join(cls, parts: list["Documents"]) -> "Documents":
-        """The documents of several sources, one after another; their parts are numbered on."""
+        """The documents of several sources, one after another, with consecutive part numbers."""
         if len(parts) == 1:
             return parts[0]
         lists: dict[str, Any] = {name: [item for p in parts for item in getattr(p, name)] for name in ("tokens", "mask", "info")}
@@ -114,12 +114,12 @@ def _names() -> list[str]:
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:
-    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)  # nothing cannot be mapped
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)  # an empty file cannot be mapped
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One document to be stored; the last five as in `Documents`."""
+    """One document to be stored; the last five fields as in `Documents`."""
 
     ids: list[int]
     mask: np.ndarray
@@ -131,9 +131,9 @@ class Entry:
 
 
 def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: Callable[[], dict]) -> Documents:
-    """Store documents in a folder of `cache`, all or nothing, each as it comes.
+    """Store documents, as they arrive, in a folder of `cache`, atomically.
 
-    `key` (the folder's name) and `info` are called when the last document has been made.
+    `key` (the folder's name) and `info` are called after the last document.
     """
     with naming(cache), scratch_folder(cache, "making") as scratch:
         with contextlib.ExitStack() as stack:
@@ -155,7 +155,7 @@ def write(cache: Path, key: Callable[[], str], entries: Iterable[Entry], info: C
         try:
             os.rename(scratch, folder)
         except OSError:
-            if not folder.is_dir():  # else another process has just written the same content under the same key
+            if not folder.is_dir():  # otherwise another process has just written the same content under the same key
                 raise
     return Documents.load(folder)
 

@@ -1,4 +1,4 @@
-"""From examples to token ids and masks: tokenised once, with offsets, and every mask read back by decoding."""
+"""From examples to token ids and masks: tokenised once, with offsets, and every mask verified by decoding."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from jaxtune.data.turns import KNOWN
 from jaxtune.errors import DataError
 
 CHUNK = 512  # rows that are tokenised together,
-LONG = 1 << 20  # or fewer: no further ones from so many characters on
+LONG = 1 << 20  # or fewer, once they have this many characters
 SFT = (Text, Completion, Chat, Segments, Tokens)
 HELP = {
     Text: "text", Completion: "prompt and completion", Chat: "messages", Segments: "segments", Tokens: "input_ids",
@@ -34,7 +34,7 @@ Value = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row's documents: token ids, and the uint8 mask of trained targets, of each."""
+    """A row's documents: for each, its token ids and the uint8 mask of trained targets."""
 
     row: Row
     docs: list[Doc]
@@ -42,9 +42,9 @@ class Encoded:
 
 
 class Encoder:
-    """Turns examples into documents by the settings of a config, and books what happens to them.
+    """Turns examples into documents according to a config, and records what happens to them.
 
-    A row of `kinds` SFT, Labelled or Steps gives one document, a Pair two, the chosen one first.
+    A row of `kinds` SFT, Labelled or Steps gives one document; a Pair gives two, the chosen one first.
     """
 
     def __init__(self, config: Config, tokenizer: Any, ledger: Ledger, kinds: tuple[type, ...] = SFT, template: str | None = None):
@@ -63,13 +63,13 @@ class Encoder:
 
     @property
     def template(self) -> Template:
-        """Made on the first chat row: plain rows need none."""
+        """Created at the first chat row: plain rows need none."""
         if self._template is None:
             self._template = Template(self.tokenizer, self._override)
         return self._template
 
     def encode(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Encoded]:
-        """The rows' documents, in order. A row that is dropped is booked, and missing here."""
+        """The rows' documents, in order. A row that is dropped is recorded and missing here."""
         rows: list[tuple[Row, list[Piece], Value]] = []
         characters = 0
         for row, example in examples:
@@ -93,7 +93,7 @@ class Encoder:
     def _encode(self, rows: list[tuple[Row, list[Piece], Value]]) -> Iterator[Encoded]:
         tokens = self._tokenise([piece for _, pieces, _ in rows for piece in pieces])
         for row, pieces, value in rows:
-            own = [next(tokens) for _ in pieces]  # all of them, also where the first one is refused
+            own = [next(tokens) for _ in pieces]  # all of them, even if the first one is refused
             try:
                 docs = [self._finish(piece, *parts) for piece, parts in zip(pieces, own, strict=True)]
                 yield Encoded(row, self._fit(pieces, docs), value)
@@ -101,7 +101,7 @@ class Encoder:
                 self.ledger.fault(error)
 
     def pieces(self, row: Row, example: Example) -> list[Piece]:
-        """The texts of an example, one for each document, and what of them is trained."""
+        """The texts of an example, one per document, and which parts are trained."""
         if not isinstance(example, self.kinds):
             needed = " or ".join(HELP[kind] for kind in self.kinds)
             raise row.fail(f"the row has {HELP[type(example)]}; objective {self.objective} needs {needed}")
@@ -115,24 +115,24 @@ class Encoder:
         if isinstance(example, Prompt):
             return [self._prompt(row, example)]
         if isinstance(example, Steps):
-            _whole_characters(row, example.prompt, *example.steps)  # before they are tokenised, which is here
+            _whole_characters(row, example.prompt, *example.steps)  # before they are tokenised, which happens here
             return [steps.piece(row, example, self.tokenizer, self.config, self.ledger)]
         return [self._piece(row, example)]
 
     def _value(self, row: Row, example: Example) -> Value:
-        """What a row says beside its text."""
+        """A row's data besides its text."""
         if isinstance(example, Pair):
             return example.margin
         return labels.value(row, example.label, self.config) if isinstance(example, Classified) else 0.0
 
     def _whole(self, row: Row, example: Text | Chat) -> Piece:
-        """A text to be judged as it is: without EOS, as it will be when transformers is asked about it."""
+        """A text to be judged as it is: without EOS, as in transformers at inference."""
         chat = isinstance(example, Chat)
         text = self.template.whole(row, with_system(example, self.data.system)) if chat else example.text
         return Piece(row, text, [(0, len(text))], special=not chat)
 
     def _prompt(self, row: Row, example: Prompt) -> Piece:
-        """A prompt as the model reads it before it answers; turns that end with the assistant's are gone on with."""
+        """A prompt as the model reads it before answering; conversations that end with the assistant's turn are continued."""
         prompt = example.prompt
         if isinstance(prompt, str) and not self.data.system:
             return Piece(row, prompt, [], special=True)
@@ -152,7 +152,7 @@ class Encoder:
             self.ledger.problem("prompts_differ", row, f"{said}; answers can be compared only if they are to the same prompt")
         elif not prompts[0].strip():
             self.ledger.problem("no_prompt", row, "chosen and rejected have no prompt in common")
-        if Labelled in self.kinds:  # as two answers with a label each
+        if Labelled in self.kinds:  # as two answers with one label each
             return [replace(piece, marks=(mark,) * len(piece.spans)) for piece, mark in zip(pieces, (2, 1), strict=True)]
         return pieces
 
@@ -207,8 +207,8 @@ class Encoder:
         return Piece(row, rendered.text, [(t.start, t.stop if eos else t.end) for t in rendered.turns])
 
     def _tokenise(self, pieces: list[Piece]) -> Iterator[tuple[list[int], np.ndarray, list[tuple[str, str]]]]:
-        """For each piece its ids, its mask, and for each trained run the text it stands for beside the text it decodes to."""
-        # The Rust tokenizer itself: what transformers puts around it costs a fifth more, and the ids are the same.
+        """For each piece its ids, its mask, and for each trained run the intended text beside the decoded one."""
+        # The Rust tokenizer itself: transformers' wrapper costs a fifth more, with the same ids.
         backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
@@ -226,11 +226,12 @@ class Encoder:
         runs = [ids[n][lo:hi] for n, (_, places) in enumerate(masked) for lo, hi, _ in places]
         decoded = iter(backend.decode_batch(runs, skip_special_tokens=False))
         for n, (mask, places) in enumerate(masked):
-            tail = tails[n] if Classified in self.kinds else []  # else it is in the way of an answer, or of the EOS that _finish puts there
+            # otherwise it would be in the way of an answer, or of the EOS that _finish appends
+            tail = tails[n] if Classified in self.kinds else []
             yield ids[n] + tail, np.append(mask, np.zeros(len(tail), np.uint8)), [(text, next(decoded)) for _, _, text in places]
 
     def _finish(self, piece: Piece, ids: list[int], mask: np.ndarray, runs: list[tuple[str, str]]) -> Doc:
-        """The document with its EOS, checked."""
+        """The document with its EOS, verified."""
         row = piece.row
         for said, decoded in runs:
             if not same_text(said, decoded):
@@ -256,7 +257,7 @@ class Encoder:
         return ids, mask
 
     def _fit(self, pieces: list[Piece], docs: list[Doc]) -> list[Doc]:
-        """The documents within max_length, by the length policy."""
+        """The documents cut to max_length by the length policy."""
         size, policy, row = self.data.max_length, self.data.length_policy, pieces[0].row
         longest = max(len(ids) for ids, _ in docs)
         if longest <= size:
@@ -280,7 +281,7 @@ class Encoder:
         (ids, mask), size, side = doc, self.data.max_length, self.data.truncation_side
         if len(ids) <= size:
             return doc
-        if Prompt in self.kinds:  # whatever the side: an answer follows the end
+        if Prompt in self.kinds:  # on either side, since an answer follows the end
             self.ledger.cut[row.place] = len(ids) - size
             return ids[-size:], mask[-size:]
         keep = np.arange(size) if side == "right" else np.arange(len(ids) - size, len(ids))
@@ -300,7 +301,7 @@ class Encoder:
 
 
 def _whole_characters(row: Row, *texts: str) -> None:
-    """Half a surrogate pair can stand in JSON, and is no text."""
+    """Half a surrogate pair can occur in JSON, but is not text."""
     for text in texts:
         if not text.isascii() and (half := _HALF.search(text)):
             raise row.fail(
@@ -310,14 +311,14 @@ def _whole_characters(row: Row, *texts: str) -> None:
 
 
 def with_system(chat: Chat, system: str | None) -> Chat:
-    """The chat with a system turn in front, if it has none."""
+    """The conversation with a system turn in front, if it has none."""
     if not system or chat.messages[0]["role"] in ("system", "developer"):
         return chat
     return replace(chat, messages=[{"role": "system", "content": system}, *chat.messages], start=chat.start + (chat.start > 0))
 
 
 def _split(doc: Doc, size: int) -> list[Doc]:
-    """Parts of at most `size` tokens. Each begins with the last token of the one before, so that every target keeps its place."""
+    """Parts of at most `size` tokens. Each begins with the last token of the previous one, so that every target keeps its context."""
     ids, mask = doc
     parts = []
     for start in range(0, len(ids) - 1, size - 1):

@@ -12,7 +12,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """Plain text after plain text; the completion is trained."""
+    """A plain-text prompt and completion; the completion is trained."""
 
     prompt: str
     completion: str
@@ -23,10 +23,10 @@ class Chat:
     """Turns for the tokenizer's chat template.
 
     Attributes:
-        messages: `{"role", "content", ...}`, as the template wants them.
+        messages: `{"role", "content", ...}`, as the template expects them.
         start: messages before this one are the prompt.
         tools: JSON schemas for the template, or None.
-        template_kwargs: further variables of the template.
+        template_kwargs: further variables for the template.
     """
 
     messages: list[dict]
@@ -44,7 +44,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, used as they are, and which of them are trained as targets."""
+    """Token ids, used as given, and which of them are trained as targets."""
 
     ids: list[int]
     trained: list[bool]
@@ -52,7 +52,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the first one better, by `margin` where the row says so."""
+    """Two answers to one prompt, the first one better, by `margin` if the row gives one."""
 
     chosen: Completion | Chat
     rejected: Completion | Chat
@@ -69,7 +69,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Classified:
-    """A text with what it is to be taken for: a class by number or name, a number, or several of them."""
+    """A text with its target: a class by number or name, a number, or several of them."""
 
     example: Chat | Text
     label: int | float | str | list
@@ -77,7 +77,7 @@ class Classified:
 
 @dataclass(frozen=True)
 class Steps:
-    """An answer in steps, each right or not."""
+    """An answer in steps, each correct or not."""
 
     prompt: str
     steps: list[str]

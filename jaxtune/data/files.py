@@ -1,4 +1,4 @@
-"""Rows out of files: JSONL, JSON, CSV, Parquet, Arrow, hub data sets."""
+"""Read rows from files: JSONL, JSON, CSV, Parquet, Arrow, hub data sets."""
 
 import contextlib
 import csv
@@ -23,15 +23,15 @@ UNIT = {"jsonl": "line", "csv": "line", "tsv": "line", "txt": "line"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands.
+    """One row and its place.
 
     Attributes:
         file: its file, or data set.
-        number: counted from 1 in that file, in lines where it has lines.
+        number: counted from 1 in that file, in lines if the file has lines.
         unit: "line" or "row", what `number` counts.
         fields: the row itself.
         index: counted from 1 in its source, which may be several files.
-        alone: the source is one file.
+        alone: the source is a single file.
     """
 
     file: str
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def place(self) -> int | str:
-        """The row's number; with its file where the source has several."""
+        """The row's number; with its file if the source has several."""
         return self.number if self.alone else f"{self.file}:{self.number}"
 
     def fail(self, reason: str, name: str = "invalid", policy: str | None = None) -> "RowError":
@@ -55,10 +55,10 @@ class RowError(DataError):
     """A row that cannot be used.
 
     Attributes:
-        row: which.
+        row: the row.
         reason: why, and what to do about it.
-        name: the kind of problem, as the report counts it.
-        policy: what is to be done, where that is settled: `error` or `drop`.
+        name: the kind of problem, as counted in the report.
+        policy: the action, if already decided: `error` or `drop`.
     """
 
     def __init__(self, row: Row, reason: str, name: str, policy: str | None):
@@ -67,7 +67,7 @@ class RowError(DataError):
 
 
 def find(path: str, split: str | None = None) -> list[Path] | None:
-    """The files that a path, folder or glob names, those of the splits that `split` takes rows of; None when it can only be a hub id."""
+    """The files that a path, folder or glob names, limited to the splits that `split` uses; None if it can only be a hub id."""
     found: list[Path] = []
     for name in slices.names(split):
         files = _find(path, name)
@@ -106,12 +106,13 @@ def _find(path: str, split: str | None) -> list[Path] | None:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether a file of a folder is no part of its rows: in .ipynb_checkpoints, say, or one that a killed process was writing."""
+    """Whether a file in a folder does not belong to its rows: in .ipynb_checkpoints, for example, or left unfinished by a killed process.
+    """
     return path.name == "dataset_infos.json" or any(part.startswith(".") for part in path.parts)
 
 
 def rows(path: str, name: str | None = None, split: str | None = None, streaming: bool = False) -> Iterator[Row]:
-    """The rows of a source: files here, or a data set of the hub with its subset and split, downloaded first unless `streaming`."""
+    """The rows of a source: local files, or a hub data set with its subset and split, downloaded first unless `streaming`."""
     paths = find(path, split)
     if paths is None:
         return read_hub(path, name, split, streaming)
@@ -133,7 +134,7 @@ def content_hash(path: Path) -> str:
 
 
 def read(paths: list[Path]) -> Iterator[Row]:
-    """The rows of the files of a source, streamed."""
+    """The rows of a source's files, streamed."""
     index = 0
     for path in paths:
         for row in _read(path):
@@ -167,7 +168,7 @@ def _from_hub(path: str) -> Iterator[None]:
 
 
 def hub_version(path: str, name: str | None, split: str | None, streaming: bool) -> str:
-    """What changes when a data set of the hub does: the fingerprint of its rows, or, unread, the hash of its files' names and commit."""
+    """A version of a hub data set: the fingerprint of its rows or, when streaming, the hash of its file names and commit."""
     import datasets
 
     with _from_hub(path):
@@ -178,7 +179,7 @@ def hub_version(path: str, name: str | None, split: str | None, streaming: bool)
 
 
 def read_hub(path: str, name: str | None, split: str | None, streaming: bool = False) -> Iterator[Row]:
-    """The rows of a data set of the hub."""
+    """The rows of a hub data set."""
     import datasets
 
     with _from_hub(path):
@@ -202,7 +203,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             hint = "; the file looks like one JSON list: rename it to .json" if number == 1 and line.lstrip()[0] == "[" else ""
             reason = f"{jsonfile.reason(line, error)} at column {error.pos + 1}{hint}"
             raise DataError(f"{path}, line {number}: not valid JSON, {reason}") from None
-        except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
+        except (RecursionError, ValueError) as error:  # deeply nested lists, or a number with thousands of digits
             raise DataError(f"{path}, line {number}: the row cannot be read: {error}") from None
         if not isinstance(fields, dict):
             raise DataError(f'{path}, line {number}: a row must be a JSON object like {{"text": ...}}, this is a {kind_of(fields)}')
@@ -255,7 +256,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
                     number += 1
                     yield number, fields
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not Arrow's word for bytes that mean nothing
+        if isinstance(error, OSError) and error.errno:  # the system's error, not Arrow's for malformed bytes
             raise
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again") from None
 
@@ -267,7 +268,7 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
-        elif sniff.begins(path).startswith(b"ARROW1"):  # the form with an index, of pyarrow, pandas and polars
+        elif sniff.begins(path).startswith(b"ARROW1"):  # the indexed form that pyarrow, pandas and polars write
             with pyarrow.ipc.open_file(path.read_bytes()) as file:
                 rows = datasets.Dataset(file.read_all())
         else:
@@ -298,7 +299,7 @@ def _is_object(line: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value of this kind."""
+    """JSON's name for the type of this value."""
     names = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null", dict: "object"}
     return names.get(type(value), type(value).__name__)
 

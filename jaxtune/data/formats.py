@@ -1,4 +1,4 @@
-"""What a row means: every format people have becomes one of a few examples."""
+"""What a row means: every common format becomes one of a few kinds of examples."""
 
 import difflib
 import importlib
@@ -36,12 +36,12 @@ def _sharegpt(row: Row) -> Chat:
 
 
 def _said(row: Row, key: str) -> list[dict]:
-    """The messages in field `key`, behind the row's system turn."""
+    """The messages in field `key`, after the row's system turn."""
     return _after_system(row, messages(row, key))
 
 
 def _after_system(row: Row, said: list[dict]) -> list[dict]:
-    """Messages behind a system turn, where the row has one in a column of its own."""
+    """Messages after a system turn, if the row has one in a separate column."""
     system = _optional(row, "system")
     if not system or said[0] == (turn := {"role": "system", "content": system}):
         return said
@@ -69,7 +69,8 @@ def _alpaca_prompt(row: Row) -> list[dict]:
 
 
 def _preference(row: Row) -> Pair:
-    """Explicit (`prompt`), LLaMA-Factory's (`conversations`, or Alpaca's `instruction`), or implicit: what both begin with."""
+    """Explicit (`prompt`), LLaMA-Factory's (`conversations`, or Alpaca's `instruction`), or implicit: the common beginning of both answers.
+    """
     prompt, given = None, row.fields.get("prompt")
     whole = [side for side in ("chosen", "rejected") if isinstance(row.fields[side], list)]
     if "conversations" in row.fields:
@@ -77,7 +78,7 @@ def _preference(row: Row) -> Pair:
     elif "instruction" in row.fields:
         prompt = _alpaca_prompt(row)
     elif given is None or (len(whole) == 2 and isinstance(given, str) and all(_opens_with(row.fields[side], given) for side in whole)):
-        return _implicit(row)  # also UltraFeedback's: the prompt once more, as a string, beside two whole conversations
+        return _implicit(row)  # also UltraFeedback's: the prompt again, as a string, beside two whole conversations
     elif isinstance(given, str) and whole:
         prompt = _after_system(row, [{"role": "user", "content": given}])
     return Pair(_answer(row, "prompt", "chosen", prompt), _answer(row, "prompt", "rejected", prompt), _margin(row))
@@ -102,7 +103,7 @@ def _implicit(row: Row) -> Pair:
 
 
 def _margin(row: Row) -> float:
-    """By how much the chosen answer is better (TRL's column of that name); 0 where the row does not say."""
+    """By how much the chosen answer is better (TRL's column of that name); 0 if the row has none."""
     value = row.fields.get("margin")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
         raise row.fail(f"'margin' must be a number, this is {short(value)}")
@@ -184,7 +185,7 @@ def _prompt(row: Row) -> Prompt:
     return Prompt(prompt, turns.tools(row), turns.template_kwargs(row))
 
 
-# name: (fields that a row of it has, reader), in the order of detection. A field "a|b" is one or the other.
+# name: (fields of such a row, reader), in the order of detection. A field "a|b" means one or the other.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "tokenised": (("input_ids",), _tokenised),
     "segments": (("segments",), _segments),
@@ -202,7 +203,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
 }
 
 
-# what files call the fields of the formats above, for a hint: theirs -> ours
+# common names for the fields of the formats above, for a hint: theirs -> ours
 USUAL = {
     "question": "instruction", "query": "instruction", "problem": "instruction", "user": "instruction", "answer": "output",
     "response": "output", "solution": "output", "assistant": "output", "context": "input", "system_prompt": "system",
@@ -216,9 +217,9 @@ def detect(row: Row) -> str:
         if all(any(key in row.fields for key in keys.split("|")) for keys in needed):
             label = row.fields.get("label")
             if name == "unpaired" and "label" in row.fields and not _is_bool(label):
-                continue  # some other label, a class name for example
+                continue  # another kind of label, for example a class name
             if name == "classification":
-                continue  # text with a label is text, but for objective classification, which asks for the format by name
+                continue  # text with a label is plain text, except for objective classification, which requests its format by name
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
     ours = USUAL | {key: key for needed, _ in FORMATS.values() for keys in needed for key in keys.split("|")}  # whatever their case
@@ -233,13 +234,13 @@ def detect(row: Row) -> str:
 
 
 def is_labelled(row: Row) -> bool:
-    """Whether the row is a single answer with a label, whatever that label is: 0 and 1 serve too, and others are refused by `parse`."""
+    """Whether the row is a single answer with a label, whatever that label is: 0 and 1 are accepted too, and `parse` refuses others."""
     needed, _ = FORMATS["unpaired"]
     return "chosen" not in row.fields and all(any(key in row.fields for key in keys.split("|")) for keys in needed)
 
 
 def _is_bool(label: Any) -> bool:
-    """True and false, which in CSV are strings."""
+    """True and false, which are strings in CSV."""
     return isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))
 
 
@@ -248,7 +249,7 @@ def _is_function(name: str | None) -> bool:
 
 
 def made(row: Row, name: str | None) -> Row:
-    """The row as the function `name` makes it; as it is where the format is none."""
+    """The row as the function `name` makes it; unchanged if the format is no function."""
     if name is None or not _is_function(name):
         return row
     fields = _function(name)(dict(row.fields))
@@ -258,7 +259,7 @@ def made(row: Row, name: str | None) -> Row:
 
 
 def parse(row: Row, name: str | None) -> Example:
-    """The example a row stands for: by the format `name`, by a function named by its dotted path, or by the row's own fields.
+    """The example that a row stands for: by the format `name`, by a function with a dotted path, or by the row's own fields.
 
     A function takes the row as a dict and returns a dict in one of the formats here.
     """
@@ -288,14 +289,15 @@ def _function(path: str) -> Callable[[dict], Any]:
 
 
 def function_bytes(name: str | None) -> bytes:
-    """The source of the module that holds the function `name`; empty for the formats here. For the cache: other code, other rows."""
+    """The source of the module that defines the function `name`; empty for built-in formats. Part of the cache key: other code, other rows.
+    """
     if name is None or not _is_function(name):
         return b""
     return Path(inspect.getfile(_function(name))).read_bytes()
 
 
 def rename(row: Row, columns: dict[str, str]) -> Row:
-    """The row under the names the formats use; `columns` maps a format's name to the file's."""
+    """The row with the field names of the formats; `columns` maps a format's name to the file's."""
     if not columns:
         return row
     for ours, theirs in columns.items():
@@ -307,7 +309,7 @@ def rename(row: Row, columns: dict[str, str]) -> Row:
 
 
 def _answer(row: Row, prompt_key: str, key: str, prompt: list[dict] | None = None) -> Completion | Chat:
-    """A prompt and what follows it, both strings or both messages; `prompt`, where it is given, is the prompt already read."""
+    """A prompt and its continuation, both strings or both messages; `prompt`, if given, is already parsed."""
     if prompt is None and isinstance(row.fields.get(prompt_key), list):
         prompt = _said(row, prompt_key)
     if prompt is None:
@@ -323,7 +325,7 @@ def _chat(row: Row, said: list[dict], start: int = 0) -> Chat:
 
 
 def _check_system(row: Row, prompt: str) -> None:
-    """A plain prompt has no turns, so a system turn in a column of its own is nowhere, unless the prompt says it already."""
+    """A plain prompt has no turns, so a system turn in a separate column would be lost, unless the prompt already contains it."""
     system = row.fields.get("system")
     if isinstance(system, str) and system.strip() and system.strip() not in prompt:
         raise row.fail(

@@ -1,8 +1,8 @@
-"""Rows made by a local model: new tasks from seed tasks, instructions for given texts, better answers to given prompts.
+"""Create rows with a local model: new tasks from seed tasks, instructions for given texts, better answers to given prompts.
 
-Each function is a generator of rows `{"prompt", "completion"}`, so that what has been made can be written as it comes (`save`). Every row
-passes three gates: it is not empty, it is not like a row that was there or has been made before (MinHash, as in `quality`),
-and `keep(row)` says yes. What did not pass is counted in `Made`, which each call can be given.
+Each function is a generator of rows `{"prompt", "completion"}`, so that rows can be written as they are made (`save`). Every row passes
+three filters: it is not empty, it is not similar to an earlier row (MinHash, as in `quality`), and `keep(row)` accepts it. Rejected rows
+are counted in `Made`, which can be passed to each call.
 
     writer = Writer(functools.partial(jaxtune.generate, jaxtune.load("org/name")))
     save(self_instruct(writer, seeds, 1000, keep=lambda row: len(row["completion"]) > 20), "tasks.jsonl")
@@ -49,25 +49,25 @@ Keep = Callable[[Row], bool]
 
 @dataclass
 class Made:
-    """How many rows were made, and what became of those that are not among them, by reason."""
+    """How many rows were made, and how many were rejected, by reason."""
 
     rows: int = 0
     refused: dict[str, int] = field(default_factory=dict)
 
     def refuse(self, reason: str) -> None:
-        """Count a row that is left out."""
+        """Count a rejected row."""
         self.refused[reason] = self.refused.get(reason, 0) + 1
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model and how it is asked.
+    """A model and how it is prompted.
 
     Attributes:
         generate: `(prompts, **settings) -> texts`: `jaxtune.generate` with its model (and adapter) filled in.
         settings: temperature, top_p, max_new_tokens, ...
-        batch: questions asked at once.
-        seed: of the sampling and of the choice of examples.
+        batch: prompts answered together.
+        seed: for sampling and for the choice of examples.
     """
 
     generate: Callable[..., list[str]]
@@ -76,7 +76,7 @@ class Writer:
     seed: int = 0
 
     def write(self, prompts: Sequence[str], number: int, **settings: Any) -> list[str]:
-        """An answer to each prompt, white space around it taken off. `number` tells one call's randomness from another's."""
+        """An answer to each prompt, stripped of surrounding white space. `number` gives each call its own randomness."""
         given = {**self.settings, **settings, "seed": self.seed * 1_000_003 + number}
         started = time.monotonic()
         texts = [text.strip() for text in self.generate(list(prompts), **given)]
@@ -88,13 +88,13 @@ def self_instruct(
     writer: Writer, seeds: Sequence[str], count: int, shown: int = 3, keep: Keep | None = None, made: Made | None = None,
     patience: int = 20,
 ) -> Iterator[Row]:  # fmt: skip
-    """`count` new tasks like `seeds`, each with its answer (Wang et al., arXiv 2212.10560).
+    """`count` new tasks similar to `seeds`, each with its answer (Wang et al., arXiv 2212.10560).
 
-    Each question shows the model `shown` tasks, drawn from the seeds and from the tasks made so far, and asks for one more; the new
-    tasks that pass are then answered, greedily. Stops early after `patience` batches that brought nothing.
+    Each prompt shows the model `shown` tasks, drawn from the seeds and from the tasks made so far, and asks for one more; accepted new
+    tasks are then answered greedily. Stops early after `patience` batches without a new task.
 
     Raises:
-        DataError: there are fewer seeds than are to be shown.
+        DataError: there are fewer seeds than `shown`.
     """
     if len(seeds) < shown:
         raise DataError(f"{len(seeds)} seed tasks were given, but each question shows {shown}; give more, or a smaller `shown`")
@@ -118,7 +118,7 @@ def self_instruct(
 
 
 def back_translate(writer: Writer, texts: Iterable[str], keep: Keep | None = None, made: Made | None = None) -> Iterator[Row]:
-    """For each text the instruction it could be the answer to; the text itself is the completion (Li et al., arXiv 2308.06259)."""
+    """For each text an instruction that it could be the answer to; the text itself is the completion (Li et al., arXiv 2308.06259)."""
     gate = _Gate(keep, made)
     for number, batch in enumerate(_batches(texts, writer.batch)):
         prompts = writer.write([BACK.format(text=text) for text in batch], number)
@@ -128,7 +128,7 @@ def back_translate(writer: Writer, texts: Iterable[str], keep: Keep | None = Non
 
 
 def rewrite(writer: Writer, rows: Iterable[Row], how: str = HOW, keep: Keep | None = None, made: Made | None = None) -> Iterator[Row]:
-    """The same prompts with their completions written anew, as `how` says. Prompts are kept as they are, also when they are alike."""
+    """The same prompts with rewritten completions, following the instruction `how`. Prompts are kept even if they are similar."""
     gate = _Gate(keep, made)
     for number, batch in enumerate(_batches(rows, writer.batch)):
         asked = [REWRITE.format(prompt=row["prompt"], completion=row["completion"], how=how) for row in batch]
@@ -138,7 +138,7 @@ def rewrite(writer: Writer, rows: Iterable[Row], how: str = HOW, keep: Keep | No
 
 
 def save(rows: Iterable[Row], file: str | os.PathLike) -> int:
-    """Append rows to a JSONL file, each as it comes; how many there were."""
+    """Append rows to a JSONL file as they are made; returns their number."""
     count = 0
     with open(file, "a", encoding="utf-8") as stream:
         for row in rows:
@@ -149,7 +149,7 @@ def save(rows: Iterable[Row], file: str | os.PathLike) -> int:
 
 
 def written(file: str | os.PathLike, *fields: str) -> list[dict[str, Any]]:
-    """The rows with these fields that an earlier run has left in a JSONL file; a last line that was cut off is taken away.
+    """The rows with these fields that an earlier run has left in a JSONL file; a truncated last line is removed.
 
     Raises:
         DataError: the file holds other rows.
@@ -161,7 +161,7 @@ def written(file: str | os.PathLike, *fields: str) -> list[dict[str, Any]]:
     rows = [_row(line) for line in lines if line.strip()]
     if not all(isinstance(row, dict) and row.keys() >= {*fields} for row in rows):
         raise DataError(f"{path} holds other rows than those that are made ({', '.join(fields)}); name another file")
-    if _row(last) is not None:  # whole but for its end
+    if _row(last) is not None:  # complete except for its newline
         rows.append(_row(last))
         with path.open("ab") as stream:
             stream.write(b"\n")
@@ -178,7 +178,7 @@ def _row(line: bytes) -> Any:
 
 
 class _Gate:
-    """Decides which rows pass, and counts the others."""
+    """Decides which rows are accepted, and counts the others."""
 
     def __init__(self, keep: Keep | None, made: Made | None, known: Iterable[str] = ()):
         self.keep, self.made, self.seen = keep, made if made is not None else Made(), Similar(0.7)
@@ -186,7 +186,7 @@ class _Gate:
             self.seen.add(self.seen.sign(text))
 
     def fresh(self, prompt: str) -> bool:
-        """The prompt is not empty and unlike those before it."""
+        """Whether the prompt is not empty and unlike those before it."""
         signed = self.seen.sign(prompt)
         if not prompt or self.seen.find(signed) is not None:
             self.made.refuse("similar" if prompt else "empty")
@@ -195,7 +195,7 @@ class _Gate:
         return True
 
     def passed(self, prompt: str, completion: str) -> Row | None:
-        """The row, if it has an answer and the caller wants it."""
+        """The row, if it has an answer and the caller accepts it."""
         row = {"prompt": prompt, "completion": completion}
         if not completion:
             self.made.refuse("empty")

@@ -1,4 +1,4 @@
-"""The objects of a JSON file one by one: a list is never in memory as a whole."""
+"""The objects of a JSON file one by one; a list is never in memory as a whole."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from jaxtune.errors import DataError
 BLOCK = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LAST_COMMA = re.compile(r",\s*[\]}]")
-_TAIL = 16  # an error this near the end of what has been read may be a value cut short
+_TAIL = 16  # an error this close to the end of the window may be a truncated value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, whose keys may not be repeated: all but the last value would be dropped in silence."""
+    """An object whose keys may not be repeated: json would silently keep only the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -27,7 +27,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def reason(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong, where files often have it so; else what json says."""
+    """A common cause of the error, if recognised; otherwise json's message."""
     comma = _LAST_COMMA.search(text, max(error.pos - 99, 0), error.pos + 99)
     if comma and comma.start() <= error.pos < comma.end():
         return "a comma too many"
@@ -35,7 +35,7 @@ def reason(text: str, error: json.JSONDecodeError) -> str:
 
 
 class _Reader:
-    """Values of a stream, decoded from a window that is moved along."""
+    """Values of a stream, decoded from a moving window."""
 
     def __init__(self, stream: IO[str], path: Path):
         self.stream, self.path = stream, path
@@ -43,7 +43,7 @@ class _Reader:
         self.line, self.column = 1, 0  # of the window's first character
 
     def more(self) -> bool:
-        """Read on; as much as is held already, so that a long value is not scanned again and again."""
+        """Read as much again as the window holds, so that a long value is not scanned repeatedly."""
         gone, held = self.window[: self.at], self.window[self.at :]
         block = self.stream.read(max(BLOCK, len(held)))
         if not block:
@@ -54,7 +54,7 @@ class _Reader:
         return True
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             match = _SPACE.match(self.window, self.at)
             self.at = match.end() if match else self.at
@@ -64,7 +64,7 @@ class _Reader:
                 return ""
 
     def take(self, *wanted: str) -> str:
-        """The next character, one of `wanted`."""
+        """The next character, which must be one of `wanted`."""
         found = self.peek()
         if found not in wanted or not found:
             self.fail(f"Expecting {' or '.join(map(repr, wanted))}", self.at)
@@ -82,9 +82,9 @@ class _Reader:
                 if whole or not self.more():
                     self.fail(reason(self.window, error), error.pos)
                 continue
-            except (RecursionError, ValueError) as error:  # lists in lists in lists ..., or a number of thousands of digits
+            except (RecursionError, ValueError) as error:  # deeply nested lists, or a number with thousands of digits
                 self.fail(str(error), self.at)
-            if end > len(self.window) - 3 and self.more():  # a number may go on: 1 is a beginning of 1e+9
+            if end > len(self.window) - 3 and self.more():  # a number may continue: 1 may be the beginning of 1e+9
                 continue
             self.at = end
             return value
@@ -101,7 +101,7 @@ class _Reader:
                 return
 
     def fail(self, message: str, at: int, hint: str = "") -> None:
-        """Say what is wrong at a place of the window."""
+        """Raise an error for a place in the window."""
         before = self.window[:at]
         line = self.line + before.count("\n")
         column = len(before) - before.rfind("\n") if "\n" in before else self.column + len(before) + 1
@@ -114,7 +114,7 @@ class _Reader:
 
 
 def read(path: Path, opened: Callable[[Path], IO[str]]) -> Iterator[Any]:
-    """The values of the list that the file holds, or of the one list in the object it holds.
+    """The values of the list that the file holds, or of the only list in the object it holds.
 
     Raises:
         DataError: not JSON, with line and column, or no such list.
@@ -135,7 +135,7 @@ def read(path: Path, opened: Callable[[Path], IO[str]]) -> Iterator[Any]:
     if first and len(lists) != 1:
         raise DataError(f"{path}: a JSON file must hold a list of objects, or an object with one such list")
     if first:
-        with opened(path) as stream:  # the list is known to be the only one, so it can be read as it comes
+        with opened(path) as stream:  # the list is known to be the only one, so it can be streamed
             for at_list in _members(reader := _Reader(stream, path), read_lists=False):
                 if at_list:
                     yield from reader.items()

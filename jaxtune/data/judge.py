@@ -1,9 +1,9 @@
-"""Preference rows made by a local model: answers criticised and revised by principles (Constitutional AI, arXiv 2212.08073), and pairs of
-answers judged by principles (RLAIF, arXiv 2309.00267), each pair in both orders, since models favour a place.
+"""Create preference rows with a local model: answers criticised and revised by principles (Constitutional AI, arXiv 2212.08073), and pairs
+of answers judged by principles (RLAIF, arXiv 2309.00267), each pair in both orders, because models prefer one position.
 
-Each function is a generator of rows in the order of the prompts. A row that came to nothing has a `refused` with the reason, and what the
-model said; `save` puts those into a file of their own. Batches and their randomness depend on the list of prompts alone, and what is
-`done` is left out, so that a run that was stopped and taken up again writes what one run would have written.
+Each function is a generator of rows in the order of the prompts. A failed row has the reason in `refused`, and the model's words; `save`
+writes those to a separate file. Batches and their randomness depend only on the list of prompts, and finished ones (`done`) are skipped, so
+a stopped and resumed run writes what an uninterrupted run would have written.
 """
 
 import json
@@ -66,10 +66,10 @@ def revise(
     writer: Writer, prompts: Sequence[str], principles: Sequence[str] = PRINCIPLES, rounds: int = 1, done: Collection[str] = (),
     plain: bool = False,
 ) -> Iterator[Row]:  # fmt: skip
-    """For each prompt an answer (`rejected`) and what became of it after `rounds` of criticism by a principle and revision (`chosen`).
+    """For each prompt an answer (`rejected`) and its revision after `rounds` of criticism by a principle (`chosen`).
 
-    The rows have the last `critique` and its `principle`. plain: prompts and answers as texts, for models without a chat template;
-    else as messages.
+    Rows have the last `critique` and its `principle`. plain: prompts and answers are texts, for models without a chat template; otherwise
+    messages.
     """
     for number, batch in _batches(writer, list(prompts), list(prompts), done):
         answers = writer.write(batch, 10 * number)
@@ -92,10 +92,10 @@ def prefer(
     writer: Writer, prompts: Sequence[str], principles: Sequence[str] = PRINCIPLES, pairs: Sequence[tuple[str, str]] | None = None,
     done: Collection[str] = (), plain: bool = False,
 ) -> Iterator[Row]:  # fmt: skip
-    """For each prompt two answers, the better one by a principle `chosen`: where both orders of asking give one verdict.
+    """For each prompt two answers, with the better one, judged by a principle, as `chosen`, if both orders give the same verdict.
 
-    pairs  the two answers to each prompt; drawn from the writer where they are not given. The rows have the judge's `reasons`, of each
-    order, and the `principle`.
+    pairs  the two answers to each prompt; sampled from the writer by default. Rows have the judge's `reasons` for each order, and the
+           `principle`.
     """
     keys = list(prompts) if pairs is None else [_key(prompt, pair) for prompt, pair in zip(prompts, pairs, strict=True)]
     for number, places in _batches(writer, keys, list(range(len(keys))), done):
@@ -122,7 +122,7 @@ def prefer(
 
 
 def verdict(text: str) -> str | None:
-    """ "A" or "B", the last one that a judge names; None where it names none."""
+    """"A" or "B", the last one that a judge names; None if it names neither."""
     found = VERDICT.findall(text)
     if found:
         return found[-1].upper()
@@ -131,7 +131,7 @@ def verdict(text: str) -> str | None:
 
 
 def read_principles(file: str | os.PathLike) -> list[str]:
-    """One principle a line; empty lines and those that begin with # are left out."""
+    """One principle per line; empty lines and those beginning with # are ignored."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -157,9 +157,9 @@ def fresh(prompts: Iterable[str]) -> list[str]:
 
 
 def save(make: Callable[[set[str]], Iterable[Row]], file: str | os.PathLike) -> Made:
-    """Append `make(done)` to a JSONL file, each row as it comes, those that were refused to `FILE.refused.jsonl` beside it.
+    """Append the rows of `make(done)` to a JSONL file as they are made, and refused ones to `FILE.refused.jsonl` beside it.
 
-    `done` is what both files have already: a run that was stopped goes on where it was. Returns the counts of this run.
+    `done` is what both files already contain, so a stopped run continues where it was. Returns the counts of this run.
     """
     target, refused, made = Path(file), Path(f"{Path(file).with_suffix('')}.refused.jsonl"), Made()
     left = written(target, "prompt", "chosen", "rejected") + written(refused, "prompt", "answers", "refused")
@@ -185,7 +185,7 @@ def _key(prompt: str, pair: Sequence[str]) -> str:
 
 
 def _keys(row: Row) -> tuple[str, str]:
-    """What a row has done: its prompt, and its prompt with these answers."""
+    """What a row has completed: its prompt, and its prompt with these answers."""
     pair = row["answers"] if "refused" in row else [_text(row["chosen"]), _text(row["rejected"])]
     return _text(row["prompt"]), _key(_text(row["prompt"]), pair)
 
@@ -194,7 +194,7 @@ def _keys(row: Row) -> tuple[str, str]:
 
 
 def _batches(writer: Writer, keys: list[str], items: list[Any], done: Collection[str]) -> Iterator[tuple[int, list[Any]]]:
-    """Batches of items with their numbers; those of which nothing is left to do are passed over."""
+    """Batches of items with their numbers; fully completed batches are skipped."""
     for start in range(0, len(keys), writer.batch):
         batch = slice(start, start + writer.batch)
         if not all(key in done for key in keys[batch]):

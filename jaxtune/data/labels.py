@@ -1,4 +1,4 @@
-"""What a text is to be taken for, as numbers: classes by number or name, sets of classes, plain numbers."""
+"""Labels of texts as numbers: classes by number or name, sets of classes, plain numbers."""
 
 import math
 from typing import Any
@@ -9,10 +9,10 @@ from jaxtune.data.turns import short
 
 
 def value(row: Row, label: Any, config: Config) -> float | tuple[float, ...]:
-    """A row's label under the config's `problem_type`: the class's number; 0 or 1 for each class; or the number itself, or so many.
+    """A row's label under the config's `problem_type`: the class number; 0 or 1 per class; or the number itself, or several.
 
-    Several classes are a list of their names or numbers, or (transformers' way) a 0 or 1.0 for each class in order.
-    Raises the row's error for a label that is none of these.
+    Several classes are a list of their names or numbers, or (as in transformers) a 0 or 1.0 for each class in order. Raises the row's error
+    for any other label.
     """
     count = config.num_labels or 0
     if config.problem_type == "single_label_classification":
@@ -34,7 +34,7 @@ def _class(row: Row, label: Any, config: Config) -> int:
     names, count = list(config.id2label or ()), config.num_labels or 0
     if isinstance(label, str) and label in names:
         return names.index(label)
-    number = int(label) if isinstance(label, str) and label.isdigit() else label  # CSV has nothing but strings
+    number = int(label) if isinstance(label, str) and label.isdigit() else label  # CSV has only strings
     if isinstance(number, int) and 0 <= number < count:
         return int(number)
     known = f", or one of {', '.join(names)}" if names else "; for classes by name write id2label: [FIRST, SECOND, ...]"

@@ -1,4 +1,4 @@
-"""What became of every row: nothing is dropped or cut without being counted here."""
+"""Accounts for every row: nothing is dropped or cut without being counted here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -6,22 +6,22 @@ from dataclasses import asdict, dataclass, field
 from jaxtune.data.files import Row, RowError
 
 EXAMPLES = 5
-Place = int | str  # a row number, with its file where a source has several
+Place = int | str  # a row number, with its file if a source has several
 
 
 @dataclass
 class Ledger:
-    """The books of one source.
+    """The ledger of one source.
 
     Attributes:
         path: the source.
         rows: rows read.
-        tokens: tokens of those rows, before anything was cut.
+        tokens: tokens of those rows, before any cut.
         documents: documents made of them.
         kept_tokens: tokens of those documents.
-        trained_tokens: tokens of those documents that are trained.
-        dropped: reason -> numbers of the rows left out.
-        cut: row number -> tokens cut away.
+        trained_tokens: trained tokens of those documents.
+        dropped: reason -> numbers of the dropped rows.
+        cut: row number -> tokens cut off.
         parts: numbers of the rows that were split.
         problems: name -> numbers of the rows that have it.
         examples: name -> the first few messages.
@@ -42,7 +42,7 @@ class Ledger:
     def __post_init__(self):
         self._policies: Mapping[str, str] = {}
         self._survey = False
-        self.suppressed = 0  # errors that a survey went on after
+        self.suppressed = 0  # errors that a survey continued after
 
     def by(self, policies: Mapping[str, str], survey: bool = False) -> "Ledger":
         """Set what to do about each problem: `error`, `drop` or `keep`. A survey turns every error into a drop."""
@@ -50,7 +50,7 @@ class Ledger:
         return self
 
     def problem(self, name: str, row: Row, reason: str) -> None:
-        """Book a row that has something wrong with it and could be trained on all the same."""
+        """Record a problem of a row that can still be trained on."""
         policy = self._policies.get(name, "keep")
         if policy == "error" and self._survey:
             self.suppressed += 1
@@ -59,7 +59,7 @@ class Ledger:
         self._note(name, row, reason)
 
     def fault(self, error: RowError) -> None:
-        """Book a row that cannot be used, or raise."""
+        """Record a row that cannot be used, or raise its error."""
         policy = error.policy or self._policies.get(error.name, "error")
         if policy != "drop":
             if not self._survey:

@@ -1,4 +1,4 @@
-"""Which tokens are trained: from turns to characters to tokens, and back again to text."""
+"""Which tokens are trained: from turns to characters to tokens, and back to text."""
 
 import re
 import unicodedata
@@ -20,13 +20,13 @@ class Piece:
 
     Attributes:
         row: where it came from.
-        text: all of it.
+        text: the whole text.
         spans: ranges [from, to) of `text`, in order.
-        special: the tokenizer adds its special tokens (BOS). Not for the output of a chat template, which has its own.
-        eos: EOS is put after the text, unless it ends with it. Not for the output of a chat template either.
-        splittable: nothing but text, which may be cut into several documents.
+        special: the tokenizer adds its special tokens (BOS). False for the output of a chat template, which contains its own.
+        eos: append EOS unless the text ends with it. False for the output of a chat template.
+        splittable: plain text, which may be split into several documents.
         marks: the mask value of each span; none: 1. Objectives with labels use 1 for a bad answer or step, 2 for a good one.
-        ids: token ids that were given as such, with `mask`; the text is then empty.
+        ids: token ids given as such, with `mask`; the text is then empty.
     """
 
     row: Row
@@ -41,10 +41,10 @@ class Piece:
 
 
 def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
-    """Numbers of the turns that are trained.
+    """Numbers of the trained turns.
 
-    `completion`: answers that are not part of the prompt; `assistant`: every answer; `last`: the last one; `all`: every turn.
-    A message's own `train` (or OpenAI's `weight`, Axolotl's `training`) beats the mode.
+    `completion`: answers that are not part of the prompt; `assistant`: every answer; `last`: the last one; `all`: every turn. A message's
+    own `train` (or OpenAI's `weight`, Axolotl's `training`) takes precedence over the mode.
     """
     answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
     chosen = {
@@ -57,7 +57,7 @@ def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
     for number, message in enumerate(chat.messages):
         for flag in FLAGS:
             if flag in message:
-                if message[flag] not in (True, False):  # 0 and 1 among them
+                if message[flag] not in (True, False):  # including 0 and 1
                     raise row.fail(f"{flag!r} of message {number + 1} is {message[flag]!r}; write true to train it, or false")
                 (turns.add if message[flag] else turns.discard)(number)
     if not turns:
@@ -67,13 +67,12 @@ def trained_turns(row: Row, chat: Chat, mode: str) -> set[int]:
 
 
 def trained_tokens(piece: Piece, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
-    """Mask (uint8) of the tokens that hold any character of the spans, and each run of them as (from, to, its text).
+    """Mask (uint8) of the tokens that contain any character of the spans, and each run of them as (from, to, its text).
 
-    A token that straddles the seam between prompt and completion is trained, because it holds text of the completion; its
-    prompt characters then open the run's text. (TRL trains from where the prompt's own tokens and those of the whole
-    diverge, which may be tokens earlier; where the prompt's tokens are a beginning of the whole, the two agree.)
-    Token i is taken to begin where the one before it ended, if its own offset is later: byte-level tokenizers leave
-    white space out of theirs.
+    A token that straddles the boundary between prompt and completion is trained, because it contains text of the completion; its prompt
+    characters are then part of the run's text. (TRL trains from where the tokens of the prompt alone and of the whole diverge, which may be
+    tokens earlier; if the prompt's tokens are a prefix of the whole, the two agree.) A token is taken to begin where the previous one
+    ended, if its own offset is later: byte-level tokenizers exclude white space from their offsets.
     """
     if piece.mask is not None:
         return np.asarray(piece.mask, np.uint8), []
@@ -90,19 +89,19 @@ def trained_tokens(piece: Piece, offsets: list[tuple[int, int]]) -> tuple[np.nda
 
 
 def added_after(tokenizer: Any) -> int:
-    """How many tokens the tokenizer puts after every text (EOS, or BERT's [SEP]), where it is asked for special tokens."""
+    """How many tokens the tokenizer appends to every text (EOS, or BERT's [SEP]) together with special tokens."""
     special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     return next((number for number, one in enumerate(reversed(special)) if not one), 0)
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that is to be gone on with: with BOS, and without what the tokenizer puts after every text."""
+    """Token ids of a text to be continued: with BOS, and without what the tokenizer appends to every text."""
     ids = tokenizer(text)["input_ids"]
     return ids[: len(ids) - added_after(tokenizer)]
 
 
 def same_text(a: str, b: str) -> bool:
-    """Equal but for white space (sentencepiece drops a leading space) and Unicode's compatibility forms (a tokenizer may normalise)."""
+    """Equal except for white space (sentencepiece drops a leading space) and Unicode's compatibility forms (a tokenizer may normalise)."""
     return a == b or squeeze(a) == squeeze(b)
 
 

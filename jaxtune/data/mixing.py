@@ -1,4 +1,4 @@
-"""How many rows of each source an epoch has, and which."""
+"""Which rows of each source an epoch contains, and how many."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from jaxtune.errors import ConfigError
 class Mixture:
     """Rows of several sources, drawn in fixed numbers.
 
-    Epoch e takes the next `quota[s]` rows of source s from an endless sequence of permutations of its rows: no row of a source comes again
-    before all the others have come, within an epoch and over epochs. Which rows epoch e has is a pure function of e.
+    Epoch e takes the next `quota[s]` rows of source s from an endless sequence of permutations of its rows: within an epoch and across
+    epochs, no row of a source is repeated before all others have been used. The rows of epoch e are a pure function of e.
 
     Attributes:
         rows: row numbers of each source.
-        quota: rows an epoch takes of each source.
+        quota: rows of each source per epoch.
     """
 
     rows: list[np.ndarray]
     quota: list[int]
 
     def epoch(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
-        """The row numbers of an epoch; unshuffled, the sources are interleaved evenly and each is in its own order."""
+        """The row numbers of an epoch; unshuffled, the sources are interleaved evenly, each in its own order."""
         drawn, places = [], []
         for source, (rows, quota) in enumerate(zip(self.rows, self.quota, strict=True)):
             cycle, index = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), len(rows))
@@ -40,12 +40,12 @@ class Mixture:
 
 
 def mixture(source: np.ndarray, config: Config) -> Mixture | None:
-    """The mixture that `config` asks for of rows whose source numbers are `source`; None where every row comes once an epoch.
+    """The mixture that `config` specifies for rows whose source numbers are `source`; None if every row is used once per epoch.
 
-    Sources are `data.train` in order and then `data.replay`. Shares of the training sources are proportional to their `weight`,
-    or, with `data.temperature` T, to rows ** (1 / T). The epoch is as long as `data.mix_stop` says: `all`, until every source has been seen
-    through once (the small ones repeat), or `first`, until one of them has been. `data.replay` then adds its `weight` as a share of
-    all rows, drawn from general data so that the model does not forget it.
+    Sources are `data.train` in order, then `data.replay`. Shares of the training sources are proportional to their `weight` or, with
+    `data.temperature` T, to rows ** (1 / T). `data.mix_stop` sets the length of the epoch: `all`, until every source has been used up once
+    (small ones repeat), or `first`, until one of them has been. `data.replay` then adds its `weight` as a share of all rows, from general
+    data, to prevent forgetting.
     """
     data = config.data
     count = len(data.train)

@@ -1,8 +1,7 @@
 """Which documents share a row.
 
-A plan is a list of rows, each a list of document numbers. Packed rows are filled by best-fit-decreasing, or by documents
-that fit each other where that takes fewer rows; the shapes a plan
-asks for are few, because each one is a compilation.
+A plan is a list of rows, each a list of document numbers. Packed rows are filled by best-fit decreasing, or by documents that fit each
+other if that takes fewer rows. A plan needs few shapes, because each one is a compilation.
 """
 
 from array import array
@@ -19,8 +18,8 @@ MAX_SHAPES = 6
 def permutation(n: int, *key: int) -> np.ndarray:
     """A permutation of range(n), a pure function of `key`.
 
-    Sorts raw Philox bits: numpy promises the bits of a bit generator for ever, but not what `Generator.permutation` makes
-    of them, and a resumed run must see the rows the stopped one would have seen.
+    Sorts raw Philox bits: numpy guarantees the bits of a bit generator across versions, but not what `Generator.permutation` makes of them,
+    and a resumed run must see the rows that the stopped one would have seen.
     """
     seed = np.random.SeedSequence([int(k) for k in key])
     return np.argsort(np.random.Philox(seed).random_raw(n), kind="stable")
@@ -33,9 +32,9 @@ class Plan:
     Attributes:
         docs: int64 [n], document numbers, row after row.
         starts: int64 [R + 1], row r holds `docs[starts[r]:starts[r + 1]]`.
-        group: int64 [R], the shape a row belongs to.
+        group: int64 [R], the shape that a row belongs to.
         lengths: tokens per row T, one for each group, increasing.
-        capacities: most trained tokens of a row of this group or of one before it, rounded up.
+        capacities: most trained tokens of a row of this group or a smaller one, rounded up.
     """
 
     docs: np.ndarray
@@ -48,23 +47,22 @@ class Plan:
         return len(self.group)
 
     def slots(self) -> int:
-        """Places for tokens in all rows together."""
+        """Token slots of all rows together."""
         return int(np.asarray(self.lengths)[self.group].sum()) if len(self) else 0
 
 
 def best_fit_decreasing(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack documents into rows of `size` tokens: longest first, each into the fullest row that still has room.
 
-    Documents of equal length are taken in an order drawn from `seed`. Rows are kept by the room they have left, and the
-    non-empty rooms are the bits of one integer, so the search for the fullest fitting row is one shift: 100 000
-    documents take well under a second.
+    Documents of equal length are taken in an order drawn from `seed`. Rows are indexed by their remaining room, and the non-empty rooms are
+    the bits of one integer, so the search for the fullest fitting row is a single shift: 100 000 documents take well under a second.
 
     Returns:
         int64 [n], the documents row after row, and how many each row has.
     """
     shuffled = permutation(len(lengths), seed)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-    row_of = array("q")  # 8 bytes a document, where Python's own lists take a hundred
+    row_of = array("q")  # 8 bytes per document, where Python's own lists take a hundred
     with_room: list[array] = [array("q") for _ in range(size + 1)]
     rooms = rows = 0
     for length in memoryview(np.ascontiguousarray(lengths[order], np.int64)):
@@ -86,16 +84,16 @@ def best_fit_decreasing(lengths: np.ndarray, size: int, seed: int) -> tuple[np.n
 
 
 def exact_fits(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents into rows of `size` tokens, looking for what fills them: arguments and result as of `best_fit_decreasing`.
+    """Pack documents into rows of `size` tokens by looking for exact fits; arguments and result as for `best_fit_decreasing`.
 
-    The longest document opens a row. One that fills the room, or the two nearest in length that fill it together, close it; where
-    there are none, the longest that fits is put in. The lengths there are, and their distances from `size`, are the bits of two integers:
-    those of `there & mirrored >> (size - room)` are the lengths that have a partner.
+    The longest document opens a row. One that fills the room, or the two nearest in length that fill it together, close it; if there are
+    none, the longest that fits is added. The existing lengths, and their distances from `size`, are the bits of two integers: those of
+    `there & mirrored >> (size - room)` are the lengths that have a partner.
     """
     shuffled = permutation(len(lengths), seed)
     order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     left = np.bincount(lengths, minlength=size + 1).tolist()
-    ends = np.cumsum(left).tolist()  # documents of length n that are left: order[ends[n] - left[n] : ends[n]]
+    ends = np.cumsum(left).tolist()  # remaining documents of length n: order[ends[n] - left[n] : ends[n]]
     there = sum(1 << n for n, count in enumerate(left) if count)
     mirrored = sum(1 << (size - n) for n, count in enumerate(left) if count)
     taken, counts = array("q"), array("q")
@@ -130,7 +128,7 @@ def _fill(there: int, partners: int, room: int, left: list[int]) -> list[int]:
 
 
 def pack(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The better of the two packings above: the one with fewer rows."""
+    """The packing above with fewer rows."""
     return min((packer(lengths, size, seed) for packer in (best_fit_decreasing, exact_fits)), key=lambda packed: len(packed[1]))
 
 
@@ -140,17 +138,12 @@ def round_up(n: int, step: int = CAPACITY_STEP) -> int:
 
 
 def make_plan(lengths: np.ndarray, trained: np.ndarray, source: np.ndarray, packing: bool | str, max_length: int, seed: int) -> Plan:
-    """Lay out documents in rows.
+    """Arrange documents in rows.
 
-    Args:
-        lengths: tokens of each document, none above `max_length`.
-        trained: trained tokens of each document.
-        source: source number of each document; a row holds documents of one source only, so that a mixture can be drawn
-            row by row.
-        packing: False, one document a row, in the order given, padded to the longest; True, rows of `max_length` filled up;
-            "group", one document a row, padded to one of at most 6 lengths.
-        max_length: tokens of a packed row.
-        seed: of the packing.
+    Args: lengths: tokens of each document, none above `max_length`. trained: trained tokens of each document. source: source number of each
+    document; a row holds documents of one source only, so that a mixture can be drawn row by row. packing: False, one document per row, in
+    the given order, padded to the longest; True, full rows of `max_length`; "group", one document per row, padded to one of at most 6
+    lengths. max_length: tokens of a packed row. seed: for the packing.
     """
     if len(lengths) and lengths.max() > max_length:
         raise DataError(f"a document of {lengths.max()} tokens does not fit a row of {max_length}")
@@ -177,7 +170,7 @@ def make_plan(lengths: np.ndarray, trained: np.ndarray, source: np.ndarray, pack
 
 
 def widened(plan: Plan, others: list[Plan]) -> Plan:
-    """The plan with shapes that serve the other ones too, those of them that have as many groups: one compilation for all."""
+    """The plan with shapes that also fit the other plans with the same number of groups: one compilation for all."""
     alike = [plan, *(other for other in others if len(other.lengths) == len(plan.lengths))]
     lengths, capacities = (
         tuple(max(sizes) for sizes in zip(*(getattr(p, name) for p in alike), strict=True)) for name in ("lengths", "capacities")
@@ -186,10 +179,10 @@ def widened(plan: Plan, others: list[Plan]) -> Plan:
 
 
 def bucket_lengths(lengths: np.ndarray, max_length: int) -> list[int]:
-    """At most 6 row lengths, multiples of 64, that pad the documents least.
+    """At most 6 row lengths, multiples of 64, that need the least padding.
 
-    Exact, by dynamic programming over the rounded lengths that occur: after k rounds `cost[j]` is the least number of slots for
-    all documents up to the j-th length in at most k + 1 buckets.
+    Exact, by dynamic programming over the rounded lengths that occur: after k rounds `cost[j]` is the least number of slots for all
+    documents up to the j-th length in at most k + 1 buckets.
     """
     rounded = np.minimum(-(-lengths // CAPACITY_STEP) * CAPACITY_STEP, max_length)
     sizes, counts = np.unique(rounded, return_counts=True)

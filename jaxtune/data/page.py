@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing beside it."""
+"""The report as one self-contained HTML file."""
 
 import os
 from html import escape
@@ -98,7 +98,7 @@ def _sources(report: Report) -> str:
 
 
 def _histogram(report: Report) -> str:
-    """Bars over the documents' lengths, with the count in words for each."""
+    """Bars for the documents' lengths, each with its count in words."""
     width, height, foot = 900, 180, 22
     most = max(count for _, count in report.histogram)
     step = width / len(report.histogram)

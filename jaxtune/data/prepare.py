@@ -28,8 +28,8 @@ from jaxtune.data.tokenised import examples, tokenise
 from jaxtune.errors import ConfigError, DataError
 
 log = logging.getLogger("jaxtune")
-MOST_STEPS = 10_000_000  # the learning rate of each is in a table
-# objective: what its rows are. All others take preference pairs.
+MOST_STEPS = 10_000_000  # a table holds the learning rate of each step
+# objective: the kind of its rows. All others take preference pairs.
 KINDS: dict[str, tuple[type, ...]] = {"kto": (Labelled, Pair), "stepwise_reward": (Steps,), "classification": (Classified,)}
 KINDS |= dict.fromkeys(ON_TOKENS, SFT)
 KINDS |= dict.fromkeys(POLICY, (Prompt,))
@@ -37,12 +37,12 @@ KINDS |= dict.fromkeys(POLICY, (Prompt,))
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and is evaluated on, and the books of how it came about.
+    """The training and evaluation data of a run, and the ledger of how it was made.
 
     Attributes:
         train: batches by step number.
-        eval: None where no evaluation rows are named.
-        test: rows kept from both; None where none are named.
+        eval: None without evaluation rows.
+        test: rows excluded from both; None without test rows.
         ledger: for `run.json` and the report: rows and tokens read, kept, cut and dropped, by source and reason.
     """
 
@@ -53,31 +53,29 @@ class Data:
 
 
 def load(config: Config, tokenizer: Any, data_parallel: int = 1, survey: bool = False) -> Data:
-    """Read, tokenise (or find in the cache), split, mix and plan the data of `config`.
+    """Read, tokenise (or load from the cache), split, mix and plan the data of `config`.
 
-    Args:
-        config: `config.data` says which rows and how; batch sizes and seed come from the config itself.
-        tokenizer: a fast Hugging Face tokenizer, with the chat template that chat rows need.
-        data_parallel: devices that hold different rows. A micro-batch has `per_device_train_batch_size * data_parallel` rows, or
-            as many pairs of rows for an objective that compares two answers.
-        survey: leave out, and book, rows that would stop a run. For the report.
+    Args: config: `config.data` says which rows and how; batch sizes and seed come from the config itself. tokenizer: a fast Hugging Face
+    tokenizer, with the chat template that chat rows need. data_parallel: devices that hold different rows. A micro-batch has
+    `per_device_train_batch_size * data_parallel` rows, or as many pairs of rows for an objective that compares two answers. survey: leave
+    out, and record, rows that would stop a run. For the report.
 
     Raises:
-        DataError: a source or row that cannot be used, with its file, number, the reason and what to change.
+        DataError: an unusable source or row, with its file, number, the reason and what to change.
     """
     if not config.data.train:
         raise DataError("no training data is named; set data.train to a file, folder, glob or hub id")
     sources = _sources(config, tokenizer, data_parallel, survey)
     folds = [dataclasses.replace(config.data, fold=fold) for fold in range(config.data.kfold or 0) if fold != (config.data.fold or 0)]
     others = [_sources(config.replace(data=fold), tokenizer, data_parallel, survey) for fold in folds]
-    for name, source in sources.items():  # folds have shapes in common, so that what is compiled for one serves all
+    for name, source in sources.items():  # folds share shapes, so that one compilation serves all
         source.plan = widened(source.plan, [other[name].plan for other in others])
     ledger = {name: source.documents.info for name, source in sources.items()}
     return Data(sources["train"], sources.get("eval"), sources.get("test"), ledger)
 
 
 def total_steps(config: Config, train: Source) -> int:
-    """Optimiser steps of a run on these rows: `max_steps`, or those of `num_train_epochs`. ConfigError where they are absurdly many."""
+    """Optimiser steps of a run on these rows: `max_steps`, or those of `num_train_epochs`. ConfigError if they are absurdly many."""
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * train.steps_per_epoch)
     if steps > MOST_STEPS:
         raise ConfigError(f"the run would have {steps} steps, but at most {MOST_STEPS} are possible; lower max_steps or num_train_epochs")
@@ -94,11 +92,11 @@ def _sources(config: Config, tokenizer: Any, data_parallel: int, survey: bool) -
 
 
 def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: Any, virtual: int = 0) -> None:
-    """DataError for a row with a token that the model has not, or one longer than its table of positions, if it has one (GPT-2), of
-    which `virtual` tokens take the first.
+    """DataError for a row with a token that the model lacks, or longer than its position table, if it has one (GPT-2), of which `virtual`
+    tokens take the first.
 
-    Where positions turn (all others), a row longer than the model was made for is a warning.
-    Tokens are looked at where the tokenizer has more of them than the model.
+    With rotary positions, a row longer than the model's context is only a warning. Tokens are checked if the tokenizer has more of them
+    than the model.
     """
     unknown = max(tokenizer.get_vocab().values(), default=0) >= model_config.vocab_size
     most = model_config.max_position_embeddings - virtual
@@ -123,7 +121,7 @@ def check_fits(sources: Iterable[Source | None], tokenizer: Any, model_config: A
 
 
 def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel: int = 1) -> Source:
-    """The batches of the `eval` or `test` side alone; `data.train` is needed only where that side is a share of it.
+    """The batches of the `eval` or `test` side alone; `data.train` is only needed if that side is a share of it.
 
     Raises:
         DataError: the config names no such rows.
@@ -133,13 +131,13 @@ def evaluation(config: Config, tokenizer: Any, name: str = "eval", data_parallel
 
 
 def require(config: Config, name: str) -> None:
-    """Raise DataError where the config names no rows of the `eval` or `test` side."""
+    """Raise DataError if the config names no rows for the `eval` or `test` side."""
     if getattr(config.data, name) is None and (name != "eval" or config.data.kfold is None):
         raise DataError(f"no {name} rows are named; set data.{name} to a file, or to a share of the training rows like 0.05")
 
 
 def divide(config: Config, tokenizer: Any, survey: bool = False) -> dict[str, Documents]:
-    """The documents of each side that has any; `data.replay` aside."""
+    """The documents of each non-empty side, without `data.replay`."""
     data, parts = config.data, {}
     if data.train:
         documents = _read(data.train, config, tokenizer, survey)
@@ -163,7 +161,7 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
     seed = config.seed if config.data_seed is None else config.data_seed
     units = unit_kinds.make(documents, config, training)
     lengths, trained = unit_kinds.room(units, config) if training else (units.lengths, units.trained)
-    longest = int(lengths.max())  # several answers may be longer than max_length together
+    longest = int(lengths.max())  # several answers together may exceed max_length
     plan = make_plan(lengths, trained, units.part, data.packing, max(data.max_length, longest), seed)
     if training and config.objective == "kto":
         unit_kinds.warn_of_one_label(units)
@@ -174,19 +172,19 @@ def _source(documents: Documents, config: Config, training: bool, data_parallel:
 
 
 def _limited(documents: Documents, limit: int | None) -> Documents:
-    """At most `limit` rows: those of the lowest hash, so that the choice stays when rows are added."""
+    """At most `limit` rows: those with the lowest hashes, so that the choice is stable when rows are added."""
     if limit is None:
         return documents
     rows = np.unique(documents.rows)
     if len(rows) <= limit:
         return documents
-    first = np.searchsorted(documents.rows, rows)  # a row's documents are side by side, rows in order of the file
+    first = np.searchsorted(documents.rows, rows)  # a row's documents are adjacent, rows in the order of the file
     kept = rows[np.argsort(splits.places(documents.content[first], 0), kind="stable")[:limit]]
     return documents.select(np.flatnonzero(np.isin(documents.rows, kept)))
 
 
 def held_out(config: Config, tokenizer: Any, name: str = "eval") -> Iterator[tuple[Row, Example]]:
-    """The rows of the evaluation (or `test`) side, as `load` divides them, and what they mean."""
+    """The rows of the evaluation (or `test`) side, as `load` splits them, and their examples."""
     documents = divide(config, tokenizer)[name]
     for part, source in enumerate(sources_of(config, name)):
         kept = set(documents.rows[documents.part == part].tolist())

@@ -1,4 +1,4 @@
-"""Rows as questions for a model: what it is asked, and what it should say."""
+"""Rows as questions for a model: what it is asked, and what it should answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,10 @@ class Question:
     """One evaluation row.
 
     Attributes:
-        row: where it stands.
+        row: its place.
         text: the prompt as the model reads it, with the opening of the answer.
-        ids: its token ids, as training has them.
-        answer: what the row says the model should say; empty for a row that has a prompt alone.
+        ids: its token ids, as in training.
+        answer: the expected answer; empty for a row that has only a prompt.
         messages: the prompt's turns, None for plain text.
     """
 
@@ -34,12 +34,13 @@ class Question:
 
 
 def questions(config: Config, tokenizer: Any, limit: int | None = None, name: str = "eval") -> list[Question]:
-    """The `eval` (or `test`) rows of `config` as questions, the last answer of a conversation being the one asked for.
+    """The `eval` (or `test`) rows of `config` as questions; in a conversation, the last answer is asked for.
 
-    Where `data.eval` is a share of the training rows, the rows held out of training. Rows of plain text ask nothing and are left out.
+    If `data.eval` is a share of the training rows, these are the rows held out from training. Rows of plain text ask nothing and are
+    skipped.
 
     Raises:
-        DataError: no evaluation rows are named, or none of them asks anything.
+        DataError: there are no evaluation rows, or none of them asks anything.
     """
     require(config, name)
     found = []

@@ -1,7 +1,7 @@
 """What may be wrong with rows, and what to do about it.
 
-Some of it shows while a row is encoded (`encode.py` books it), the rest when rows are looked at side by side: `examine`, which the report
-always does, and training where `data.quality` says to drop or stop for one of its problems.
+Some problems show while a row is encoded (`encode.py` records them), the others when rows are compared: `examine`, which the report always
+runs, and training if `data.quality` drops rows or stops for one of its problems.
 """
 
 import collections
@@ -19,7 +19,7 @@ from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelle
 from jaxtune.data.similar import Similar
 from jaxtune.errors import ConfigError
 
-# problem -> what to do unless `data.quality` says otherwise: drop the row, keep it (and count it), or stop with an error
+# problem -> default action: drop the row, keep it (and count it), or stop with an error
 ENCODING_TIME = {
     "double_bos": "error", "stop_token_untrained": "error", "prompts_differ": "error", "lone_surrogate": "error", "media": "error",
     "unknown_role": "error",
@@ -33,10 +33,10 @@ DEFAULTS = ENCODING_TIME | dict.fromkeys(
     "keep",
 )  # fmt: skip
 
-SIMILAR = 0.8  # Jaccard similarity of word triples from which on two rows are near duplicates
-FEW = 20  # rows below which nothing is said about what is usual
-REPEATED = 5  # different prompts with one and the same answer
-IMBALANCED = 0.8  # share of the commonest label
+SIMILAR = 0.8  # Jaccard similarity of word triples from which two rows are near duplicates
+FEW = 20  # with fewer rows, nothing is judged as unusual
+REPEATED = 5  # different prompts with the same answer
+IMBALANCED = 0.8  # share of the most common label
 OUTLYING = 5  # standard deviations of the logarithm of the length
 SURE = 0.99  # of a language
 SECRETS = re.compile(
@@ -66,17 +66,17 @@ def policies(config: Config) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Item:
-    """A row to be looked at.
+    """A row to examine.
 
     Attributes:
         side: `train`, `eval` or `test`.
         source: number of its source on that side.
         row: its index in that source.
-        place: where it is, in words.
+        place: its place in words.
         prompt: everything before the answer, as text.
         answer: the answer; for plain text, the text.
         other: further text: the rejected answer.
-        seam: where a plain prompt runs into its answer without a space or line break, the text around; else empty.
+        seam: the text around the place where a plain prompt joins its answer without a space or newline; otherwise empty.
     """
 
     side: str
@@ -127,11 +127,11 @@ def texts(example: Example) -> tuple[str, str, str]:
             return said, "", ""
         contents = [f"{m.get('content') or ''}{m.get('tool_calls') or ''}" for m in said if m["role"] not in ("system", "developer")]
         return "\n".join(contents[:-1]), contents[-1] if contents else "", ""
-    return "", "", ""  # token ids have no text of their own
+    return "", "", ""  # token ids carry no text
 
 
 def seam(example: Example) -> str:
-    """The text around the place where a plain prompt runs into its answer, as in `... altogether?She has`; empty where it does not."""
+    """The text around the place where a plain prompt joins its answer, as in `... altogether?She has`; empty if they are separated."""
     if isinstance(example, Pair):
         example = example.chosen
     if not isinstance(example, Completion):
@@ -142,7 +142,7 @@ def seam(example: Example) -> str:
 
 
 def examine(items: list[Item]) -> Findings:
-    """Everything that shows when rows are looked at side by side."""
+    """Every problem that shows when rows are compared."""
     found = Findings()
     kept = [item for item in items if item.text]
     for item, reason, name in (*_duplicates(kept), *_leaks(kept), *_answers(kept), *_lengths(kept), *_languages(kept)):
@@ -173,7 +173,7 @@ def _row_problems(item: Item) -> Iterator[tuple[str, str]]:
 
 
 def _duplicates(items: list[Item]) -> Found:
-    """Rows whose text came before on the same side: equal but for white space, or similar."""
+    """Rows whose text occurred before on the same side: equal except for white space, or similar."""
     for side in ("train", "eval", "test"):
         here = [item for item in items if item.side == side]
         first: dict[str, Item] = {}
@@ -196,7 +196,7 @@ def _near(items: list[Item]) -> Found:
 
 
 def _leaks(items: list[Item]) -> Found:
-    """Evaluation and test rows whose prompt (plain text: whole text) training has, or one like it."""
+    """Evaluation and test rows whose prompt (for plain text: whole text) occurs in training, or a similar one."""
     train = [item for item in items if item.side == "train"]
     rest = [item for item in items if item.side != "train"]
     if not rest:
@@ -216,7 +216,7 @@ def _leaks(items: list[Item]) -> Found:
 
 
 def _answers(items: list[Item]) -> Found:
-    """Answers that say the same to many prompts, stop in the middle, or are one word where others are long."""
+    """Answers that are the same for many prompts, stop in the middle, or are one word where others are long."""
     asked = [item for item in items if item.prompt and item.answer.strip()]
     if len(asked) < FEW:
         return
@@ -250,14 +250,14 @@ def _answers(items: list[Item]) -> Found:
 
 
 def _stops(answer: str) -> bool:
-    """The answer ends like a sentence, a number, a short line or code; not in the middle of a long line, clause or code block."""
+    """Whether the answer ends like a sentence, a number, a short line or code, not in the middle of a long line, clause or code block."""
     end = answer.rstrip()
     last = end.rpartition("\n")[2]
     return not (end[-1:] in ",;:-–—(" or end[-1:].isalpha() and len(last.split()) >= 8) and end.count("```") % 2 == 0
 
 
 def _lengths(items: list[Item]) -> Found:
-    """Rows whose length is far from the median of their source, by the spread of its logarithm (median absolute deviation)."""
+    """Rows whose length is far from their source's median, measured by the spread of its logarithm (median absolute deviation)."""
     for source in sorted({(item.side, item.source) for item in items}):
         here = [item for item in items if (item.side, item.source) == source]
         if len(here) < FEW:
@@ -271,7 +271,7 @@ def _lengths(items: list[Item]) -> Found:
 
 
 def _languages(items: list[Item]) -> Found:
-    """Rows in another script, or surely in another language, than nine tenths of their source."""
+    """Rows in another script than nine tenths of their source, or clearly in another language."""
     for source in sorted({(item.side, item.source) for item in items}):
         here = [item for item in items if (item.side, item.source) == source]
         if len(here) < FEW:
@@ -289,7 +289,7 @@ def _languages(items: list[Item]) -> Found:
 
 
 def _language(text: str) -> str | None:
-    """The ISO code of a text's language, by its letters (py3langid); None where the text is short or the guess unsure."""
+    """The ISO code of a text's language (py3langid); None if the text is short or the guess uncertain."""
     words = text[:1000].split()
     if len(words) < 15:
         return None
@@ -305,7 +305,7 @@ def _identifier() -> Any:
 
 
 def _script(text: str) -> str | None:
-    """The script most of the letters are in; None without letters."""
+    """The script of most letters; None without letters."""
     if text.isascii():
         return "Latin" if any(map(str.isalpha, text)) else None
     counts = {name: len(pattern.findall(text)) for name, pattern in SCRIPTS.items()}

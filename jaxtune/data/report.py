@@ -1,4 +1,4 @@
-"""What the model will see, counted before a single step."""
+"""What the model will see, counted before the first step."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ BINS = 24
 
 @dataclass(frozen=True)
 class Preview:
-    """One row as the model sees it: `runs` of (text, trained), and where it stands."""
+    """One row as the model sees it: `runs` of (text, trained), and its place."""
 
     place: str
     tokens: int
@@ -33,28 +33,28 @@ class Preview:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts are of the training rows unless they say otherwise.
+    """Counts are of the training rows unless stated otherwise.
 
     Attributes:
-        rows: rows that are trained on.
-        tokens: tokens of an epoch, padding not counted.
-        trained_tokens: those of them that the loss is taken on.
-        packing_efficiency: tokens by places for tokens.
-        packed_rows: rows of the batches, for all documents once; `row_length` their tokens.
+        rows: training rows.
+        tokens: tokens of an epoch, without padding.
+        trained_tokens: those of them that are trained.
+        packing_efficiency: tokens divided by token slots.
+        packed_rows: rows of the batches that hold all documents once; `row_length` is their length in tokens.
         steps_per_epoch: optimiser steps of an epoch.
         steps: of the whole run.
         sides: `train`, `eval`, `test` -> rows.
-        sources: for each source its ledger, in numbers, and its share of an epoch's rows.
-        dropped: reason -> rows left out, all sides together.
-        cut: rows that were cut to max_length, and the tokens that took; rows that were split.
-        examined: rows that were compared with each other; fewer than there are where they are a stream.
-        problems: name -> rows that have it, all sides together, with those that were dropped for it.
-        stops: names of those problems that stop a run, as `data.quality` stands.
-        examples: name -> where, and what is wrong, for the first few.
-        lengths: minimum, quartiles, 95th and 99th percentile and maximum of the tokens of a document.
+        sources: for each source its ledger in numbers, and its share of an epoch's rows.
+        dropped: reason -> dropped rows, on all sides together.
+        cut: rows cut to max_length, and the tokens this removed; rows that were split.
+        examined: rows that were compared with each other; fewer than all for a stream.
+        problems: name -> rows that have it, on all sides together, including those dropped for it.
+        stops: names of the problems that stop a run under the current `data.quality`.
+        examples: name -> place and problem of the first few rows.
+        lengths: minimum, quartiles, 95th and 99th percentile and maximum of the tokens per document.
         histogram: upper edges and counts of the documents' lengths.
         previews: ten rows with their masks.
-        notes: what is no fault of a row, but should be known.
+        notes: remarks that concern no single row.
     """
 
     rows: int
@@ -84,12 +84,12 @@ class Report:
 
 
 def report(config: Config, tokenizer: Any, data_parallel: int = 1, vocabulary: int | None = None) -> Report:
-    """Look at the data of `config`: everything `load` does, and every check of `quality`, without stopping at a row.
+    """Examine the data of `config`: everything `load` does, and every check of `quality`, without stopping at a row.
 
-    `vocabulary`: how many tokens the model knows, where that is known.
+    `vocabulary`: the number of tokens that the model knows, if known.
 
     Raises:
-        DataError: a source cannot be read at all, or no row of it can be used.
+        DataError: a source cannot be read at all, or none of its rows can be used.
     """
     data = load(config, tokenizer, data_parallel, survey=True)
     sides = {name: source for name in ("train", "eval", "test") if (source := getattr(data, name)) is not None}
@@ -139,7 +139,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1, vocabulary: i
 
 
 def _unknown(sources: Iterable[Source], tokenizer: Any, vocabulary: int | None) -> Iterator[str]:
-    """The first token that the tokenizer makes of a row and the model has not, which stops training."""
+    """The first token in a row that the model lacks, which stops training."""
     if vocabulary is None or max(tokenizer.get_vocab().values(), default=0) < vocabulary:
         return
     for source in sources:
@@ -180,12 +180,12 @@ def _asked(train: Source, tokenizer: Any) -> Iterator[str]:
 
 
 def _rows(source: Source) -> int:
-    documents = source.documents  # those of a row stand side by side
+    documents = source.documents  # those of a row are adjacent
     return 1 + int(np.count_nonzero((np.diff(documents.part) != 0) | (np.diff(documents.rows) != 0)))
 
 
 def _dropped(ledger: dict[str, list[dict]]) -> dict[str, int]:
-    """A source that is divided into sides stands in the ledger of each: count its rows once."""
+    """A source that is split into sides is in the ledger of each; count its rows once."""
     rows: dict[str, set] = collections.defaultdict(set)
     for infos in ledger.values():
         for info in infos:
@@ -209,7 +209,7 @@ def _problems(ledger: dict[str, list[dict]], findings: quality.Findings) -> tupl
 
 
 def _sources(config: Config, ledger: dict[str, list[dict]], train: Source) -> list[dict]:
-    """Each source once, with what an epoch takes of it."""
+    """Each source once, with the rows that an epoch takes of it."""
     taken, tokens = train.by_source()
     out = []
     for side, infos in ledger.items():

@@ -1,4 +1,4 @@
-"""Rows looked at side by side before training, where `data.quality` says to drop them or to stop."""
+"""Compare rows before training, if `data.quality` drops rows or stops for a problem."""
 
 import contextlib
 import copy
@@ -22,13 +22,13 @@ STREAMED = 20_000  # rows
 
 
 def sources_of(config: Config, side: str) -> tuple[SourceConfig, ...]:
-    """The sources that the rows of a side come from."""
+    """The sources of a side's rows."""
     given = None if side == "train" else getattr(config.data, side)
     return config.data.train if given is None or isinstance(given, float) else given
 
 
 def items(config: Config, parts: Mapping[str, Documents]) -> list[Item]:
-    """The rows of all sides, as text; of a stream the first STREAMED of each source."""
+    """The rows of all sides, as text; for a stream, the first STREAMED of each source."""
     found = []
     for side, documents in parts.items():
         for number, source in enumerate(sources_of(config, side)):
@@ -45,12 +45,12 @@ def items(config: Config, parts: Mapping[str, Documents]) -> list[Item]:
 
 
 def screened(parts: dict[str, Documents], config: Config, survey: bool = False) -> dict[str, Documents]:
-    """The sides without the rows that are to be dropped, each booked in its source's ledger.
+    """The sides without the rows to be dropped, each recorded in its source's ledger.
 
-    What was found is kept in the cache: looking at 100 000 rows takes half a minute.
+    The findings are cached: examining 100 000 rows takes half a minute.
 
     Raises:
-        DataError: a row has a problem that is to stop the run, or no row of a side is left.
+        DataError: a row has a problem that stops the run, or a side has no rows left.
         ConfigError: the rows are a stream.
     """
     keep = ("keep", "error") if survey else ("keep",)
@@ -91,7 +91,7 @@ def _found(parts: dict[str, Documents], config: Config, wanted: dict[str, str]) 
     for side, documents in parts.items():
         digest.update(side.encode() + np.stack([documents.part, documents.rows]).tobytes() + documents.content.tobytes())
     file = cache_dir(config) / f"{digest.hexdigest()[:32]}.quality.json"
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is made again
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged entry is made again
         return json.loads(file.read_text())
     findings: Findings = quality.examine(items(config, parts))
     found: dict[str, dict[str, list[list]]] = {side: {} for side in parts}

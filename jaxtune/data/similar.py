@@ -1,4 +1,4 @@
-"""Texts that are nearly the same."""
+"""Find nearly identical texts."""
 
 import re
 import zlib
@@ -13,13 +13,13 @@ PERMUTATIONS = 64
 
 
 class Similar:
-    """Texts by their sets of word triples: MinHash finds candidates (datasketch), the sets themselves decide.
+    """Texts as sets of word triples: MinHash finds candidates (datasketch), the sets themselves decide.
 
-    A text of fewer than three words is one element. Sets are kept as sorted hashes, four bytes an element.
+    A text of fewer than three words is one element. Sets are stored as sorted hashes, four bytes per element.
     """
 
     def __init__(self, threshold: float):
-        from datasketch import MinHash, MinHashLSH  # which loads parts of scipy, 0.7 s: only where texts are compared
+        from datasketch import MinHash, MinHashLSH  # imports parts of scipy, 0.7 s: only when texts are compared
 
         self.threshold = threshold
         self._sets: list[np.ndarray] = []
@@ -27,7 +27,7 @@ class Similar:
         self._blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
 
     def sign(self, text: str) -> "tuple[np.ndarray, MinHash]":
-        """The set of a text and its MinHash."""
+        """A text's set and its MinHash."""
         words = re.findall(r"\w+", text.lower())
         triples = {zlib.crc32(" ".join(words[n : n + 3]).encode()) for n in range(max(len(words) - 2, 1))}
         elements = np.sort(np.fromiter(triples, np.uint32, len(triples)))
@@ -36,12 +36,12 @@ class Similar:
         return elements, minhash
 
     def add(self, signed: "tuple[np.ndarray, MinHash]") -> None:
-        """Remember a text under the next number."""
+        """Store a text under the next number."""
         self._index.insert(len(self._sets), signed[1])
         self._sets.append(signed[0])
 
     def find(self, signed: "tuple[np.ndarray, MinHash]") -> tuple[int, float] | None:
-        """The most similar text remembered and its Jaccard similarity, if that reaches the threshold."""
+        """The most similar stored text and its Jaccard similarity, if that reaches the threshold."""
         best = None
         for number in sorted(cast(list[int], self._index.query(signed[1]))):
             common = len(np.intersect1d(signed[0], self._sets[number], assume_unique=True))

@@ -1,4 +1,4 @@
-"""Of files here, what a source's `split` names, as the data sets library spells it: `test`, `train[:10%]`, `train[-500:]+validation`."""
+"""A source's `split` for local files, in the syntax of the datasets library: `test`, `train[:10%]`, `train[-500:]+validation`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ EXAMPLE = "write it like train[:10%] or train[100:200]"
 
 
 def names(split: str | None) -> list[str | None]:
-    """The splits it takes rows of, in order; `[None]` where nothing is said."""
+    """The splits that are used, in order; `[None]` if none is named."""
     return [None] if split is None else [part.partition("[")[0].strip() for part in split.split("+")]
 
 
@@ -23,10 +23,10 @@ def is_whole(split: str) -> bool:
 
 
 def rows(split: str, of: Callable[[str], Iterator["Row"]], alone: bool) -> Iterator["Row"]:
-    """The rows of each part, counted anew; `of(name)` reads all rows of a split, `alone`: all are of one file. A part is read once to be
-    counted and once for its rows.
+    """The rows of each part, numbered anew; `of(name)` reads all rows of a split, `alone`: all are in one file. A part is read once to
+    count it and once for its rows.
 
-    Raises DataError for what the data sets library does not read either, and for a part without rows.
+    Raises DataError for what the datasets library does not accept either, and for a part without rows.
     """
     from datasets import ReadInstruction
 

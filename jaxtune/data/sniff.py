@@ -1,4 +1,4 @@
-"""What a file or folder is in truth, where its name says something else."""
+"""Detect what a file or folder really is, if its name is misleading."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxtune.disk import LFS
 from jaxtune.errors import DataError
 
-# How files begin -> the endings of their names, what they are
+# The first bytes of files -> their usual suffixes, and what they are
 SIGNS: dict[bytes, tuple[tuple[str, ...], str]] = {
     LFS: ((), "a pointer of Git LFS and not the file; fetch that with `git lfs pull`"),
     b"\x1f\x8b": ((".gz",), "compressed by gzip; let its name end in .gz"),
@@ -17,7 +17,7 @@ SIGNS: dict[bytes, tuple[tuple[str, ...], str]] = {
     b"\xff\xfe": ((), "UTF-16; save it as UTF-8"),
     b"\xfe\xff": ((), "UTF-16; save it as UTF-8"),
 }
-# What folders call their splits, as a word of a file's name or of the folder it is in (the data sets library goes by them too)
+# Split names in file names and folder names (as in the datasets library)
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 
@@ -29,7 +29,7 @@ def begins(path: Path) -> bytes:
 
 
 def check_sign(path: Path) -> None:
-    """DataError for a file that is of another kind than its name says."""
+    """DataError for a file that is of another type than its name says."""
     head = begins(path)
     for sign, (endings, what) in SIGNS.items():
         if head.startswith(sign) and not path.name.lower().endswith(endings):
@@ -37,10 +37,10 @@ def check_sign(path: Path) -> None:
 
 
 def of_split(path: str, files: list[Path], split: str | None, inside: Path | None = None) -> list[Path]:
-    """The files that are of one split, by their names (and of folders `inside` one): nobody trains on a test set by mistake.
+    """The files that belong to one split, by their names (and by the folders `inside` one), so that nobody trains on a test set by mistake.
 
-    Files whose names say nothing, and all that are named one by one, are of the split `train`, as for the data sets library.
-    Raises DataError for a split that is not there, or if a folder has several and none is named.
+    As in the datasets library, files without a split in their names, and all that are named one by one, belong to the split `train`. Raises
+    DataError for a split that does not exist, or if a folder has several and none is named.
     """
     named = [_split(file.relative_to(inside) if inside else Path(file.name)) for file in files]
     found = sorted(set(filter(None, named)))
@@ -62,7 +62,7 @@ def of_split(path: str, files: list[Path], split: str | None, inside: Path | Non
 
 
 def _split(file: Path) -> str | None:
-    """The split that a path names, the file's own name first."""
+    """The split that a path names; the file's own name comes first."""
     for part in reversed(file.parts):
         for word in re.split(r"[\W_\d]+", part.lower()):
             if word in SPLITS:

@@ -20,18 +20,18 @@ Fill = Callable[[Batch, Cursor, int], None]
 class Source:
     """The training or evaluation rows of a run.
 
-    `batch_at(step)` reads no state but the plan: resume is a step number. Epoch e visits the rows in a permutation drawn from
-    `(seed, e)`; `shuffle=False` keeps the plan's order, which for `packing: false` is the order of the file. A step
-    takes `accumulation * rows` rows, so that (rows 8, accumulation 1) and (1, 8) see the same ones; the last step
-    of an epoch is filled up with empty rows, which weigh nothing.
+    `batch_at(step)` depends only on the plan, so resuming needs a step number and nothing else. Epoch e visits the rows in a permutation
+    drawn from `(seed, e)`; `shuffle=False` keeps the plan's order, which for `packing: false` is the order of the file. A step takes
+    `accumulation * rows` rows, so (rows 8, accumulation 1) and (1, 8) see the same ones; the last step of an epoch is filled with empty
+    rows of weight zero.
 
     Attributes:
-        rows: rows of a micro-batch, all devices and processes together (B).
-        accumulation: micro-batches of a step (A).
+        rows: rows per micro-batch, over all devices and processes (B).
+        accumulation: micro-batches per step (A).
         units: what a row is made of (data/units.py): documents, or pairs and other groups of answers.
         plan: which units share a row.
-        mixture: which rows an epoch has, where not simply all of them.
-        ref_logps: float32, the reference's log-probability of each answer, unit after unit, where they were computed beforehand.
+        mixture: which rows an epoch has, if not simply all of them.
+        ref_logps: float32, the reference's log-probability of each answer, unit after unit, if computed beforehand.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def documents(self) -> Documents:
-        """What the units are made of."""
+        """The documents that the units are made of."""
         return self.units.documents
 
     @property
@@ -60,38 +60,38 @@ class Source:
 
     @property
     def attended(self) -> float:
-        """Tokens of the unit that a token is part of, on average over the places of the rows."""
+        """Tokens of a token's unit, averaged over the slots of the rows."""
         return float((self.units.lengths.astype(float) ** 2).sum() / self.plan.slots())
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch: those that visit each row once, or as often as the mixture says."""
+        """Optimiser steps per epoch: those that visit each row once, or as often as the mixture says."""
         count = len(self.plan) if self.mixture is None else sum(self.mixture.quota)
         return -(-count // (self.rows * self.accumulation))
 
     @property
     def tokens(self) -> int:
-        """Tokens of an epoch, padding not counted; with a mixture, of the first one."""
+        """Tokens of an epoch, without padding; with a mixture, of the first epoch."""
         return self._total(self.units.lengths)
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of an epoch that the loss is taken on; with a mixture, of the first one."""
+        """Trained tokens of an epoch; with a mixture, of the first epoch."""
         return self._total(self.units.trained)
 
     @property
     def saved_tokens(self) -> int:
-        """Tokens of an epoch that are not computed a second time because answers share their prompt."""
+        """Tokens of an epoch that are not computed again because answers share their prompt."""
         return self._total(self.units.saved)
 
     @property
     def efficiency(self) -> float:
-        """Tokens by places for tokens, over all rows of the plan: 1 means no padding."""
+        """Tokens divided by token slots, over all rows of the plan: 1 means no padding."""
         return int(self.units.lengths.sum()) / self.plan.slots()
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides what step n trains on."""
+        """sha256 of everything that determines what step n trains on."""
         digest = hashlib.sha256(self.documents.fingerprint.encode())
         for array in (self.plan.docs, self.plan.starts, self.plan.group):
             digest.update(np.ascontiguousarray(array, np.int64).data)
@@ -103,8 +103,8 @@ class Source:
     def batch_at(self, step: int, process: int = 0, processes: int = 1, fill: Fill | None = None) -> Batch:
         """The batch of step `step` (from 0), int32 / float32 `[A, B / processes, T]`.
 
-        `fill` writes a unit in place of `units.fill`. Process p holds the p-th of `processes` equal parts of every micro-batch, so that
-        the parts side by side are the same bytes on any number of hosts.
+        `fill` writes a unit instead of `units.fill`. Process p gets the p-th of `processes` equal parts of every micro-batch, so the
+        concatenated parts are the same bytes for any number of hosts.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._batch(self._epoch(epoch)[index].reshape(self.accumulation, self.rows), process, processes, fill)
@@ -121,7 +121,7 @@ class Source:
         return self._batch(np.full((self.accumulation, self.rows), row), 0, 1)
 
     def rows_at(self, step: int) -> dict[str, list[int]]:
-        """The numbers of the rows that step `step` (from 0) trains on, from 1, by the source they come from."""
+        """The numbers of the rows that step `step` (from 0) trains on, from 1, by source."""
         documents = [doc for unit in self.units_at(step) for doc in self.units.members(unit)]
         found: dict[str, set[int]] = {}
         for doc in documents:
@@ -129,7 +129,7 @@ class Source:
         return {path: sorted(rows) for path, rows in found.items()}
 
     def check_vocabulary(self, size: int) -> None:
-        """DataError, naming the row, for a token that a model with `size` of them has not."""
+        """DataError, naming the row, for a token beyond a model's vocabulary of `size`."""
         documents = self.documents
         for part, tokens in enumerate(documents.tokens):
             own = np.flatnonzero(documents.part == part)
@@ -145,7 +145,7 @@ class Source:
                     )
 
     def batches(self, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-        """Each row once, in order, as batches `[1, B / processes, T]`; the last ones are filled up with empty rows."""
+        """Each row once, in order, as batches `[1, B / processes, T]`; the last ones are filled with empty rows."""
         for rows in self._steps(np.arange(len(self.plan)), self.rows):
             yield self._batch(rows[None], process, processes)
 
@@ -162,21 +162,21 @@ class Source:
         return permutation(len(self.plan), self.seed, epoch) if self.shuffle else np.arange(len(self.plan))
 
     def _total(self, counts: np.ndarray) -> int:
-        """The sum of a number that each unit has over the units of the first epoch."""
+        """The sum of a per-unit number over the units of the first epoch."""
         return int(self._by_row(counts)[self._order(0)].sum())
 
     def _by_row(self, counts: np.ndarray) -> np.ndarray:
         return np.add.reduceat(counts[self.plan.docs], self.plan.starts[:-1])
 
     def by_source(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and tokens that the first epoch has of each source."""
+        """Rows and tokens of each source in the first epoch."""
         order = self._order(0)
         source = self.units.part[self.plan.docs[self.plan.starts[:-1]]][order]
         return np.bincount(source), np.bincount(source, self._by_row(self.units.lengths)[order]).astype(np.int64)
 
     @cached_property
     def answers(self) -> list[int]:
-        """The most answers that a row of each group, or of one before it, has; 0 for objectives that number none."""
+        """The most answers in a row of each group, or of a smaller one; 0 for objectives that do not number answers."""
         counts = self._by_row(self.units.answers)
         return [int(counts[self.plan.group <= group].max()) for group in range(len(self.plan.lengths))]
 
@@ -184,7 +184,7 @@ class Source:
         """Row numbers [steps, per_step], -1 where there is none.
 
         Rows are sorted by group and then cut into steps, so that an epoch has the same number of steps whatever a mixture has drawn. A step
-        over the border of two groups takes the longer shape.
+        that spans two groups takes the longer shape.
         """
         order = order[np.argsort(self.plan.group[order], kind="stable")]
         return np.pad(order, (0, -len(order) % per_step), constant_values=-1).reshape(-1, per_step)
@@ -228,7 +228,7 @@ class Source:
         return np.cumsum(self.units.answers)
 
     def each_answer(self, function: Callable[[Batch], np.ndarray], process: int = 0, processes: int = 1) -> np.ndarray:
-        """`function(batch [1, B, T]) -> [B, S]`, of all processes' rows, over each row once, as float32 [answers], unit after unit."""
+        """`function(batch [1, B, T]) -> [B, S]`, for all processes' rows, applied to each row once; float32 [answers], unit after unit."""
         out = np.zeros(int(self.units.answers.sum()), np.float32)
         for rows in self._steps(np.arange(len(self.plan)), self.rows):
             for row, answers in zip(rows, function(self._batch(rows[None], process, processes)), strict=True):

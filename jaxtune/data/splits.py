@@ -1,4 +1,4 @@
-"""Train, evaluation and test rows by the hash of their content: a row stays on its side when others are added."""
+"""Train, evaluation and test rows by the hash of their content: a row keeps its side when others are added."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ SIDES = ("train", "eval", "test")
 
 
 def places(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Hashes as numbers spread over [0, 1): splitmix64 of key and seed, so that another seed is another split."""
+    """Hashes mapped to [0, 1): splitmix64 of key and seed, so another seed gives another split."""
     with np.errstate(over="ignore"):
         z = keys ^ (np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -22,10 +22,9 @@ def places(keys: np.ndarray, seed: int) -> np.ndarray:
 def sides(documents: Documents, config: Config) -> np.ndarray:
     """For each document the number of its side in `SIDES`.
 
-    With `data.kfold: k` the rows of fold `data.fold` (0, if it is not given) are the evaluation rows. Otherwise the shares `data.eval`
-    and `data.test`, where they are numbers, are cut off [0, 1): a row's side does not depend on other rows. With `data.stratify` the cut
-    is made inside each stratum at its own quantile, so that each has its share exactly; rows near the cut may then move when others
-    are added.
+    With `data.kfold: k` the rows of fold `data.fold` (by default 0) are the evaluation rows. Otherwise the fractions `data.eval` and
+    `data.test`, if they are numbers, are cut off [0, 1): a row's side does not depend on other rows. With `data.stratify` the cut is made
+    inside each stratum at its own quantile, so each has exactly its share; rows near the cut may then move when others are added.
     """
     data = config.data
     place = places(documents.groups, data.split_seed)
@@ -50,7 +49,7 @@ def sides(documents: Documents, config: Config) -> np.ndarray:
 
 
 def _ranks(place: np.ndarray, strata: np.ndarray) -> np.ndarray:
-    """The rank of each place inside its stratum, spread over [0, 1). Equal places (one group) have one rank."""
+    """The rank of each place inside its stratum, mapped to [0, 1). Equal places (one group) have the same rank."""
     ranks = np.empty(len(place))
     for stratum in np.unique(strata):
         here = np.flatnonzero(strata == stratum)

@@ -1,4 +1,4 @@
-"""Answers in steps as tokens: each step judged at the last token of the separator that follows it."""
+"""Tokenise answers in steps: each step is scored at the last token of the separator after it."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from jaxtune.data.masks import Piece
 
 
 def step_tokens(tokenizer: Any, prompt: str, steps: list[str], separator: str) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and steps, and the place of each step's last token, its separator's.
+    """Token ids of prompt and steps, and the position of each step's last token (its separator's).
 
-    The prompt begins with BOS where there is such a token; each part is tokenised by itself, so that a step ends at the same token
-    whatever follows it (as in TRL's PRMTrainer).
+    The prompt begins with BOS if there is such a token; each part is tokenised separately, so that a step ends with the same token whatever
+    follows (as in TRL's PRMTrainer).
     """
 
     def plain(text: str) -> list[int]:
@@ -27,7 +27,7 @@ def step_tokens(tokenizer: Any, prompt: str, steps: list[str], separator: str) -
 
 
 def piece(row: Row, example: Steps, tokenizer: Any, config: Config, ledger: Ledger) -> Piece:
-    """The row as token ids with a mark, 1 for wrong and 2 for right, at the end of each step; cut to `max_completion_length`."""
+    """The row as token ids with a mark at the end of each step, 1 for wrong and 2 for right; cut to `max_completion_length`."""
     ids, ends = step_tokens(tokenizer, example.prompt, example.steps, config.step_separator)
     start = len(step_tokens(tokenizer, example.prompt, [], config.step_separator)[0])
     if config.max_completion_length is not None and len(ids) > start + config.max_completion_length:

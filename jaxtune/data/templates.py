@@ -1,10 +1,10 @@
 """From turns to text, and where in that text the assistant speaks.
 
-The tokenizer's own Jinja template is the only template. Each turn is rendered a second time between two markers (characters of
-Unicode's private plane 16 that no text holds); where the markers come out is where the turn's text stands. The
-marked text without its markers must be the plain text again, or the template looked at what it was given and the row
-is refused. A turn that cannot carry markers (tool calls, an empty answer, text that the template rewrites) is found
-as the difference between the prompt and the prompt with the answer, which must both be beginnings of the whole.
+The tokenizer's own Jinja template is the only template. Each turn is rendered a second time between two markers (characters of Unicode's
+private plane 16, which no text contains); the markers' places are the places of the turn's text. The marked text without its markers must
+equal the plain text, otherwise the template depends on the content and the row is refused. A turn that cannot carry markers (tool calls, an
+empty answer, text that the template rewrites) is found as the difference between the prompt and the prompt with the answer, which must both
+be prefixes of the whole.
 """
 
 import re
@@ -22,14 +22,14 @@ from jaxtune.errors import DataError
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 _BASE = 0x100000
 _SHOW = "take the message out, or set data.chat_template to a template that shows it"
-# What a message says to the template itself, which takes it out of the text (SmolLM3, Nemotron).
+# Switches in a message for the template, which removes them from the text (SmolLM3, Nemotron).
 _SWITCH = re.compile(r"/(?:no_)?think\b")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # Qwen's, vLLM's, gpt-oss's
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Where message `number`'s text stands: `text[start:end]` is what was said, `text[end:stop]` the token that ends the turn."""
+    """Where message `number`'s text is: `text[start:end]` is the content, `text[end:stop]` the token that ends the turn."""
 
     number: int
     role: str
@@ -40,14 +40,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. `turns` lists those turns that were asked for."""
+    """A conversation as text. `turns` lists the requested turns."""
 
     text: str
     turns: list[Turn] = field(default_factory=list)
 
 
 def refusal(error: Exception) -> str:
-    """What a template that cannot write messages says of them, or of itself."""
+    """The template's own message when it cannot render a conversation."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         return f"the chat template is not valid Jinja (line {error.lineno}: {reason}). Fetch the tokenizer's files again"
@@ -55,7 +55,7 @@ def refusal(error: Exception) -> str:
 
 
 class Template:
-    """The chat template of a tokenizer, or `override` (Jinja source) in its place."""
+    """The chat template of a tokenizer, or `override` (Jinja source) instead."""
 
     def __init__(self, tokenizer: Any, override: str | None = None):
         self.tokenizer, self.override = tokenizer, override
@@ -86,7 +86,7 @@ class Template:
             raise row.fail(f"{refusal(error)}, or set data.chat_template to another", "template_refuses") from None
 
     def whole(self, row: Row, chat: Chat, generation: bool = False) -> str:
-        """The text of a chat of which nothing is to be located, and whose questions must all be in it."""
+        """The text of a chat without locating turns; all of its questions must be in it."""
         text = self.render(row, chat, generation=generation)
         if missing := dropped(chat.messages, text):
             raise row.fail(f"the chat template drops {missing}, or changes its text; {_SHOW}", "template_drops")
@@ -98,7 +98,7 @@ class Template:
         self._shows_tools(row, chat, text)
         self._shows_reasoning(row, chat, text)
         places = self._marked(row, chat, text)
-        switched = any(_SWITCH.search(_content(message)) for message in chat.messages)  # marks do not survive what is taken out
+        switched = any(_SWITCH.search(_content(message)) for message in chat.messages)  # markers do not survive in text that is removed
         turns = []
         for number, message in enumerate(chat.messages):
             said = _content(message)
@@ -121,13 +121,13 @@ class Template:
         return Rendered(text, turns)
 
     def _shows_tools(self, row: Row, chat: Chat, text: str) -> None:
-        """Raise where a tool, or the call of one, is not in the text: many templates know nothing of tools and pass them over."""
+        """Raise if a tool, or a tool call, is missing from the text: many templates silently ignore tools."""
         offered = [tool.get("function", tool) for tool in chat.tools or [] if isinstance(tool, dict)]
         called = [call["function"] for message in chat.messages for call in message.get("tool_calls") or []]
         silent = replace(chat, messages=[{key: m[key] for key in m if key != "tool_calls"} for m in chat.messages])
         for what, functions, without in (("tool", offered, replace(chat, tools=None)), ("call of the tool", called, silent)):
             missing = [f["name"] for f in functions if isinstance(f.get("name"), str) and f["name"] not in text]
-            if not missing and functions and self._alike(row, without, text):  # the names are there by chance
+            if not missing and functions and self._alike(row, without, text):  # the names occur by chance
                 missing = [functions[0].get("name")]
             if missing:
                 raise row.fail(
@@ -137,7 +137,7 @@ class Template:
                 )
 
     def _shows_reasoning(self, row: Row, chat: Chat, text: str) -> None:
-        """Raise where what was thought before the last answer is not in the text. Before earlier ones templates leave it out on purpose."""
+        """Raise if the reasoning before the last answer is missing from the text. Templates omit earlier reasoning on purpose."""
         for key in REASONING:
             thought = chat.messages[-1].get(key)
             if isinstance(thought, str) and squeeze(thought) not in squeeze(text):
@@ -150,11 +150,11 @@ class Template:
     def _alike(self, row: Row, chat: Chat, text: str) -> bool:
         try:
             return self.render(row, chat) == text
-        except RowError:  # the template cannot do without what was taken away
+        except RowError:  # the template needs what was removed
             return False
 
     def _opening(self, row: Row, chat: Chat) -> str:
-        """What the template writes before an answer when it asks for one; empty if it does not. Found once: it only saves a look."""
+        """What the template writes before an answer when asked for one; empty if nothing. Computed once, as an optimisation."""
         if self._asks is None:
             first = next(n for n, m in enumerate(chat.messages) if m["role"] == "assistant")
             prompt = chat.messages[: max(first, 1)]
@@ -163,10 +163,10 @@ class Template:
         return self._asks
 
     def _marked(self, row: Row, chat: Chat, text: str) -> dict[int, tuple[int, int]]:
-        """Start and end of each turn's content in `text`, for the turns whose two markers came through."""
+        """Start and end of each turn's content in `text`, for the turns whose two markers survived."""
         if any(_MARK.search(_content(message)) for message in chat.messages):
             raise row.fail("the text holds characters of Unicode's private plane 16, which jaxtune uses as markers; remove them")
-        # A template may trim what it is given: markers then go inside the white space, first for all but the assistant.
+        # A template may strip its input: markers then go inside the white space, tried first for every role but the assistant.
         for inside in (lambda role: False, lambda role: role != "assistant", lambda role: True):
             marked = [
                 {**m, "content": _mark(n, m["content"], inside(m["role"]))} if _content(m) else m for n, m in enumerate(chat.messages)
@@ -178,7 +178,7 @@ class Template:
             return {}
         found: dict[int, int] = {}
         for passed, match in enumerate(_MARK.finditer(rendered)):
-            # setdefault: a template that repeats a turn (the first user turn as a title, say) counts where it stands first
+            # setdefault: if a template repeats a turn (the first user turn as a title, for example), the first place counts
             found.setdefault(ord(match.group()) - _BASE, match.start() - passed)
         return {n: (found[2 * n], found[2 * n + 1]) for n in range(len(chat.messages)) if 2 * n in found and 2 * n + 1 in found}
 
@@ -214,7 +214,7 @@ class Template:
 
 
 def dropped(messages: Sequence[Mapping], text: str) -> str | None:
-    """`message N (role)`, the first whose words are not in the text that a template has made; of answers it may leave out thoughts."""
+    """`message N (role)`, the first whose words are missing from a template's text; reasoning may be missing from answers."""
     seen = squeeze(text)
     for number, message in enumerate(messages, 1):
         said = message.get("content")
@@ -224,7 +224,7 @@ def dropped(messages: Sequence[Mapping], text: str) -> str | None:
 
 
 def _shown(said: str, seen: str) -> bool:
-    """Whether a message's words, less its switches, are in a text without spaces."""
+    """Whether a message's words, without its switches, are in a text without spaces."""
     return squeeze(_SWITCH.sub("", said)) in seen
 
 

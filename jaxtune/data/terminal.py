@@ -75,7 +75,7 @@ def _losses(report: Report) -> Text:
 
 
 def _preview(preview: Preview) -> Group:
-    """A row, its trained tokens marked."""
+    """A row with its trained tokens marked."""
     title = Text(f"\n{preview.place}: {preview.tokens} tokens, {preview.trained} trained", "dim")
     body = Text(overflow="fold")
     for text, trained in preview.runs:

@@ -1,4 +1,4 @@
-"""A text file, plain or compressed: opened, read line by line, and what may be wrong with it."""
+"""Read a plain or compressed text file line by line, and explain what may be wrong with it."""
 
 import contextlib
 import gzip
@@ -14,7 +14,7 @@ from jaxtune.errors import DataError
 
 
 def open_text(path: Path) -> IO[str]:
-    """The file as UTF-8 text, decompressed, a byte order mark taken off."""
+    """The file as UTF-8 text, decompressed, without a byte order mark."""
     return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="")
 
 
@@ -25,7 +25,7 @@ def _open(path: Path) -> Any:
 
 
 def _other_letters(path: Path) -> str:
-    """The first line that is no UTF-8, and which of its bytes."""
+    """The first line that is not UTF-8, and the offending byte."""
     with _open(path) as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -36,7 +36,7 @@ def _other_letters(path: Path) -> str:
 
 
 class _Zstd(io.RawIOBase):
-    """The text of a .zst file, one frame after another; EOFError where it is cut, which zstandard's own reader passes over."""
+    """The text of a .zst file, frame by frame; EOFError if it is truncated, which zstandard's own reader ignores."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.held, self.frame = file, b"", None
@@ -65,17 +65,17 @@ class _Zstd(io.RawIOBase):
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its end) of each line."""
+    """(number from 1, line with its newline) for each line."""
     number = 0
     with readable(path, lambda: f", after line {number}" if number else ""), open_text(path) as stream:
-        # JSON strings may hold U+2028 and the like raw, so lines end at \n only, never where str.splitlines would cut.
+        # JSON strings may contain a raw U+2028 and the like, so lines end at \n only, unlike in str.splitlines.
         for number, line in enumerate(stream, 1):
             yield number, line
 
 
 @contextlib.contextmanager
 def readable(path: Path, last: Callable[[], str]) -> Iterator[None]:
-    """Errors of reading a text file; `last` says, behind its name, after which row or line."""
+    """Turn errors of reading a text file into DataError; `last` names, after the file's name, the last good row or line."""
     try:
         yield
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""One source, tokenised once and kept on disk under the hash of everything its tokens depend on."""
+"""Tokenise a source once and cache it on disk under the hash of everything its tokens depend on."""
 
 import hashlib
 import importlib.metadata
@@ -36,14 +36,15 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
     "max_length", "length_policy", "truncation_side", "train_on", "train_on_eos", "add_eos", "system", "quality", "split_by", "stratify",
 )  # fmt: skip
-OBJECTIVE_FORMS = {"classification": "classification"} | dict.fromkeys(POLICY, "prompt")  # rows of these could be taken for others
+OBJECTIVE_FORMS = {"classification": "classification"} | dict.fromkeys(POLICY, "prompt")  # rows of these may be mistaken for others
 OBJECTIVE_KEYS = ("objective", "step_separator", "max_completion_length", "num_labels", "id2label", "problem_type")
 
 
 def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[type, ...], survey: bool = False) -> Documents:
-    """The documents of one source, from the cache if everything they depend on is as it was.
+    """The documents of one source, from the cache if nothing they depend on has changed.
 
-    A survey goes on where a row would stop a run: it is left out and booked. What a survey without such a row makes is what a run makes.
+    A survey continues where a row would stop a run: the row is left out and recorded. Without such a row, a survey and a run make the same
+    documents.
     """
     if tokenizer is None:
         raise DataError("the model has no tokenizer, so rows cannot be made tokens of; give a model folder that holds tokenizer.json")
@@ -76,7 +77,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
 
 
 def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, Example]]:
-    """The rows of one source under the names the formats use, and what they mean."""
+    """The rows of one source under the field names of the formats, and their examples."""
     columns, form = dict(source.columns or config.data.columns), form_of(source, config)
     rows = files.rows(source.path, source.name, source.split, config.data.streaming)
     for row in islice(rows, source.limit) if config.data.streaming else rows:  # a stream is not read beyond its limit
@@ -86,12 +87,12 @@ def examples(source: SourceConfig, config: Config) -> Iterator[tuple[files.Row, 
 
 
 def form_of(source: SourceConfig, config: Config) -> str | None:
-    """The format of a source, where it is not left to be detected."""
+    """The format of a source, unless it is to be detected."""
     return source.format or config.data.format or OBJECTIVE_FORMS.get(config.objective)
 
 
 def split_keys(row: files.Row, config: Config) -> tuple[int, int]:
-    """64-bit hashes of what a split keeps together and of the stratum it is drawn in: the whole row, and none, unless fields are named."""
+    """64-bit hashes of what a split keeps together and of its stratum: by default the whole row, and nothing."""
     found = []
     for key, name, otherwise in (("split_by", config.data.split_by, row.fields), ("stratify", config.data.stratify, None)):
         if name is not None and name not in row.fields:
@@ -101,7 +102,7 @@ def split_keys(row: files.Row, config: Config) -> tuple[int, int]:
 
 
 def content_key(value: Any) -> int:
-    """64 bits of a value's content."""
+    """64-bit hash of a value's content."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
@@ -117,7 +118,7 @@ def template(config: Config) -> str | None:
 
 
 def cache_dir(config: Config) -> Path:
-    """Where tokenised rows are kept: `data.cache_dir`, or the user's cache folder."""
+    """The folder for tokenised rows: `data.cache_dir`, or the user's cache folder."""
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else cache_folder() / "data"
     if os.path.lexists(folder) and not folder.is_dir():
         raise DataError(f"data.cache_dir {folder} is a file; name a folder")
@@ -149,7 +150,7 @@ def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
 
 
 def _tokenizer_bytes(tokenizer: Any) -> bytes:
-    """The tokenizer as JSON, less the padding and truncation that calls leave behind in it."""
+    """The tokenizer as JSON, without the padding and truncation that calls leave in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"padding": None, "truncation": None, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
     return json.dumps(state, sort_keys=True).encode()

@@ -1,11 +1,11 @@
-"""Lists of messages, as people write them, in the one form that chat templates take: `{"role", "content", ...}`."""
+"""Lists of messages, in their many variants, in the one form that chat templates take: `{"role", "content", ...}`."""
 
 import json
 from typing import Any
 
 from jaxtune.data.files import Row, kind_of
 
-# ShareGPT and its descendants: every name in use for who speaks.
+# ShareGPT and its descendants: every name in use for a speaker.
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "input": "user", "question": "user",
     "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
@@ -16,16 +16,16 @@ ROLES = {
 }  # fmt: skip
 OWN = ("system", "developer", "tool", "function", "ipython")  # roles that templates know by these names
 KNOWN = {*ROLES.values(), *OWN}
-TEXTS = ("text", "input_text", "output_text")  # types of OpenAI's parts that are text
+TEXTS = ("text", "input_text", "output_text")  # types of OpenAI's parts that contain text
 CALLS = ("function_call", "function-call", "tool_call")
 
 
 def messages(row: Row, key: str) -> list[dict]:
-    """The list in field `key`: OpenAI's `{"role", "content"}` or ShareGPT's `{"from", "value"}` messages."""
+    """The list in field `key`: messages in OpenAI's form `{"role", "content"}` or ShareGPT's `{"from", "value"}`."""
     value = row.fields.get(key)
     if key not in row.fields:
         raise row.fail(f"the field {key!r} is missing; {fields(row)}")
-    if isinstance(value, str) and value.lstrip().startswith("["):  # of a table, which has nothing but strings
+    if isinstance(value, str) and value.lstrip().startswith("["):  # from a table, which has only strings
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
@@ -44,11 +44,11 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise row.fail(f'{where} must be like {{"role": "user", "content": "..."}}, this is {short(message)}')
     content = message.get("content")
-    # Arrow fills the fields a message lacks with None, which templates take for given.
+    # Arrow sets the fields that a message lacks to None, which templates would take for values.
     message = {name: part for name, part in message.items() if part is not None}
     if (role := message["role"].strip().lower()) not in OWN:  # User, human, model, ...
         message["role"] = ROLES.get(role, message["role"])
-    if "function_call" in message:  # OpenAI's, before there were `tool_calls`
+    if "function_call" in message:  # OpenAI's field before there were `tool_calls`
         message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
     if message.get("tool_calls"):
         message["tool_calls"] = [_call(row, where, call) for call in message["tool_calls"]]
@@ -58,7 +58,7 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
 
 
 def _content(row: Row, where: str, content: Any) -> str:
-    """What a message says: a string, or OpenAI's parts, all of them text."""
+    """The content of a message: a string, or OpenAI's parts, all of them text."""
     if isinstance(content, list) and (odd := [part["type"] for part in content if isinstance(part, dict) and _is_media(part)]):
         raise row.fail(
             f"{where} holds a part of type {odd[0]!r}, which is not trained: only text is, of any model; take the part, or the row, out"
@@ -69,7 +69,7 @@ def _content(row: Row, where: str, content: Any) -> str:
 
 
 def text_of(content: Any) -> str | None:
-    """A string, or OpenAI's parts put together, where all of them are text; None for anything else."""
+    """A string, or OpenAI's parts joined, if all of them are text; None for anything else."""
     if not isinstance(content, list) or not content:
         return content if isinstance(content, str) else None
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str) and not _is_media(part)]
@@ -99,7 +99,7 @@ def _sharegpt(row: Row, where: str, message: dict) -> dict:
 
 
 def _call(row: Row, where: str, call: Any) -> dict:
-    """`{"type": "function", "function": {"name", "arguments": dict}}`: templates write arguments as JSON, so a JSON string is read."""
+    """`{"type": "function", "function": {"name", "arguments": dict}}`: templates write arguments as JSON, so a JSON string is parsed."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise row.fail(f'{where}: a tool call must be like {{"name": "...", "arguments": {{...}}}}, this is {short(call)}')
@@ -114,7 +114,7 @@ def _call(row: Row, where: str, call: Any) -> dict:
 
 
 def tools(row: Row) -> list | None:
-    """The `tools` column: a list of JSON schemas, or the same as a JSON string."""
+    """The `tools` column: a list of JSON schemas, possibly as a JSON string."""
     value = _json_column(row, "tools", "", "a list of JSON schemas")
     if value and not isinstance(value, list):
         raise row.fail(f"'tools' must be a list of JSON schemas, this is {short(value)}")
@@ -122,15 +122,15 @@ def tools(row: Row) -> list | None:
 
 
 def template_kwargs(row: Row) -> dict:
-    """The `chat_template_kwargs` column: an object, or the same as a JSON string."""
+    """The `chat_template_kwargs` column: an object, possibly as a JSON string."""
     value = _json_column(row, "chat_template_kwargs", "{", "an object of names and values")
     if value and not isinstance(value, dict):
         raise row.fail(f"'chat_template_kwargs' must be an object like {{\"enable_thinking\": false}}, this is {short(value)}")
-    return {name: part for name, part in (value or {}).items() if part is not None}  # Arrow fills up with None
+    return {name: part for name, part in (value or {}).items() if part is not None}  # None filled in by Arrow
 
 
 def _json_column(row: Row, name: str, begin: str, wanted: str) -> Any:
-    """A column's value; where it is text that begins so, what that says in JSON."""
+    """A column's value; if it is text that begins like JSON, the parsed value."""
     value = row.fields.get(name)
     if not isinstance(value, str) or not value.strip() or not value.strip().startswith(begin):
         return value
@@ -141,7 +141,7 @@ def _json_column(row: Row, name: str, begin: str, wanted: str) -> Any:
 
 
 def fields(row: Row) -> str:
-    """What the row has, in words."""
+    """The row's fields, in words."""
     return f"the row has {', '.join(map(repr, row.fields)) or 'none'}"
 
 

@@ -1,16 +1,16 @@
-"""What a plan lays out in rows: a document, or several answers that have to share a row.
+"""What a plan arranges in rows: a document, or several answers that must share a row.
 
-Answers to one prompt share it: the prompt is a segment, each answer a segment that goes on from it (`Batch.parents`), with positions that
+Answers to one prompt share it: the prompt is a segment, and each answer a segment that continues it (`Batch.parents`), with positions that
 restart after the prompt. The prompt's tokens are then computed once. Every kind of unit has
 
-    documents                         what it was made of
+    documents                         the documents it is made of
     lengths, trained, part, answers   int64 [n]: tokens in the row, trained tokens, the documents' source, numbers given to answers
-    saved                             int64 [n]: tokens that are not computed a second time because prompts are shared
-    shared                            whether batches carry parents
+    saved                             int64 [n]: tokens that are not computed again because prompts are shared
+    shared                            whether batches have parents
     longest                           tokens of the longest document, prompt and answer
-    settings                          what the layout depends on beside the documents, for fingerprints
-    members(unit)                     the numbers of the documents it is made of
-    fill(batch, at, unit)             write one unit into a row
+    settings                          what the layout depends on besides the documents, for fingerprints
+    members(unit)                     the numbers of its documents
+    fill(batch, at, unit)             writes one unit into a row
 """
 
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger("jaxtune")
 
 @dataclass
 class Cursor:
-    """The next free place of a row: slot, and the numbers of the last segment and the last answer."""
+    """The next free place of a row: the slot, and the numbers of the last segment and the last answer."""
 
     row: tuple[int, ...]
     slot: int = 0
@@ -64,7 +64,7 @@ class Parent:
 
 
 class Answer(NamedTuple):
-    """A whole document, prompt and answer: token ids, mask, the first token of the answer, and what its row says of it."""
+    """A whole document, prompt and answer: token ids, mask, the first token of the answer, and its value."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -73,8 +73,8 @@ class Answer(NamedTuple):
 
 
 def put_answers(batch: Batch, at: Cursor, answers: list[Answer], prompt: int) -> None:
-    """Write answers, numbered on, after the first `prompt` tokens, which they have in common; 0: each a document of its own."""
-    assert batch.answers is not None  # the units here number their answers, so batches were made with room for them
+    """Write answers, numbered consecutively, after their common first `prompt` tokens; 0: each is a separate document."""
+    assert batch.answers is not None  # the units here number their answers, so batches have room for them
     parent = None
     if prompt:
         put(batch, at, answers[0].tokens[:prompt], answers[0].mask[:prompt])
@@ -109,7 +109,7 @@ class Single:
 
 
 class Labelled(Single):
-    """Each document by itself, one answer whose value is its label: the mask's mark less one."""
+    """Each document by itself, with one answer whose value is its label: the mask's mark minus one."""
 
     def __init__(self, documents: Documents):
         super().__init__(documents)
@@ -121,7 +121,7 @@ class Labelled(Single):
 
 
 class Classified(Single):
-    """Each document by itself, one answer, all of it, whose value is the row's."""
+    """Each document by itself as one answer, whose value is the row's."""
 
     def __init__(self, documents: Documents):
         super().__init__(documents)
@@ -133,9 +133,9 @@ class Classified(Single):
 
 
 class Stepwise(Single):
-    """Each document by itself; every marked token is an answer (the end of a step) whose value is its mark less one.
+    """Each document by itself; every marked token is an answer (the end of a step) whose value is its mark minus one.
 
-    last_only: of each document the last step alone is trained.
+    last_only: only the last step of each document is trained.
     """
 
     def __init__(self, documents: Documents, last_only: bool = False):
@@ -168,7 +168,7 @@ class Pairs:
         self.settings = ("pairs", share, train_prompt)
         count = len(documents) // 2
         self.part, self.answers, self.longest = documents.part[::2], np.full(count, 2, np.int64), int(documents.lengths.max(initial=0))
-        self.saved = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64) * share  # the prompt, where it is shared
+        self.saved = np.array([_common(*self._pair(unit)) for unit in range(count)], np.int64) * share  # the prompt, if it is shared
         self.lengths = documents.lengths.reshape(-1, 2).sum(1) - self.saved
         self.trained = documents.trained.reshape(-1, 2).sum(1)
         if train_prompt:
@@ -192,17 +192,17 @@ class Pairs:
 
 
 class Mismatched:
-    """Labelled answers by twos (three where one is left over), each beside an answer that was given to another prompt.
+    """Labelled answers in twos (threes if one is left over), each beside an answer that belongs to another prompt.
 
-    Answers are numbered (own, other), (own, other), ...; the others, from which KTO estimates how far the policy is from the reference,
-    are those of the unit itself, moved on by one prompt, so that every batch has the same answers in both roles. An other answer
-    that would make its document longer than `max_length` is cut there, as TRL does.
+    Answers are numbered (own, other), (own, other), ... The others, from which KTO estimates how far the policy is from the reference, are
+    the unit's own answers shifted by one prompt, so that every batch has the same answers in both roles. An other answer that would make
+    its document longer than `max_length` is cut there, as in TRL.
     """
 
     def __init__(self, documents: Documents, max_length: int, share: bool = True):
         self.documents, self.shared, self.max_length = documents, share, max_length
         self.settings = ("mismatched", share, max_length)
-        order = np.argsort(_occurrence(documents.rows), kind="stable")  # the two answers of a row apart: their prompt is the same
+        order = np.argsort(_occurrence(documents.rows), kind="stable")  # for the two answers of a row separately: their prompt is the same
         self._units = [unit for part in np.unique(documents.part) for unit in _by_twos(order[documents.part[order] == part])]
         self.part = np.array([documents.part[unit[0]] for unit in self._units])
         self.answers = np.array([2 * len(unit) for unit in self._units])
@@ -230,7 +230,7 @@ Units = Single | Pairs | Mismatched
 
 
 def make(documents: Documents, config: Config, training: bool = True) -> Units:
-    """What rows are made of under the config's objective."""
+    """The units that rows are made of under the config's objective."""
     objective, share = config.objective, config.data.shared_prompts
     if objective in ON_TOKENS:
         return Single(documents)
@@ -246,9 +246,9 @@ def make(documents: Documents, config: Config, training: bool = True) -> Units:
 
 
 def room(units: Units, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and trained tokens that a row needs room for, of each unit: as many as it has, or as many as with an answer that is drawn.
+    """Tokens and trained tokens that each unit needs room for: its own, or those with a sampled answer.
 
-    DataError where a prompt and an answer do not fit `data.max_length`, and for text that asks for none.
+    DataError if a prompt and an answer do not fit `data.max_length`, and for text without a prompt.
     """
     if not draws_answers(config):
         return units.lengths, units.trained
@@ -266,14 +266,14 @@ def room(units: Units, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prompt_of(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What stands before the last stretch of trained tokens."""
+    """Everything before the last run of trained tokens."""
     trained = np.flatnonzero(mask)
     ends = np.flatnonzero(np.diff(trained) > 1)
     return tokens[: trained[ends[-1] + 1 if len(ends) else 0] if len(trained) else 0]
 
 
 def warn_of_one_label(units: Units) -> None:
-    """Tell of labelled answers that are all good or all bad, which train without error and teach nothing of the other kind."""
+    """Warn about labelled answers that are all good or all bad: training runs without an error but learns nothing about the other kind."""
     labels = {bool(_labelled(units.documents, number).value) for number in range(len(units.documents))}
     if len(labels) == 1:
         kind, other = ("good", "bad") if labels.pop() else ("bad", "good")
@@ -281,9 +281,9 @@ def warn_of_one_label(units: Units) -> None:
 
 
 def least(config: Config) -> tuple[int, bool]:
-    """Of a row, without the data: how many answers its units have at least (0: they are not numbered), and whether they share prompts.
+    """For a row, without the data: the least number of answers in a unit (0: answers are not numbered), and whether units share prompts.
 
-    For the planner; a step's answer or two more in a row are a few bytes.
+    For the planner; another answer or two in a row are a few bytes.
     """
     objective, share = config.objective, config.data.shared_prompts
     if objective in (*ON_TOKENS, "classification", "stepwise_reward") or config.loss_type == ("apo_zero_unpaired",):
@@ -292,7 +292,7 @@ def least(config: Config) -> tuple[int, bool]:
 
 
 def _occurrence(rows: np.ndarray) -> np.ndarray:
-    """How many documents of the same row stand directly before each."""
+    """The number of documents of the same row directly before each."""
     starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 1))
     return np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
 
@@ -317,7 +317,7 @@ def _by_twos(numbers: np.ndarray) -> list[np.ndarray]:
 
 
 def _common(a: Answer, b: Answer) -> int:
-    """Tokens that two documents begin with and that are part of neither's answer."""
+    """Tokens that two documents have in common at the beginning and that belong to neither's answer."""
     size = min(a.start, b.start)
     different = np.flatnonzero(a.tokens[:size] != b.tokens[:size])
     return int(different[0]) if len(different) else size
