@@ -1,8 +1,8 @@
-"""From rewards to what is told of an answer: how much better it was than others to the same prompt, or of each of its tokens (ppo) how much
-better it went than expected.
+"""From rewards to advantages: how much better an answer is than others to the same prompt, or for each of its tokens (ppo) how much better
+it went than expected.
 
-Rewards come as numbers, float64 `[answers, rewards]`, the answers to a prompt side by side; NaN is a reward that does not judge an
-answer. An answer that none of them judges has no part in means, and the advantage 0.
+Rewards are float64 `[answers, rewards]`, the answers to a prompt next to each other; NaN means that a reward does not score an answer. An
+answer without any score is excluded from means and has advantage 0.
 """
 
 import warnings
@@ -13,14 +13,14 @@ import numpy as np
 
 
 class Advantages(NamedTuple):
-    """Of each answer its advantage and its reward (NaN: not judged), and the spread of the rewards it was compared with."""
+    """For each answer its advantage and its reward (NaN: not scored), and the spread of the rewards it was compared with."""
 
     advantages: np.ndarray
     rewards: np.ndarray
     spread: np.ndarray
 
 
-SMALL = 1e-4  # keeps a group of equal rewards from dividing by nothing
+SMALL = 1e-4  # avoids division by zero in a group of equal rewards
 
 
 def _mean(x: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -30,22 +30,23 @@ def _mean(x: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 
 def spread(x: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The standard deviation with Bessel's correction, NaN left out; 0 for a single number."""
+    """The standard deviation with Bessel's correction, ignoring NaN; 0 for a single number."""
     count = (~np.isnan(x)).sum(axis=axis, keepdims=True)
     squares = np.nansum(np.square(x - _mean(x, axis)), axis=axis, keepdims=True)
     return np.sqrt(squares / np.maximum(count - 1, 1))
 
 
 def weighted(rewards_NF: np.ndarray, weights_F: np.ndarray) -> np.ndarray:
-    """`sum_f w_f r_f` of each answer; NaN where no reward judges it."""
+    """`sum_f w_f r_f` for each answer; NaN if no reward scores it."""
     return np.where(np.isnan(rewards_NF).all(1), np.nan, np.nansum(rewards_NF * weights_F, axis=1))
 
 
 def grpo(config: Any, rewards_NF: np.ndarray, weights_F: np.ndarray, size: int, kl_N: np.ndarray | None = None) -> Advantages:
-    """`(r - mean of the group) / (s + 1e-4)`, s by `scale_rewards`: of the group, of the whole batch, or none (arXiv 2402.03300).
+    """`(r - mean of the group) / (s + 1e-4)`; by `scale_rewards`, s is the spread of the group, of the whole batch, or absent (arXiv
+    2402.03300).
 
-    With `multi_objective_aggregation: normalize_then_sum` each reward is scaled in its group, and their weighted sum over the batch
-    (GDPO, 2601.05242).
+    With `multi_objective_aggregation: normalize_then_sum` each reward is scaled in its group, and their weighted sum over the batch (GDPO,
+    2601.05242).
     """
     if config.multi_objective_aggregation == "normalize_then_sum":
         grouped = rewards_NF.reshape(-1, size, rewards_NF.shape[1])
@@ -62,7 +63,8 @@ def grpo(config: Any, rewards_NF: np.ndarray, weights_F: np.ndarray, size: int, 
 
 
 def rloo(config: Any, rewards_NF: np.ndarray, weights_F: np.ndarray, size: int, kl_N: np.ndarray | None = None) -> Advantages:
-    """`r - mean of the other answers' r`, r the reward less `beta` times the answer's log-ratio to the reference (arXiv 2402.14740)."""
+    """`r - mean of the other answers' r`, where r is the reward minus `beta` times the answer's log-ratio to the reference (arXiv
+    2402.14740)."""
     rewards = weighted(rewards_NF, weights_F)
     judged = rewards
     if config.reward_clip_range is not None:
@@ -78,7 +80,7 @@ def rloo(config: Any, rewards_NF: np.ndarray, weights_F: np.ndarray, size: int, 
     return Advantages(np.nan_to_num(advantages).reshape(-1), rewards, np.repeat(spread(grouped, 1).reshape(-1), size))
 
 
-# objective: (config, rewards [answers, rewards], weights, answers to a prompt, log-ratio to the reference) -> Advantages
+# objective: (config, rewards [answers, rewards], weights, answers per prompt, log-ratio to the reference) -> Advantages
 ADVANTAGES: dict[str, Callable[..., Advantages]] = {"grpo": grpo, "rloo": rloo}
 
 
@@ -86,7 +88,7 @@ ADVANTAGES: dict[str, Callable[..., Advantages]] = {"grpo": grpo, "rloo": rloo}
 
 
 class TokenAdvantages(NamedTuple):
-    """Of each token its advantage and its return, float64 `[answers, tokens]`, 0 beyond an answer's end; and TRL's metrics."""
+    """For each token its advantage and its return, float64 `[answers, tokens]`, 0 beyond an answer's end; and TRL's metrics."""
 
     advantages: np.ndarray
     returns: np.ndarray
@@ -94,7 +96,7 @@ class TokenAdvantages(NamedTuple):
 
 
 def whiten(x: np.ndarray, there: np.ndarray, shift_mean: bool = True) -> np.ndarray:
-    """`(x - mean) / sqrt(var + 1e-8)` over the places that are there, 0 elsewhere; without `shift_mean` the mean is put back."""
+    """`(x - mean) / sqrt(var + 1e-8)` over the masked positions, 0 elsewhere; without `shift_mean` the mean is added back."""
     mean, count = x[there].mean(), np.count_nonzero(there)
     variance = np.square(x[there] - mean).sum() / max(count - 1, 1)
     return np.where(there, (x - mean) / np.sqrt(variance + 1e-8) + (0.0 if shift_mean else mean), 0.0)
@@ -103,12 +105,12 @@ def whiten(x: np.ndarray, there: np.ndarray, shift_mean: bool = True) -> np.ndar
 def ppo(
     config: Any, scores_N: np.ndarray, lengths_N: np.ndarray, old_NT: np.ndarray, ref_NT: np.ndarray | None, values_NT: np.ndarray
 ) -> TokenAdvantages:
-    """Generalised advantages (arXiv 1506.02438) of rewards that are `-kl_coef` times the KL to the reference at each token (1909.08593),
-    and the answer's score at its last one.
+    """Generalised advantage estimation (arXiv 1506.02438). The reward of a token is `-kl_coef` times its KL to the reference (1909.08593),
+    plus the answer's score at its last token.
 
-    `A_t = d_t + gamma lam A_t+1`, `d_t = r_t + gamma V_t+1 - V_t`, V being 0 after the last token; the return is `A + V`, and advantages
-    are whitened over all tokens of the rollout. Of log-ratios `x = log p_ref / p` the KL is `-x` (`kl_estimator` k1) or `e^x - 1 - x` (k3).
-    All float64, `scores_N [answers]`, the others `[answers, tokens]`.
+    `A_t = d_t + gamma lam A_t+1`, `d_t = r_t + gamma V_t+1 - V_t`, with V = 0 after the last token; the return is `A + V`, and advantages
+    are whitened over all tokens of the rollout. For log-ratios `x = log p_ref / p` the KL is `-x` (`kl_estimator` k1) or `e^x - 1 - x`
+    (k3). All float64, `scores_N [answers]`, the others `[answers, tokens]`.
     """
     N, T = old_NT.shape
     there = np.arange(T) < lengths_N[:, None]

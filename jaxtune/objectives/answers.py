@@ -1,4 +1,4 @@
-"""From tokens to whole answers: sums by answer, and the same under the reference model."""
+"""From tokens to whole answers: sums per answer, and the same under the reference model."""
 
 import dataclasses
 import logging
@@ -15,11 +15,12 @@ from jaxtune.model.rope import BY_LENGTH
 from jaxtune.objectives.logprobs import TokenLogprobs, token_logprobs
 
 log = logging.getLogger("jaxtune")
-REFERENCE = "reference"  # in `base`: the reference model's tree, where it is not the base itself
+REFERENCE = "reference"  # in `base`: the reference model's tree, if it is not the base itself
 
 
 class AnswerLogprobs(NamedTuple):
-    """Of each row's answers: their log-probability, float32 `[B, S]`, their trained tokens, and what they are made of, token by token."""
+    """For each row's answers: their log-probability, float32 `[B, S]`, their number of trained tokens, and the token-level data they
+    consist of."""
 
     logp_BS: jax.Array
     length_BS: jax.Array
@@ -36,7 +37,7 @@ def _sum(member_BSN: jax.Array, x_BN: jax.Array) -> jax.Array:
 
 
 def members(batch: Batch, index_BN: jax.Array, weights_BN: jax.Array) -> jax.Array:
-    """bool `[B, S, N]`: whether a trained token is part of an answer."""
+    """bool `[B, S, N]`: whether a trained token belongs to an answer."""
     numbers_BN = jnp.take_along_axis(batch.answers.numbers, index_BN, axis=1)
     answers_S = jnp.arange(1, batch.answers.values.shape[1] + 1)
     return (numbers_BN[:, None, :] == answers_S[None, :, None]) & (weights_BN != 0)[:, None, :]
@@ -45,7 +46,7 @@ def members(batch: Batch, index_BN: jax.Array, weights_BN: jax.Array) -> jax.Arr
 def answer_logprobs(config: Any, model_config: ModelConfig, params: dict, batch: Batch) -> AnswerLogprobs:
     """`log p(answer | prompt)`, the sum over the answer's trained tokens.
 
-    With `ld_alpha` (arXiv 2409.06411) the tokens of a pair's longer answer beyond the length of the shorter one count that much only.
+    With `ld_alpha` (arXiv 2409.06411), the tokens of a pair's longer answer beyond the length of the shorter one have this weight.
     """
     tokens = token_logprobs(model_config, params, batch)
     return sum_answers(batch, tokens, config.ld_alpha)
@@ -65,7 +66,8 @@ def sum_answers(batch: Batch, tokens: TokenLogprobs, ld_alpha: float | None = No
 
 
 def reference_logps(config: Any, model_config: ModelConfig, base: dict, batch: Batch) -> jax.Array:
-    """`log p(answer | prompt)` under the reference model, `[B, S]`: as computed before, or by `base[REFERENCE]`, or by the base itself."""
+    """`log p(answer | prompt)` under the reference model, `[B, S]`: as computed beforehand, or by `base[REFERENCE]`, or by the base itself.
+    """
     if batch.answers.ref_logps is not None:
         return batch.answers.ref_logps
     reference = base.get(REFERENCE, base)
@@ -73,8 +75,8 @@ def reference_logps(config: Any, model_config: ModelConfig, base: dict, batch: B
 
 
 def unshared(config: Any, model_config: ModelConfig) -> Any:
-    """The run's config with a prompt for each answer (`data.shared_prompts: false`) where the model's layers carry a state, which cannot go
-    on from another segment; as it is else, and where there are no answers."""
+    """The run's config with one prompt per answer (`data.shared_prompts: false`) if the model's layers carry a state, which cannot continue
+    from another segment; otherwise, and without answers, unchanged."""
     if config.objective in ON_TOKENS or not (model_config.carries_state and config.data.shared_prompts):
         return config
     log.info("data.shared_prompts: false, since layers of this model carry a state through each text: answers have prompts of their own")
@@ -82,9 +84,10 @@ def unshared(config: Any, model_config: ModelConfig) -> Any:
 
 
 def check_shared_prompts(model_config: ModelConfig, longest: int) -> None:
-    """Raise ConfigError where a prompt cannot be computed once for several answers: its rotation goes by the length of the whole text.
+    """Raise ConfigError if a prompt cannot be computed once for several answers, because the rotary embedding depends on the length of the
+    whole text.
 
-    longest: tokens of the longest prompt with one answer. Up to the length the model was first trained at, such a rotation is fixed.
+    longest: tokens of the longest prompt with one answer. Up to the length of the model's first training, such an embedding is fixed.
     """
     for rope in model_config.ropes:
         if rope.kind in BY_LENGTH and longest > rope.original_max:

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the student's distribution of each trained token drawn to a teacher's."""
+"""Knowledge distillation: fit the student's distribution of each trained token to the teacher's."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ TEACHER = "teacher"  # in `base`: the `Teacher`
 
 
 class Teacher(struct.PyTreeNode):
-    """The frozen model that is learnt from: its tree, and what it is."""
+    """The frozen teacher: its tree and its config."""
 
     params: dict
     config: ModelConfig = struct.field(pytree_node=False)
 
 
 def distill(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """`sum(w (kd_ratio D - (1 - kd_ratio) log p))` over trained tokens and `sum(w)`: D is `divergence` by `beta` and `temperature`.
+    """`sum(w (kd_ratio D - (1 - kd_ratio) log p))` over trained tokens and `sum(w)`, where D is `divergence` with `beta` and `temperature`.
 
-    Logits of the teacher and of the student exist for a chunk of trained tokens at a time. `base[TEACHER]` gets no gradient.
+    Logits of teacher and student exist for one chunk of trained tokens at a time. `base[TEACHER]` gets no gradient.
     """
     teacher: Teacher = jax.lax.stop_gradient(base[TEACHER])
     their_config = dataclasses.replace(teacher.config, mesh=model_config.mesh)
@@ -47,8 +47,8 @@ def distill(config: Any, model_config: ModelConfig, params: dict, base: dict, ba
 def divergence(beta: float, temperature: float, student_V: jax.Array, teacher_V: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The generalised Jensen-Shannon divergence of logits `[..., V]` and its derivative by the student's (arXiv 2306.13649 eq. 1).
 
-    With `p = softmax(teacher / temperature)`, `q = softmax(student / temperature)` and `m = beta p + (1 - beta) q`:
-    `beta KL(p || m) + (1 - beta) KL(q || m)`; at beta 0 it is `KL(p || q)`, at beta 1 `KL(q || p)`, as in TRL's `generalized_jsd_loss`.
+    With `p = softmax(teacher / temperature)`, `q = softmax(student / temperature)` and `m = beta p + (1 - beta) q`: `beta KL(p || m) + (1 -
+    beta) KL(q || m)`; for beta 0 it is `KL(p || q)`, for beta 1 `KL(q || p)`, as in TRL's `generalized_jsd_loss`.
     """
     log_q, log_p = (jax.nn.log_softmax(x / temperature) for x in (student_V, teacher_V))
     q, p = jnp.exp(log_q), jnp.exp(log_p)
@@ -61,9 +61,9 @@ def divergence(beta: float, temperature: float, student_V: jax.Array, teacher_V:
 
 
 def _statistics(beta: float, temperature: float, kd_ratio: float, their_config: ModelConfig, logits, beside, their_head):
-    """The loss, divergence, negative log-likelihood, agreement, accuracy, entropy and the logits' derivative of the loss, of one chunk.
+    """The loss, divergence, negative log-likelihood, agreement, accuracy, entropy and the loss's derivative by the logits, for one chunk.
 
-    Of embeddings padded to other widths the tokens that both have are compared.
+    If embeddings are padded to different widths, the tokens that both have are compared.
     """
     targets, their_hidden = beside
     theirs = chunk_logits(their_config, their_head, their_hidden)

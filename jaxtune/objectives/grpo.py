@@ -1,7 +1,7 @@
 """GRPO and its relatives, and RLOO: learning from several answers to one prompt, each with a reward.
 
-What is told of an answer is its advantage (objectives/advantages.py). The policy that drew it, where it is not the one of this step, is
-known by its log-probabilities (`Batch.rollout.old_logps`), the reference model of a KL term by its own, or by its tree.
+The learning signal of an answer is its advantage (objectives/advantages.py). The policy that sampled it, if it differs from this step's
+policy, is represented by its log-probabilities (`Batch.rollout.old_logps`), the reference model of a KL term by its own, or by its tree.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,17 @@ NOTHING = 1e-9  # the weight of a batch without answers
 
 
 class Drawn(NamedTuple):
-    """Answers and what is known of them, token by token or answer by answer. A padded token is part of no answer.
+    """Sampled answers with their data per token or per answer. A padded token belongs to no answer.
 
     Attributes:
-        logp_BN: float32, `log p(token | earlier tokens)` by the policy, which alone carries a gradient.
+        logp_BN: float32, `log p(token | earlier tokens)` under the policy; the only one with a gradient.
         entropy_BN: of the prediction (nats).
-        member_BSN: bool, whether a token is part of an answer.
-        live_BS: 1 where there is an answer; also for one whose tokens are all left out (`mask_truncated_completions`).
+        member_BSN: bool, whether a token belongs to an answer.
+        live_BS: 1 if there is an answer, even one whose tokens are all masked (`mask_truncated_completions`).
         advantage_BS: how much better the answer is than others to its prompt.
-        tokens_BS: tokens of an answer, on average over the whole rollout, in each of its answers (dapo's weight).
-        old_BN: log-probabilities by the policy that drew the answer; None: by this one.
-        ref_BN: by the reference model; None: there is no KL term.
+        tokens_BS: tokens per answer, averaged over the whole rollout and repeated for each of its answers (dapo's weight).
+        old_BN: log-probabilities under the policy that sampled the answer; None: this policy.
+        ref_BN: under the reference model; None: there is no KL term.
     """
 
     logp_BN: jax.Array
@@ -59,12 +59,12 @@ class Drawn(NamedTuple):
         return jnp.where(self.member_BSN, x_BN[:, None, :], 0.0).sum(-1)
 
     def spread(self, x_BS: jax.Array) -> jax.Array:
-        """A number of each answer at each of its tokens, `[B, N]`."""
+        """A per-answer number at each of its tokens, `[B, N]`."""
         return jnp.where(self.member_BSN, x_BS[..., None], 0.0).sum(1)
 
 
 def grpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """GRPO (arXiv 2402.03300 eq. 3) in its `loss_type`, and RLOO (2402.14740), of a batch of drawn answers.
+    """GRPO (arXiv 2402.03300 eq. 3) with its `loss_type`, and RLOO (2402.14740), for a batch of sampled answers.
 
     With experts, `router_aux_loss_coef` times the load-balancing loss is added, as in objective sft.
     """
@@ -73,23 +73,23 @@ def grpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch
 
 
 def cooled(config: Any, model_config: ModelConfig) -> ModelConfig:
-    """The model whose distribution answers are drawn from: its logits are divided by `temperature`, after any cap."""
+    """The model whose distribution answers are sampled from: its logits are divided by `temperature`, after any soft cap."""
     t = config.temperature
     return replace(model_config, logits_scaling=model_config.logits_scaling * t, logits_softcap=model_config.logits_softcap / t)
 
 
 def logps_of(config: Any, model_config: ModelConfig, params: dict, batch: Batch) -> TokenLogprobs:
-    """Log-probabilities of the distribution that answers are drawn from."""
+    """Log-probabilities under the distribution that answers are sampled from."""
     return token_logprobs(cooled(config, model_config), params, batch)
 
 
 def reference_logps_of(config: Any, model_config: ModelConfig, base: dict, batch: Batch) -> jax.Array:
-    """The same by the reference model, `[B, N]`, without gradient."""
+    """The same for the reference model, `[B, N]`, without gradient."""
     return jax.lax.stop_gradient(logps_of(config, model_config, base.get(REFERENCE, base), batch).logp_BN)
 
 
 def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, tokens: TokenLogprobs) -> Drawn:
-    """The batch's answers under a policy's log-probabilities; what was computed before the step is taken from the batch."""
+    """The batch's answers under a policy's log-probabilities; values computed before the step are taken from the batch."""
     rollout, S = batch.rollout, batch.answers.values.shape[1]
     at = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, tokens.index_BN, axis=1)  # noqa: E731
     ref_BN = None
@@ -109,7 +109,7 @@ def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, toke
 
 
 def has_kl_term(config: Any) -> bool:
-    """Whether the loss compares with a reference model: GRPO's does with a beta, RLOO's KL is part of the reward."""
+    """Whether the loss compares with a reference model: GRPO's does with a beta; RLOO's KL is part of the reward."""
     return config.objective == "grpo" and config.beta != 0
 
 
@@ -117,9 +117,9 @@ def has_kl_term(config: Any) -> bool:
 
 
 class Ratios(NamedTuple):
-    """What the losses are made of; `[B, N]`, a number of an answer being the same at each of its tokens."""
+    """The ingredients of the losses; `[B, N]`, where a per-answer number is the same at each of its tokens."""
 
-    rho: jax.Array  # p / p_old, by importance_sampling_level of the token or of its answer
+    rho: jax.Array  # p / p_old, of the token or of its answer (importance_sampling_level)
     capped: jax.Array  # the same, at most `delta`
     advantage: jax.Array
     logp: jax.Array
@@ -171,22 +171,22 @@ def _by_sum(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_micro_batch(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
-    """The mean over the tokens of the micro-batch, each micro-batch counting the same (as in TRL)."""
+    """The mean over the tokens of the micro-batch; every micro-batch counts the same (as in TRL)."""
     return (x_BN * d.mask_BN).sum() / jnp.maximum(d.mask_BN.sum(), 1), jnp.ones(())
 
 
 def _by_token(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
-    """The mean over the tokens of the whole rollout (those of one step of several: as if each had the same share)."""
+    """The mean over the tokens of the whole rollout (with several steps per rollout, each step has the same share)."""
     return (x_BN * d.mask_BN).sum(), (d.live_BS * d.tokens_BS).sum()
 
 
 def _by_longest(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
-    """The sum over tokens, for each answer `max_completion_length` of them (Dr. GRPO, arXiv 2503.20783)."""
+    """The sum over tokens divided by `max_completion_length` per answer (Dr. GRPO, arXiv 2503.20783)."""
     return (x_BN * d.mask_BN).sum(), d.live_BS.sum() * c.max_completion_length
 
 
 Reduction = Callable[[Drawn, jax.Array, Any], tuple[jax.Array, jax.Array]]
-# loss_type: the loss of a token, and how tokens become a mean
+# loss_type: the loss of a token, and how tokens are averaged
 LOSSES: dict[str, tuple[Callable[[Ratios, Any], jax.Array], Reduction]] = {
     "dapo": (_clipped, _by_token),  # arXiv 2503.14476
     "grpo": (_clipped, _by_answer),  # 2402.03300
@@ -203,8 +203,8 @@ LOSSES: dict[str, tuple[Callable[[Ratios, Any], jax.Array], Reduction]] = {
 def grpo_loss(config: Any, d: Drawn) -> Loss:
     """The loss and TRL's metrics from log-probabilities.
 
-    A token's loss is that of its `loss_type` plus `beta rho (e^x - 1 - x)`, x = log p_ref / p; without `use_bias_correction_kl`, as in the
-    paper, the KL term has no rho. `importance_sampling_level`: rho of the token, or of its answer, `exp(mean log-ratio)` (GSPO, arXiv
+    A token's loss is that of its `loss_type` plus `beta rho (e^x - 1 - x)`, x = log p_ref / p; without `use_bias_correction_kl` the KL term
+    has no rho, as in the paper. `importance_sampling_level`: rho of the token, or of its answer, `exp(mean log-ratio)` (GSPO, arXiv
     2507.18071); RLOO's is `exp(sum of log-ratios)`.
     """
     (name,) = config.loss_type
@@ -232,12 +232,13 @@ def grpo_loss(config: Any, d: Drawn) -> Loss:
         losses += config.beta * kl
         metrics["kl"] = metric(kl, d.mask_BN)
     total, weight = reduce(d, losses, config)
-    weight = jnp.maximum(weight, NOTHING)  # a step whose prompts have run out has no answers, and teaches nothing
+    weight = jnp.maximum(weight, NOTHING)  # a step whose prompts have run out has no answers and learns nothing
     return Loss(total, weight, metrics | _clipping(config, name, level, d, ratios))
 
 
 def _on_policy(d: Drawn, log_ratio_BN: jax.Array, threshold: float) -> jax.Array:
-    """1 for answers that are good, or whose policy has not gone far from the one that drew them (DeepSeek-V3.2, arXiv 2512.02556)."""
+    """1 for answers with a positive advantage, or whose policy is still close to the one that sampled them (DeepSeek-V3.2, arXiv
+    2512.02556)."""
     gone_BS = -d.total(jax.lax.stop_gradient(log_ratio_BN)) / jnp.maximum(d.length_BS, 1)
     return ((d.advantage_BS >= 0) | (gone_BS <= threshold)).astype(jnp.float32)
 
@@ -250,7 +251,7 @@ def _uncertain(d: Drawn, quantile: float) -> jax.Array:
 
 
 def _clipping(config: Any, name: str, level: str, d: Drawn, r: Ratios) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Shares of tokens (of answers, where rho is an answer's) at which clipping takes the gradient away."""
+    """Shares of tokens (of answers, if rho is per answer) whose gradient clipping removes."""
     if name == "vespo" and r.phi is not None:
         return {"vespo/phi_seq_mean": _share(d, "answer", r.phi)}
     if name == "cispo":

@@ -15,9 +15,9 @@ from jaxtune.objectives.loss import Loss
 def kto(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """KTO (arXiv 2402.01306 eq. 7): `w_d (1 - sigmoid(beta (a - KL)))` for a good answer, `w_u (1 - sigmoid(beta (KL - a)))` for a bad one.
 
-    a is the answer's log-ratio to the reference. KL, a constant to the gradient, is `max(0, mean a')` over the micro-batch, a' being the
-    log-ratio of an answer to a prompt it was not given to (data/units.py, `Mismatched`); over all devices of a mesh, and each
-    micro-batch of an accumulated step has its own, as in TRL. `apo_zero_unpaired` (2408.06266) has no KL and needs no such answers.
+    a is the answer's log-ratio to the reference. KL, a constant for the gradient, is `max(0, mean a')` over the micro-batch, where a' is
+    the log-ratio of an answer combined with another prompt (data/units.py, `Mismatched`). It is averaged over all devices of a mesh, and
+    each micro-batch of an accumulated step has its own, as in TRL. `apo_zero_unpaired` (2408.06266) has no KL and needs no such answers.
     """
     out = answer_logprobs(config, model_config, params, batch)
     return kto_loss(config, out, reference_logps(config, model_config, base, batch), batch.answers.values)

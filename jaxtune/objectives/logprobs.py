@@ -1,7 +1,7 @@
-"""Log-probabilities of the trained tokens, the one primitive under every objective. Never a full `[B, T, V]`.
+"""Log-probabilities of the trained tokens, the one primitive of every objective. Never a full `[B, T, V]`.
 
-Logits exist for one chunk of trained tokens at a time. The forward pass keeps, instead of logits, the derivative of each token's
-log-probability to its hidden state (`[B, N, D]`), so that the backward pass of a frozen head is one multiplication.
+Logits exist for one chunk of trained tokens at a time. Instead of logits, the forward pass keeps the derivative of each token's
+log-probability by its hidden state (`[B, N, D]`), so the backward pass of a frozen head is one multiplication.
 """
 
 import functools
@@ -19,9 +19,9 @@ from jaxtune.model.moe import RouterSums
 
 
 class TokenLogprobs(NamedTuple):
-    """Of each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether
-    the token was the likeliest, and where it stands in the row; `collision_BN` is `log sum_v p(v)^2`, the log-probability that
-    two draws from the prediction agree; `mean_logit_BN` the logits' mean over the vocabulary. Only `logp_BN` carries a gradient."""
+    """For each row's trained tokens, padded to N: log-probability, weight (0: padding), entropy of the prediction (nats), whether the token
+    was the most likely one, and its position in the row; `collision_BN` is `log sum_v p(v)^2`, the log-probability that two draws from the
+    prediction agree; `mean_logit_BN` is the logits' mean over the vocabulary. Only `logp_BN` carries a gradient."""
 
     logp_BN: jax.Array
     weights_BN: jax.Array
@@ -34,7 +34,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TrainedStates(NamedTuple):
-    """Of each row's trained tokens, padded to N: the hidden state that predicts it, the token, its weight (0: padding), its place."""
+    """For each row's trained tokens, padded to N: the hidden state that predicts it, the token, its weight (0: padding), its position."""
 
     hidden_BND: jax.Array
     targets_BN: jax.Array
@@ -44,7 +44,7 @@ class TrainedStates(NamedTuple):
 
 
 def trained_states(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TrainedStates:
-    """Every token whose weight is not 0, as the decoder predicts it; N is `batch.capacity` (or T)."""
+    """Every token with non-zero weight, as the decoder predicts it; N is `batch.capacity` (or T)."""
     hidden_BTD, _, aux = decoder.hidden(
         config, params, batch.tokens, batch.positions, batch.segments, embeds_BTD=embeds_BTD, parents_BT=batch.parents
     )
@@ -59,12 +59,12 @@ def trained_states(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: 
 
 
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch, embeds_BTD: jax.Array | None = None) -> TokenLogprobs:
-    """`log p(token | earlier tokens)` of every token whose weight is not 0, float32 `[B, N]`; N is `batch.capacity` (or T)."""
+    """`log p(token | earlier tokens)` of every token with non-zero weight, float32 `[B, N]`; N is `batch.capacity` (or T)."""
     return logprobs_of(config, params, trained_states(config, params, batch, embeds_BTD))
 
 
 def logprobs_of(config: ModelConfig, params: dict, out: TrainedStates) -> TokenLogprobs:
-    """The same of states that are there already."""
+    """The same from existing states."""
     logp, *of_prediction = by_chunks(config, target_statistics, decoder.output_head(params), out.hidden_BND, out.targets_BN)
     live = (out.weights_BN != 0).astype(jnp.float32)
     entropy, correct, collision, mean_logit = (x * live for x in of_prediction)
@@ -72,7 +72,7 @@ def logprobs_of(config: ModelConfig, params: dict, out: TrainedStates) -> TokenL
 
 
 def target_statistics(logits, targets, fixed=None):
-    """logp, entropy, correct, collision, mean logit, and the logits' derivative of logp, of one chunk."""
+    """logp, entropy, correct, collision, mean logit, and the derivative of logp by the logits, for one chunk."""
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     shifted = logits - top
     unscaled = jnp.exp(shifted)
@@ -80,7 +80,7 @@ def target_statistics(logits, targets, fixed=None):
     logz = jnp.log(total)
     target = jnp.take_along_axis(shifted, targets[..., None], axis=-1)
     entropy = (logz - (unscaled * shifted).sum(-1, keepdims=True) / total)[..., 0]
-    correct = (target >= 0).astype(jnp.float32)[..., 0]  # argmax would be one more, slow pass
+    correct = (target >= 0).astype(jnp.float32)[..., 0]  # argmax would be another, slow pass
     collision = jnp.log(jnp.square(unscaled).sum(-1) / jnp.square(total[..., 0]))
     mean = (shifted.mean(-1, keepdims=True) + top)[..., 0]
     dlogits = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - unscaled / total
@@ -93,11 +93,11 @@ def target_statistics(logits, targets, fixed=None):
 def by_chunks(config: ModelConfig, statistics: Callable, head: dict, hidden_BND: jax.Array, beside: Any, fixed: Any = None):
     """Numbers of the predictions `[B, N]`, `config.logits_chunk` tokens at a time.
 
-    `statistics(logits, beside, fixed) -> (first, *others, dlogits)`, of one chunk: `first` alone carries a gradient, to the hidden states
-    and the head, and `dlogits` is its derivative by the logits. `beside`: arrays `[B, N, ...]` cut like the states; `fixed`: whole.
+    `statistics(logits, beside, fixed) -> (first, *others, dlogits)` for one chunk: only `first` carries a gradient, to the hidden states
+    and the head, and `dlogits` is its derivative by the logits. `beside`: arrays `[B, N, ...]` split like the states; `fixed`: whole.
     """
     B, N = hidden_BND.shape[:2]
-    size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may lie on different devices
+    size = min(N, max(1, config.logits_chunk // B))  # chunks run along N, so that rows may be on different devices
     pad = -N % size
 
     def cut(x_BN: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 
 
 class Loss(NamedTuple):
-    """Sums and weights, never means, so that accumulation, devices and packing cannot change the result.
+    """Sums and weights, never means, so accumulation, devices and packing cannot change the result.
 
     The loss is `total / weight`, and each metric `sum / weight`, once everything has been added up.
     """

@@ -1,11 +1,11 @@
-"""Losses over pairs of answers: one table, one row a loss.
+"""Losses over pairs of answers: one table with one row per loss.
 
-    y_w, y_l   the chosen and the rejected answer; log p(y) is a sum over the answer's tokens, its end token included
-    a, b       log-ratios to the reference: log p(y_w) - log p_ref(y_w), and the same of y_l
+    y_w, y_l   the chosen and the rejected answer; log p(y) is a sum over the answer's tokens, including its end token
+    a, b       log-ratios to the reference: log p(y_w) - log p_ref(y_w), and the same for y_l
     d          s(a) - s(b), where s is a itself unless `f_divergence_type` says otherwise (`SCORES`)
-    eps        label_smoothing: the chance that a label is wrong
+    eps        label_smoothing: the probability that a label is wrong
 
-As TRL 1.16 computes them (tests/oracle/test_preference.py), with one addition: `sigmoid` takes `label_smoothing`, which TRL ignores there.
+As computed by TRL 1.16 (tests/oracle/test_preference.py), with one addition: `sigmoid` takes `label_smoothing`, which TRL ignores there.
 """
 
 import math
@@ -97,16 +97,16 @@ def _discopop(p: Pairs, c: Any) -> jax.Array:
 
 
 def _ranked(x: jax.Array, p: Pairs) -> jax.Array:
-    """The values of the live pairs in rising order, padding last; which pair a value came from is no longer known."""
+    """The values of the live pairs in ascending order, padding last; which pair a value came from is lost."""
     return jnp.sort(jnp.where(p.live > 0, x, jnp.inf))
 
 
 def _optimal_transport(x: jax.Array, y: jax.Array, p: Pairs, c: Any) -> jax.Array:
-    """Quantile against quantile over the micro-batch. What padding gives is taken out by putting the live pairs first."""
+    """Quantile against quantile over the micro-batch. Sorting the live pairs first removes the effect of padding."""
     first = jnp.arange(x.shape[0]) < p.live.sum()
     x, y = (jnp.where(first, _ranked(value, p), 0.0) for value in (x, y))
     loss = jnp.where(first, smoothed(c.beta * (x - y), c.label_smoothing), 0.0)
-    return loss[jnp.argsort(jnp.argsort(-p.live, stable=True))]  # back to places that are live
+    return loss[jnp.argsort(jnp.argsort(-p.live, stable=True))]  # back to live positions
 
 
 def _sft(p: Pairs, c: Any) -> jax.Array:
@@ -118,7 +118,7 @@ def _sft(p: Pairs, c: Any) -> jax.Array:
 LOSSES: dict[str, Callable[[Pairs, Any], jax.Array]] = {
     "sigmoid": lambda p, c: smoothed(_logit(p, c), c.label_smoothing),  # DPO, arXiv 2305.18290 eq. 7; with eps > 0 cDPO
     "hinge": lambda p, c: jax.nn.relu(1 - _logit(p, c)),  # SLiC, 2305.10425
-    "ipo": lambda p, c: (_mean_gap(p, c) - 1 / (2 * c.beta)) ** 2,  # 2310.12036; by length, as its authors confirmed to TRL
+    "ipo": lambda p, c: (_mean_gap(p, c) - 1 / (2 * c.beta)) ** 2,  # 2310.12036; divided by length, as its authors confirmed to TRL
     "exo_pair": _exo,
     "nca_pair": lambda p, c: -log_sigmoid(c.beta * p.a) - 0.5 * (log_sigmoid(-c.beta * p.a) + log_sigmoid(-c.beta * p.b)),  # 2402.05369
     "robust": _robust,  # 2403.00409
@@ -129,7 +129,7 @@ LOSSES: dict[str, Callable[[Pairs, Any], jax.Array]] = {
     "apo_zero": lambda p, c: 1 - sigmoid(c.beta * p.a) + sigmoid(c.beta * p.b),  # 2408.06266 eq. 7: chosen beats the model
     "apo_down": lambda p, c: sigmoid(c.beta * p.a) + 1 - sigmoid(c.beta * (p.a - p.b)),  # eq. 8: the model beats chosen
     "discopop": _discopop,
-    "sigmoid_norm": lambda p, c: -log_sigmoid(c.beta * _mean_gap(p, c)),  # by length, as SimPO does, with a reference
+    "sigmoid_norm": lambda p, c: -log_sigmoid(c.beta * _mean_gap(p, c)),  # divided by length, as in SimPO, with a reference
     "sft": _sft,
 }
 
@@ -146,12 +146,12 @@ REFERENCE_FREE: dict[str, Callable[[jax.Array, Any], jax.Array]] = {  # of x = l
 
 
 def log_odds_ratio(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """`log(odds(p_w) / odds(p_l))` with `odds(p) = p / (1 - p)`, from mean log-probabilities of a token (ORPO, arXiv 2403.07691 eq. 4)."""
+    """`log(odds(p_w) / odds(p_l))` with `odds(p) = p / (1 - p)`, from mean log-probabilities per token (ORPO, arXiv 2403.07691 eq. 4)."""
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
     """`log(1 - e^x)` for x < 0; each branch is exact where it is used and harmless, in value and gradient, where it is not."""
-    x = jnp.minimum(x, -1e-7)  # an answer known by heart: odds of 10 million, not infinity
+    x = jnp.minimum(x, -1e-7)  # a memorised answer: odds of 10 million, not infinity
     near = x > -math.log(2.0)
     return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))

@@ -1,7 +1,7 @@
-"""PPO with a value head (arXiv 1707.06347; of language models 1909.08593, 2203.02155): learning from an answer token by token.
+"""PPO with a value head (arXiv 1707.06347; for language models 1909.08593, 2203.02155): learning from an answer token by token.
 
-What a token is told is its advantage over what the value head expected (objectives/advantages.py), which was computed when the answer was
-drawn. Policy and value share the model and, where one is trained, the adapter; the value head alone is its own.
+The learning signal of a token is its advantage over the value head's prediction (objectives/advantages.py), computed when the answer was
+sampled. Policy and value share the model and, if one is trained, the adapter; only the value head is separate.
 """
 
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ from jaxtune.objectives.sft import balanced
 
 
 class Acted(NamedTuple):
-    """The tokens of drawn answers, all float32 `[B, N]`; `logp_BN` and `value_BN` carry a gradient.
+    """The tokens of sampled answers, all float32 `[B, N]`; `logp_BN` and `value_BN` carry a gradient.
 
     Attributes:
         mask_BN: 1 for a token of an answer.
-        logp_BN, entropy_BN: of the token, and of the prediction (nats), by the policy.
-        value_BN: what the value head expects of the answer from this token on.
-        old_BN, old_value_BN: the same two by the policy that drew the answer.
-        advantage_BN: of the token. return_BN: what its value should have been.
+        logp_BN, entropy_BN: of the token, and of the prediction (nats), under the policy.
+        value_BN: the value head's prediction from this token on.
+        old_BN, old_value_BN: the same two under the policy that sampled the answer.
+        advantage_BN: of the token. return_BN: the target of its value.
     """
 
     mask_BN: jax.Array
@@ -41,7 +41,7 @@ class Acted(NamedTuple):
 
 
 def ppo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """PPO's clipped loss of policy and value, of a batch of drawn answers.
+    """PPO's clipped loss of policy and value, for a batch of sampled answers.
 
     With experts, `router_aux_loss_coef` times the load-balancing loss is added, as in objective sft.
     """

@@ -1,8 +1,8 @@
-"""Learning from pairs of answers: DPO and all that stands in the table of losses with it, ORPO, CPO, SimPO.
+"""Learning from pairs of answers: DPO with the losses of pairwise.py, ORPO, CPO, SimPO.
 
-A batch's loss is the mean over its pairs, however they lie in rows, micro-batches and devices. Three things are taken over a micro-batch
-instead, as TRL does, and so depend (a little) on how a batch is cut into micro-batches: `aot` and `aot_unpaired` sort the micro-batch's
-pairs, and the mean over tokens in `sft`, in ORPO and in CPO is over the tokens of the micro-batch. Devices of one mesh share a micro-batch.
+A batch's loss is the mean over its pairs, however they are arranged in rows, micro-batches and devices. As in TRL, three things are
+computed per micro-batch instead, and so depend (slightly) on how a batch is split: `aot` and `aot_unpaired` sort the micro-batch's pairs,
+and the mean over tokens in `sft`, ORPO and CPO is over the tokens of the micro-batch. Devices of one mesh share a micro-batch.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def split_pairs(x_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
 def dpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`sum_k w_k loss_k` (`loss_type`, `loss_weights`; objectives/pairwise.py), summed over pairs, and the number of pairs.
 
-    `use_weighting` (WPO, arXiv 2406.11827 eq. 2) multiplies each pair by `exp(mean(log p - log sum_v p_v^2))` of both answers: how
-    likely they are beside what the policy itself would say.
+    `use_weighting` (WPO, arXiv 2406.11827 eq. 2) multiplies each pair by `exp(mean(log p - log sum_v p_v^2))` of both answers: how likely
+    they are relative to what the policy itself would say.
     """
     out = answer_logprobs(config, model_config, params, batch)
     return dpo_loss(config, out, reference_logps(config, model_config, base, batch))
@@ -46,7 +46,7 @@ def dpo_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array) -> Loss:
 
 
 def orpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """`NLL(prompt, y_w) - beta log sigmoid(log odds ratio)` (arXiv 2403.07691 eq. 6): mean over tokens, and over pairs."""
+    """`NLL(prompt, y_w) - beta log sigmoid(log odds ratio)` (arXiv 2403.07691 eq. 6): means over tokens and over pairs."""
     return orpo_loss(config, answer_logprobs(config, model_config, params, batch))
 
 
@@ -54,7 +54,7 @@ def orpo_loss(config: Any, out: AnswerLogprobs) -> Loss:
     """ORPO's loss and metrics from log-probabilities."""
     live, (chosen, rejected) = _live(out), split_pairs(out.mean(out.tokens.logp_BN))
     rejected_BN = out.member_BSN[:, 1::2].any(1)
-    told_BN = (out.tokens.weights_BN != 0) & ~rejected_BN  # the prompts, trained with the chosen answers
+    told_BN = (out.tokens.weights_BN != 0) & ~rejected_BN  # the prompts are trained with the chosen answers
     odds = log_odds_ratio(jnp.where(live > 0, chosen, -1.0), jnp.where(live > 0, rejected, -1.0))
     losses = _nll(out, told_BN) - config.beta * jax.nn.log_sigmoid(odds)
     metrics = _metrics(out, live, (chosen, rejected), (config.beta * chosen, config.beta * rejected))
@@ -64,7 +64,7 @@ def orpo_loss(config: Any, out: AnswerLogprobs) -> Loss:
 
 
 def cpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """`loss(log p(y_w) - log p(y_l)) + cpo_alpha NLL(y_w)`: CPO (arXiv 2401.08417), and SimPO (2405.14734), which has means over tokens."""
+    """`loss(log p(y_w) - log p(y_l)) + cpo_alpha NLL(y_w)`: CPO (arXiv 2401.08417), and SimPO (2405.14734), which averages over tokens."""
     return cpo_loss(config, answer_logprobs(config, model_config, params, batch))
 
 
@@ -82,12 +82,12 @@ def cpo_loss(config: Any, out: AnswerLogprobs) -> Loss:
 
 
 def _live(out: AnswerLogprobs) -> jax.Array:
-    """1 for each pair that is there, `[n]`."""
+    """1 for each existing pair, `[n]`."""
     return (out.length_BS[:, ::2] > 0).astype(jnp.float32).reshape(-1)
 
 
 def _nll(out: AnswerLogprobs, where_BN: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood of the micro-batch's tokens there."""
+    """Mean negative log-likelihood of the micro-batch's tokens at these positions."""
     return -jnp.where(where_BN, out.tokens.logp_BN, 0.0).sum() / jnp.maximum(where_BN.sum(), 1)
 
 

@@ -16,8 +16,8 @@ from jaxtune.objectives.preference import split_pairs
 def answer_scores(model_config: ModelConfig, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Scores of each answer, float32 `[B, S, num_labels]`, at its last token, and 1 where there is an answer `[B, S]`.
 
-    Of a whole text that is the last token but padding, which may be the EOS token (`ModelConfig.pad_token_id`): an answer that is nothing
-    else is scored at the end of its prompt, as transformers does.
+    For a whole text this is the last token except padding, which may be the EOS token (`ModelConfig.pad_token_id`): an answer that consists
+    of nothing else is scored at the end of its prompt, as in transformers.
     """
     out = decoder.hidden(model_config, params, batch.tokens, batch.positions, batch.segments, parents_BT=batch.parents)
     numbers_BT, S, T = batch.answers.numbers, batch.answers.values.shape[1], batch.tokens.shape[1]
@@ -39,15 +39,15 @@ def answer_scores(model_config: ModelConfig, params: dict, batch: Batch) -> tupl
 def reward(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`-log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2`, over pairs.
 
-    The margin is the row's own (arXiv 2307.09288 eq. 2; 0 where it has none); c is `center_rewards_coefficient` (2312.09244), which keeps
-    rewards, of which only differences are learnt, around 0.
+    The margin is the row's own (arXiv 2307.09288 eq. 2; by default 0); c is `center_rewards_coefficient` (2312.09244), which keeps rewards,
+    whose differences alone are learnt, around 0.
     """
     scores_BSL, live_BS = answer_scores(model_config, params, batch)
     return reward_loss(config, scores_BSL[..., 0], live_BS, batch.answers.values)
 
 
 def reward_loss(config: Any, scores_BS: jax.Array, live_BS: jax.Array, margins_BS: jax.Array) -> Loss:
-    """The loss and TRL's metrics from the scores of chosen and rejected answers by turns."""
+    """The loss and TRL's metrics from the alternating scores of chosen and rejected answers."""
     (chosen, rejected), (live, _), (margin, _) = split_pairs(scores_BS), split_pairs(live_BS), split_pairs(margins_BS)
     losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
     if config.center_rewards_coefficient is not None:
@@ -79,19 +79,19 @@ def _numbers(scores_BSL: jax.Array, wanted: jax.Array) -> tuple[jax.Array, dict[
 
 
 def _several(scores_BSL: jax.Array, wanted_BSL: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Binary cross-entropy of each label, and how many of the labels, and whole sets of them, are right."""
+    """Binary cross-entropy of each label, and the shares of correct labels and of entirely correct sets."""
     wanted = wanted_BSL.reshape(scores_BSL.shape)
     losses = -(wanted * jax.nn.log_sigmoid(scores_BSL) + (1 - wanted) * jax.nn.log_sigmoid(-scores_BSL))
     right = (scores_BSL > 0) == (wanted > 0.5)
     return losses.mean(-1), {"accuracy": right.astype(jnp.float32).mean(-1), "exact_match": right.all(-1)}
 
 
-# transformers' problem types: (scores [B, S, L], what the row says [B, S] or [B, S, L]) -> losses and metrics [B, S]
+# transformers' problem types: (scores [B, S, L], the row's values [B, S] or [B, S, L]) -> losses and metrics [B, S]
 PROBLEMS = {"single_label_classification": _classes, "regression": _numbers, "multi_label_classification": _several}
 
 
 def classification(config: Any, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
-    """Cross-entropy of classes, the squared error of numbers, or binary cross-entropy of labels that may come together: `problem_type`."""
+    """Cross-entropy of classes, squared error of numbers, or binary cross-entropy of independent labels: `problem_type`."""
     return classification_loss(config.problem_type, *answer_scores(model_config, params, batch), batch.answers.values)
 
 

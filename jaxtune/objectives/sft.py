@@ -14,10 +14,10 @@ from jaxtune.objectives.loss import Loss
 def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batch, key: jax.Array | None = None) -> Loss:
     """`-sum(w log p)` over trained tokens and `sum(w)`; with `neftune_noise_alpha` and a key, noisy embeddings (arXiv 2310.05914).
 
-    `loss_type: dft` (2508.05629): `-sum(w p log p)`, the first p a constant to the gradient.
+    `loss_type: dft` (2508.05629): `-sum(w p log p)`, the first p a constant for the gradient.
 
-    Where there are experts, `router_aux_loss_coef` times the load-balancing loss is added. That one is a product of means over the
-    micro-batch, as in transformers, so it alone depends on how a batch is cut into micro-batches.
+    With experts, `router_aux_loss_coef` times the load-balancing loss is added. It is a product of means over the micro-batch, as in
+    transformers, so it is the only part that depends on how a batch is split into micro-batches.
     """
     embeds_BTD = None
     if config.neftune_noise_alpha and key is not None:
@@ -34,7 +34,7 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
 
 
 def balanced(config, loss: Loss, aux: RouterSums | None) -> Loss:
-    """The loss with `router_aux_loss_coef` times that of the routers (`aux`: what they did), where there are any."""
+    """The loss plus `router_aux_loss_coef` times the routers' loss (`aux`: their statistics), if there are experts."""
     if aux is None:
         return loss
     of_routers = load_balancing_loss(aux) * loss.weight

@@ -1,24 +1,24 @@
-"""What is known to go wrong in preference and policy tuning, told from a run's own log."""
+"""Known failures of preference and policy tuning, detected in a run's own log."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 WITH_REFERENCE = ("dpo", "kto")
-WINDOW = 5  # rows of the log that are looked at together
+WINDOW = 5  # log rows per window
 FALLEN = 0.1  # share of an answer's log-probability
 LONGER = 1.25  # times as long
 NO_SIGNAL, CUT_OFF, CLIPPED = 0.9, 0.8, 0.3  # shares of groups, of answers, of tokens
 FAR = 2.0  # nats
 BLIND = -0.5  # share of the variance of returns
-AT_START = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), math.log(2)) | {"kto": 0.5}  # the loss of a model that is its reference
+AT_START = dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), math.log(2)) | {"kto": 0.5}  # the loss of a model that equals its reference
 BY_LENGTH = ("ipo", "sigmoid_norm", "simpo", "orpo")  # losses of means over tokens, not of sums
 
 
 def symptoms(config: Any, log: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """`{name: what is seen, and what to do}` from the rows of metrics.jsonl so far (those of evaluations are passed over).
+    """`{name: what is seen, and what to do}` from the rows of metrics.jsonl so far (ignoring those of evaluations).
 
-    Windows of `WINDOW` rows are compared, the first with the last, so that nothing is said before there are two of them.
+    The first and the last window of `WINDOW` rows are compared, so nothing is reported before there are two of them.
     """
     rows = [row for row in log if "loss" in row]
     if (config.loss_type is None and config.objective != "ppo") or len(rows) < 2 * WINDOW:
@@ -78,7 +78,7 @@ def _far(config: Any, last: dict) -> str | None:
 
 
 def _blind(last: dict) -> str | None:
-    """A value head that leaves more of the returns' variance than there is."""
+    """A value head whose error is larger than the variance of the returns."""
     explained = last.get("val/var_explained")
     if explained is None or explained > BLIND:
         return None
@@ -89,7 +89,7 @@ def _blind(last: dict) -> str | None:
 
 
 def _both_fall(config: Any, first: dict, last: dict) -> str | None:
-    """Against the reference's log-probabilities of the same answers; without a reference, against those of the first rows."""
+    """Compared with the reference's log-probabilities of the same answers; without a reference, with those of the first rows."""
     fallen = {}
     for side in ("chosen", "rejected"):
         logps, reward = last.get(f"logps/{side}"), last.get(f"rewards/{side}")

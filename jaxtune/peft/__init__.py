@@ -1,6 +1,6 @@
-"""Parameter-efficient methods: what is trained, and how it is put into the frozen tree.
+"""Parameter-efficient methods: what is trained, and how it is combined with the frozen tree.
 
-`METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` makes plain arrays of it.
+`METHODS` has one row per method. `compose(base, trainable)` is the only way to use a trained part; `merge` turns it into plain arrays.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,25 +18,25 @@ from jaxtune.tree import flatten, unflatten
 
 
 class Method(NamedTuple):
-    """How the method adapts (None: it trains the parameters themselves), and how the base is packed by default."""
+    """How the method adapts (None: it trains the parameters themselves), and its default quantisation of the base."""
 
     kind: Kind | None
     quantization: str | None = None
     summary: str = ""
 
     def init(self, key: jax.Array, model_config: Any, base: dict, config: Any, tokenizer: Any = None) -> Any:
-        """What a run with this config trains, as it begins."""
+        """The initial trainable part of a run with this config."""
         if self.kind is None:
             return _init_full(model_config, base, config)
         return self.kind.init(key, model_config, base, getattr(config, self.kind.config.group), tokenizer)
 
     def around(self, chain: Any, config: Any, total_steps: int) -> Any:
-        """The run's optimiser, with what the method does after an update."""
+        """The run's optimiser, including what the method does after an update."""
         return chain if self.kind is None else self.kind.around(chain, getattr(config, self.kind.config.group), total_steps)
 
 
 def param_dtypes(config: Any, model_config: Any) -> str | Callable[[str], str]:
-    """What dtype the parameters of a run are read in: what is trained in full tuning in `param_dtype`, what is frozen in `dtype`."""
+    """The dtypes for reading a run's parameters: `param_dtype` for what full tuning trains, `dtype` for what is frozen."""
     if config.method != "full" or not config.trainable_parameters:
         return config.param_dtype if config.method == "full" else config.dtype
     return partial.dtypes(model_config, config.trainable_parameters, config.param_dtype, config.dtype)
@@ -72,12 +72,12 @@ KINDS: dict[type, Kind] = {method.kind.config: method.kind for method in METHODS
 
 
 def kind_of(config: Any) -> Kind:
-    """The method that a config is of."""
+    """The method that a config belongs to."""
     return KINDS[type(config)]
 
 
 def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
-    """A fresh adapter for `model` (a `jaxtune.Model`), by a `LoraConfig`, `IA3Config`, ...; it changes nothing until it is trained."""
+    """A fresh adapter for `model` (a `jaxtune.Model`) from a `LoraConfig`, `IA3Config`, ...; it changes nothing until it is trained."""
     if type(config) not in KINDS:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise ConfigError(f"an adapter is made by one of {known}, and {type(config).__name__} was given")
@@ -86,14 +86,14 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights} {what}, which jt.train does for a run; write True or gaussian here"
         )
-    with jax.enable_x64(False):  # else it would be float64 where the caller has that on
+    with jax.enable_x64(False):  # otherwise it would be float64 if the caller has enabled x64
         return kind_of(config).init(key, model.config, model.params, config, model.tokenizer)
 
 
 def compose(base: dict, trainable: Any, key: jax.Array | None = None) -> dict:
-    """The parameter tree to compute with: `base` with an adapter's leaves in place, or those of a tree that is trained, whole or in part.
+    """The parameter tree to compute with: `base` with an adapter's leaves in place, or with those of a fully or partly trained tree.
 
-    O(1): swaps leaves, computes nothing; call it inside jit. `key` switches dropout on.
+    O(1): swaps leaves, computes nothing; call it inside jit. `key` enables dropout.
     """
     check_argument("base", base, Mapping, "give a model's parameters: jt.compose(model.params, adapter)")
     if trainable is None:
@@ -111,12 +111,12 @@ def virtual_tokens(trainable: Any) -> int:
 
 
 def penalty(trainable: Any) -> jax.Array | None:
-    """What the method adds to a step's loss, float32 `[]`; None where it adds nothing."""
+    """The method's addition to a step's loss, float32 `[]`; None if there is none."""
     return kind_of(trainable.config).penalty(trainable) if isinstance(trainable, Adapter) else None
 
 
 def merge(base: dict, trainable: Any = None, dtype: Any = None) -> dict:
-    """Plain arrays: adapters multiplied in, packed matrices dequantised, in `dtype` (by default the embedding's)."""
+    """Plain arrays in `dtype` (by default the embedding's): adapters merged, quantised matrices dequantised."""
     if isinstance(trainable, Adapter) and not kind_of(trainable.config).merges:
         raise ConfigError(
             f"an adapter of method {trainable.config.group} is tokens before a text, no change of a matrix, so there is nothing to merge; "
@@ -130,6 +130,6 @@ def merge(base: dict, trainable: Any = None, dtype: Any = None) -> dict:
     def plain(path: str, leaf):
         if is_weight(leaf):
             return dense(leaf, dtype)
-        return leaf.astype(own.get(path, own["embed"]).dtype) if path in saved else leaf  # what is trained whole is so in float32
+        return leaf.astype(own.get(path, own["embed"]).dtype) if path in saved else leaf  # whole modules are trained in float32
 
     return unflatten({path: plain(path, leaf) for path, leaf in flatten(compose(base, trainable)).items()})

@@ -1,7 +1,7 @@
-"""AdaLoRA (arXiv 2303.10512): pairs as a singular value decomposition, whose least important values training takes away.
+"""AdaLoRA (arXiv 2303.10512): pairs as a singular value decomposition, whose least important values are removed during training.
 
-Over a run the number of values falls from `init_r` to `target_r` a matrix on average, along a cubic curve. Which ones go is decided by
-their importance: smoothed |weight * gradient|, times how much that varies, of the value and of its two vectors.
+Over a run the number of values per matrix falls from `init_r` to `target_r` on average, along a cubic curve. Importance decides which ones
+are removed: smoothed |weight * gradient|, times its variability, of the value and of its two vectors.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class AdaLoRA(LoRA):
         return adapted(self.base, x, dropped(x, self.key, self.rate), self._scaled(), self.b, self.scale)
 
     def _scaled(self) -> jax.Array:
-        assert self.e is not None  # fields of a parent with defaults ask for one here
+        assert self.e is not None  # fields of a parent with defaults require one here
         return self.a * self.e
 
     def _delta(self) -> jax.Array:
@@ -39,7 +39,7 @@ class AdaLoRA(LoRA):
 
 
 class Allocation(NamedTuple):
-    """State of the allocation beside the optimiser's: smoothed sensitivity and uncertainty of each number, and which values live."""
+    """The allocation's state, beside the optimiser's: smoothed sensitivity and uncertainty of each number, and which values are live."""
 
     chain: optax.OptState
     count: jax.Array
@@ -49,7 +49,7 @@ class Allocation(NamedTuple):
 
 
 class AdaLoRAKind(Kind):
-    """Begins with `e` zero."""
+    """Starts with `e` zero."""
 
     config = AdaLoraConfig
     peft_type = "ADALORA"
@@ -92,7 +92,7 @@ class AdaLoRAKind(Kind):
         values = {site.path: np.asarray(adapter.params[site.path]["e"]) for site in adapter.sites}
         live = {site.path: _live_of(site, values[site.path]) for site in adapter.sites}
         if not any(mask.any() for mask in live.values()):
-            return adapter  # as it began: no value has been taken away
+            return adapter  # initial: no value has been removed
         sites, params = [], {}
         for site in adapter.sites:
             masks, arrays = live[site.path], {name: np.asarray(x) for name, x in adapter.params[site.path].items()}
@@ -119,7 +119,7 @@ class AdaLoRAKind(Kind):
         }  # fmt: skip
         whole = all(rank == config.init_r for rank in ranks.values())
         pattern = {f"{name}.lora_E": [True] * rank + [False] * (config.init_r - rank) for name, rank in ranks.items()}
-        steps = config.total_step or config.tinit + config.tfinal + 1  # PEFT opens no file without
+        steps = config.total_step or config.tinit + config.tfinal + 1  # PEFT opens no file without it
         return config.to_dict() | {"rank_pattern": None if whole else pattern, "total_step": steps}
 
     def read_fields(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _small(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _live_of(site: Any, values: np.ndarray) -> np.ndarray:
-    """bool `[L, R]`: the values that are not zero, of the ranks that layers have."""
+    """bool `[L, R]`: the non-zero values, within the layers' ranks."""
     values = values[..., 0] if values.ndim == 3 else values[None, :, 0]
     return (values != 0) & (np.arange(values.shape[1]) < np.asarray(site.ranks)[:, None])
 
@@ -142,7 +142,7 @@ def _live_of(site: Any, values: np.ndarray) -> np.ndarray:
 
 
 def _allocating(chain: optax.GradientTransformation, config: AdaLoraConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser, and after its update PEFT's `update_and_allocate` of that step."""
+    """The optimiser, followed by PEFT's `update_and_allocate` for that step."""
     end = (config.total_step or total_steps) - config.tfinal
     if config.tinit >= end:
         raise ConfigError(
@@ -193,7 +193,7 @@ def _total(adapter: Adapter) -> int:
 
 
 def _budget(config: AdaLoraConfig, adapter: Adapter, end: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many values may stay after this step, and whether it takes any away."""
+    """How many values may remain after this step, and whether it removes any."""
     first, last = _total(adapter), config.target_r * sum(rank > 0 for site in adapter.sites for rank in site.ranks)
     steps = np.arange(end + 1)
     budgets = ((first - last) * (1 - (steps - config.tinit) / (end - config.tinit)) ** 3 + last).astype(np.int64)
@@ -204,7 +204,7 @@ def _budget(config: AdaLoraConfig, adapter: Adapter, end: int, step: jax.Array) 
 
 
 def _masks(adapter: Adapter, sensitivity: Adapter, uncertainty: Adapter, budget: jax.Array) -> dict[str, jax.Array]:
-    """By path which values, 1 or 0, are among the `budget` most important ones."""
+    """By path, which values (1 or 0) are among the `budget` most important ones."""
     scores, all_live = {}, []
     for site in adapter.sites:
         mean, spread = sensitivity.params[site.path], uncertainty.params[site.path]
@@ -213,7 +213,7 @@ def _masks(adapter: Adapter, sensitivity: Adapter, uncertainty: Adapter, budget:
         live = np.arange(score["e"].shape[-2]) < np.asarray(site.ranks)[:, None]
         all_live.append(scores[site.path].reshape(live.shape)[live])
     ordered = jnp.sort(jnp.concatenate(all_live))
-    threshold = ordered[jnp.maximum(len(ordered) - budget - 1, 0)]  # as many values as are too many are not above it
+    threshold = ordered[jnp.maximum(len(ordered) - budget - 1, 0)]  # at most as many values as are to be removed lie at or below it
     return {path: (score > threshold).astype(jnp.uint8) for path, score in scores.items()}
 
 

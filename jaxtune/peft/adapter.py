@@ -1,7 +1,7 @@
-"""What every adapter of matrices is, and the interface that a method fills in.
+"""What all adapters of matrices are, and the interface that a method implements.
 
-A method says of one matrix `[out, in]` which arrays it adds (`parts`) and which `Weight` stands where the matrix was (`leaf`). All else
-follows from that table: beginning, composing, where arrays lie on a mesh, PEFT's files, merging.
+For one matrix `[out, in]`, a method says which arrays it adds (`parts`) and which `Weight` replaces the matrix (`leaf`). Everything else
+follows from that table: initialisation, composition, sharding, PEFT's files, merging.
 """
 
 import math
@@ -28,11 +28,11 @@ class Part(NamedTuple):
     """One array that a method adds to a matrix `[out, in]`.
 
     shape    of one layer
-    axes     of each dimension, whether it runs along the matrix's "out" or "in" (and is cut over a mesh as that is), or along neither
-    file     PEFT's name of it, after the module's
+    axes     for each dimension whether it runs along the matrix's "out" or "in" (and is sharded like it), or along neither
+    file     PEFT's name for it, after the module's
     init     `(key, shape of all layers) -> values`
-    rank     the dimension (-1, -2) that is as long as the layer's rank; what is beyond a layer's own rank is zero, and stays so
-    turned   whether PEFT holds it transposed
+    rank     the dimension (-1, -2) as long as the layer's rank; entries beyond a layer's own rank are zero, and stay so
+    turned   whether PEFT stores it transposed
     """
 
     shape: tuple[int, ...]
@@ -54,12 +54,12 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform in +-1 / sqrt(last dimension): torch's `kaiming_uniform_(a=sqrt(5))`, which PEFT begins with."""
+    """Uniform in +-1 / sqrt(last dimension): torch's `kaiming_uniform_(a=sqrt(5))`, PEFT's initialisation."""
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / math.sqrt(shape[-1])
 
 
 class Constant:
-    """A numpy array that is part of what an adapter is, not of what is trained; two are equal where their numbers are."""
+    """A numpy array that defines an adapter and is not trained; two are equal if their numbers are."""
 
     def __init__(self, value: np.ndarray):
         self.value, self._key = value, (value.shape, str(value.dtype), value.tobytes())
@@ -73,10 +73,10 @@ class Constant:
 
 
 class Adapter(struct.PyTreeNode):
-    """An adapter: all that is trained, in float32, and what it is, static.
+    """An adapter: everything that is trained, in float32, and its static description.
 
-    params  by row path the method's arrays by name, `{"a", "b"[, "magnitude"][, "bias"]}` of LoRA, where `sites` say
-    saved   by row path the parameters that are trained themselves, where `wholes` say
+    params  by row path the method's arrays by name (`{"a", "b"[, "magnitude"][, "bias"]}` for LoRA), as described by `sites`
+    saved   by row path the parameters that are trained themselves, as described by `wholes`
     shared  arrays that all matrices share and that are not trained
     """
 
@@ -89,32 +89,32 @@ class Adapter(struct.PyTreeNode):
 
 
 class Kind:
-    """A method that adapts matrices. A subclass gives the class of its config, PEFT's name of it, `parts` and `leaf`."""
+    """A method that adapts matrices. A subclass defines its config class, PEFT's name for it, `parts` and `leaf`."""
 
     config: ClassVar[type]
     peft_type: ClassVar[str]
-    neutral: ClassVar[dict[str, float]] = {}  # by name, what changes nothing, where that is not zero
-    changes_bias: ClassVar[bool] = False  # whether `bias` gives another than the base's
-    stands: ClassVar[bool] = True  # whether it stands at matrices, which `target_modules` names
-    merges: ClassVar[bool] = True  # whether it can be multiplied into the base
-    conv1d: ClassVar[bool] = True  # whether PEFT's can stand at a Conv1D (GPT-2)
-    refused: ClassVar[dict[str, Any]] = {}  # fields of adapter_config.json that change the result, and the value that asks for nothing
-    ignored: ClassVar[frozenset[str]] = frozenset()  # fields that change nothing once an adapter is trained
+    neutral: ClassVar[dict[str, float]] = {}  # the neutral values by name, where they are not zero
+    changes_bias: ClassVar[bool] = False  # whether `bias` differs from the base's
+    stands: ClassVar[bool] = True  # whether it adapts matrices, which `target_modules` names
+    merges: ClassVar[bool] = True  # whether it can be merged into the base
+    conv1d: ClassVar[bool] = True  # whether PEFT supports it on a Conv1D (GPT-2)
+    refused: ClassVar[dict[str, Any]] = {}  # fields of adapter_config.json that change the result, with their neutral values
+    ignored: ClassVar[frozenset[str]] = frozenset()  # fields that have no effect once an adapter is trained
 
     def settle(self, model_config: ModelConfig, config: Any) -> Any:
-        """The config with what depends on the model filled in."""
+        """The config with everything that depends on the model filled in."""
         return config
 
     def parts(self, config: Any, path: str, row: Row, rank: int) -> dict[str, Part]:
-        """The arrays of one matrix, whose layers' largest rank is `rank`."""
+        """The arrays for one matrix; `rank` is the largest rank of its layers."""
         raise NotImplementedError
 
     def leaf(self, adapter: Adapter, base: Matrix, parts: dict[str, jax.Array], scale: jax.Array, key: jax.Array | None) -> Matrix:
-        """What stands where the matrix was. Everything is of all layers of the stack, `scale [L]` and `key [L]` too."""
+        """The replacement for the matrix. All arguments are for all layers of the stack, including `scale [L]` and `key [L]`."""
         raise NotImplementedError
 
     def bias(self, adapter: Adapter, own: jax.Array | None, parts: dict[str, jax.Array], scale: jax.Array) -> jax.Array | None:
-        """The bias beside the matrix, `own` being the base's."""
+        """The bias of the matrix; `own` is the base's."""
         return own
 
     def constants(self, model_config: ModelConfig, config: Any, sites: tuple[Site, ...]) -> tuple[Constant, ...]:
@@ -124,35 +124,35 @@ class Kind:
     # ---- training ----
 
     def penalty(self, adapter: Adapter) -> jax.Array | None:
-        """What is added to the loss of a step, whatever the batch."""
+        """The method's addition to a step's loss, independent of the batch."""
         return None
 
     def around(self, chain: optax.GradientTransformation, config: Any, total_steps: int) -> optax.GradientTransformation:
-        """The optimiser, with what the method does to its parameters after an update."""
+        """The optimiser, including what the method does to its parameters after an update."""
         return chain
 
     # ---- PEFT's files ----
 
-    shared_files: ClassVar[tuple[str, ...]] = ()  # what the constants are called there
+    shared_files: ClassVar[tuple[str, ...]] = ()  # names of the constants in the file
 
     def fields(self, adapter: Adapter, model_config: ModelConfig) -> dict[str, Any]:
-        """Those of adapter_config.json that are the method's."""
+        """The method's fields of adapter_config.json."""
         return adapter.config.to_dict()
 
     def read_fields(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The config's fields of those in adapter_config.json."""
+        """The config's fields from those of adapter_config.json."""
         return saved
 
     def settled(self, adapter: Adapter) -> Adapter:
-        """The adapter as it is written."""
+        """The adapter as it is saved."""
         return adapter
 
     def whole_name(self, path: str, module: str, kind: str) -> str:
-        """A parameter that is trained whole, `weight` or `bias` of a module."""
+        """The name of a parameter that is trained whole, `weight` or `bias` of a module."""
         return f"{module}.{kind}"
 
     def more_tensors(self, adapter: Adapter) -> dict[str, np.ndarray]:
-        """What the file holds beside the arrays of matrices and what is trained whole."""
+        """What the file contains besides the matrices' arrays and whole parameters."""
         return {}
 
     # ---- beginning and composing ----
@@ -185,7 +185,7 @@ class Kind:
         return Adapter(tree, sites, config, saved, wholes, self.constants(model_config, config, sites))
 
     def compose(self, base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
-        """The tree with its adapted leaves replaced; computes next to nothing. `key` switches dropout on."""
+        """The tree with its adapted leaves replaced; computes next to nothing. `key` enables dropout."""
         leaves = flatten(base)
         put_saved(leaves, adapter)
         for number, site in enumerate(adapter.sites):
@@ -201,7 +201,7 @@ class Kind:
         return unflatten(leaves)
 
     def _live(self, adapter: Adapter, site: Site, stacked: bool) -> dict[str, jax.Array]:
-        """The arrays of a site, those of layers that are not adapted being what changes nothing, whatever was trained."""
+        """A site's arrays, with neutral values for layers that are not adapted, whatever was trained."""
         parts = adapter.params[site.path]
         if not stacked or all(site.ranks):
             return parts
@@ -224,7 +224,7 @@ def within_ranks(part: Part, value: jax.Array, site: Site) -> jax.Array:
 
 
 def dropout_keys(key: jax.Array | None, rate: float, number: int, layers: int | None) -> jax.Array | None:
-    """Random keys of a site, one a layer; None where nothing is dropped."""
+    """Random keys of a site, one per layer; None without dropout."""
     if key is None or rate == 0:
         return None
     own = jax.random.fold_in(key, number)
@@ -232,7 +232,7 @@ def dropout_keys(key: jax.Array | None, rate: float, number: int, layers: int | 
 
 
 def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array | None:
-    """x with some elements dropped, where that is another than x."""
+    """x with some elements dropped, or None if it equals x."""
     if key is None or rate == 0:
         return None
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -243,14 +243,14 @@ def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array | Non
 
 
 class TokenRows(Weight):
-    """A matrix `[V, D]` whose rows `ids` are others, `values [k, D]`: tokens that are trained alone."""
+    """A matrix `[V, D]` with the rows `ids` replaced by `values [k, D]`: single tokens that are trained."""
 
     base: Matrix
     values: jax.Array
     ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """Logits of a tied head: those of `ids` by the values."""
+        """Logits of a tied head; those of `ids` come from the values."""
         return linear(self.base, x).at[..., np.asarray(self.ids)].set(linear(self.values, x))
 
     def dense(self, dtype) -> jax.Array:
@@ -265,7 +265,7 @@ class TokenRows(Weight):
 
 
 def own_values(whole: Whole, leaf: Matrix, config: Any) -> jax.Array:
-    """A copy of what is to be trained of a leaf of the base."""
+    """A copy of the trained part of a base leaf."""
     if isinstance(leaf, Weight):
         raise ConfigError(
             f"{config.group}.modules_to_save names {whole.path}, which is packed in 4 or 8 bits and cannot be trained; take it out"
@@ -274,7 +274,7 @@ def own_values(whole: Whole, leaf: Matrix, config: Any) -> jax.Array:
 
 
 def put_saved(leaves: dict, adapter: Adapter) -> None:
-    """Put the parameters in that are trained themselves. What is trained of a tied matrix is one of its uses, tokens aside."""
+    """Insert the parameters that are trained themselves. For a tied matrix only one of its uses is replaced, except for single tokens."""
     for whole in adapter.wholes:
         value, path = adapter.saved[whole.path], whole.path
         if path in ("embed", "head") and whole.numbers is not None:

@@ -1,8 +1,7 @@
-"""LoRA that begins with a part of the matrix: PiSSA (arXiv 2404.02948), its largest singular vectors, and OLoRA (2406.01775), its QR.
+"""LoRA initialised with a part of the matrix: PiSSA (arXiv 2404.02948), its largest singular vectors, and OLoRA (2406.01775), its QR.
 
-The base is moved by what the pair begins with, `W - scale * b0 a0`, so that a fresh adapter changes nothing; training goes on from there.
-What is written is `scale * (b a - b0 a0)` as LoRA of twice the rank, over the base as it was (PEFT's
-`path_initial_model_for_weight_conversion`).
+The initial pair is subtracted from the base, `W - scale * b0 a0`, so that a fresh adapter changes nothing. The result is saved as `scale *
+(b a - b0 a0)`, LoRA of twice the rank over the original base (PEFT's `path_initial_model_for_weight_conversion`).
 """
 
 import dataclasses
@@ -41,18 +40,18 @@ class Moved(Weight):
 
 
 def moves(config: Any) -> bool:
-    """Whether adapters of this config begin with a part of the base."""
+    """Whether adapters of this config start with a part of the base."""
     return isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian", "loftq", "eva")
 
 
 def in_a_run(config: Any) -> str | None:
-    """`loftq` or `eva` where a run's adapter begins so: by the model's files (jaxtune/loftq.py), or by the rows (jaxtune/eva.py)."""
+    """`loftq` or `eva` if a run's adapter is initialised from the model's files (jaxtune/loftq.py) or from the rows (jaxtune/eva.py)."""
     start = config.lora.init_lora_weights
     return start if config.method in ("lora", "qlora") and not config.init_adapter and start in ("loftq", "eva") else None
 
 
 def widest(config: Any) -> Any:
-    """The run with the largest ranks that EVA may give each layer, which its step is planned for."""
+    """The run with the largest ranks that EVA may give each layer, for which its step is planned."""
     if in_a_run(config) != "eva":
         return config
     lora, rho = config.lora, config.lora.eva_config.rho
@@ -61,7 +60,7 @@ def widest(config: Any) -> Any:
 
 
 def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dict[str, jax.Array]:
-    """`a` and `b` of all layers of a site, the largest rank wide; what is beyond a layer's own rank is zero. ConfigError for experts and
+    """`a` and `b` of all layers of a site, with the largest rank; entries beyond a layer's own rank are zero. ConfigError for experts and
     embeddings."""
     if is_parameter(site.path) or site.path == "embed":
         raise ConfigError(f"lora.init_lora_weights={config.init_lora_weights} is for linear layers, and {site.path} is none; leave it out")
@@ -89,7 +88,7 @@ def _pissa(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) 
 
 
 def largest(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest singular values, nearly, by so many power iterations (arXiv 0909.4061)."""
+    """The largest singular values, approximately, by that many power iterations (arXiv 0909.4061)."""
     q, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank)))
     for _ in range(steps):
         q, _ = jnp.linalg.qr(w.T @ q)
@@ -104,7 +103,7 @@ def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) 
 
 
 def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any] = lambda scale: scale) -> dict:
-    """The base less what `initial` adds; as it is where there is none. `place` puts a scale where the rest is."""
+    """The base minus what `initial` adds; unchanged without it. `place` puts a scale on the devices of the rest."""
     if initial is None:
         return base
     leaves = flatten(base)
@@ -117,7 +116,7 @@ def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any]
 
 
 def unmoved(base: dict) -> dict | None:
-    """The base as it was before `moved`; None where that has moved nothing."""
+    """The base as it was before `moved`; None if `moved` changed nothing."""
     is_moved = lambda leaf: isinstance(leaf, Moved)  # noqa: E731
     if not any(map(is_moved, jax.tree.leaves(base, is_leaf=is_moved))):
         return None
@@ -125,8 +124,8 @@ def unmoved(base: dict) -> dict | None:
 
 
 def over_the_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
-    """The adapter of the base as it was, of twice the rank; `adapter` itself where the base was not moved."""
+    """The adapter over the original base, of twice the rank; `adapter` itself if the base was not changed."""
     if initial is None:
         return adapter
-    pairs = [one.replace(saved={}, wholes=()) for one in (adapter, initial)]  # what is trained whole (a head) has moved nothing
+    pairs = [one.replace(saved={}, wholes=()) for one in (adapter, initial)]  # whole parameters (a head) leave the base unchanged
     return combine(model_config, pairs, [1.0, -1.0]).replace(saved=adapter.saved, wholes=adapter.wholes)

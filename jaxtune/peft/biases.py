@@ -1,4 +1,4 @@
-"""BitFit (arXiv 2106.10199): biases alone, as numbers added to the model's own (PEFT's BEFT)."""
+"""BitFit (arXiv 2106.10199): only biases, as offsets to the model's own (PEFT's BEFT)."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtune.peft.sites import names
 
 
 class BiasKind(Kind):
-    """Begins with zeros. A linear layer without a bias is given one where it is named, which no merged model can hold."""
+    """Starts with zeros. A linear layer without a bias gets one if it is named; no merged model can hold that."""
 
     config = BeftConfig
     peft_type = "BEFT"

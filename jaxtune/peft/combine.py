@@ -1,7 +1,7 @@
-"""Several adapters on one base: added up into one, or chosen and mixed row by row of a batch.
+"""Several adapters on one base: added into one, or chosen and mixed per row of a batch.
 
-Both lay the adapters' ranks side by side: `sum_n w_n s_n b_n (a_n x) = [b_1 b_2 ..] (g * [a_1; a_2; ..] x)` with `w_n s_n` in the
-gate g, one number for each rank, and in a batch one such row for each row.
+Both concatenate the adapters' ranks: `sum_n w_n s_n b_n (a_n x) = [b_1 b_2 ..] (g * [a_1; a_2; ..] x)` with `w_n s_n` in the gate g, which
+has one number per rank and, in a batch, one row per row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from jaxtune.tree import flatten, unflatten
 def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The weighted sum of adapters as one adapter; its rank at each matrix is the sum of theirs, so nothing is rounded away.
 
-    PEFT's `add_weighted_adapter(combination_type="cat")`. Its other types are approximations: "svd" cuts the sum down to a rank, "linear"
-    sums the factors, whose product then holds what one adapter's a makes of another's b.
+    PEFT's `add_weighted_adapter(combination_type="cat")`. PEFT's other types are approximations: "svd" reduces the sum to a rank, "linear"
+    sums the factors, whose product then contains cross terms of one adapter's a and another's b.
 
     Raises ConfigError for adapters that are not sums of low-rank products (DoRA, modules_to_save, biases).
     """
@@ -43,7 +43,7 @@ def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Seq
         params[path] = _stack(layers, table[path].shape, max(counts), bool(table[path].layers))
         sites.append(Site(path, counts, tuple(float(count > 0) for count in counts)))
         ranks |= {name: count for name, count in zip(called, counts, strict=True) if count}
-    pattern = tuple(ranks.items())  # alpha = r everywhere: what scaled them is in their b
+    pattern = tuple(ranks.items())  # alpha = r everywhere: their scale is contained in b
     parameters = tuple(name for site in sites if is_parameter(site.path) for name in names(site.path, table[site.path]) if name in ranks)
     config = LoraConfig(
         r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=pattern, alpha_pattern=pattern,
@@ -98,7 +98,7 @@ def _refuse(adapters: Sequence[Adapter]) -> None:
 
 
 class RowLoRA(Weight):
-    """`W + b diag(gate of the row) a`: another low-rank part for each row of the batch."""
+    """`W + b diag(gate of the row) a`: a different low-rank part for each row of the batch."""
 
     base: Matrix
     a: jax.Array  # [R, in], the ranks of all adapters
@@ -110,7 +110,7 @@ class RowLoRA(Weight):
         return inner * gate.astype(inner.dtype)
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """`x [B, ..., in]`: the base's product and the row's own."""
+        """`x [B, ..., in]`: the product with the base, plus the row's own part."""
         return linear(self.base, x) + linear(self.b, self._gated(linear(self.a, x)))
 
     def rows(self, ids: jax.Array, dtype) -> jax.Array:
@@ -119,7 +119,7 @@ class RowLoRA(Weight):
 
 
 class Mixed(struct.PyTreeNode):
-    """Adapters and, for each row of a batch, the weight of each: `weights [B, N]`. `compose` takes it as it takes an adapter."""
+    """Adapters with weights per row of a batch: `weights [B, N]`. `compose` accepts it like an adapter."""
 
     adapters: tuple[Adapter, ...]
     weights: np.ndarray | jax.Array
@@ -134,10 +134,9 @@ Choice = None | str | Mapping[str, float]
 
 
 def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
-    """Named adapters and, for each row (for each prompt of `generate`), its choice: a name, weights by name, or None for the base alone.
+    """Named adapters and a choice for each row (each prompt of `generate`): a name, weights by name, or None for the base alone.
 
-    Raises ConfigError for a choice of another kind, for a name that is not there, for DoRA, for adapters of experts or
-    of whole parameters.
+    Raises ConfigError for any other choice, an unknown name, DoRA, and adapters of experts or whole parameters.
     """
     if not adapters:
         raise ConfigError("there is no adapter to choose from; give at least one, by name")
@@ -162,7 +161,7 @@ def compose_rows(base: dict, mixed: Mixed) -> dict:
     leaves = flatten(base)
     paths = dict.fromkeys(site.path for adapter in mixed.adapters for site in adapter.sites)
     if {"embed", "head"} & paths.keys():
-        leaves.setdefault("head", leaves["embed"])  # the two uses of a tied matrix are adapted apart, as in lora.compose
+        leaves.setdefault("head", leaves["embed"])  # the two uses of a tied matrix are adapted separately, as in lora.compose
     for path in sorted(paths, key=lambda path: path == "head"):
         found = [(number, adapter) for number, adapter in enumerate(mixed.adapters) if path in adapter.params]
         pairs = [adapter.params[path] for _, adapter in found]

@@ -13,10 +13,10 @@ from jaxtune.model.weight import Matrix, Weight, dense, linear
 from jaxtune.peft.adapter import Adapter, Kind, Part, ones
 from jaxtune.peft.sites import named, names
 
-# PEFT's modules by model type, and which of them are scaled where x enters
+# PEFT's modules by model type, and which of them are scaled at their input
 QVD, KVD = (("q_proj", "v_proj", "down_proj"), ("down_proj",)), (("k_proj", "v_proj", "down_proj"), ("down_proj",))
 DEFAULTS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), QVD) | dict.fromkeys(("llama", "mistral"), KVD) | {
-    "mixtral": (("k_proj", "v_proj"), ()),  # w2, that PEFT names too, is no module of today's transformers
+    "mixtral": (("k_proj", "v_proj"), ()),  # w2, which PEFT also names, no longer exists in transformers
     "falcon": (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)),
     "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     "gpt_bigcode": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),

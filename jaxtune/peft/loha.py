@@ -26,7 +26,7 @@ class LoHa(Weight):
         return self.scale * one * two
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """The second product takes a matrix as large as W, which the backward pass makes again: it does not factor."""
+        """The second product builds a matrix as large as W, which the backward pass builds again: it does not factor."""
 
         def second(x, w1_a, w1_b, w2_a, w2_b):
             return matmul(x, self.replace(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)._delta().astype(x.dtype))
@@ -40,7 +40,7 @@ class LoHa(Weight):
 
 
 class LoHaKind(Kind):
-    """Begins with `w2_b` zero."""
+    """Starts with `w2_b` zero."""
 
     config = LoHaConfig
     peft_type = "LOHA"

@@ -1,4 +1,4 @@
-"""LoKr (LyCORIS, arXiv 2309.14859): a Kronecker product, whose factors may be of low rank themselves."""
+"""LoKr (LyCORIS, arXiv 2309.14859): a Kronecker product whose factors may have low rank themselves."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class LoKr(Weight):
     w2: tuple[jax.Array, ...]  # [k, n], or [k, R] and [R, n]
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """`W x + scale * w2 X w1^T` with X the input as `[n, m]`: the large matrix is never made."""
+        """`W x + scale * w2 X w1^T` with X the input as `[n, m]`: the large matrix is never built."""
         y = linear(self.base, x)
         w1, w2 = (_whole(factor).astype(x.dtype) for factor in (self.w1, self.w2))
         folded = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
@@ -39,7 +39,7 @@ def _whole(factor: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def factors(size: int, factor: int = -1) -> tuple[int, int]:
-    """`(m, n)` with `m n = size` and m at most n: m as near `factor` as divides, or with -1 as near the square root (LyCORIS' rule)."""
+    """`(m, n)` with `m n = size` and m <= n: m as close to `factor` as possible, or with -1 as close to the square root (LyCORIS' rule)."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = size if factor == -1 else factor
@@ -48,7 +48,7 @@ def factors(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 class LoKrKind(Kind):
-    """Begins with the left factor zero."""
+    """Starts with the left factor zero."""
 
     config = LoKrConfig
     peft_type = "LOKR"

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685), rank-stabilised LoRA (2312.03732) and DoRA (2402.09353) as parameter pytrees merged at apply time.
 
-One adapter spans stacks of layers: `a [L, R, in]`, `b [L, out, R]` with R the largest rank of the stack, `[L, E, ...]` for experts. A
-layer with a smaller rank, or none, has zero rows in `a` and zero columns in `b`: both gradients are zero there, so they stay zero under
-any optimiser.
+One adapter spans stacks of layers: `a [L, R, in]`, `b [L, out, R]` with R the largest rank of the stack, `[L, E, ...]` for experts. A layer
+with a smaller rank, or none, has zero rows in `a` and zero columns in `b`: both gradients are zero there, so they stay zero under any
+optimiser.
 """
 
 import logging
@@ -41,7 +41,7 @@ class LoRA(Weight):
         return adapted(self.base, x, dropped(x, self.key, self.rate), self.a, self.b, self.scale)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Experts: `a [E, R, in]`, `b [E, out, R]`, `scale [E]`, each row of x through its own expert's."""
+        """Experts: `a [E, R, in]`, `b [E, out, R]`, `scale [E]`, applied to each row of x by its own expert."""
         return grouped(self.base, x, sizes) + grouped(self.b * self.scale[:, None, None], grouped(self.a, x, sizes), sizes)
 
     def _delta(self) -> jax.Array:
@@ -58,10 +58,11 @@ class LoRA(Weight):
 
 @jax.custom_vjp
 def adapted(base, x, dropped, a, b, scale):
-    """`W x + scale * b (a x)`, the second x being `dropped` where there is one.
+    """`W x + scale * b (a x)`; the second x is `dropped` if given.
 
-    The barriers, here and in the backward pass, are for memory: each sum is made as soon as its parts are there, the small product after
-    the large one, and the gradients of a and b first, so that x is not kept for them. Left alone, XLA does all three the other way.
+    The barriers, here and in the backward pass, save memory: each sum is computed as soon as its parts exist, with the small product after
+    the large one, and the gradients of a and b come first, so that x need not be kept for them. Without barriers, XLA orders all three the
+    other way.
     """
     y, x = jax.lax.optimization_barrier((linear(base, x), x if dropped is None else dropped))
     return jax.lax.optimization_barrier(y + linear(b, linear(a, x) * scale.astype(x.dtype)))
@@ -72,8 +73,8 @@ def _adapted_fwd(base, x, dropped, a, b, scale):
 
 
 def _adapted_bwd(residuals, dy):
-    """What autodiff gives (base and scale are not trained), with the small matrix on the left of every product over tokens: XLA would
-    write a transposed copy of x or dy for the other order, which on a CPU takes ten times as long as the product."""
+    """What autodiff gives (base and scale are not trained), with the small matrix on the left of every product over tokens: for the other
+    order XLA would write a transposed copy of x or dy, which on a CPU takes ten times as long as the product."""
     base, x, dropped, a, b, scale = residuals
     _, pull = jax.vjp(lambda x: linear(base, x), x)
     x = x if dropped is None else dropped
@@ -83,7 +84,7 @@ def _adapted_bwd(residuals, dy):
     dinner = jax.lax.dot_general(dy, b.astype(x.dtype), ((rank_N, (0,)), ((), ()))) * scale
     over_tokens = ((wide_N, wide_N), ((), ()))
     da = jax.lax.dot_general(dinner, x, over_tokens, preferred_element_type=jnp.float32)
-    # the barrier keeps XLA from turning the product round to save this small transpose
+    # the barrier keeps XLA from reversing the product to save this small transpose
     db = jax.lax.optimization_barrier(jax.lax.dot_general(inner, dy, over_tokens, preferred_element_type=jnp.float32)).T
     dy, dinner, da, db = jax.lax.optimization_barrier((dy, dinner, da.astype(a.dtype), db.astype(b.dtype)))
     dx, dinner = jax.lax.optimization_barrier((*pull(dy), dinner))
@@ -96,12 +97,12 @@ adapted.defvjp(_adapted_fwd, _adapted_bwd)
 
 
 class DoRA(LoRA):
-    """`m * V / |V|` with `V = W + scale * b a`, |V| the norm of each output row, taken as a constant in the backward pass."""
+    """`m * V / |V|` with `V = W + scale * b a`, |V| the norm of each output row, a constant for the backward pass."""
 
     magnitude: jax.Array | None = None  # [out]
 
     def _ratio(self, axis: int = 1) -> jax.Array:
-        """`m / |V|`; V is made again in the backward pass, not kept."""
+        """`m / |V|`; V is computed again in the backward pass, not kept."""
 
         def ratio(leaf):
             norm = jnp.linalg.norm(dense(leaf.base, jnp.float32) + leaf._delta(), axis=axis)
@@ -133,7 +134,7 @@ class DoRAEmbedding(DoRA):
 
 
 def tell_rank(model_config: ModelConfig, config: LoraConfig) -> None:
-    """Warn of a rank that no adapted matrix can have: `b a` is of rank min(out, in) at most."""
+    """Warn about a rank that no adapted matrix can have: the rank of `b a` is at most min(out, in)."""
     config = settle(model_config, config)
     table, sites = adaptable(model_config), find_sites(model_config, config)
     full = max((min(table[site.path].shape[-2:]) for site in sites), default=0)
@@ -145,8 +146,8 @@ def tell_rank(model_config: ModelConfig, config: LoraConfig) -> None:
 
 
 def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraConfig) -> Adapter:
-    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), of an
-    embedding normal with deviation 1; `b` zeros; parameters that are trained whole begin as the base's."""
+    """A fresh adapter: `a` uniform in ±1/sqrt(in) (PEFT's kaiming with a = sqrt 5) or normal with deviation 1/r ("gaussian"), for an
+    embedding normal with deviation 1; `b` zeros; whole parameters start as the base's."""
     config = settle(model_config, config)
     table = adaptable(model_config)
     sites = find_sites(model_config, config)
@@ -158,7 +159,7 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
         ranks = np.asarray(site.ranks, np.float32).reshape(-1, *(1,) * len(row.shape[1:])) if lead else np.float32(rank)
         noise_key = jax.random.fold_in(key, number)
         if site.path == "embed":
-            a = jax.random.normal(noise_key, (rank, width))  # as PEFT, whose B of an embedding is like an embedding
+            a = jax.random.normal(noise_key, (rank, width))  # as in PEFT, where an embedding's B is initialised like an embedding
         elif config.init_lora_weights == "gaussian":
             a = jax.random.normal(noise_key, (*lead, rank, width)) / np.maximum(ranks, 1)
         else:
@@ -183,7 +184,7 @@ def _norms(w: Matrix, axis: int) -> jax.Array:
 
 
 def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
-    """The tree with its adapted leaves replaced by `LoRA(base, a, b)`; computes next to nothing. `key` switches dropout on."""
+    """The tree with its adapted leaves replaced by `LoRA(base, a, b)`; computes next to nothing. `key` enables dropout."""
     leaves = flatten(base)
     put_saved(leaves, adapter)
     for number, site in enumerate(adapter.sites):
@@ -193,7 +194,7 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
         rate = adapter.config.lora_dropout
         keys = dropout_keys(key, rate, number, len(site.scales) if stacked else None)
         if site.path == "embed" and "head" not in leaves and "score" not in leaves:
-            leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head alone
+            leaves["head"] = leaves["embed"]  # as in PEFT, an adapter on the embedding of a tied model leaves the head unchanged
         for path, part in _parts(site.path, pair, scale).items():
             target = leaves["embed"] if path == "head" and "head" not in leaves else leaves[path]
             kind = LoRA if "magnitude" not in part else DoRAEmbedding if path == "embed" else DoRA
@@ -205,7 +206,7 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
 
 
 def _parts(path: str, pair: dict[str, jax.Array], scale: jax.Array) -> dict[str, dict[str, jax.Array]]:
-    """The leaves that a pair stands at, with its part for each: two for the experts' gate and up, which it adapts as one matrix."""
+    """The leaves that a pair adapts, with its part for each: two for the experts' gate and up, which it adapts as one matrix."""
     part = {name: pair[name] for name in ("a", "b", "magnitude") if name in pair} | {"scale": scale}
     if part["a"].ndim == 4:
         part["scale"] = jnp.broadcast_to(scale[:, None], part["a"].shape[:2])
@@ -217,7 +218,7 @@ def _parts(path: str, pair: dict[str, jax.Array], scale: jax.Array) -> dict[str,
 
 
 class LoRAKind(Kind):
-    """LoRA stands at embeddings, routers and experts too, so it begins and composes its own way."""
+    """LoRA also adapts embeddings, routers and experts, so it has its own initialisation and composition."""
 
     config = LoraConfig
     peft_type = "LORA"
@@ -231,7 +232,7 @@ class LoRAKind(Kind):
         return settle(model_config, config)
 
     def parts(self, config: LoraConfig, path: str, row: Row, rank: int) -> dict[str, Part]:
-        """PEFT's pair of an embedding `[V, D]` is that of its transpose; experts lie side by side in one pair."""
+        """PEFT's pair for an embedding `[V, D]` is that of its transpose; experts are concatenated in one pair."""
         out, width = row.shape[-2:]
         rank *= row.shape[1] if row.is_experts else 1
         if path == "embed":
@@ -249,13 +250,13 @@ class LoRAKind(Kind):
         return found
 
     def fields(self, adapter: Adapter, model_config: ModelConfig) -> dict[str, Any]:
-        """A pair that is trained is an ordinary one, however it began. `loftq_config` says over what: the base in so many bits."""
+        """A trained pair is an ordinary one, however it was initialised. `loftq_config` says which quantised base it needs."""
         own, start = adapter.config.to_dict(), adapter.config.init_lora_weights
         loftq = own["loftq_config"] if start == "loftq" else {}
         return own | {"init_lora_weights": start if start == "gaussian" else True, "loftq_config": loftq, "eva_config": None}
 
     def read_fields(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """With PEFT's defaults, where the file leaves them out."""
+        """With PEFT's defaults for missing fields."""
         began = {"init_lora_weights": "loftq"} if saved.get("loftq_config") else {}
         kept = {name: value for name, value in saved.items() if name not in ("init_lora_weights", "eva_config")}
         return {"r": 8, "lora_alpha": 8, "target_modules": ()} | kept | began

@@ -1,4 +1,4 @@
-"""LayerNorm tuning (arXiv 2312.11420): the norms' own scales and biases, nothing else."""
+"""LayerNorm tuning (arXiv 2312.11420): only the norms' own scales and biases."""
 
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from jaxtune.tree import flatten, unflatten
 
 
 class NormKind(Kind):
-    """Begins as the base's norms."""
+    """Starts as the base's norms."""
 
     config = LNTuningConfig
     peft_type = "LN_TUNING"
@@ -22,7 +22,7 @@ class NormKind(Kind):
     stands: ClassVar[bool] = False
 
     def wholes(self, model_config: ModelConfig, config: LNTuningConfig, sites: tuple[Site, ...] = ()) -> tuple[Whole, ...]:
-        """The norms that are named, with what `modules_to_save` names."""
+        """The named norms, and what `modules_to_save` names."""
         rows = {path: row for path, row in module_rows(model_config).items() if _is_norm(path)}
         targets, found, hits = config.target_modules, [], set()
         for path, row in rows.items():
@@ -52,7 +52,7 @@ class NormKind(Kind):
         return f"{module}.ln_tuning_layers.{kind}" if _is_norm(path) else f"{module}.{kind}"
 
     def fields(self, adapter: Adapter, model_config: ModelConfig) -> dict[str, Any]:
-        """PEFT needs targets that are spelled out."""
+        """PEFT needs explicit targets."""
         fields, rows = adapter.config.to_dict(), spec(model_config)
         ends = sorted({rows[whole.path].hf.rsplit(".", 2)[-2] for whole in adapter.wholes if _is_norm(whole.path)})
         return fields | ({"target_modules": ends} if fields["target_modules"] is None else {})

@@ -1,4 +1,4 @@
-"""OFT (arXiv 2306.07280, 2506.19847) and BOFT (2311.06243): inputs are turned, block by block, before a frozen matrix."""
+"""OFT (arXiv 2306.07280, 2506.19847) and BOFT (2311.06243): inputs are rotated, block by block, before a frozen matrix."""
 
 import math
 from typing import Any
@@ -16,10 +16,10 @@ from jaxtune.peft.adapter import Adapter, Kind, Part, ones, zeros
 
 
 class Turned(Weight):
-    """`diag(s) W R^T` with R of orthogonal blocks down the diagonal, each made of a skew matrix by Cayley's transform.
+    """`diag(s) W R^T` with R block-diagonal and orthogonal; each block is the Cayley transform of a skew matrix.
 
-    `weight [blocks, b (b - 1) / 2]` holds the upper triangles (OFT; one block may stand for all), or `[1, blocks, b, b]` whole matrices,
-    of which the skew part counts (BOFT). `terms`: of a Neumann series in place of the inverse (0: the inverse itself).
+    `weight [blocks, b (b - 1) / 2]` holds the upper triangles (OFT; one block may be shared by all), or `[1, blocks, b, b]` whole matrices,
+    of which the skew part counts (BOFT). `terms`: terms of a Neumann series that replaces the inverse (0: the inverse itself).
     """
 
     base: Matrix
@@ -28,7 +28,7 @@ class Turned(Weight):
     terms: int = struct.field(pytree_node=False, default=0)
 
     def _blocks(self, width: int) -> jax.Array:
-        """`[blocks, b, b]`, float32; what makes them is done again in the backward pass: each of its steps is as large as they are."""
+        """`[blocks, b, b]`, float32; computed again in the backward pass, because each intermediate step is as large."""
         blocks = jax.checkpoint(_rotations, static_argnums=1)(self.weight, self.terms)
         return jnp.broadcast_to(blocks, (width // blocks.shape[-1], *blocks.shape[1:]))
 
@@ -56,7 +56,7 @@ def _rotations(weight: jax.Array, terms: int) -> jax.Array:
 
 
 def _cayley(skew: jax.Array, terms: int) -> jax.Array:
-    """`(I - Q) (I + Q)^-1`; or with `terms` PEFT's series, whose sign is the other: `I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)`."""
+    """`(I - Q) (I + Q)^-1`; or with `terms` PEFT's series, which has the opposite sign: `I + 2 Q + 2 Q^2 + ... + Q^(terms - 1)`."""
     eye = jnp.eye(skew.shape[-1])
     if not terms:
         return jnp.linalg.solve((eye + skew).mT, (eye - skew).mT).mT
@@ -74,7 +74,7 @@ def _cayley(skew: jax.Array, terms: int) -> jax.Array:
 
 
 class OFTKind(Kind):
-    """Begins with R = I."""
+    """Starts with R = I."""
 
     config = OFTConfig
     peft_type = "OFT"
@@ -94,14 +94,14 @@ class OFTKind(Kind):
 
 
 def _nearest(width: int, wanted: int) -> int:
-    """The divisor of `width` that is nearest, the smaller of two (PEFT's rule)."""
+    """The nearest divisor of `width`, the smaller of two (PEFT's rule)."""
     if wanted >= width:
         return width
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 class BOFTKind(Kind):
-    """Begins with R = I and s = 1."""
+    """Starts with R = I and s = 1."""
 
     config = BOFTConfig
     peft_type = "BOFT"

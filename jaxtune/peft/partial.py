@@ -1,8 +1,8 @@
 """Full tuning of some parameters (`trainable_parameters`), chosen by the names of their Hugging Face tensors.
 
-Layers that are trained and layers that are not lie in stacks of their own (`ModelConfig.cuts`), so that a leaf of the tree is trained whole
-or not at all: what is trained is a part of the tree, what is frozen the rest of it. Below the lowest trained layer there is no backward
-pass, since nothing there is differentiated.
+Trained and frozen layers are in separate stacks (`ModelConfig.cuts`), so that a leaf of the tree is trained whole or not at all: the
+trained part is a part of the tree, the frozen part the rest. Below the lowest trained layer there is no backward pass, since nothing there
+is differentiated.
 """
 
 import re
@@ -15,14 +15,15 @@ from jaxtune.tree import flatten, unflatten
 
 
 def cuts(config: ModelConfig, patterns: Sequence[str]) -> tuple[int, ...]:
-    """The layers at which stacks have to begin, so that all layers of one are trained alike.
+    """The layers at which stacks must begin, so that all layers of a stack are trained alike.
 
-    Raises ConfigError for a pattern that is no regular expression or matches no tensor, and for one that takes some experts of a layer.
+    Raises ConfigError for a pattern that is not a regular expression or matches no tensor, and for one that selects some experts of a
+    layer.
     """
     for pattern in patterns:
         _check(config, pattern)
     names = _matched(config, patterns)
-    layers: list[set[str]] = [set() for _ in range(config.num_layers)]  # the rows of each that are trained
+    layers: list[set[str]] = [set() for _ in range(config.num_layers)]  # the rows of each layer that are trained
     for path, row in spec(config).items():
         own = row.hf_names()
         for place, layer in enumerate(row.layers):
@@ -38,13 +39,13 @@ def cuts(config: ModelConfig, patterns: Sequence[str]) -> tuple[int, ...]:
 
 
 def trained_paths(config: ModelConfig, patterns: Sequence[str]) -> set[str]:
-    """Paths of the leaves that full tuning trains, all without patterns; `config` has the cuts. A scoring head is always one of them."""
+    """Paths of the leaves that full tuning trains, all without patterns; `config` has the cuts. A scoring head is always included."""
     rows, names = spec(config), _matched(config, patterns)
     return {path for path, row in rows.items() if not patterns or row.hf_names()[0] in names or path in heads.PATHS}
 
 
 def lowest(config: ModelConfig, patterns: Sequence[str]) -> int:
-    """The first layer that a gradient goes through; `num_layers` where only what comes after them is trained."""
+    """The first layer that gradients pass through; `num_layers` if only parameters after the layers are trained."""
     rows, taken = spec(config), trained_paths(config, patterns)
     before = any(path in ("embed", "positions") or path.startswith("layer_inputs/") for path in taken)
     return 0 if before else min((rows[path].layers[0] for path in taken if rows[path].layers), default=config.num_layers)
@@ -57,13 +58,13 @@ def dtypes(config: ModelConfig, patterns: Sequence[str], trained: str, frozen: s
 
 
 def chosen(config: ModelConfig, params: dict, patterns: Sequence[str], dtype: str) -> dict:
-    """The part of the tree that is trained, in `dtype`."""
+    """The trained part of the tree, in `dtype`."""
     taken = trained_paths(config, patterns)
     return unflatten({path: leaf.astype(dtype) for path, leaf in flatten(params).items() if path in taken})
 
 
 def rest(params: dict, trained: dict) -> dict:
-    """What of the tree is not trained."""
+    """The part of the tree that is not trained."""
     taken = flatten(trained)
     return unflatten({path: leaf for path, leaf in flatten(params).items() if path not in taken})
 
@@ -79,12 +80,12 @@ def _names(config: ModelConfig) -> list[str]:
 
 
 def _matched(config: ModelConfig, patterns: Sequence[str]) -> set[str]:
-    """The tensors that a pattern is found in."""
+    """The tensors in whose name a pattern is found."""
     return {name for name in _names(config) if any(re.search(_literal_dots(pattern), name) for pattern in patterns)}
 
 
 def _check(config: ModelConfig, pattern: str) -> None:
-    """ConfigError for a pattern that is no regular expression or matches nothing."""
+    """ConfigError for a pattern that is not a regular expression or matches nothing."""
     try:
         found = _matched(config, [pattern])
     except re.error as error:
@@ -98,5 +99,5 @@ def _check(config: ModelConfig, pattern: str) -> None:
 
 
 def _literal_dots(pattern: str) -> str:
-    """A dot is a dot, as in Axolotl, where no quantifier follows: `layers.2.` is not layer 28."""
+    """As in Axolotl, a dot stands for itself unless a quantifier follows: `layers.2.` does not match layer 28."""
     return re.sub(r"(?<!\\)\.(?![*+?{])", r"\\.", pattern)

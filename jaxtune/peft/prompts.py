@@ -1,7 +1,7 @@
-"""Methods that leave every matrix as it is and put virtual tokens before each document: prompt tuning (arXiv 2104.08691), p-tuning
-(2103.10385), whose tokens a small network makes, and prefix tuning (2101.00190), which gives their keys and values in every layer.
+"""Methods that leave every matrix unchanged and put virtual tokens before each document: prompt tuning (arXiv 2104.08691), p-tuning
+(2103.10385), whose tokens a small network produces, and prefix tuning (2101.00190), which provides their keys and values in every layer.
 
-What the model does with them is model/virtual.py's. Nothing depends on the document, so a packed row holds them once.
+model/virtual.py applies them in the model. They depend on no document, so a packed row holds them once.
 """
 
 import math
@@ -18,12 +18,12 @@ from jaxtune.model.rope import BY_LENGTH
 from jaxtune.model.weight import rows
 from jaxtune.peft.adapter import Adapter, Kind
 
-NETWORKS = {"MLP": jax.nn.relu}  # by p-tuning's name, what is between its layers
+NETWORKS = {"MLP": jax.nn.relu}  # p-tuning's name for the layer between its layers
 PATH = "prompt"  # where the arrays are in `Adapter.params`
 
 
 class PromptKind(Kind):
-    """A method of virtual tokens: `params["prompt"]` holds `embeddings`, or the network that makes them."""
+    """A method of virtual tokens: `params["prompt"]` holds `embeddings`, or the network that produces them."""
 
     merges: ClassVar[bool] = False
     ignored = frozenset(
@@ -56,7 +56,7 @@ class PromptKind(Kind):
             )
 
     def arrays(self, key: jax.Array, model_config: ModelConfig, params: dict, config: Any, tokenizer: Any) -> dict[str, jax.Array]:
-        """What is trained, as it begins."""
+        """The initial trainable arrays."""
         raise NotImplementedError
 
     def compose(self, base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
@@ -65,11 +65,11 @@ class PromptKind(Kind):
     leaf_name: ClassVar[str] = "embeddings"  # in `params["virtual"]`
 
     def embeddings(self, adapter: Adapter) -> jax.Array:
-        """float32 `[P, D]`; of a prefix the keys and values of all layers `[P, 2 L K h]`."""
+        """float32 `[P, D]`; for a prefix the keys and values of all layers `[P, 2 L K h]`."""
         return adapter.params[PATH]["embeddings"]
 
     def width(self, model_config: ModelConfig) -> int:
-        """Numbers of one virtual token in the file."""
+        """Numbers per virtual token in the file."""
         return model_config.hidden_size
 
     # ---- PEFT's files ----
@@ -93,7 +93,7 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
 
 
 def _linears(key: jax.Array, *sizes: int) -> dict[str, jax.Array]:
-    """Layers of a network as torch begins them: weights and biases uniform in +-1 / sqrt(inputs)."""
+    """Layers of a network with torch's initialisation: weights and biases uniform in +-1 / sqrt(inputs)."""
     found = {}
     for number, (width, out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         for name, shape in ((f"weight{number}", (out, width)), (f"bias{number}", (out,))):
@@ -103,7 +103,7 @@ def _linears(key: jax.Array, *sizes: int) -> dict[str, jax.Array]:
 
 
 def _through(arrays: dict[str, jax.Array], act: Any) -> jax.Array:
-    """The network over its own tokens."""
+    """The network applied to its own tokens."""
     x, last = arrays["tokens"], max(int(name.removeprefix("weight")) for name in arrays if name.startswith("weight"))
     for number in range(last + 1):
         x = x @ arrays[f"weight{number}"].T + arrays[f"bias{number}"]
@@ -130,7 +130,7 @@ class PromptTuningKind(PromptKind):
 
 
 class PromptEncoderKind(PromptKind):
-    """Embeddings that a network of three layers makes of its own tokens; it is gone once they are written."""
+    """Embeddings that a network of three layers produces from its own tokens; the network is not saved."""
 
     config = PromptEncoderConfig
     peft_type = "P_TUNING"
@@ -147,7 +147,7 @@ class PromptEncoderKind(PromptKind):
 
 
 class PrefixTuningKind(PromptKind):
-    """Keys and values of virtual tokens in every layer; with `prefix_projection` a network of two layers makes them."""
+    """Keys and values of virtual tokens in every layer; with `prefix_projection` a network of two layers produces them."""
 
     config = PrefixTuningConfig
     peft_type = "PREFIX_TUNING"

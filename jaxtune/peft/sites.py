@@ -1,4 +1,4 @@
-"""Which parameters of a model a `LoraConfig` names, by PEFT's rules: where pairs stand, and what is trained whole beside them."""
+"""Which parameters of a model a `LoraConfig` names, by PEFT's rules: what pairs adapt, and what is trained whole besides."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ AnyConfig = LoraConfig | MatrixConfig
 
 
 class Site(NamedTuple):
-    """One adapted row of the table: per layer of its stack the rank (0: not adapted) and the scale `alpha / r`."""
+    """One adapted row of the table: for each layer of its stack the rank (0: not adapted) and the scale `alpha / r`."""
 
     path: str
     ranks: tuple[int, ...]
@@ -33,13 +33,14 @@ class Whole(NamedTuple):
     numbers: tuple[int, ...] | None = None
 
 
-# What transformers 5 calls the parameters of an expert layer, which PEFT adapts as parameters (`target_parameters`), not as modules
+# transformers 5's names for the parameters of an expert layer, which PEFT adapts as parameters (`target_parameters`), not as modules
 EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_proj", "experts_up": "{experts}.up_proj",
            "experts_down": "{experts}.down_proj"}  # up alone: without a gate
-# and what the modules were called that they stand for; PEFT translates these
-HEADS = {"score", "classifier"}  # the scoring heads that PEFT adds to `modules_to_save` by itself, both, whichever there is
-RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's in files, and what transformers 5 (so PEFT) calls it
-WITHOUT_OUT = ("falcon_h1", "nemotron_h")  # whose Mamba-2 layers' out_proj PEFT leaves alone: kernels take its weight past the module
+# and the names of the modules that they replaced; PEFT translates these
+HEADS = {"score", "classifier"}  # scoring heads that PEFT adds to `modules_to_save` by itself: both names, whichever exists
+RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's name in files, and the one in transformers 5 (and hence PEFT)
+# PEFT leaves the out_proj of their Mamba-2 layers alone: kernels use its weight outside the module
+WITHOUT_OUT = ("falcon_h1", "nemotron_h")
 BY_INPUT = ("llama4_text",)  # whose experts' matrices `[E, in, out]` PEFT takes for `[E, out, in]`
 _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {
@@ -50,12 +51,12 @@ TRANSLATED = {
 
 
 def module_rows(model_config: ModelConfig) -> dict[str, Row]:
-    """The row table, tensors called as transformers' class for the whole checkpoint calls them."""
+    """The row table, with the tensor names of transformers' class for the whole checkpoint."""
     return {path: row._replace(hf=nested.module(model_config, row.hf)) for path, row in spec(model_config).items()}
 
 
 def adaptable(model_config: ModelConfig) -> dict[str, Row]:
-    """The rows a pair can stand at: matrices inside the layers, the embedding, the output head (a tied one too, alone), routers, and
+    """The rows that a pair can adapt: matrices inside the layers, the embedding, the output head (also a tied one, by itself), routers, and
     experts, whose gate and up are one matrix `[2 F, D]` here (`experts_gate_up`)."""
     rows, family = module_rows(model_config), FAMILIES[model_config.model_type]
     if "head" not in rows and not model_config.num_labels:
@@ -72,7 +73,7 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
         joint = f"{stack}experts_gate" in rows
         own = ({"experts_gate_up": rows[f"{stack}experts_gate"]._replace(shape=(L, E, 2 * F, D))} if joint else {"experts_up": up}) | own
         own = own if model_config.model_type not in BY_INPUT else {}
-        own |= {"router": rows[f"{stack}router"]} if f"{stack}router" in rows else {}  # else it is a linear layer
+        own |= {"router": rows[f"{stack}router"]} if f"{stack}router" in rows else {}  # otherwise it is a linear layer
         called = dict(zip(("router", "experts"), family.moe, strict=True))
         for name, row in own.items():
             table[stack + name] = row._replace(hf=nested.module(model_config, family.prefix + EXPERTS[name].format(**called)))
@@ -80,12 +81,13 @@ def adaptable(model_config: ModelConfig) -> dict[str, Row]:
 
 
 def is_parameter(path: str) -> bool:
-    """Whether PEFT knows the row as a parameter of an expert layer, not as a module."""
+    """Whether PEFT treats the row as a parameter of an expert layer, not as a module."""
     return path.rpartition("/")[2] in EXPERTS
 
 
 def names(path: str, row: Row) -> list[str]:
-    """PEFT's names of what a row stacks, one a layer: modules (`model.layers.0.self_attn.q_proj`), or parameters of expert layers."""
+    """PEFT's names for the members of a row's stack, one per layer: modules (`model.layers.0.self_attn.q_proj`), or parameters of expert
+    layers."""
     found = [row.hf.format(layer=layer) for layer in row.layers or (None,)]
     return found if is_parameter(path) else [name.removesuffix(".weight") for name in found]
 
@@ -94,10 +96,11 @@ def names(path: str, row: Row) -> list[str]:
 
 
 def settle(model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
-    """The config in the names of today's modules: targets that a mixture of experts has no modules for as parameters, as PEFT translates
-    them, and GPT-NeoX's head under its present name.
+    """The config with the names of today's modules: targets that are no modules in a mixture of experts become parameters, as PEFT
+    translates them, and GPT-NeoX's head gets its present name.
 
-    "all-linear" becomes attention, router and experts; `gate_proj` and `up_proj` (`w1`, `w3`) one matrix of twice the rank and alpha.
+    "all-linear" becomes attention, router and experts; `gate_proj` and `up_proj` (`w1`, `w3`) become one matrix of twice the rank and
+    alpha.
     """
     table = TRANSLATED.get(model_config.model_type)
     if model_config.model_type == "gpt_neox":
@@ -125,17 +128,17 @@ def settle(model_config: ModelConfig, config: LoraConfig) -> LoraConfig:
 
 
 def _rows_for(model_config: ModelConfig, config: AnyConfig) -> dict[str, Row]:
-    """The rows that the config's method can stand at: LoRA at all, the others at linear layers."""
+    """The rows that the config's method can adapt: LoRA all of them, the others linear layers."""
     rows = adaptable(model_config)
     return rows if isinstance(config, LoraConfig) else {path: row for path, row in rows.items() if row.is_matrix or path == "head"}
 
 
 def find_sites(model_config: ModelConfig, config: AnyConfig) -> tuple[Site, ...]:
-    """Which rows and layers the (settled) config's `target_modules` and `target_parameters` name, with ranks and scales.
+    """The rows and layers that the (settled) config's `target_modules` and `target_parameters` name, with ranks and scales.
 
-    A list matches a module's full name or its end (`q_proj`), a string is a regular expression for the full name, "all-linear" is
-    every linear layer but the output head. `ConfigError` for a target that matches nothing, naming what is there, and for what cannot
-    be combined with expert layers.
+    A list matches a module's full name or its end (`q_proj`), a string is a regular expression for the full name, "all-linear" is every
+    linear layer but the output head. ConfigError for a target that matches nothing, listing the candidates, and for combinations that
+    expert layers do not support.
     """
     sites, matched = [], set()
     rows = _rows_for(model_config, config)
@@ -153,14 +156,14 @@ def find_sites(model_config: ModelConfig, config: AnyConfig) -> tuple[Site, ...]
 
 
 def targeted(model_config: ModelConfig, config: AnyConfig) -> set[str]:
-    """PEFT's names of the modules and parameters that a (settled) config names, whether or not each of its targets names one."""
+    """PEFT's names of the modules and parameters that a (settled) config names, even if some targets match nothing."""
     return {name for path, row in _rows_for(model_config, config).items() for name in names(path, row) if _matches(path, name, row, config)}
 
 
 def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
     wanted = {targets} if isinstance(targets, str) else set(targets)
     if missing := sorted(wanted - matched):
-        last = 1 if key == "target_modules" else 3  # parts of a name that tell it from the others
+        last = 1 if key == "target_modules" else 3  # parts of a name that distinguish it from the others
         there = sorted({".".join(name.split(".")[-last:]) for path in paths for name in names(path, rows[path])})
         what = "linear layer" if key == "target_modules" else "parameter of experts"
         there = f"there are {', '.join(there)}" if there else "there is none"
@@ -169,7 +172,7 @@ def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: li
 
 
 def _check_kinds(config: LoraConfig, paths: list[str]) -> None:
-    """What PEFT cannot do either, so that no file would open there."""
+    """Refuse what PEFT does not support either, since PEFT could not open the file."""
     for key, nothing in (("lora_dropout", 0.0), ("use_dora", False), ("lora_bias", False)):
         if getattr(config, key) != nothing and any(is_parameter(path) for path in paths):
             raise ConfigError(f"lora.{key} cannot be used where experts are adapted; leave it out, or name the attention's modules alone")
@@ -209,14 +212,14 @@ def _compiled(expression: str) -> re.Pattern:
 
 
 def named(name: str, targets) -> str | None:
-    """Which of the targets names a module: its full name or its end; or the regular expression that matches it."""
+    """Which target names a module: by its full name or its end, or as a regular expression."""
     if isinstance(targets, str):
         return targets if _compiled(targets).fullmatch(name) else None
     return next((t for t in targets if name == t or name.endswith("." + t)), None)
 
 
 def rank_and_scale(name: str, config: AnyConfig) -> tuple[int, float]:
-    """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); of a pattern's keys the first that matches counts, as in PEFT."""
+    """Rank and `alpha / r` (rsLoRA: `alpha / sqrt r`); the first matching key of a pattern counts, as in PEFT."""
 
     def pattern(patterns, default):
         return next((value for key, value in dict(patterns).items() if _compiled(rf"(.*\.)?({key})").fullmatch(name)), default)
@@ -229,7 +232,7 @@ def rank_and_scale(name: str, config: AnyConfig) -> tuple[int, float]:
 
 
 def check_trained(config: AnyConfig, sites: tuple[Site, ...], wholes: tuple[Whole, ...]) -> None:
-    """ConfigError where the config names nothing at all."""
+    """ConfigError if the config names nothing at all."""
     if not sites and not wholes:
         raise ConfigError(
             f"{config.group}.target_modules names no matrix and nothing else is trained either; write all-linear, or a list of names "
@@ -241,7 +244,7 @@ def check_trained(config: AnyConfig, sites: tuple[Site, ...], wholes: tuple[Whol
 
 
 def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
-    """The rows that can be trained whole, under PEFT's names: all but experts; a tied head too, alone."""
+    """The rows that can be trained whole, under PEFT's names: all but experts; also a tied head, by itself."""
     rows, found = module_rows(model_config), adaptable(model_config)
     rows |= {"head": found["head"]} if "head" in found else {}
     return {path: found.get(path, row) for path, row in rows.items() if not row.is_experts}
@@ -250,12 +253,12 @@ def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
 def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site, ...]) -> tuple[Whole, ...]:
     """What `bias`, `modules_to_save` and `trainable_token_indices` name, and a scoring head.
 
-    `ConfigError` for a name that is not there, or that clashes with another.
+    ConfigError for an unknown name, or one that clashes with another.
     """
     rows = whole_rows(model_config)
     tied = "head" not in spec(model_config) and "head" in rows
     ranks = {site.path: site.ranks for site in sites}
-    chosen = {path: {0} for path in heads.PATHS if path in rows}  # layers by path; 0 for what has none
+    chosen = {path: {0} for path in heads.PATHS if path in rows}  # layers by path; 0 for rows without layers
 
     def choose(where: Callable[[str, int, str], bool]) -> bool:
         any_found = False
@@ -293,7 +296,7 @@ def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site,
 
 
 def ancestors(name: str) -> list[str]:
-    """The modules that hold a parameter: `a.b` and `a` of `a.b.weight`."""
+    """The modules that contain a parameter: `a.b` and `a` for `a.b.weight`."""
     parts = name.split(".")[:-1]
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
 

@@ -1,4 +1,4 @@
-"""VeRA (arXiv 2310.11454): one random pair for all matrices, frozen, and two trained vectors for each."""
+"""VeRA (arXiv 2310.11454): one frozen random pair for all matrices, and two trained vectors for each."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtune.peft.sites import Site, adaptable
 
 
 class VeRA(Weight):
-    """`W + diag(lambda_b) B diag(lambda_d) A`, of the shared `A [R, largest in]` and `B [largest out, R]` as much as W is large."""
+    """`W + diag(lambda_b) B diag(lambda_d) A`, with slices as large as W of the shared `A [R, largest in]` and `B [largest out, R]`."""
 
     base: Matrix
     lambda_b: jax.Array  # [out]
@@ -45,8 +45,9 @@ class VeRA(Weight):
 
 
 def projections(key: int, rank: int, out: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """`A [rank, width]` and `B [out, rank]`: what torch's `Tensor.uniform_` draws on a CPU, seeded with `key` (Mersenne Twister, the low
-    24 bits of each word), within PEFT's bound `sqrt(6 / last dimension)`; the same numbers, so that files without them can be opened."""
+    """`A [rank, width]` and `B [out, rank]`: the numbers that torch's `Tensor.uniform_` draws on a CPU, seeded with `key` (Mersenne
+    Twister, the low 24 bits of each word), within PEFT's bound `sqrt(6 / last dimension)`. Equal numbers allow opening files without them.
+    """
     words = np.random.RandomState(key % 2**32)
 
     def draw(shape: tuple[int, int]) -> np.ndarray:
@@ -58,7 +59,7 @@ def projections(key: int, rank: int, out: int, width: int) -> tuple[np.ndarray, 
 
 
 class VeRAKind(Kind):
-    """Begins with `lambda_b` zero and `lambda_d` as the config says."""
+    """Starts with `lambda_b` zero and `lambda_d` as configured."""
 
     config = VeraConfig
     peft_type = "VERA"
