@@ -16,6 +16,14 @@ from jaxtune.objectives.distill import TEACHER
 from jaxtune.peft import partial
 from jaxtune.reference import beforehand, compares
 
+ROOM = "over half of the memory is unused: jaxtune plan CONFIG --gradient-checkpointing auto or --batch auto finds settings that use it"
+
+
+def peak(program: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program needs of a device at one time, its arguments included."""
+    memory: Any = program.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
 
 def per_device(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded shapes."""
@@ -29,7 +37,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     packed = sum(per_device(leaf.codes) for leaf in scales)
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    residual = inputs_kept(config, model_config) * rows * length * model_config.hidden_size * itemsize
+    kept = inputs_kept(config, model_config) * model_config.hidden_size + products_kept(model_config)
     causes = {
         "weights": per_device(base) - sum(per_device(leaf) for leaf in scales) + packed,
         "scales": sum(per_device(leaf) for leaf in scales) - packed,
@@ -42,7 +50,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     vocabularies = (0 if model_config.num_labels else model_config.vocab_size) + (teacher.config.vocab_size if teacher else 0)
     estimates = {
         "gradients": gradients(config, state.trainable),
-        "activations": residual,
+        "activations": rows * length * kept * itemsize,
         "logits": min(rows * length, model_config.logits_chunk) * vocabularies * 4,
     }
     for name, size in estimates.items():
@@ -73,6 +81,16 @@ def inputs_kept(config: Config, model_config: ModelConfig) -> int:
     kept = _groups(model_config, first)
     largest = max((size for _, size in kept), default=0)
     return sum(number for number, _ in kept) + (largest if largest > 1 else 0)
+
+
+def products_kept(model_config: ModelConfig) -> int:
+    """Values per token of products and attention outputs that the backward pass keeps: with `dots`, and at least these without remat."""
+    if model_config.remat not in ("none", "dots"):
+        return 0
+    chosen = model_config.moe.experts_per_token if model_config.moe else 0
+    rows = [row for path, row in spec(model_config).items() if (row.is_matrix or row.is_experts) and not path.endswith("down")]
+    products = sum(row.shape[-2] * len(row.layers) * (chosen if row.is_experts else 1) for row in rows)
+    return products + model_config.num_heads * sum(model_config.at(layer).head_dim for layer in model_config.attending)
 
 
 def _groups(model_config: ModelConfig, first: int = 0) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jaxtune
+from jaxtune.gpu import grant_memory
 
 
 class JaxtuneError(Exception):
@@ -157,6 +158,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a locale that lacks a character must not end the command
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    grant_memory()
     if signal.getsignal(signal.SIGINT) is jaxtune._interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -25,6 +25,7 @@ from rich.console import Console
 from jaxtune import cli, costs, data, errors, parallel
 from jaxtune.compilation import enable_cache
 from jaxtune.config import Config, load_config
+from jaxtune.config.load import word
 from jaxtune.config.objectives import draws_answers
 from jaxtune.config.policy import POLICY, least_batch
 from jaxtune.convert import heads
@@ -54,7 +55,7 @@ def plan(
     If the rows of `data.train` and the tokenizer are on this machine, the step is that of those rows, and the number of steps is known;
     nothing is downloaded for this.
 
-    `auto`: a key of `AUTO`, set to the largest value that fits.
+    `auto`: a key of `AUTO`, set to the largest value that fits; or `gradient_checkpointing`, set to what recomputes least and fits.
 
     Raises ConfigError for a target that is unknown or cannot be compiled for here, ModelError for a model that cannot be read.
     """
@@ -64,7 +65,9 @@ def plan(
     if where.name == "here":  # with the rows, it is exactly the program that `train` looks up
         enable_cache(config)
     if auto is not None:
-        config = _largest(config, model_config, where, auto)
+        if where.chip.memory is None:
+            raise ConfigError(f"the memory of target {where.name} is not known, so nothing can be fitted; name a chip, as v5e-1 or h100")
+        config = (_least_recomputed if auto == REMAT else _largest)(config, model_config, where, auto)
     rows, unknown = rows_at_hand(config, parallel.data_parallel(parallel.make_mesh(config.mesh, where.devices)))
     result = _compile(config, model_config, where, rows)
     if METHODS[config.method].kind is lora.KIND:
@@ -72,6 +75,8 @@ def plan(
     result.notes += [unknown] if unknown else []
     if result.fits is False and alternatives:
         result.instead = _alternatives(config, model_config, where)
+    if auto is None and where.chip.memory and result.peak_bytes < where.chip.memory / 2 and _recomputes(config, where.devices):
+        result.notes.append(costs.ROOM)
     return result
 
 
@@ -163,8 +168,7 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
     """The compiled step's peak bytes per device, the same by cause, and its floating-point operations."""
     step, (state, base, batch), model_config = abstract_step(config, model_config, mesh, rows)
     try:
-        memory = step.lower(state, base, batch).compile().memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = costs.peak(step.lower(state, base, batch).compile())
     except jax.errors.JaxRuntimeError as error:
         if (needed := errors_bytes(str(error))) is None:
             raise
@@ -221,14 +225,13 @@ def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
     return config.replace(**changes)
 
 
+REMAT = "gradient_checkpointing"
+LEAST_FIRST = (False, "dots", "full", "offload", "groups")  # by how much the backward pass recomputes
 AUTO = {"per_device_train_batch_size": (1, 2**16, 0.0), "data.max_length": (128, 2**24, 0.02)}  # unit, largest, relative precision
 
 
 def _largest(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
     """`config` with the largest value of `key` that fits, trying its own first; unchanged if none fits."""
-    limit = where.chip.memory
-    if limit is None:
-        raise ConfigError(f"the memory of target {where.name} is not known, and so no largest {key}; name a chip, as v5e-1 or h100")
     unit, most, close = AUTO[key]
     own = config.data.max_length
     if key == "per_device_train_batch_size":
@@ -240,14 +243,32 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
         log.info("%s=%d: %.2f GiB", key, n, found / 2**30)
         return found
 
-    best = largest(peak, limit, own, unit, most, close)
+    best = largest(peak, where.chip.memory, own, unit, most, close)
     return config if best is None else _changed(config, {key: best})
+
+
+def _least_recomputed(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
+    """`config` with the value of `key`, `gradient_checkpointing`, that fits and recomputes least; unchanged if none fits."""
+    settings = [value for value in LEAST_FIRST if not (config.optimizer_in_bwd and value in (False, "dots"))]
+    for value in settings:
+        tried = _changed(config, {key: value})
+        found = _compile(tried, model_config, where)
+        log.info("%s=%s: %.2f GiB", key, word(value), found.peak_bytes / 2**30)
+        if found.fits:
+            return tried
+    return config
+
+
+def _recomputes(config: Config, devices: Sequence) -> bool:
+    """Whether the backward pass recomputes the layers' products."""
+    kept = (False, "dots", "auto") if devices[0].platform == "cpu" else (False, "dots")
+    return config.gradient_checkpointing not in kept
 
 
 def _candidates(config: Config, devices: Sequence):
     """`(description, [settings to try, the mildest first])`."""
     on_host = devices[0].platform == "cpu"
-    if config.gradient_checkpointing in (False, "dots") or (config.gradient_checkpointing == "auto" and on_host):
+    if not _recomputes(config, devices):
         yield "recompute activations", [{"gradient_checkpointing": True}]
     if config.gradient_checkpointing != "offload" and not on_host:
         yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
@@ -288,6 +309,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="full, LoRA and QLoRA side by side")
     parser.add_argument("--batch", choices=["auto"], help="the largest micro-batch that fits")
     parser.add_argument("--max-length", choices=["auto"], help="the longest rows that fit")
+    parser.add_argument("--gradient-checkpointing", choices=["auto"], help="the setting that fits and recomputes least")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     given = cli.parse(parser)
     cli.log_to_terminal()
@@ -308,13 +330,16 @@ def main() -> None:
     else:
         show(result, console)
         if (key := _auto(given)) and result.fits:
-            console.print(f"the largest that fits: {key}={result.settings[key.rpartition('.')[2]]}", highlight=False, soft_wrap=True)
+            what = "the least recomputation" if key == REMAT else "the largest"
+            console.print(f"{what} that fits: {key}={word(result.settings[key.rpartition('.')[2]])}", highlight=False, soft_wrap=True)
 
 
 def _auto(given) -> str | None:
-    if given.batch and given.max_length:
-        raise ConfigError("--batch auto and --max-length auto trade against each other; set one of the two")
-    return "per_device_train_batch_size" if given.batch else "data.max_length" if given.max_length else None
+    asked = {"per_device_train_batch_size": given.batch, "data.max_length": given.max_length, REMAT: given.gradient_checkpointing}
+    keys = [key for key, value in asked.items() if value]
+    if len(keys) > 1:
+        raise ConfigError("--batch auto, --max-length auto and --gradient-checkpointing auto trade against each other; set one of them")
+    return keys[0] if keys else None
 
 
 cli.callable_module(__name__, plan)

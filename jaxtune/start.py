@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtune import data, distributed, eva, loftq, optim, parallel, rollout, runfolder
+from jaxtune import costs, data, distributed, eva, loftq, optim, parallel, rollout, runfolder
 from jaxtune.config import Config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert import heads, hf
@@ -161,7 +161,17 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
     model_config = heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
     arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
     step, _ = programs(config, model_config, total_steps, arguments[0], mesh)
-    step.lower(*arguments).compile()
+    _say_memory(costs.peak(step.lower(*arguments).compile()), model_config, mesh)
+
+
+def _say_memory(needed: int, model_config: ModelConfig, mesh: Mesh) -> None:
+    granted = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    of = f" of {granted / 1e9:.2f}" if granted else ""
+    log.info("step: compiled; it needs %.2f%s GB of a device", needed / 1e9, of)
+    if granted and needed > granted:
+        log.warning("the step does not fit the device; jaxtune plan CONFIG shows what takes the memory and which settings fit")
+    elif granted and needed < granted / 2 and model_config.remat not in ("none", "dots"):
+        log.info("step: %s", costs.ROOM)
 
 
 def programs(config: Config, model_config: Any, total_steps: int, state: Any, mesh: Mesh) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtune.errors import ConfigError
+from jaxtune.gpu import GRANTED
 
 GB = 10**9
 
@@ -52,7 +53,7 @@ TPUS = {
     "7x": (Chip(int(94.74 * 2**30), 3690 * GB, 1153.5e12), 2, 3, 4096),  # a device is one of a chip's two cores, with half of its memory
 }
 
-# GPU: chip; compute capability; multiprocessors; L2 MiB; shared memory per multiprocessor and per block at most, KiB; clock GHz
+# GPU: chip (all of its memory); compute capability; multiprocessors; L2 MiB; shared KiB per multiprocessor, per block at most; clock GHz
 GPUS = {
     "rtx3090": (Chip(24 * 2**30, 936 * GB, 71e12), (8, 6), 82, 6, (100, 99), 1.70),
     "rtx4090": (Chip(24 * 2**30, 1008 * GB, 165e12), (8, 9), 128, 72, (100, 99), 2.52),
@@ -129,9 +130,13 @@ def _here() -> Target:
 def _known(kind: str) -> Chip:
     """The row of the tables for a device's own name ("NVIDIA A100-SXM4-80GB", "TPU v5 lite")."""
     words = {"tpu v5": "v5p"}.get(kind.lower(), kind.lower()).replace(" lite", "e").replace("rtx ", "rtx").replace("tpu7x", "7x")
-    tables = {name: row[0] for name, row in (TPUS | GPUS).items()}
+    tables = {name: row[0] for name, row in TPUS.items()} | {name: _granted(row[0]) for name, row in GPUS.items()}
     found = [name for name in tables if all(re.search(rf"(?<![a-z\d]){part}(?!\d)", words) for part in name.split("-"))]
     return tables[found[0]] if len(found) == 1 and "laptop" not in words else Chip(None)
+
+
+def _granted(gpu: Chip) -> Chip:
+    return gpu._replace(memory=int(GRANTED * gpu.memory)) if gpu.memory else gpu
 
 
 def _host_memory() -> int | None:
@@ -194,7 +199,8 @@ def _gpu(name: str, kind: str, count: int) -> Target:
     extra = {"target_config": text, "topology": f"1x{hosts}x{count // hosts}"}
     both = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} --no-deps"  # otherwise pip installs two versions
     topology = _topology("cuda", kind, "jax_cuda13_plugin", both, extra)
-    return Target(name, list(topology.devices), chip, PUBLISHED, NAMES[major, minor])
+    figures = f"{PUBLISHED}; programs may use {GRANTED:.0%} of a GPU's memory"
+    return Target(name, list(topology.devices), _granted(chip), figures, NAMES[major, minor])
 
 
 def _topology(platform: str, name: str, module: str, package: str, extra: dict):

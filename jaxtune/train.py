@@ -29,6 +29,7 @@ from jaxtune.convert.peft_config import config_file
 from jaxtune.disk import write_text
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
+from jaxtune.gpu import grant_memory
 from jaxtune.kernels import check_attention
 from jaxtune.loop import Loop
 from jaxtune.objectives.answers import unshared
@@ -69,6 +70,7 @@ def train(
 
     Raises JaxtuneError for everything the user can correct: keys, files, rows, targets, a folder in use.
     """
+    grant_memory()
     config = load_config(config, overrides)
     if loss_function is not None:
         config = losses.given(config, loss_function)

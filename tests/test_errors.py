@@ -8,8 +8,10 @@ import time
 
 import jax.numpy as jnp
 import pytest
+from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
 
 from jaxtune import errors
+from jaxtune.gpu import GRANTED
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,15 @@ def raising(error):
 def test_a_users_mistake_is_one_line_and_exit_code_2(kind, capsys):
     code, err = exit_of(raising(kind("lora.rank is not a key; did you mean lora.r?")), capsys)
     assert (code, err) == (2, "error: lora.rank is not a key; did you mean lora.r?\n")
+
+
+@pytest.mark.parametrize("own", [None, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_commands_are_granted_most_of_a_gpu(capsys, monkeypatch, own):
+    """As the planner counts; what the environment says goes first. (jax refuses both names at one time.)"""
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "0.5") if name == own else monkeypatch.delenv(name, raising=False)
+    exit_of(lambda: None, capsys)
+    assert generate_pjrt_gpu_plugin_options()["memory_fraction"] == (GRANTED if own is None else 0.5)
 
 
 def test_success_exits_0_and_a_returned_code_is_kept(capsys):
