@@ -1,1 +1,1 @@
-"""The model: what it is (families, spec), its leaves (weight, quant), and what it computes (decoder, attention, rope)."""
+"""The model: its description (families, spec), its leaves (weight, quant), and its computation (decoder, attention, rope)."""

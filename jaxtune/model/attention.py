@@ -1,9 +1,9 @@
-"""Attention by segments: a token sees earlier tokens of its own segment, and of the segment it goes on from, within the layer's window.
+"""Attention by segments: a token sees earlier tokens of its own segment, and of the segment that it continues, within the layer's window.
 Softmax in float32.
 
-Three forms compute it: kernels for GPUs (model/flash.py) and TPUs (model/splash.py), and here plain XLA, by blocks of queries and, in long
-rows, of keys. In all of them memory grows with the length, not with its square. The backward pass makes a block's scores again from what
-the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum (arXiv 2205.14135).
+Three implementations compute it: kernels for GPUs (model/flash.py) and TPUs (model/splash.py), and plain XLA here, by blocks of queries
+and, in long rows, of keys. In all of them memory grows with the length, not with its square. The backward pass computes a block's scores
+again from what the forward pass kept: queries, keys, values, the result, and the log of each softmax's sum (arXiv 2205.14135).
 """
 
 import functools
@@ -17,14 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtune.errors import ModelError
 from jaxtune.model.layers import softcap
 
-SPANS = 8  # a shorter row is cut into so many spans of blocks, at most; the products of a span leave out the keys after its end
+SPANS = 8  # a shorter row is cut into at most this many spans of blocks; the products of a span omit the keys after its end
 _MANY = 2**30
-UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is no NaN
+UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is not NaN
 
 
 class Tile(NamedTuple):
-    """Tokens of one block in plain XLA: queries, and keys in rows that have more. Large ones keep an accelerator busy; on a CPU the scores
-    of a small one stay in the cache, and more of what no query of a block sees is left out."""
+    """Tokens per block in plain XLA: queries, and keys in rows that have more. Large blocks keep an accelerator busy; on a CPU the scores
+    of a small block stay in the cache, and more of what no query of a block sees is skipped."""
 
     queries: int = 128
     keys: int = 1024
@@ -34,10 +34,10 @@ TILE, CPU_TILE = Tile(), Tile(64, 64)
 
 
 class Keys(NamedTuple):
-    """Where keys (or queries) stand: slot in the row, position in the document, segment; int32 `[B, T]`.
+    """The places of keys (or queries): slot in the row, position in the document, segment; int32 `[B, T]`.
 
-    `parents`, where given, is the segment that a token's own segment goes on from (0: none): a prompt that several answers share.
-    `common`, of keys: bool, whether every segment sees it (virtual tokens).
+    `parents`, if given, is the segment that a token's own segment continues (0: none): a prompt that several answers share. `common`, for
+    keys: bool, whether every segment sees it (virtual tokens).
     """
 
     slots: jax.Array
@@ -48,8 +48,8 @@ class Keys(NamedTuple):
 
 
 def least_seen(positions: jax.Array, window: jax.Array | int) -> jax.Array:
-    """The least position that a token at each of these sees. `window` counts the token itself; 0 is no window, and -n are chunks of n
-    positions, of which it sees its own."""
+    """The least position that a token at each of these positions sees. `window` includes the token itself; 0 is no window, and -n means
+    chunks of n positions, of which a token sees its own."""
     start = jnp.where(window > 0, positions - window + 1, positions - positions % jnp.maximum(-jnp.asarray(window), 1))
     return jnp.where(window == 0, -_MANY, start)
 
@@ -71,9 +71,9 @@ def attend(
 ):  # fmt: skip
     """Grouped-query attention, `[B, T, H, h]` in q's dtype; zeros for a query that sees nothing (padding).
 
-    `cap` bounds the scores (`softcap`). Where there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ...
-    `form`: xla | flash | splash; `tile` is of the first. `sinks_H`: a score of each head that takes its share of every softmax and gives
-    nothing for it (arXiv 2309.17453; GPT-OSS).
+    `cap` bounds the scores (`softcap`). If there are as many keys as queries, both are the same tokens, in slots 0, 1, 2, ... `form`: xla |
+    flash | splash; `tile` applies to xla. `sinks_H`: a score per head that takes part in every softmax and contributes no value (arXiv
+    2309.17453; GPT-OSS).
     """
     B, T, H, h = q_BTHh.shape
     K, S = k_BSKh.shape[2], k_BSKh.shape[1]
@@ -92,11 +92,11 @@ def attend(
 
 
 def _whole(tree: Any, block: int, length: int) -> Any:
-    """Whole blocks of tokens; those after the last have segment 0 and are seen by nobody."""
+    """Pad to whole blocks of tokens; those after the last have segment 0 and are seen by nobody."""
     pad = -length % block
 
     def filled(x):
-        axis = 1 if x.ndim == 2 else x.ndim - 2  # of the tokens: in places, and in what a head has
+        axis = 1 if x.ndim == 2 else x.ndim - 2  # of the tokens: in places, and in the layout of heads
         return jnp.pad(x, [(0, pad if n == axis else 0) for n in range(x.ndim)])
 
     return jax.tree.map(filled, tree) if pad else tree
@@ -112,7 +112,7 @@ class _How(NamedTuple):
 
 
 def _kernel(form: str):
-    """The module of a kernel; loaded when it is used, since that takes a while."""
+    """The module of a kernel; imported when used, since that takes a while."""
     return importlib.import_module(f"jaxtune.model.{form}")
 
 
@@ -164,7 +164,7 @@ def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dqs = []
     for span, seen in _spans(how.tile, q.shape[3], k.shape[2]):
-        # else the queries and keys of all spans are cut out at once, in the forward pass
+        # otherwise the queries and keys of all spans would be cut out at once, in the forward pass
         held: Any = jax.lax.optimization_barrier((q, k, v, dk, dv))
         q, k, v, dk, dv = held
         keys_seen = k[:, :, :seen], v[:, :, :seen], _slots(keys, slice(seen))
@@ -181,13 +181,13 @@ def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
 
 
 def _bias(queries, keys, window):
-    """0 where a query sees a key, else a number that any score vanishes in, `[B, T, S]`. Added, not selected: the constants of a select
-    have the scores' shape, and XLA keeps one for each span through all layers."""
+    """0 where a query sees a key, otherwise a number in which any score vanishes, `[B, T, S]`. Added, not selected: the constants of a
+    select have the scores' shape, and XLA keeps one for each span through all layers."""
     return jnp.where(visible(queries, keys, window), 0.0, UNSEEN)
 
 
 def _block(how, window, q, queries, k, v, keys):
-    """Result and logz of one block of queries: over all keys at once, or block by block of them (online softmax, arXiv 1805.02867)."""
+    """Result and logz of one block of queries: over all keys at once, or block by block (online softmax, arXiv 1805.02867)."""
     if _at_once(how.tile, k):
         out, top, total = _part(how, window, q, queries, k, v, keys)
     else:
@@ -198,13 +198,13 @@ def _block(how, window, q, queries, k, v, keys):
         nothing = jnp.full((*q.shape[:-1], 1), UNSEEN)
         sums = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
         out, top, total = jax.lax.fori_loop(*_needed(how.tile, queries, keys, window), fold, sums)
-    unseen = (top <= UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum passes over NaN, which has to come out as such
+    unseen = (top <= UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum ignores NaN, which must be propagated
     total = jnp.where(unseen, 1, total)
     return jnp.where(unseen, 0, out / total).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
 
 
 def _part(how, window, q, queries, k, v, keys):
-    """What some keys give: the largest score, and under it the sum of weights and of weighted values, float32."""
+    """Partial sums over some keys: the largest score, and relative to it the sum of weights and of weighted values, float32."""
     B, K, G, t, h = q.shape
     scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
     scores += _bias(queries, keys, window)[:, None, None]
@@ -215,7 +215,7 @@ def _part(how, window, q, queries, k, v, keys):
 
 
 def _joined(one, other):
-    """The sums of two parts under the larger of their tops."""
+    """The sums of two parts relative to the larger of their maxima."""
     (out, top, total), (out_2, top_2, total_2) = one, other
     both = jnp.maximum(top, top_2)
     shrink, shrink_2 = jnp.exp(top - both), jnp.exp(top_2 - both)
@@ -223,7 +223,7 @@ def _joined(one, other):
 
 
 def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, totals):
-    """dq of one block of queries, and `totals`, dk and dv so far, with its part added."""
+    """dq of one block of queries, and `totals`, the accumulated dk and dv, with its part added."""
     if _at_once(how.tile, k):
         dq, dk, dv = _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys)
         return dq.astype(q.dtype), totals[0] + dk, totals[1] + dv
@@ -240,7 +240,7 @@ def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, tota
 
 
 def _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
-    """dq, dk, dv of some queries and keys, float32. Scores stand keys first, `[B, K, S, G, t]`, so that two of three products need no
+    """dq, dk, dv for some queries and keys, float32. Scores have keys first, `[B, K, S, G, t]`, so that two of three products need no
     transpose."""
     B, K, G, t, h = q.shape
     flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
@@ -257,7 +257,7 @@ def _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
 
 
 def _product(a, b, a_axis, b_axis):
-    """Batched over the two first axes, contracted over one of each, in float32."""
+    """Batched over the first two axes, contracted over one of each, in float32."""
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
@@ -265,8 +265,8 @@ def _product(a, b, a_axis, b_axis):
 
 
 def _spans(tile: Tile, T: int, S: int) -> list[tuple[slice, int]]:
-    """Where a row of T queries is cut, and how many keys each part may see: all, unless queries and keys are the same tokens. Rows of more
-    keys than a block are not cut: each block of queries leaves out the blocks of keys that it does not need (`_needed`)."""
+    """Where a row of T queries is cut, and how many keys each span may see: all, unless queries and keys are the same tokens. Rows with
+    more keys than a block are not cut: each block of queries skips the blocks of keys that it does not need (`_needed`)."""
     if T != S or S > tile.keys:
         return [(slice(0, T), S)]
     length = tile.queries * -(-T // (tile.queries * SPANS))
@@ -274,7 +274,7 @@ def _spans(tile: Tile, T: int, S: int) -> list[tuple[slice, int]]:
 
 
 def _at_once(tile: Tile, k) -> bool:
-    """Whether the keys are one block: few, or a cache of some other size, which to fill up would be to copy."""
+    """Whether the keys form one block: few, or a cache of another size, which could only be padded by copying it."""
     return k.shape[2] <= tile.keys or k.shape[2] % tile.keys != 0
 
 
@@ -285,8 +285,8 @@ def _key_block(tile: Tile, i, k, v, keys: Keys):
 
 
 def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:
-    """bool `[B, Q, K]`: whether any query of a block may see any key of another, by the least and largest slot, segment and position of
-    each block: documents that lie elsewhere in the row, and later tokens, take no time."""
+    """bool `[B, Q, K]`: whether any query of a block may see any key of another, judged by the least and largest slot, segment and position
+    of each block: documents elsewhere in the row, and later tokens, take no time."""
 
     def least(x, live, block):
         return jnp.where(live, x, _MANY).reshape(x.shape[0], -1, block).min(-1)
@@ -318,7 +318,7 @@ def _slots(keys: Keys, part: slice) -> Keys:
 
 
 def _by_blocks(tile: Tile, function, carry, parts):
-    """`carry, out = function(carry, part)` over blocks of queries, in order; outs side by side again. Blocks grow with a long row: fewer
+    """`carry, out = function(carry, part)` over blocks of queries, in order, with the outs joined again. Blocks grow with a long row: fewer
     steps, and still less memory than the row itself takes."""
     length = parts[0].shape[3]
     if length <= tile.queries:
@@ -337,7 +337,7 @@ def _by_blocks(tile: Tile, function, carry, parts):
         x = jnp.moveaxis(x, 0, 3)
         return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :length]
 
-    def step(state, scanned):  # what comes of a block of queries takes its place: a second array of that size would outlive the layer
+    def step(state, scanned):  # the result of a block of queries replaces it: a second array of that size would outlive the layer
         (carry, blocks), (i, rest) = state, scanned
         carry, out = function(carry, (blocks[i], *rest))
         first, *others = jax.tree.leaves(out)

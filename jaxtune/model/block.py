@@ -1,4 +1,4 @@
-"""One layer: attention and feed-forward around the residual stream. Optional parts are used where the tree has them."""
+"""One layer: attention and feed-forward around the residual stream. Optional parts are used if the tree has them."""
 
 import functools
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ from jaxtune.model.moe import RouterSums, mixture
 from jaxtune.model.rope import rotate
 from jaxtune.model.weight import linear
 
-MIXERS = {DeltaNet: delta_net, Mamba: mamba, ShortConvolution: short_convolution}  # of layers that hand on a state
-FED = frozenset(("down", "experts_down"))  # what layers with a feed-forward part have
-RECOMPUTED = ("full", "offload", "groups")  # ways of `remat` that make a layer again in the backward pass
-LATENT_EPS = 1e-6  # of the norms of latents: transformers', whatever rms_norm_eps is
-CHUNK, PACKED_CHUNK = 1024, 4096  # tokens of a device in the feed-forward part at one time, by how its matrices are kept
+MIXERS = {DeltaNet: delta_net, Mamba: mamba, ShortConvolution: short_convolution}  # of layers that carry a state
+FED = frozenset(("down", "experts_down"))  # parameters of layers with a feed-forward part
+RECOMPUTED = ("full", "offload", "groups")  # `remat` modes that compute a layer again in the backward pass
+LATENT_EPS = 1e-6  # for the norms of latents: transformers' value, whatever rms_norm_eps is
+CHUNK, PACKED_CHUNK = 1024, 4096  # tokens per device in the feed-forward part at a time, by how its matrices are stored
 
 
 def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None):
@@ -43,27 +43,27 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
             mixed = attn if mixed is None else mixed + attn
         return mixed, after
 
-    if config.remat in RECOMPUTED and kv is None:  # of attention, only what its backward pass starts from waits for the rest of the layer
+    if config.remat in RECOMPUTED and kv is None:  # only what attention's backward pass starts from is kept for the rest of the layer
         kept = jax.checkpoint_policies.save_only_these_names("attention")
         attend_to = jax.checkpoint(attend_to, policy=kept)
     attended, sums = x_BTD, None
-    if "o" in w or "conv" in w:  # else the layer is a feed-forward part alone
+    if "o" in w or "conv" in w:  # otherwise the layer is feed-forward only
         attn, kv = attend_to(x_BTD)
         attended = x_BTD + scaled(norm(config, w, "attn_post_norm", attn), config.residual_multiplier)
     if not FED.isdisjoint(w):
         fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
         attended = attended + fed
     x_BTD = attended
-    if "layer_input" in w:  # in the middle of a small gated network beside the layer's own
+    if "layer_input" in w:  # inside a small gated network beside the layer's own
         inner = ACTIVATIONS[config.hidden_act](linear(w["input_gate"], x_BTD)) * w["layer_input"]
         x_BTD = x_BTD + norm(config, w, "input_post_norm", linear(w["input_projection"], inner))
-    if "layer_scale" in w:  # which transformers does not train
+    if "layer_scale" in w:  # transformers does not train it
         x_BTD = x_BTD * jax.lax.stop_gradient(w["layer_scale"]).astype(x_BTD.dtype)
     return x_BTD, kv, sums
 
 
 def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
-    """The norm of that name, or x itself where the tree has none."""
+    """The norm of that name, or x itself if the tree has none."""
     if name == "mlp_norm" and config.shared_norm:
         name = "attn_norm"
     if name not in w and name not in config.bare_norms:
@@ -101,7 +101,7 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
 
 
 def _grown(growth: Growth, q_BTHh: jax.Array, place: Place) -> jax.Array:
-    """Queries by their position; of a layer without positions alone, where the family says so."""
+    """Queries scaled by their position; only for layers without positions, if the family says so."""
     if not growth.rate:
         return q_BTHh
     steps_BT = (place.queries.positions + growth.ahead) // growth.length
@@ -117,7 +117,7 @@ def keys_values(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place)
 
 
 def _turned(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array, place: Place) -> jax.Array:
-    """Queries or keys, normed as `name` says and rotated."""
+    """Queries or keys, normalised by `name` and rotated."""
     if name in config.bare_norms:
         turned = rotate(x_BTHh, place.cos, place.sin, config.interleaved)
         return jnp.where(place.turns, norm(config, {}, name, turned), turned)
@@ -132,8 +132,8 @@ def _value_norm(config: ModelConfig, v_BTKh: jax.Array) -> jax.Array:
 
 
 def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks_H, place: Place, form: str) -> jax.Array:
-    """`attend`; on several devices, where a row's tokens lie on more than one or a kernel computes it, each device's own queries over the
-    keys and values of the whole row: the compiler cannot divide a kernel."""
+    """`attend`. On several devices, if a row's tokens are on more than one or a kernel is used, each device computes its own queries over
+    the keys and values of the whole row: the compiler cannot partition a kernel."""
 
     def over(q, k, v, sinks_H, queries, keys, window):
         scale, cap, tile = config.attention_scale, config.attention_softcap, config.attention_tile
@@ -152,10 +152,10 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
 
 
 def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and what the result's gate is made of, `[B, T, H, h]` (None: it has none).
+    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and the input of the result's gate, `[B, T, H, h]` (None without a gate).
 
-    From three matrices, or from one that stacks all queries, all keys, all values ("qkv"), or the queries of each head of keys, that head,
-    its values ("qkv_by_head"), or from latents; a gate comes with the queries, head by head ("q_and_gate").
+    From three matrices; from one that stacks all queries, all keys, all values ("qkv"), or the queries of each key head, that head and its
+    values ("qkv_by_head"); or from latents. A gate comes with the queries, head by head ("q_and_gate").
     """
     if config.latent is not None:
         return *_from_latents(config, config.latent, w, x_BTD), None
@@ -170,7 +170,7 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     else:
         names = [name for name in ("q", "q_and_gate", "k", "v") if name in w]
         parts = [linear(w[name], x_BTD, w.get(f"{name}_bias")) for name in names]
-        parts += parts[-1:] * (3 - len(parts))  # values that are the keys; of a layer that is given both, nothing
+        parts += parts[-1:] * (3 - len(parts))  # values equal to the keys; nothing for a layer that is given both
     if config.qkv_clip:
         parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
     if "q_and_gate" in w:
@@ -181,7 +181,7 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
 
 
 def _from_latents(config: ModelConfig, latent: Latent, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What turns comes first in a head, here, so that it turns as in any model; values are filled up with zeros to a key's size."""
+    """The rotated part comes first in a head here, as in any other model; values are padded with zeros to a key's size."""
 
     def linear_of(name, x):
         return linear(w[name], x, w.get(f"{name}_bias"))
@@ -212,7 +212,7 @@ def _head_norm(config: ModelConfig, w: Mapping, name: str, x_BTHh: jax.Array) ->
 
 
 def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tuple[jax.Array, RouterSums | None]:
-    """What the feed-forward part adds to the residual stream; of long rows chunk by chunk of tokens, so that `[T, F]` is never there."""
+    """What the feed-forward part adds to the residual stream; long rows in chunks of tokens, so that `[T, F]` never exists."""
 
     def whole(x_BTD):
         fed, sums = feed_forward(config, w, norm(config, w, "mlp_norm", x_BTD), place, x_BTD)
@@ -223,18 +223,18 @@ def _fed(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place) -> tup
     if chunks == 1:
         return whole(x_BTD)
     w = dict(w)  # cut out of the stack once, not for each chunk
-    if not split(config.mesh, "data", "fsdp"):  # rows one after the other: chunks are then cut out without a copy
+    if not split(config.mesh, "data", "fsdp"):  # rows one after the other, so that chunks are cut out without a copy
         B, T = 1, B * T
     size = -(-T // chunks)
     parts = jnp.pad(x_BTD.reshape(B, T, D), ((0, 0), (0, size * chunks - T), (0, 0))).reshape(B, chunks, size, D).swapaxes(0, 1)
-    # not computed twice: in the backward pass nothing asks for what the layer's own second forward pass would make here
+    # not computed twice: the backward pass does not need what the layer's own second forward pass would compute here
     fed = jax.lax.map(jax.checkpoint(lambda part: whole(part)[0], prevent_cse=False), parts)
     return fed.swapaxes(0, 1).reshape(B, -1, D)[:, :T].reshape(x_BTD.shape), None
 
 
 def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
-    """How many parts a row's tokens are cut into: 1 where experts sort tokens, where a row lies on several devices, and where dropout draws
-    one mask for all tokens."""
+    """How many chunks a row's tokens are cut into: 1 if experts sort tokens, if a row is on several devices, and if dropout draws one mask
+    for all tokens."""
     if "experts_down" in w or split(config.mesh, "sequence"):
         return 1
     names = ("gate", "up", "gate_up", "down")
@@ -242,7 +242,7 @@ def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
         return 1
     rows = 1 if config.mesh is None else config.mesh.shape["data"] * config.mesh.shape["fsdp"]
-    # each chunk unpacks packed matrices again: with 4096 tokens that is a tenth of the products' time, with 1024 nearly half
+    # each chunk dequantises packed matrices again: with 4096 tokens that is a tenth of the products' time, with 1024 nearly half
     packed = any(leaf.dtype in (jnp.uint8, jnp.int8) for leaf in leaves)
     return max(1, tokens // rows // (config.mlp_chunk or (PACKED_CHUNK if packed else CHUNK)))
 
@@ -250,9 +250,9 @@ def _chunks(config: ModelConfig, w: Mapping, tokens: int) -> int:
 def feed_forward(
     config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, entered_BTD: jax.Array
 ) -> tuple[jax.Array, RouterSums | None]:
-    """`down(act(gate x) * up x)`, `down(act(up x))` where there is no gate, or a mixture of experts (and one that all tokens share).
+    """`down(act(gate x) * up x)`, `down(act(up x))` without a gate, or a mixture of experts (possibly with a shared one for all tokens).
 
-    entered  x before its norm: what Gemma 4's experts are given, beside a dense part of the layer, each with norms of its own
+    entered  x before its norm: the input of Gemma 4's experts, beside a dense part of the layer, each with its own norms
     """
     if "experts_down" not in w:
         return _mlp(config, w, x_BTD), None
@@ -272,7 +272,7 @@ def feed_forward(
 
 
 def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") -> jax.Array:
-    """The feed-forward network whose names begin with `prefix`."""
+    """The feed-forward network whose parameters begin with `prefix`."""
     act = ACTIVATIONS.get(config.hidden_act) or functools.partial(
         xielu, **{name: w[f"act_{name}"] for name in ("alpha_p", "alpha_n", "beta", "eps")}
     )
@@ -285,7 +285,7 @@ def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") ->
         inner = act(gate) * up
     elif f"{prefix}gate" in w:
         gate = project("gate", x_BTD)
-        # One after the other, backward too, where their unpacked matrices would else be there at once.
+        # One after the other, also backward, because otherwise their dequantised matrices would exist at the same time.
         gate, x_BTD = jax.lax.optimization_barrier((gate, x_BTD))
         inner = act(scaled(gate, config.multipliers.gate)) * project("up", x_BTD)
     else:

@@ -1,5 +1,5 @@
-"""The short convolution of layers that hand a state from token to token, over a token's own document, and the layer that is nothing else
-(LFM2's, arXiv 2511.23404)."""
+"""The short convolution of layers that carry a state from token to token, within a token's own document, and the layer that consists of
+nothing else (LFM2's, arXiv 2511.23404)."""
 
 from collections.abc import Mapping
 
@@ -17,17 +17,18 @@ from jaxtune.model.weight import linear
 def short_convolution(
     config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None
 ) -> tuple[jax.Array, Memory | None]:
-    """The mixer of such a layer: `out(c * convolution(b * u))` of `b, c, u = in_bcu x`, and the memory with these tokens taken in."""
+    """The mixer of such a layer: `out(c * convolution(b * u))` for `b, c, u = in_bcu x`, and the memory updated with these tokens."""
     b_BTC, c_BTC, u_BTC = jnp.split(checkpoint_name(linear(w["in_bcu"], x_BTD, w.get("in_bcu_bias")), "attention"), 3, axis=-1)
     first_BT = begins(place.queries, None if kv is None else place.keys)
-    gated_BTC = constrain(config.mesh, b_BTC * u_BTC, "rows", None, "heads")  # a row's tokens together: each sees those before it
+    # a row's tokens on one device: each depends on those before it
+    gated_BTC = constrain(config.mesh, b_BTC * u_BTC, "rows", None, "heads")
     mixed_BTC, tail = convolution(w["conv"][:, 0], gated_BTC, first_BT, None if kv is None else at(kv.tail, place.number))
     kv = kv if kv is None else kv._replace(tail=put(kv.tail, tail, place.number))
     return linear(w["out"], c_BTC * mixed_BTC, w.get("out_bias")), kv
 
 
 def begins(queries: Keys, keys: Keys | None) -> jax.Array:
-    """bool `[B, T]`: whether a token is the first of its document (or of padding). `keys`, of a cache: what came before them."""
+    """bool `[B, T]`: whether a token is the first of its document (or of padding). `keys`, with a cache: the previous tokens' places."""
     now, before = queries.segments, jnp.zeros_like(queries.segments[:, :1])
     if keys is not None:
         before = jax.lax.dynamic_slice_in_dim(keys.segments, jnp.maximum(queries.slots[0, 0] - 1, 0), 1, axis=1)
@@ -35,21 +36,21 @@ def begins(queries: Keys, keys: Keys | None) -> jax.Array:
 
 
 def at(stacked: jax.Array, number: jax.Array) -> jax.Array:
-    """What a layer keeps, out of the memory's stack."""
+    """What a layer keeps, from the memory's stack."""
     return jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False)
 
 
 def put(stacked: jax.Array, own: jax.Array, number: jax.Array) -> jax.Array:
-    """The memory's stack with what a layer keeps now."""
+    """The memory's stack with a layer's new values."""
     return jax.lax.dynamic_update_index_in_dim(stacked, own.astype(stacked.dtype), number, 0)
 
 
 def convolution(
     w_CW: jax.Array, x_BTC: jax.Array, begins_BT: jax.Array, tail_BWC: jax.Array | None = None, bias_C: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`sum_j w[:, W - 1 - j] x_{t - j} + bias` of each channel over the token's own document, in x's dtype; and the new tail.
+    """`sum_j w[:, W - 1 - j] x_{t - j} + bias` for each channel within the token's own document, in x's dtype; and the new tail.
 
-    `tail_BWC`: the last W - 1 tokens before these, 0 where they are of another document than the last; None: there are none.
+    `tail_BWC`: the W - 1 tokens before these, 0 if they belong to another document than the last one; None: there are none.
     """
     (B, T, C), W = x_BTC.shape, w_CW.shape[1]
     tail_BWC = jnp.zeros((B, W - 1, C), x_BTC.dtype) if tail_BWC is None else tail_BWC

@@ -1,6 +1,6 @@
 """The decoder: tokens -> hidden states -> logits, as pure functions of (config, params).
 
-Layers of one kind make a stack: stacks are model/stack.py, one layer model/block.py.
+model/stack.py runs a stack of identical layers, model/block.py one layer.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from jaxtune.model.weight import linear, rows
 
 
 class Cache(struct.PyTreeNode):
-    """What the layers keep of the tokens so far, and where keys and values stand, `[B, S]`; `length` slots are filled."""
+    """What the layers keep of the tokens so far, and the places of keys and values, `[B, S]`; `length` slots are filled."""
 
     memory: Memory
     positions: jax.Array
@@ -49,8 +49,8 @@ def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
 
 
 class Output(NamedTuple):
-    """What the decoder gives: `hidden_BTD` after the final norm, the cache with these tokens added (None without one), and where the
-    routers of expert layers sent the tokens (`moe.load_balancing_loss`; None without experts)."""
+    """The decoder's result: `hidden_BTD` after the final norm, the cache with these tokens added (None without one), and where the routers
+    of expert layers sent the tokens (`moe.load_balancing_loss`; None without experts)."""
 
     hidden_BTD: jax.Array
     cache: Cache | None
@@ -58,12 +58,12 @@ class Output(NamedTuple):
 
 
 def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings `[B, T, D]` in the compute dtype, as transformers' embedding layer gives them; padding gets no gradient."""
+    """Token embeddings `[B, T, D]` in the compute dtype, as from transformers' embedding layer; padding gets no gradient."""
     return lookup(config, params["embed"], tokens_BT, config.embed_scale)
 
 
 def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, keys: Keys) -> tuple[jax.Array, Shared]:
-    """What the first layer is given, of embeddings `[B, T, D]`, and what all layers share."""
+    """The first layer's input for embeddings `[B, T, D]`, and what all layers share."""
     if config.embedding_multiplier != 1.0:
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
@@ -86,10 +86,9 @@ def hidden(
 ) -> Output:
     """Hidden states after the final norm.
 
-    Positions default to 0, 1, 2, ... and segments to 1 (no padding). With `cache`, the tokens follow those in it.
-    `embeds_BTD` stands in for the token embeddings (noise, soft prompts). `parents_BT`: the segment that a token's own segment goes on
-    from, which it sees too (0: none); its positions then go on from there. `first`: virtual tokens come before these, where the tree has
-    some (None: where there is no cache).
+    Positions default to 0, 1, 2, ... and segments to 1 (no padding). With `cache`, the tokens follow those in it. `embeds_BTD` replaces the
+    token embeddings (noise, soft prompts). `parents_BT`: the segment that a token's own segment continues and can see (0: none); its
+    positions then continue from there. `first`: whether virtual tokens precede these, if the tree has some (None: without a cache).
     """
     (B, T), given = tokens_BT.shape, positions_BT is not None
     if config.carries_state and (parents_BT is not None or virtual.count(params)):
@@ -101,7 +100,7 @@ def hidden(
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) + (0 if cache is None else cache.length)
     x_BTD = embed(config, params, tokens_BT) if embeds_BTD is None else embeds_BTD.astype(config.dtype)
     P, first = virtual.count(params), cache is None if first is None else first
-    if P and (first or given):  # else the cache's length counts them
+    if P and (first or given):  # otherwise the cache's length counts them
         positions_BT = positions_BT + P
     if P and first:
         x_BTD, T = virtual.before(params, x_BTD), T + P
@@ -135,13 +134,13 @@ def hidden(
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
-    """Logits, float32 `[B, T, V]`, of int32 tokens `[B, T]`, at every place: those at t are of the token after it.
+    """Logits, float32 `[B, T, V]`, for int32 tokens `[B, T]`, at every position: those at t predict the token after it.
 
-    A token sees those before it of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask will
-    do); all 1 where it is left out. `positions_BT`: places inside a document; 0, 1, 2, ... of the row where they are left out. Pure: may
-    be jitted, differentiated by `params`, vmapped, and given arrays that lie on a mesh. Derivatives are taken in reverse: `jax.grad`, and
-    of dense or 8-bit weights without experts a `jax.grad` of it; `jax.jvp` is not defined. Raises ModelError for tokens of another shape or
-    kind, and (not when traced) for those that the vocabulary lacks.
+    A token sees the earlier tokens of its own segment. `segments_BT`: 0 is padding, 1, 2, ... documents (a tokenizer's attention_mask
+    works); by default all 1. `positions_BT`: positions inside a document; by default 0, 1, 2, ... of the row. Pure: may be jitted,
+    differentiated by `params`, vmapped, and given arrays sharded over a mesh. Only reverse-mode derivatives are defined: `jax.grad`, and
+    for dense or 8-bit weights without experts a `jax.grad` of it; not `jax.jvp`. Raises ModelError for tokens of another shape or type, and
+    (except when traced) for those that the vocabulary lacks.
     """
     check_argument("config", config, ModelConfig, "write jt.forward(model.config, model.params, tokens)")
     tokens_BT = jnp.asarray(tokens_BT)
@@ -150,7 +149,7 @@ def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, seg
         hint = "one row is tokens[None]" if whole else "tokens.astype(int)"
         raise ModelError(f"the tokens are {tokens_BT.dtype} {list(tokens_BT.shape)}; they have to be whole numbers [B, T]: {hint}")
     if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.is_fully_addressable:
-        known = np.asarray(tokens_BT)  # inside another function's trace too, where jnp would make tracers of constants
+        known = np.asarray(tokens_BT)  # also inside another function's trace, where jnp would turn constants into tracers
         least, most = int(known.min()), int(known.max())
         if least < 0 or most >= config.vocab_size:
             raise ModelError(f"the tokens are from {least} to {most}; this model's are from 0 to {config.vocab_size - 1}")
@@ -164,24 +163,24 @@ def logits(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
 
 
 def scores(config: ModelConfig, params: dict, hidden_D: jax.Array) -> jax.Array:
-    """float32 scores `[..., num_labels]` of hidden states `[..., D]` by a scoring head; the product is taken in float32."""
+    """float32 scores `[..., num_labels]` of hidden states `[..., D]` by a scoring head; the product is computed in float32."""
     return linear(params["score"], hidden_D.astype(jnp.float32), params.get("score_bias"))
 
 
 def values(params: dict, hidden_D: jax.Array) -> jax.Array:
-    """float32 values `[...]` of hidden states `[..., D]` by a value head; the product is taken in float32."""
+    """float32 values `[...]` of hidden states `[..., D]` by a value head; the product is computed in float32."""
     return linear(params["value"], hidden_D.astype(jnp.float32), params["value_bias"])[..., 0]
 
 
 def logits_transform(config: ModelConfig, raw_logits: jax.Array) -> jax.Array:
-    """What a family does to the head's output, elementwise: `logits / scaling`, then `cap * tanh(logits / cap)`."""
+    """A family's elementwise transform of the head's output: `logits / scaling`, then `cap * tanh(logits / cap)`."""
     if config.logits_scaling != 1.0:
         raw_logits = raw_logits / config.logits_scaling
     return softcap(raw_logits, config.logits_softcap)
 
 
 def output_head(params: dict) -> dict:
-    """What makes logits: the matrix `head [V, D]`, the embedding itself where it is tied, and `head_bias [V]` where there is one.
+    """What produces logits: the matrix `head [V, D]`, or the tied embedding, and `head_bias [V]` if there is one.
 
     Raises ModelError for a model that scores instead.
     """

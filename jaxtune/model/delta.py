@@ -1,12 +1,15 @@
-"""Linear attention by the gated delta rule (Gated DeltaNet, arXiv 2412.06464): a layer keeps one matrix a head, whatever the text's length.
+"""Linear attention by the gated delta rule (Gated DeltaNet, arXiv 2412.06464): a layer keeps one matrix per head, whatever the text's
+length.
 
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T,    o_t = S_t^T q_t
 
-Tokens are taken in chunks: inside a chunk the updates are one triangular system, solved by products (arXiv 2406.06484), so that a row is a
-few products a chunk and one step of a scan. The backward pass makes a block of chunks again from the state that entered it: what is kept
-are the inputs and a state every `BLOCK` tokens. At a document's first token the state is 0 again, and the convolution looks no further.
+Tokens are processed in chunks: inside a chunk the updates are one triangular system, solved by products (arXiv 2406.06484), so that a row
+is a few products per chunk and one step of a scan. The backward pass computes a block of chunks again from the state that entered it: only
+the inputs and a state every `BLOCK` tokens are kept. At a document's first token the state is reset to 0, and the convolution looks no
+further back.
 
-Mamba-2's layers (model/mamba.py) are the same without what is erased, and with queries and keys as long as they are (arXiv 2405.21060):
+Mamba-2's layers (model/mamba.py) are the same without the erasing term, and with queries and keys that are not normalised (arXiv
+2405.21060):
 
     S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T,    o_t = S_t^T q_t
 """
@@ -32,12 +35,12 @@ CHUNK, BLOCK = 64, 512  # tokens
 
 
 def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None) -> tuple[jax.Array, Memory | None]:
-    """The mixer of a linear layer: `out(norm(rule(convolution(in_qkv x))) * silu(in_z x))`, and the memory with these tokens taken in."""
+    """The mixer of a linear layer: `out(norm(rule(convolution(in_qkv x))) * silu(in_z x))`, and the memory updated with these tokens."""
     assert config.delta is not None
     (B, T, _), d = x_BTD.shape, config.delta
 
     def whole(x: jax.Array, *shape: int) -> jax.Array:
-        """Heads where they are on the mesh, a row's tokens together: a state goes through all of them."""
+        """Heads sharded over the mesh, a row's tokens on one device: the state passes through all of them."""
         x = x.reshape(B, T, *shape)
         return constrain(config.mesh, x, "rows", None, "heads", *(None,) * (x.ndim - 3))
 
@@ -62,8 +65,8 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
 
 
 def _projections(d: DeltaNet, w: Mapping, x_BTD: jax.Array) -> list[jax.Array]:
-    """Queries, keys and values of all heads, the gate, and what writing and decay are made of: from a matrix each, or from two that go
-    head of keys by head of keys (Qwen 3 Next)."""
+    """Queries, keys and values of all heads, the gate, and the inputs of writing and decay: from one matrix each, or from two that are
+    ordered by key head (Qwen 3 Next)."""
 
     def projected(name: str) -> jax.Array:
         return linear(w[name], x_BTD, w.get(f"{name}_bias"))
@@ -89,17 +92,16 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`o [B, T, H, v]` in v's dtype and the state after the last token, float32 `[B, H, k, v]`, computed in float32.
 
-    q, k: queries and keys of K heads, each shared by H / K consecutive heads of values; both are taken at length 1, queries then times
-    k^-1/2. g: log of the decay, at most 0. beta: how much of
-    a value is written, 0 to 1. begins: tokens that the state is 0 before. state: that before the first token; None: 0. erases: False is
-    Mamba-2's rule.
+    q, k: queries and keys of K heads, each shared by H / K consecutive value heads; both are normalised to length 1, queries then
+    multiplied by k^-1/2. g: log of the decay, at most 0. beta: how much of a value is written, 0 to 1. begins: tokens before which the
+    state is 0. state: that before the first token; None: 0. erases: False is Mamba-2's rule.
     """
     (B, T, K, k), (H, v) = k_BTKk.shape, v_BTHv.shape[2:]
     state = jnp.zeros((B, H, k, v), jnp.float32) if state_BHkv is None else state_BHkv.astype(jnp.float32)
     C = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // C)
     blocks = -(-chunks * C // BLOCK)
-    size = -(-chunks // blocks)  # chunks of a block
+    size = -(-chunks // blocks)  # chunks per block
 
     def cut(x, heads):
         """`[blocks, chunks, B, K, H / K, C, ...]`; tokens after the last write nothing and forget nothing."""
@@ -164,12 +166,12 @@ def _block(erases, state, part):
     q, k, v = (_unit(q) * q.shape[-1] ** -0.5, _unit(k), v) if erases else (q, k, v)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     place = jnp.arange(q.shape[-2])
-    number = jnp.cumsum(begins, axis=-1)  # documents begun in the chunk: the state that enters is seen by those in none
+    number = jnp.cumsum(begins, axis=-1)  # documents begun in the chunk: only tokens before the first one see the state that enters
     before = (number[..., :, None] == number[..., None, :]) & (place[:, None] >= place)
     g = jnp.cumsum(g, axis=-1)
     decay = jnp.exp(jnp.where(before, g[..., :, None] - g[..., None, :], -jnp.inf))
-    entered = jnp.where(number == 0, jnp.exp(g), 0)[..., None]  # of the state that enters, what is left at a token
-    left = jnp.where(number == number[..., -1:], jnp.exp(g[..., -1:] - g), 0)[..., None]  # of a token, what is left at the end
+    entered = jnp.where(number == 0, jnp.exp(g), 0)[..., None]  # the part of the entering state that is left at a token
+    left = jnp.where(number == number[..., -1:], jnp.exp(g[..., -1:] - g), 0)[..., None]  # the part of a token that is left at the end
 
     written, read = beta[..., None] * v, None
     if erases:
@@ -197,9 +199,10 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _inverse(a: jax.Array) -> jax.Array:
-    """`(1 + a)^-1` of strictly lower triangular matrices `[..., C, C]`, C a power of 2.
+    """`(1 + a)^-1` for strictly lower triangular matrices `[..., C, C]`, C a power of 2.
 
-    By doubling: with X the inverse of the blocks of size s on the diagonal, that of size 2 s is `X - X a X` with what lies between two.
+    By doubling: if X is the inverse of the diagonal blocks of size s, that for size 2 s is `X - X a X` with the part of a between two
+    blocks.
     """
     place = jnp.arange(a.shape[-1])
     x = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)

@@ -1,4 +1,4 @@
-"""Rows of a table by token, as transformers' embedding layer gives them."""
+"""Rows of a table by token, as from transformers' embedding layer."""
 
 import jax
 import jax.numpy as jnp
@@ -13,5 +13,5 @@ def lookup(config: ModelConfig, table: Matrix, tokens_BT: jax.Array, scale: floa
     x = rows(table, tokens_BT, config.dtype)
     if config.padding_idx is not None:
         x = jnp.where((tokens_BT == config.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
-    x = constrain(config.mesh, x, "groups", "tokens", "width")  # rows then come together by an exchange
-    return x if scale == 1.0 else x * jnp.asarray(scale, config.dtype)  # rounded first, as Gemma does
+    x = constrain(config.mesh, x, "groups", "tokens", "width")  # rows are then gathered by an exchange
+    return x if scale == 1.0 else x * jnp.asarray(scale, config.dtype)  # rounded first, as in Gemma

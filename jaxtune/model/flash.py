@@ -1,7 +1,7 @@
 """Attention as a GPU kernel (Pallas, compiled by Triton): scores exist for one tile at a time, forward and backward (arXiv 2307.08691).
 
-It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. A program takes one
-block of queries (for the derivatives of keys and values: of keys), and goes from the first tile that it needs to the last.
+It supports what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. A program handles
+one block of queries (of keys, for the derivatives of keys and values), and iterates over the tiles that it needs.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from jaxtune.model import tiles
 from jaxtune.model.attention import Keys, needed
 
 INTERPRET = False  # on a CPU, for tests
-BLOCK = 128  # rows are filled up to multiples of this, as all sizes of tiles are
+BLOCK = 128  # rows are padded to multiples of this, like all tile sizes
 
 
 class _Size(NamedTuple):
-    """A tile's queries and keys; warps of a program; stages of its pipeline of loads."""
+    """A tile's queries and keys; warps per program; stages of its load pipeline."""
 
     q: int
     k: int
@@ -27,7 +27,7 @@ class _Size(NamedTuple):
     stages: int
 
 
-# by bytes of a head: forward and backward. Each fits the 99 KiB of shared memory of consumer cards.
+# by bytes per head: forward and backward. Each fits the 99 KiB of shared memory of consumer cards.
 SIZES = {
     128: (_Size(128, 64, 4, 3), _Size(64, 64, 4, 2)),
     256: (_Size(128, 64, 8, 2), _Size(64, 64, 8, 1)),
@@ -37,12 +37,12 @@ SIZES = {
 
 
 def block(length: int) -> int:
-    """Rows of so many tokens come in multiples of this."""
+    """Rows of that many tokens come in multiples of this."""
     return BLOCK
 
 
 def forward(how, q, k, v, queries: Keys, keys: Keys, window):
-    """Result `[B, K, G, T, h]` and logz `[B, K, G, T]` of q `[B, K, G, T, h]`, k and v `[B, K, S, h]`."""
+    """Result `[B, K, G, T, h]` and logz `[B, K, G, T]` for q `[B, K, G, T, h]`, k and v `[B, K, S, h]`."""
     size, h, parents = _size(q, 0), q.shape[-1], queries.parents is not None
     needs = tiles.ranges(needed(queries, keys, window, size.q, size.k))
 
@@ -107,7 +107,7 @@ def _place(table, here, axis: int, parents: bool = False) -> tiles.Place:
 
 
 def _load(h: int, ref, *index):
-    """A tile of heads of size h, filled up with zeros (`_width`)."""
+    """A tile of heads of size h, padded with zeros (`_width`)."""
     width = ref.shape[-1]
     ref = ref.at[*index, :] if index else ref
     return ref[...] if width == h else triton.load(ref, mask=(jnp.arange(width) < h)[None], other=0)
@@ -125,7 +125,7 @@ def _store(h: int, ref, x) -> None:
 
 
 class _View(NamedTuple):
-    """The grid, and the parts of queries, keys, their places, the needed tiles, and numbers of queries (logz)."""
+    """The grid, and the parts of queries, keys, their places, the needed tiles, and per-query numbers (logz)."""
 
     grid: tuple[int, ...]
     q: pl.BlockSpec
@@ -168,7 +168,7 @@ def _by_key(q, k, size: _Size) -> _View:
 
 
 def _width(h: int) -> int:
-    """Of a tile of heads: a power of two, and at least as wide as a product has to be."""
+    """The width of a tile of heads: a power of two, and at least as wide as a product requires."""
     return max(16, pl.next_power_of_2(h))
 
 
@@ -177,7 +177,7 @@ def _size(q, backward: int) -> _Size:
 
 
 def _call(kernel, view: _View, size: _Size, arrays, q=(), k=(), number=()):
-    """Run a kernel; `q`, `k`, `number`: arrays that its results look like, in this order."""
+    """Run a kernel; `q`, `k`, `number`: arrays that its results have the shapes of, in this order."""
     inputs = [view.q, view.k, view.k, view.q_places, view.k_places, view.needs, view.q, view.number, view.number]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*q, *k)] + [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in number]
     return pl.pallas_call(

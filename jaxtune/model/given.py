@@ -1,7 +1,8 @@
-"""What layers are given beside the residual stream: inputs of their own, and keys and values of a layer before them (Gemma 3n and 4).
+"""What layers get besides the residual stream: their own inputs, and keys and values of an earlier layer (Gemma 3n and 4).
 
-Both are leaves of a layer's tree beside its weights, `[layers of the stack, ...]`, so that stacks, their backward passes and gradients know
-nothing of them. A layer whose keys and values others take is a stack of its own: they are made of its input before it, and given to it too.
+Both are leaves of a layer's tree beside its weights, `[layers of the stack, ...]`, so that stacks, their backward passes and gradients need
+no special case. A layer whose keys and values others use is a separate stack: they are computed from its input before it runs, and given to
+it too.
 """
 
 import jax
@@ -24,7 +25,7 @@ class Given:
         self.inputs_LBTP = inputs(config, params, tokens_BT, x_BTD) if config.layer_inputs[1] else None
 
     def to(self, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared) -> dict:
-        """A stack's weights with what its layers are given; `x_BTD` is the input of the first stack of its pattern."""
+        """A stack's weights together with what its layers are given; `x_BTD` is the input of the first stack of its pattern."""
         layers, given = self.config.stacks[stack], {}
         if self.inputs_LBTP is not None:
             given["layer_input"] = self.inputs_LBTP[np.asarray(layers)]
@@ -39,7 +40,7 @@ class Given:
 
 
 def inputs(config: ModelConfig, params: dict, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """`(norm(projection x / sqrt(D)) + sqrt(P) embedding) / sqrt(2)`, `[L, B, T, P]`: P numbers of each token for each layer."""
+    """`(norm(projection x / sqrt(D)) + sqrt(P) embedding) / sqrt(2)`, `[L, B, T, P]`: P numbers per token and layer."""
     w, (L, P) = params["layer_inputs"], (config.num_layers, config.layer_inputs[1])
     own = constrain(config.mesh, lookup(config, w["embed"], tokens_BT, P**0.5), "rows", "tokens", None)
     projection = jax.tree.map(lambda leaf: cut(leaf, jnp.zeros((), jnp.int32)), w["projection"])

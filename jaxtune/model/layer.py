@@ -1,4 +1,4 @@
-"""One layer of a stack: where it works, and its weights, cut out of the stack where they are used."""
+"""One layer of a stack: its settings, and its weights, cut out of the stack where they are used."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from jaxtune.model.spec import spec
 
 
 class Shared(NamedTuple):
-    """What all layers work with: rotations `[R, B, T, h / 2]` and the tokens' places."""
+    """What all layers share: rotations `[R, B, T, h / 2]` and the tokens' places."""
 
     cos: jax.Array
     sin: jax.Array
@@ -26,13 +26,13 @@ class Shared(NamedTuple):
 
 
 def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
-    """`x_BTD` after layer `number` of the stack, whose weights are `w`; the cache's memory and its router's sums."""
+    """`x_BTD` after layer `number` of the stack with the weights `w`; the cache's memory and the router's sums."""
     x_BTD, kv, sums = block(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared), kv)
     return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
 
 
 def made_before(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array, shared: Shared) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of the one layer of a stack, which later layers take too, from its input."""
+    """Keys and values of the only layer of a stack, which later layers use too, from its input."""
     number = jnp.zeros((), jnp.int32)
     w = Layer(config, stack, weights, number)
     return keys_values(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared))
@@ -44,18 +44,18 @@ def _place(config: ModelConfig, stack: int, number: jax.Array, shared: Shared) -
     window = jnp.asarray([config.layer_windows[i] for i in layers])[number]
     keeping = (*config.memories, *([config.recurrent.layers] if config.recurrent else []))
     sources = [config.kv_source(i) for i in layers]
-    group = next((n for n, own in enumerate(keeping) if sources[0] in own), None)  # a feed-forward part alone keeps nothing
+    group = next((n for n, own in enumerate(keeping) if sources[0] in own), None)  # a feed-forward-only layer keeps nothing
     slot = number if group is None else jnp.asarray([keeping[group].index(i) for i in sources])[number]
-    pairs = config.at(layers[0]).head_dim // 2  # of a narrower head than the widest
+    pairs = config.at(layers[0]).head_dim // 2  # if its heads are narrower than the widest
     cos, sin = shared.cos[rope][..., :pairs], shared.sin[rope][..., :pairs]
     turns = jnp.asarray([config.layer_ropes[i] >= 0 for i in layers])[number]
     return Place(cos, sin, window, shared.queries, shared.keys, slot, group or 0, turns)
 
 
 class Layer(Mapping):
-    """One layer's weights by name, each cut out of the stack where it is asked for: cut ahead of a checkpoint, they would be kept for it.
+    """One layer's weights by name, each cut out of the stack where it is used: if cut before a checkpoint, they would be kept for it.
 
-    `own`: leaves that come from elsewhere (those that a gradient is taken of), by their path in `weights`, such as `q` or `q/a`.
+    `own`: leaves that come from elsewhere (those with a gradient), by their path in `weights`, such as `q` or `q/a`.
     """
 
     def __init__(self, config: ModelConfig, stack: int, weights: dict, number: jax.Array, own: dict[str, jax.Array] | None = None):
@@ -91,10 +91,11 @@ def cut(leaf: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def opened(config: ModelConfig, stack: int, weights: dict):
-    """What to cut layers out of, and `whole(layer, number)`, which makes a layer's weights of what was cut: packed matrices come together
-    over the mesh, and the kernel takes 4-bit ones from their stack.
+    """What to cut layers out of, and `whole(layer, number)`, which turns the cut part into a layer's weights: quantised matrices are
+    gathered over the mesh, and the kernel reads 4-bit ones from their stack.
 
-    The kernel only in a step, which knows on which devices the arguments are: a kernel is not cut over them by itself."""
+    The kernel is used only in a step, which knows the devices of its arguments: a kernel is not partitioned automatically.
+    """
     if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
         return weights, lambda layer, number: _brought(config, stack, layer)
     weights, put = nf4_kernel.hold(weights, config.mesh)
@@ -102,8 +103,8 @@ def opened(config: ModelConfig, stack: int, weights: dict):
 
 
 def _brought(config: ModelConfig, stack: int, layer: dict) -> dict:
-    """A layer's packed matrices, brought together over `fsdp` as they are packed: left to itself, the compiler unpacks them first and
-    moves eight times the bytes."""
+    """A layer's quantised matrices, gathered over `fsdp` in quantised form: by itself, the compiler dequantises them first and moves eight
+    times the bytes."""
     if config.mesh is None:
         return layer
     axes = {path.removeprefix(f"layers/{stack}/"): row.axes for path, row in spec(config).items()}
@@ -112,7 +113,7 @@ def _brought(config: ModelConfig, stack: int, layer: dict) -> dict:
         if not isinstance(leaf, NF4 | Int8) or (isinstance(leaf, NF4) and leaf.absmax.shape[-1] != leaf.shape[0]):
             return leaf
         names = [axis if axis != "embed" else None for axis in axes[name][1:]]
-        if isinstance(leaf, NF4):  # packed the other way round
+        if isinstance(leaf, NF4):  # stored transposed
             names[-2:] = names[:-3:-1]
         fields = {"codes": leaf.codes, "absmax": leaf.absmax}
         return leaf.replace(**{name: constrain(config.mesh, x, *names[: x.ndim]) for name, x in fields.items() if x is not None})

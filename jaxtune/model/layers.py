@@ -1,4 +1,4 @@
-"""Activations and norms, by the names that config.json and `ModelConfig.norm` give them."""
+"""Activations and norms, by their names in config.json and `ModelConfig.norm`."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`cap * tanh(x / cap)`: at most `cap` (Gemma 2, arXiv 2408.00118); x itself where cap is 0."""
+    """`cap * tanh(x / cap)`: at most `cap` (Gemma 2, arXiv 2408.00118); x itself if cap is 0."""
     return x if cap == 0.0 else cap * jnp.tanh(x / cap)
 
 
@@ -32,8 +32,8 @@ def scaled(x: jax.Array, by: float) -> jax.Array:
 
 
 def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
-    """`p x^2 + beta x` above 0, else `n (exp(min(x, eps)) - 1 - x) + beta x`, in float32, of `p = softplus(alpha_p)` and
-    `n = beta + softplus(alpha_n)` (arXiv 2411.13010). Beta and eps stand still."""
+    """`p x^2 + beta x` above 0, else `n (exp(min(x, eps)) - 1 - x) + beta x`, in float32, with `p = softplus(alpha_p)` and `n = beta +
+    softplus(alpha_n)` (arXiv 2411.13010). Beta and eps are constants."""
     alpha_p, alpha_n, beta, eps = (parameter.astype(jnp.float32) for parameter in (alpha_p, alpha_n, beta, eps))
     beta, eps, x32 = jax.lax.stop_gradient(beta), jax.lax.stop_gradient(eps), x.astype(jnp.float32)
     above = jax.nn.softplus(alpha_p) * jnp.square(x32)
@@ -47,17 +47,17 @@ def _rms(x: jax.Array, eps: float) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the product in x's dtype, as Llama does."""
+    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the product in x's dtype, as in Llama."""
     return _rms(x, eps).astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rms_norm_float32(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
-    """The same with the product in float32 too, as OLMo 2 does."""
+    """The same with the product in float32 too, as in OLMo 2."""
     return (_rms(x, eps) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def rms_norm_offset(x: jax.Array, scale: jax.Array, bias: None, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` in float32, as Gemma does."""
+    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` in float32, as in Gemma."""
     return (_rms(x, eps) * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
@@ -69,7 +69,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: floa
 
 
 def layer_norm_offset(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """The same with `1 + scale`, as Nemotron does."""
+    """The same with `1 + scale`, as in Nemotron."""
     return layer_norm(x, 1.0 + scale.astype(jnp.float32), bias, eps)
 
 

@@ -1,14 +1,14 @@
-"""Where activations lie on a mesh, by the names of their axes; nothing where the model computes on one device.
+"""The sharding of activations on a mesh, by the names of their axes; does nothing if the model computes on one device.
 
-The compiler would find a layout by itself, but not always the one that was meant: gradients of weights that are cut along their input
-pull activations over to be cut along their width, and every layer then moves all tokens between all devices.
+The compiler would choose a layout by itself, but not always the intended one: gradients of weights that are sharded along their input make
+it shard activations along their width, and every layer then moves all tokens between all devices.
 """
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-ROWS = ("data", "fsdp")  # the axes of the mesh that hold different rows of a batch
-# "groups" and "width": rows and columns as a lookup in a table that is cut along its width finds them, before each row is put together
+ROWS = ("data", "fsdp")  # the mesh axes that hold different rows of a batch
+# "groups" and "width": rows and columns as found by a lookup in a table sharded along its width, before each row is gathered
 RULES = {
     "rows": ROWS, "groups": "data", "width": "fsdp", "tokens": "sequence",
     "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor",
@@ -16,7 +16,7 @@ RULES = {
 
 
 def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by one logical axis name (or None: whole) per dimension. A dimension that does not divide stays whole."""
+    """`x` sharded by one logical axis name (or None: whole) per dimension. A dimension that is not divisible stays whole."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, x.shape, axes)))
@@ -35,10 +35,10 @@ def partition(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) 
 
 
 def split(mesh: Mesh | None, *axes: str) -> bool:
-    """Whether any of these axes of the mesh has more than one device."""
+    """Whether any of these mesh axes has more than one device."""
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
 
 
 def each_part(function, mesh: Mesh, in_specs, out_specs, axes: frozenset[str]):
-    """`function` on each device's part along `axes` of the mesh (the compiler keeps the others): `jax.shard_map`."""
+    """`function` on each device's part along `axes` of the mesh (the compiler handles the others): `jax.shard_map`."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)

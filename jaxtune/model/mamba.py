@@ -17,7 +17,7 @@ from jaxtune.model.weight import linear
 
 
 def mamba(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: Memory | None) -> tuple[jax.Array, Memory | None]:
-    """The mixer of such a layer, and the memory with these tokens taken in.
+    """The mixer of such a layer, and the memory updated with these tokens.
 
     gate, u, dt = in_gudt x,    x, B, C = act(convolution(u)),    dt = softplus(dt + dt_bias)
     S_t = exp(-exp(a_log) dt_t) S_{t-1} + dt_t B_t x_t^T,    y_t = S_t^T C_t + skip x_t,    out(norm(y * silu(gate)))
@@ -28,7 +28,7 @@ def mamba(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
     (B, T, _), m = x_BTD.shape, config.mamba
 
     def whole(x: jax.Array, *shape: int) -> jax.Array:
-        """Heads where they are on the mesh, a row's tokens together: a state goes through all of them."""
+        """Heads sharded over the mesh, a row's tokens on one device: the state passes through all of them."""
         x = x.reshape(B, T, *shape)
         return constrain(config.mesh, x, "rows", None, "heads", *(None,) * (x.ndim - 3))
 

@@ -1,4 +1,4 @@
-"""What a layer is given beside its input: where it works, and what layers keep of the tokens before."""
+"""A layer's settings besides its input, and what layers keep of the previous tokens."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtune.model.attention import Keys
 
 
 class Place(NamedTuple):
-    """Where a layer works: its rotation, its window, the tokens' places, its slice of the memory; whether it turns queries and keys."""
+    """A layer's settings: its rotation, its window, the tokens' places, its slice of the memory; whether it rotates queries and keys."""
 
     cos: jax.Array
     sin: jax.Array
@@ -21,9 +21,9 @@ class Place(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is kept of the tokens so far: by attention layers their keys and values, `[L, B, S, K, h]` for each of
-    `ModelConfig.memories`; by those of `ModelConfig.recurrent` what the convolution looks back at, `[L, B, W - 1, C]`, and perhaps a state,
-    float32 `[L, B, H, k, v]`. None where there is none."""
+    """What is kept of the tokens so far: for attention layers their keys and values, `[L, B, S, K, h]` for each of `ModelConfig.memories`;
+    for those of `ModelConfig.recurrent` the last tokens of the convolution, `[L, B, W - 1, C]`, and possibly a state, float32 `[L, B, H, k,
+    v]`. None for nothing."""
 
     k: tuple[jax.Array, ...] = ()
     v: tuple[jax.Array, ...] = ()

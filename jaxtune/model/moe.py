@@ -1,4 +1,5 @@
-"""Mixture of experts (arXiv 1701.06538, 2401.04088): every token through its likeliest experts, all experts in one ragged product."""
+"""Mixture of experts (arXiv 1701.06538, 2401.04088): every token passes through its most likely experts, all experts in one ragged product.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,17 +15,18 @@ from jaxtune.model.weight import grouped, linear
 
 
 class RouterSums(NamedTuple):
-    """Where tokens went, summed over tokens and layers, float32: add up over micro-batches and layers, then `load_balancing_loss`."""
+    """Routing statistics, summed over tokens and layers, float32: add them up over micro-batches and layers, then apply
+    `load_balancing_loss`."""
 
     assignments_E: jax.Array  # how often each expert was chosen
     probabilities_E: jax.Array  # the router's probability of each expert
-    tokens: jax.Array  # [], how many tokens (a token counts in each layer)
+    tokens: jax.Array  # [], the number of tokens (counted once per layer)
 
 
 def load_balancing_loss(sums: RouterSums) -> jax.Array:
     """`E * sum_e f_e P_e`, float32 `[]`: f_e assignments and P_e probability per token (arXiv 2101.03961, eq. 4 to 6).
 
-    Pooled over layers as transformers does. Least, `experts_per_token`, where all experts get equal shares. The loss adds
+    Pooled over layers as in transformers. The minimum is `experts_per_token`, if all experts get equal shares. The loss adds
     `config.moe.aux_loss_coef` times this.
     """
     tokens = jnp.maximum(sums.tokens, 1.0)
@@ -32,9 +34,9 @@ def load_balancing_loss(sums: RouterSums) -> jax.Array:
 
 
 def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
-    """The feed-forward of an expert layer, `[B, T, D]`, and the router's sums over tokens that are `live` (not padding).
+    """The feed-forward part of an expert layer, `[B, T, D]`, and the router's sums over `live` tokens (not padding).
 
-    On a mesh each device sorts its own tokens, and the layer's experts come to it: sorting all tokens would bring all of them to each.
+    On a mesh each device sorts its own tokens and gathers the layer's experts: sorting all tokens would gather all of them on each device.
     """
     mesh, axes = config.mesh, (*ROWS, "sequence")
     if mesh is None or not split(mesh, *axes):
@@ -52,7 +54,7 @@ def mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arra
 
 
 def _asked(config: ModelConfig, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the router is given and what the experts are: x; of Gemma 4, whose x is not normed yet, `norm(x) scale / sqrt(D)` and another
+    """The inputs of the router and of the experts: x; for Gemma 4, whose x is not normalised yet, `norm(x) scale / sqrt(D)` and another
     norm of x."""
     if "router_scale" not in w:
         return x_ND, x_ND
@@ -62,8 +64,8 @@ def _asked(config: ModelConfig, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array,
 
 
 def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
-    """The router's probabilities `[N, E]`, the chosen experts' weights and numbers `[N, C]`, and the numbers of the likeliest ones, which
-    the load-balancing loss counts (transformers)."""
+    """The router's probabilities `[N, E]`, the chosen experts' weights and numbers `[N, C]`, and the numbers of the most likely ones, which
+    the load-balancing loss counts (as in transformers)."""
     x_ND = x_ND.astype(jnp.float32) if moe.float32 else x_ND
     logits_NE = linear(w["router" if "router" in w else "router_proj"], x_ND, w.get("router_bias")).astype(jnp.float32)
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
@@ -71,7 +73,7 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         weights_NC, chosen_NC = _near(moe.near, logits_NE)
         return probs_NE, weights_NC, chosen_NC, chosen_NC
     scores_NE = choice_NE = jax.nn.sigmoid(logits_NE) if moe.sigmoid else probs_NE
-    if "router_correction" in w:  # of the choice alone: what balances the experts' load in place of a loss (arXiv 2408.15664)
+    if "router_correction" in w:  # affects only the choice: balances the experts' load instead of a loss (arXiv 2408.15664)
         choice_NE = scores_NE + w["router_correction"].reshape(-1)
     if moe.groups[0] > 1:
         choice_NE = _within_groups(moe, choice_NE)
@@ -89,8 +91,8 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _near(near: float, logits_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Phi 3.5's two experts and their weights `[N, 2]` (arXiv 2409.12136, as without noise): the likeliest of all, then of the others, each
-    by a softmax over those whose logits are at most `2 near` of its own (or theirs, if that is larger) below it."""
+    """Phi 3.5's two experts and their weights `[N, 2]` (arXiv 2409.12136, without noise): the most likely of all, then of the others, each
+    by a softmax over those whose logits are at most `2 near` of its own (or theirs, if larger) below it."""
     weights, chosen, left_NE = [], [], logits_NE
     for _ in range(2):
         best_N1 = left_NE.argmax(-1, keepdims=True)
@@ -104,7 +106,7 @@ def _near(near: float, logits_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _within_groups(moe: Moe, choice_NE: jax.Array) -> jax.Array:
-    """`choice_NE`, -inf outside the groups that a token goes to: those with the largest score (DeepSeek-V2), or with sigmoids the largest
+    """`choice_NE`, -inf outside the groups that a token may use: those with the largest score (DeepSeek-V2), or with sigmoids the largest
     sum of two (V3)."""
     groups, taken = moe.groups
     of_group = choice_NE.reshape(choice_NE.shape[0], groups, -1)
@@ -129,7 +131,7 @@ def _mixture(config: ModelConfig, w: Mapping, x_BTD: jax.Array, live_BT: jax.Arr
     x_ND = linear(w["latent_in"], x_ND, w.get("latent_in_bias")) if config.moe.latent_size else x_ND
     probs_NE, weights_NC, chosen_NC, counted_NC = _routed(config.moe, w, asking_ND)
 
-    order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, expert by expert
+    order = jnp.argsort(chosen_NC.reshape(-1), stable=True)  # (token, choice) pairs, sorted by expert
     sizes_E = jnp.bincount(chosen_NC.reshape(-1), length=E)
     rows = x_ND[order // chosen_of]
 

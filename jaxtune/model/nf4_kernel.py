@@ -1,7 +1,7 @@
-"""A 4-bit matrix times activations on a TPU, unpacked tile by tile in VMEM (Pallas, Mosaic): the dense matrix is never in HBM.
+"""A 4-bit matrix times activations on a TPU, dequantised tile by tile in VMEM (Pallas, Mosaic): the dense matrix is never in HBM.
 
-The products and what they round are those of `NF4.dense` and a plain product: `code[codes] * absmax` in float32, rounded to x's dtype,
-summed in float32. Only the order of the sum differs.
+Products and rounding are those of `NF4.dense` and a plain product: `code[codes] * absmax` in float32, rounded to x's dtype, summed in
+float32. Only the order of the sum differs.
 """
 
 import functools
@@ -20,17 +20,17 @@ from jaxtune.model.layout import each_part, partition, split
 from jaxtune.model.quant import CODES, NF4, Packed, quantize
 from jaxtune.model.weight import is_weight
 
-LANES, SUBLANES_8BIT = 128, 32  # of a TPU's registers, which memory is laid out for
-TOKENS_BYTES = 4096  # bytes of a column of x that are there at one time: 2048 tokens in bfloat16
-SIDES, SMALL = (512, 384, 256, 128), 1024  # of a tile; inputs up to SMALL that none divides are taken whole
+LANES, SUBLANES_8BIT = 128, 32  # of a TPU's registers, which determine the memory layout
+TOKENS_BYTES = 4096  # bytes of a column of x that are loaded at a time: 2048 tokens in bfloat16
+SIDES, SMALL = (512, 384, 256, 128), 1024  # of a tile; inputs up to SMALL without such a divisor are taken whole
 VMEM = 32 * 2**20
 
 
 class Held(Packed):
-    """A 4-bit matrix whose codes stay in a stack of layers: `stack [L, in / 2, out]`, in which it is `number` (int32 `[]`).
+    """A 4-bit matrix whose codes stay in a stack of layers: number `number` (int32 `[]`) of `stack [L, in / 2, out]`.
 
-    A loop over layers would cut the layer's codes out, and a kernel takes whole arrays: each would be copied before it is read.
-    On `mesh` the matrix is whole everywhere and each device multiplies its own tokens.
+    A loop over layers would cut the layer's codes out, and a kernel takes whole arrays: each would be copied before it is read. On `mesh`
+    the matrix is whole on every device, and each device multiplies its own tokens.
     """
 
     matrix: NF4  # without its codes
@@ -39,11 +39,11 @@ class Held(Packed):
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     def product(self, x: jax.Array, back: bool = False) -> jax.Array:
-        """`x W^T`, or with `back` `x W`; by the kernel where the matrix has tiles."""
+        """`x W^T`, or with `back` `x W`; by the kernel if the matrix has suitable tiles."""
         matrix = self.matrix
         if tiles(x.size // x.shape[-1], matrix.shape, matrix.block_size, x.dtype, back) is None:
             return super().product(x, back)
-        # behind a barrier for the scales, which are made for each product
+        # behind a barrier for the scales, which are computed for each product
         absmax, offset, x = jax.lax.optimization_barrier((matrix.absmax, matrix.nested_offset, x))
         scales = matrix.replace(absmax=absmax, nested_offset=offset).scales()
 
@@ -71,16 +71,17 @@ class Held(Packed):
 
 
 def chosen(asked: str, platform: str) -> str:
-    """`auto`, `xla` or `pallas`, as asked for -> what is done on that platform: `xla` or `pallas`. ConfigError where there is no kernel."""
+    """`auto`, `xla` or `pallas` as requested -> what that platform uses: `xla` or `pallas`. ConfigError if there is no kernel."""
     if asked == "pallas" and platform != "tpu":
         raise ConfigError(f"quantization_kernel: pallas is for TPUs, and this computes on a {platform}; write auto or xla")
     return ("pallas" if platform == "tpu" else "xla") if asked == "auto" else asked
 
 
 def prove() -> None:
-    """Unpack a small matrix by the kernel on the device at hand, both ways, and compare it bit by bit with `NF4.dense`.
+    """Dequantise a small matrix with the kernel on the local device, both ways, and compare it bit by bit with `NF4.dense`.
 
-    No TPU was there when the kernel was written: it was tested in interpret mode and compiled for TPUs. A second at the start of a run.
+    No TPU was available when the kernel was written: it was tested in interpret mode and compiled for TPUs. Takes a second at the start of
+    a run.
     """
     w = jax.random.normal(jax.random.key(0), (128, 256))
     leaf = cast(NF4, quantize(w, "nf4-dq"))
@@ -92,7 +93,7 @@ def prove() -> None:
 
 
 def prove_for(config: ModelConfig, params: dict) -> None:
-    """`prove`, for a model that the kernel will multiply by."""
+    """`prove`, for a model that will use the kernel."""
     packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(params, is_leaf=is_weight))
     if packed and config.quantization_kernel == "pallas":
         prove()
@@ -100,7 +101,7 @@ def prove_for(config: ModelConfig, params: dict) -> None:
 
 def hold(layers, mesh: Mesh | None = None):
     """A tree of stacks without the codes of its 4-bit matrices, to be scanned over, and `put(layer, number)`, which makes `Held` of one
-    layer's part of them. Experts stay as they are, and codes that a mesh has cut are brought together by the layer before `put`."""
+    layer's part. Experts stay as they are, and codes that are sharded over a mesh are gathered by the layer before `put`."""
     stacks, cut = [], split(mesh, "fsdp")
 
     def is_4bit(leaf):
@@ -128,7 +129,7 @@ def hold(layers, mesh: Mesh | None = None):
 
 
 class Tiles(NamedTuple):
-    """What is there at one time: tokens, inputs and outputs of the matrix."""
+    """Sizes of one tile: tokens, inputs and outputs of the matrix."""
 
     tokens: int
     width: int
@@ -136,9 +137,10 @@ class Tiles(NamedTuple):
 
 
 def tiles(tokens: int, shape: tuple[int, int], block_size: int, dtype, back: bool) -> Tiles | None:
-    """The tiles of `x [tokens, in] W^T` (`back`: of `dy [tokens, out] W`) for a matrix `shape` `(out, in)`, whatever the tokens.
+    """The tiles of `x [tokens, in] W^T` (with `back`: of `dy [tokens, out] W`) for a matrix `shape` `(out, in)`, for any number of tokens.
 
-    None where it has none: blocks that do not end with the rows or are no multiple of 64, sides below 128, a summed side that none divides.
+    None if it has none: blocks that do not end with the rows or are no multiple of 64, sides below 128, a summed side without a suitable
+    divisor.
     """
     out, width = shape
     if width % block_size or block_size % (2 * SUBLANES_8BIT):
@@ -159,7 +161,7 @@ def _dividing(size: int, sides) -> int | None:
 
 
 def _covering(size: int, sides) -> int | None:
-    """The side whose tiles, the last part-filled, take least; each costs about as much as 32 columns more would."""
+    """The tile side with the least cost, counting a partly filled last tile; each tile costs about as much as 32 more columns."""
     return min((side for side in sides if side <= size), key=lambda side: -(-size // side) * (side + 32), default=None)
 
 
@@ -170,7 +172,7 @@ def product(
 ) -> jax.Array:
     """`x [M, in] W^T -> [M, out]`, or `x [M, out] W -> [M, in]` with `back`, in x's dtype.
 
-    codes   uint8 `[L, in / 2, out]`, as `NF4` packs them, of which matrix `layer` (int32 `[]`) is meant: no slice is copied
+    codes   uint8 `[L, in / 2, out]`, as packed by `NF4`; matrix `layer` (int32 `[]`) is used without copying a slice
     scales  float32 `[in / block_size, out]`, absmax of that matrix
     code    the 16 values
     """
@@ -215,11 +217,11 @@ def _kernel(_, x_ref, codes_ref, scales_ref, y_ref, w_ref, sum_ref, *, code, blo
 
 
 def unpack_tile(codes_ref, scales_ref, w_ref, tile, code: tuple[float, ...], block_size: int) -> None:
-    """Fill `w_ref [width, out]`, the inputs `tile * width` onwards, from `codes_ref [width / 2, out]` and the scales of all inputs."""
+    """Fill `w_ref [width, out]`, the inputs from `tile * width` on, from `codes_ref [width / 2, out]` and the scales of all inputs."""
     half, blocks = block_size // 2, w_ref.shape[0] // block_size
     for block in range(blocks):
         codes = codes_ref[block * half : (block + 1) * half, :].astype(jnp.int32)
-        # a part-filled last tile of the backward product goes beyond the scales, and what it makes there is not kept
+        # a partly filled last tile of the backward product reads beyond the scales, and its result there is discarded
         row = jnp.minimum(tile * blocks + block, scales_ref.shape[0] - 1)
         scale = scales_ref[pl.ds(row, 1), :]
         for start, part in ((0, codes & 0xF), (half, codes >> 4)):
@@ -228,7 +230,7 @@ def unpack_tile(codes_ref, scales_ref, w_ref, tile, code: tuple[float, ...], blo
 
 
 def _look_up(codes: jax.Array, code: tuple[float, ...]) -> jax.Array:
-    """`code[codes]`: one permutation of lanes for each register, from a register that holds the 16 values again and again."""
+    """`code[codes]`: one permutation of lanes per register, from a register that holds the 16 values repeatedly."""
     rows, out = codes.shape
     lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) % 16
     table = jnp.zeros((rows, LANES), jnp.float32)

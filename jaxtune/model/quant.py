@@ -1,7 +1,7 @@
-"""Packed matrices: 4-bit NF4 / FP4 (QLoRA, arXiv 2305.14314) and int8 (LLM.int8, arXiv 2208.07339), as bitsandbytes packs them.
+"""Quantised matrices: 4-bit NF4 / FP4 (QLoRA, arXiv 2305.14314) and int8 (LLM.int8, arXiv 2208.07339), as in bitsandbytes.
 
-Blocks run over the flattened matrix, as in bitsandbytes, so that its checkpoints load without being quantised again.
-Everything here is for one matrix `[out, in]`; stacks of layers carry a leading axis on every field.
+Blocks run over the flattened matrix, as in bitsandbytes, so that its checkpoints load without being quantised again. Everything here is for
+one matrix `[out, in]`; stacks of layers have a leading axis on every field.
 """
 
 import functools
@@ -28,25 +28,25 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @functools.cache
 def dynamic_map() -> np.ndarray:
-    """bitsandbytes' signed 8-bit dynamic map, 256 sorted float32 values (embedded: its own arithmetic depends on the CPU)."""
+    """bitsandbytes' signed 8-bit dynamic map, 256 sorted float32 values (embedded, because its own arithmetic depends on the CPU)."""
     positive = np.asarray(_DYNAMIC_POSITIVE, np.float32)
     return np.concatenate([-positive[:-1][::-1], np.zeros(1, np.float32), positive])
 
 
 class Packed(Weight):
-    """A frozen matrix that is made anew for each product, forward and backward.
+    """A frozen matrix that is dequantised for each product, forward and backward.
 
-    XLA would rather keep it: it computes equal things once, ahead of time, and lays matrices that multiply the same x side by side. So
-    each product has its matrix and its x behind a barrier of its own (`dense_beside`). The codes stay outside: behind a barrier they
-    would be copied out of the stack of layers.
+    XLA would rather keep the dense matrix: it computes equal things once, ahead of time, and concatenates matrices that multiply the same
+    x. So each product has its matrix and its x behind its own barrier (`dense_beside`). The codes stay outside: behind a barrier they would
+    be copied out of the stack of layers.
     """
 
     def apply(self, x: jax.Array) -> jax.Array:
-        """`x W^T`; the backward pass unpacks the matrix again."""
+        """`x W^T`; the backward pass dequantises the matrix again."""
         return _packed_matmul(self, x)
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Each row times its expert's matrix; the backward pass unpacks them again."""
+        """Each row times its expert's matrix; the backward pass dequantises them again."""
         return _packed_grouped(self, x, sizes)
 
     def product(self, x: jax.Array, back: bool = False) -> jax.Array:
@@ -62,16 +62,16 @@ class Packed(Weight):
 class NF4(Packed):
     """A 4-bit matrix: `W = code[codes] * absmax`, one absmax for every `block_size` elements of the flattened matrix.
 
-    codes          uint8 `[cols / 2, rows]`, two codes a byte: in each block the first half of its elements in the low nibbles, the second
-                   in the high ones. `(rows, cols)` is `(out, in)` where blocks end with the rows and `(1, out * in, padded to whole
-                   blocks)` where they do not.
-    absmax         float32 `[cols / block_size, rows]`, or uint8 codes of `dynamic_map` when `nested_absmax` is there
+    codes          uint8 `[cols / 2, rows]`, two codes per byte: in each block the first half of its elements in the low nibbles, the second
+                   in the high ones. `(rows, cols)` is `(out, in)` if blocks end with the rows, and otherwise `(1, out * in, padded to whole
+                   blocks)`.
+    absmax         float32 `[cols / block_size, rows]`, or uint8 codes of `dynamic_map` if there is a `nested_absmax`
     nested_absmax  float32 `[ceil(blocks / 256)]` and
-    nested_offset  float32 `[]`: double quantisation, `absmax = dynamic_map[absmax] * nested_absmax + nested_offset`, 256 blocks of the
-                   flattened matrix to one
+    nested_offset  float32 `[]`: double quantisation, `absmax = dynamic_map[absmax] * nested_absmax + nested_offset`, with one nested_absmax
+                   per 256 blocks of the flattened matrix
 
-    What a block is and holds is bitsandbytes'; where it lies is not: in this order a TPU's tiles are unpacked where they are, and no
-    backend interleaves (docs/decisions.md; convert/bitsandbytes.py knows the order of the files).
+    The content of a block is bitsandbytes'; its layout is not: in this order a TPU's tiles are dequantised in place, and no backend
+    interleaves (docs/decisions.md; convert/bitsandbytes.py knows the order in files).
     """
 
     codes: jax.Array
@@ -91,7 +91,7 @@ class NF4(Packed):
         return jnp.asarray(dynamic_map())[self.absmax] * nested + self.nested_offset
 
     def dense(self, dtype, code: jax.Array | None = None) -> jax.Array:
-        """`[out, in]`; products in float32, then cast, as bitsandbytes does. `code`: the 16 values, if they come from elsewhere."""
+        """`[out, in]`; products in float32, then cast, as in bitsandbytes. `code`: the 16 values, if they come from elsewhere."""
         code = jnp.asarray(CODES[self.kind], jnp.float32) if code is None else code
         values = _look_up(unpack(self.codes, self.block_size), code, self.kind)
         blocks = values.reshape(-1, self.block_size, values.shape[-1]) * self.scales()[:, None]
@@ -107,15 +107,15 @@ class NF4(Packed):
 
 
 def pack(nibbles, block_size: int):
-    """Codes `[..., rows, cols]` of 0 to 15, two a byte in the order of `NF4.codes`, `[..., cols / 2, rows]`; numpy or jax arrays."""
+    """Codes `[..., rows, cols]` of 0 to 15, two per byte in the order of `NF4.codes`, `[..., cols / 2, rows]`; numpy or jax arrays."""
     *lead, rows, cols = nibbles.shape
     halves = nibbles.reshape(*lead, rows, cols // block_size, 2, block_size // 2)
     return (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*lead, rows, cols // 2).swapaxes(-1, -2)
 
 
 def unpack(codes: jax.Array, block_size: int) -> jax.Array:
-    """Codes 0 to 15, one a byte, `[..., cols, rows]`, of `NF4.codes`."""
-    if not jnp.issubdtype(codes.dtype, jnp.integer):  # jax 0.10 takes another residual for them, where it linearises a product twice
+    """Codes 0 to 15, one per byte, `[..., cols, rows]`, from `NF4.codes`."""
+    if not jnp.issubdtype(codes.dtype, jnp.integer):  # when it linearises a product twice, jax 0.10 needs another residual for them
         raise ModelError("no second derivative is taken through a 4-bit matrix; load the model with quantization=None or 'int8'")
     *lead, half, rows = codes.shape
     blocks = codes.reshape(*lead, -1, block_size // 2, rows)
@@ -123,7 +123,7 @@ def unpack(codes: jax.Array, block_size: int) -> jax.Array:
 
 
 def _look_up(codes: jax.Array, code: jax.Array, kind: str) -> jax.Array:
-    """`code[codes]`. A TPU has no gather to speak of and selects from the constants; the others would keep those at the matrix's size."""
+    """`code[codes]`. A TPU has no fast gather and selects from the constants; other backends would keep those at the matrix's size."""
 
     def select(codes, code):
         return _select(codes, CODES[kind])
@@ -141,7 +141,7 @@ def _select(codes: jax.Array, values) -> jax.Array:
 
 
 class Int8(Packed):
-    """`W = codes * absmax / 127`, one absmax per row (LLM.int8's weights; activations stay in their own dtype)."""
+    """`W = codes * absmax / 127`, one absmax per row (LLM.int8's weights; activations keep their own dtype)."""
 
     codes: jax.Array  # int8 [out, in]
     absmax: jax.Array  # float32 [out]
@@ -182,7 +182,7 @@ def _packed_grouped_fwd(w, x, sizes):
 
 
 def _packed_grouped_bwd(residuals, dy):
-    (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # else the forward pass's dense experts are kept for this
+    (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # otherwise the forward pass's dense experts would be kept for this
     return None, jax.lax.ragged_dot(dy, jax.vmap(lambda w: w.dense(dy.dtype))(w), sizes), None
 
 
@@ -193,7 +193,7 @@ _packed_grouped.defvjp(_packed_grouped_fwd, _packed_grouped_bwd)
 
 
 def quantize(w, kind: str, block_size: int = 64) -> Weight:
-    """One dense matrix `[out, in]` packed as `kind`: "nf4", "nf4-dq", "fp4", "fp4-dq" or "int8" (the keys of `QUANTIZERS`)."""
+    """One dense matrix `[out, in]` quantised as `kind`: "nf4", "nf4-dq", "fp4", "fp4-dq" or "int8" (the keys of `QUANTIZERS`)."""
     return QUANTIZERS[kind](w, block_size)
 
 
@@ -213,14 +213,14 @@ def abstract(kind: str, shape: tuple[int, int], block_size: int = 64) -> Weight:
 
 @functools.partial(jax.jit, static_argnames=("block_size", "kind"))
 def _quantize_blocks(w, block_size: int, kind: str):
-    """Codes and absmax as `NF4` holds them; the arithmetic of bitsandbytes' CPU kernel, ties included."""
+    """Codes and absmax in `NF4`'s layout, with the arithmetic of bitsandbytes' CPU kernel, including ties."""
     out, width = w.shape
     flat = w.astype(jnp.float32).reshape(-1)
     pad = -flat.size % block_size
     rows = out if width % block_size == 0 else 1
     blocks = jnp.pad(flat, (0, pad)).reshape(rows, -1, block_size)
     absmax = jnp.abs(blocks).max(-1)
-    # bitsandbytes divides by max(absmax, 1e-38). XLA counts that number as 0, and 0 / 0 would give a block of zeros another code than 7
+    # bitsandbytes divides by max(absmax, 1e-38). XLA treats that number as 0, and 0 / 0 would give a block of zeros another code than 7
     inverse = jnp.where(absmax > 0, 1.0 / absmax, 0.0)
     scaled = jnp.clip(blocks * inverse[..., None], -1.0, 1.0)
     if pad:  # bitsandbytes divides in the last, partial block and multiplies by the reciprocal elsewhere
@@ -244,7 +244,7 @@ def _quantize_4bit(w, block_size: int, kind: str, nested: bool) -> NF4:
 
 
 def nest(leaf: NF4) -> NF4:
-    """Double quantisation of the scales: nearest value of the dynamic map to `(absmax - mean) / nested_absmax`."""
+    """Double quantisation of the scales: the nearest value of the dynamic map to `(absmax - mean) / nested_absmax`."""
     absmax = np.asarray(leaf.absmax).T  # in the matrix's order
     offset = np.float32(absmax.mean(dtype=np.float64))
     centred = (absmax - offset).reshape(-1)
@@ -259,7 +259,7 @@ def nest(leaf: NF4) -> NF4:
 
 
 def _quantize_int8(w, block_size: int = 0) -> Int8:
-    """LLM.int8's weights: rounded to float16 first, then `round(w * (127 / absmax))` per row, as bitsandbytes does."""
+    """LLM.int8's weights: first rounded to float16, then `round(w * (127 / absmax))` per row, as in bitsandbytes."""
     w = np.asarray(w).astype(np.float16).astype(np.float32)
     absmax = np.abs(w).max(-1)
     inverse = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0)

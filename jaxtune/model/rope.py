@@ -1,7 +1,7 @@
-"""Rotary position embeddings (arXiv 2104.09864), as Hugging Face computes them, with the context-extension schemes of config.json.
+"""Rotary position embeddings (arXiv 2104.09864), as in Hugging Face, with the context-extension schemes of config.json.
 
-"dynamic" and "longrope" choose their frequencies by the length of the text. transformers takes the longest row of the batch; here it is the
-document itself, so that a text's result does not depend on what it is batched or packed with. One text at a time, both are the same.
+"dynamic" and "longrope" choose their frequencies by the length of the text. transformers uses the longest row of the batch; here it is the
+document itself, so that a text's result does not depend on what it is batched or packed with. For a single text, both are the same.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from jaxtune.errors import ModelError
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """One rotary scheme: the first `dim` dimensions of a head turn, with frequencies from `theta` changed as `kind` says."""
+    """One rotary scheme: the first `dim` dimensions of a head are rotated, with frequencies from `theta` changed according to `kind`."""
 
     dim: int
     theta: float = 10000.0
     kind: str = "default"
     factor: float = 1.0
-    original_max: int = 0  # the length the model was first trained at (dynamic, llama3, longrope, yarn)
-    attention_factor: float = 1.0  # cos and sin times this (longrope, yarn)
+    original_max: int = 0  # the length of the model's first training (dynamic, llama3, longrope, yarn)
+    attention_factor: float = 1.0  # multiplies cos and sin (longrope, yarn)
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
@@ -34,19 +34,19 @@ class Rope:
     short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency
     long_factor: tuple[float, ...] = ()  # longrope
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
-    partial_rotary_factor: float = 1.0  # proportional: the share of the pairs that turn at all
-    interleaved: bool = False  # neighbours turn together, not halves of a head; the same in all of a model's schemes
+    partial_rotary_factor: float = 1.0  # proportional: the share of the pairs that are rotated at all
+    interleaved: bool = False  # pairs are neighbours, not halves of a head; the same in all of a model's schemes
 
     @property
     def pairs(self) -> int:
-        """Frequencies: one for each two dimensions. An odd `dim` is rounded up, as transformers does."""
+        """The number of frequencies: one per two dimensions. An odd `dim` is rounded up, as in transformers."""
         return (self.dim + 1) // 2
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) -> "Rope":
         """From config.json: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4).
 
-        `ModelError` for an unknown kind or one whose settings are missing.
+        ModelError for an unknown kind or missing settings.
         """
         said = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         if not isinstance(said, Mapping):
@@ -83,15 +83,15 @@ class Rope:
         return rope
 
     def frequencies(self, length_BT: jax.Array | None = None) -> np.ndarray | jax.Array:
-        """Angle per position, float32 `[dim / 2]`; `[B, T, dim / 2]` where it depends on `length_BT`, the length of each token's text.
+        """Angle per position, float32 `[dim / 2]`; `[B, T, dim / 2]` if it depends on `length_BT`, the length of each token's text.
 
-        Without lengths, those of a text no longer than `original_max`.
+        Without lengths, those for a text no longer than `original_max`.
         """
         return KINDS[self.kind](self, length_BT)
 
 
 def _check_settings(given: Mapping[str, Any]) -> None:
-    """ModelError for a setting that is no number above 0 (or list of them) where one is needed."""
+    """ModelError for a setting that must be a number above 0 (or a list of them) and is not."""
 
     def positive(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
@@ -120,7 +120,7 @@ _NEEDED = {
 
 
 def _attention_factor(rope: Rope, given: Mapping[str, Any], hf: Mapping[str, Any]) -> float:
-    """What cos and sin are multiplied by, said outright or following from the factor."""
+    """The factor of cos and sin, given explicitly or derived from the scheme's factor."""
     if "attention_factor" in given:
         return float(given["attention_factor"])
     if rope.kind == "longrope":
@@ -160,7 +160,7 @@ def _dynamic(rope: Rope, length_BT=None):
 
 
 def _llama3(rope: Rope, length_BT=None) -> np.ndarray:
-    """Long wavelengths slowed by `factor`, short ones kept, those between blended."""
+    """Long wavelengths are slowed by `factor`, short ones kept, those in between blended."""
     f = _default(rope)
     wavelength = 2 * math.pi / f
     between = rope.high_freq_factor - rope.low_freq_factor or 1e-30  # Llama 4 blends none
@@ -169,7 +169,8 @@ def _llama3(rope: Rope, length_BT=None) -> np.ndarray:
 
 
 def _yarn(rope: Rope, length_BT=None) -> np.ndarray:
-    """As llama3, blended over dimensions between those that turn `beta_fast` and `beta_slow` times in `original_max` (arXiv 2309.00071)."""
+    """Like llama3, blended over the dimensions that make between `beta_fast` and `beta_slow` rotations in `original_max` (arXiv
+    2309.00071)."""
 
     def dimension(turns: float) -> float:
         return rope.dim * math.log(rope.original_max / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -186,7 +187,7 @@ def _yarn(rope: Rope, length_BT=None) -> np.ndarray:
 
 
 def _longrope(rope: Rope, length_BT=None):
-    """A learned divisor per frequency, one set for texts up to `original_max` and one for longer ones (arXiv 2402.13753)."""
+    """A learned divisor per frequency, with one set for texts up to `original_max` and one for longer ones (arXiv 2402.13753)."""
     f = _default(rope)
     short, long = f / np.asarray(rope.short_factor, np.float32), f / np.asarray(rope.long_factor, np.float32)
     return short if length_BT is None else jnp.where(length_BT[..., None] > rope.original_max, long, short)
@@ -197,7 +198,7 @@ def _divisors(rope: Rope, length_BT=None) -> np.ndarray:
 
 
 def _proportional(rope: Rope, length_BT=None) -> np.ndarray:
-    """The first pairs of a whole head turn, at the frequencies that they have among all; the others stand still."""
+    """Only the first pairs of a whole head are rotated, at the frequencies that they have among all pairs."""
     turning = np.arange(rope.pairs) < int(rope.partial_rotary_factor * rope.dim // 2)
     return np.where(turning, _linear(rope), np.float32(0.0))
 
@@ -219,10 +220,10 @@ BY_LENGTH = ("dynamic", "longrope")
 
 
 def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 `[len(ropes) + 1, B, T, dim / 2]`; the last one turns nothing (layers without positions). Of the widest dim:
-    narrower ones are filled up.
+    """cos and sin, float32 `[len(ropes) + 1, B, T, dim / 2]`; the last one rotates nothing (layers without positions). All have the widest
+    dim; narrower ones are padded.
 
-    float32 always: in bfloat16 position 257 is position 256, and the rotation is noise from there on.
+    Always float32: in bfloat16 position 257 equals position 256, and the rotation is noise from there on.
     """
     length_BT = _lengths(positions_BT, segments_BT) if any(rope.kind in BY_LENGTH for rope in ropes) else None
     widest = max((rope.pairs for rope in ropes), default=0)
@@ -238,13 +239,13 @@ def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.A
 
 
 def _lengths(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """How long the text that a token belongs to is, as far as it is here: the last position of its segment, plus one."""
+    """The length of a token's text, as far as it is present: the last position of its segment, plus one."""
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return jnp.where(same, positions_BT[:, None, :], 0).max(-1) + 1
 
 
 def rotate(x_BTHh: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array, interleaved: bool = False) -> jax.Array:
-    """Turns each pair of a head's first `dim` dimensions by its angle: `(x[i], x[i + dim/2])`, or `(x[2i], x[2i + 1])`; in x's dtype."""
+    """Rotate each pair of a head's first `dim` dimensions by its angle: `(x[i], x[i + dim/2])`, or `(x[2i], x[2i + 1])`; in x's dtype."""
     cos, sin = (a[:, :, None, :].astype(x_BTHh.dtype) for a in (cos_BTh, sin_BTh))
     half = cos.shape[-1]
     if interleaved:

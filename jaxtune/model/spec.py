@@ -63,5 +63,5 @@ def init_params(key: jax.Array, config: ModelConfig, dtype="float32") -> dict:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """How many parameters the model has."""
+    """The number of the model's parameters."""
     return sum(math.prod(row.shape) for row in spec(config).values())

@@ -1,8 +1,8 @@
 """Attention as a TPU kernel (Pallas, compiled by Mosaic): scores exist for one tile at a time, forward and backward (arXiv 2307.08691).
 
-It does what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. The grid's last axis
-goes over the tiles that one block of queries (for the derivatives of keys and values: of keys) needs, with sums kept in between; programs
-that are left over load nothing and do nothing.
+It supports what model/attention.py does: segments, parents, windows, soft caps, grouped queries without repeated keys. The grid's last axis
+runs over the tiles that one block of queries (of keys, for the derivatives of keys and values) needs, accumulating sums; surplus programs
+load and do nothing.
 """
 
 from typing import NamedTuple
@@ -17,17 +17,17 @@ from jaxtune.model.attention import Keys, needed
 
 INTERPRET = False  # on a CPU, for tests
 LANES, SUBLANES = 128, 8
-BLOCK = 512  # tokens of a block, in rows that have as many
+BLOCK = 512  # tokens per block, in rows that have as many
 
 
 def block(length: int) -> int:
-    """Rows of so many tokens come in multiples of this: as few blocks as it takes, all alike."""
+    """Rows of that many tokens come in multiples of this: as few blocks as possible, all equal."""
     blocks = -(-length // BLOCK)
     return -(-length // (blocks * LANES)) * LANES
 
 
 def forward(how, q, k, v, queries: Keys, keys: Keys, window):
-    """Result `[B, K, G, T, h]` and logz `[B, K, G, T]` of q `[B, K, G, T, h]`, k and v `[B, K, S, h]`."""
+    """Result `[B, K, G, T, h]` and logz `[B, K, G, T]` for q `[B, K, G, T, h]`, k and v `[B, K, S, h]`."""
     parents = queries.parents is not None
 
     def kernel(needs, q_ref, k_ref, v_ref, q_places, k_places, out_ref, logz_ref, *sums):
@@ -128,12 +128,12 @@ def _is_needed(needs, outer: int, inner: int):
 
 
 def _tile(needs, block, step):
-    """The tile of a step; after the last one that again, so that nothing is loaded."""
+    """The tile of a step; after the last one the same again, so that nothing is loaded."""
     return jnp.minimum(needs[0, block] + step, jnp.maximum(needs[1, block] - 1, 0))
 
 
 class _View(NamedTuple):
-    """The sizes of blocks, the grid, and the parts of queries, keys, their places, and numbers of queries (logz)."""
+    """Block sizes, the grid, and the parts of queries, keys, their places, and per-query numbers (logz)."""
 
     q_block: int
     k_block: int
@@ -146,7 +146,7 @@ class _View(NamedTuple):
 
 
 def _by_query(q, k) -> _View:
-    """Programs are numbered (row, key head, query head of it, block of queries, step)."""
+    """Programs are numbered (row, key head, its query head, block of queries, step)."""
     (B, K, G, T, h), S = q.shape, k.shape[2]
     q_block, k_block = block(T), block(S)
     Q = T // q_block
@@ -176,8 +176,8 @@ def _by_key(q, k) -> _View:
 
 
 def _call(kernel, view: _View, scratch: list[tuple[int, int]], arrays, q=(), k=(), number=()):
-    """Run a kernel; `q`, `k`, `number`: arrays that its results look like, in this order. The first of `arrays`, what is needed, goes into
-    scalar memory, where a short last axis would be padded."""
+    """Run a kernel; `q`, `k`, `number`: arrays that its results have the shapes of, in this order. The first of `arrays`, which says what
+    is needed, goes into scalar memory, where a short last axis would be padded."""
     inputs = [view.q, view.k, view.k, view.q_places, view.k_places, view.q, view.number, view.number]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*q, *k)]
     like += [jax.ShapeDtypeStruct((*x.shape[:3], 1, x.shape[3]), jnp.float32) for x in number]

@@ -1,11 +1,11 @@
-"""Stacks of equal layers, one layer after the other, and what their backward pass keeps of them.
+"""Stacks of identical layers, applied one after the other, and what their backward pass keeps.
 
-Stacks of one pattern (`ModelConfig.patterns`) are gone through in units, which have some layers of each; mostly there is one stack, whose
-units are its layers.
+The stacks of one pattern (`ModelConfig.patterns`) are processed in units, which contain some layers of each; usually there is one stack,
+whose units are single layers.
 
-Where layers are computed again, the backward pass is written here, not derived: it goes through groups of layers, last first, from the
-input of each group (Chen et al., arXiv 1604.06174), makes the inputs of its layers again, then each layer itself. A layer's weights are
-cut out of the stack where they are used, and only gradients that somebody asked for take memory. With an `Update` none do: the optimiser's
+If layers are recomputed, the backward pass is written here instead of derived by autodiff: it goes through groups of layers, last first,
+from the input of each group (Chen et al., arXiv 1604.06174), computes the inputs of its layers again, then each layer itself. A layer's
+weights are cut out of the stack where they are used, and only requested gradients take memory. With an `Update` none do: the optimiser's
 step is then part of the backward pass.
 
 | remat     | kept                                        | computed again                            |
@@ -13,7 +13,7 @@ step is then part of the backward pass.
 | `none`    | all that autodiff keeps                     |                                           |
 | `dots`    | products and attention                      | the rest                                  |
 | `full`    | each layer's input                          | each layer                                |
-| `offload` | each layer's input, in the host's memory    | each layer                                |
+| `offload` | each layer's input, in host memory          | each layer                                |
 | `groups`  | the inputs of about sqrt(L) groups of units | each layer, and all but a group's last one twice |
 """
 
@@ -31,14 +31,14 @@ from jaxtune.model.layer import Layer, Shared, cut, name_of, one_layer, opened
 
 
 class Update(struct.PyTreeNode):
-    """The optimiser's step of a stack's layers, taken in the backward pass as soon as a layer's gradient is there; beside the layers'
-    weights as `weights["update"]`, if all of them are trained and their backward pass is the one written here.
+    """The optimiser's step for a stack's layers, applied in the backward pass as soon as a layer's gradient is known. It is stored beside
+    the layers' weights as `weights["update"]`, if all of them are trained and their backward pass is the one written here.
 
-    weights  references (`jax.new_ref`) to the stack's weights `[L, ...]` by name, which the backward pass leaves as they are after the step
-    state    references to the optimiser's state of these layers, `[L, ...]`, and values that are not of one layer
+    weights  references (`jax.new_ref`) to the stack's weights `[L, ...]` by name, which the backward pass updates
+    state    references to the optimiser's state of these layers, `[L, ...]`, and values that belong to no layer
     square   reference to float32 []; the sum of squares of the gradients is added
-    apply    `(weights, grads, state) -> (weights, state)` of one layer, `[1, ...]`
-    taken    one more entry for each backward pass that is traced; there may be one
+    apply    `(weights, grads, state) -> (weights, state)` for one layer, `[1, ...]`
+    taken    gets one entry for each backward pass that is traced; only one is allowed
     """
 
     weights: dict
@@ -49,9 +49,9 @@ class Update(struct.PyTreeNode):
 
 
 def run(config: ModelConfig, pattern: Pattern, weights: list[dict], x_BTD: jax.Array, shared: Shared, kv):
-    """`x_BTD` after all layers of a pattern, the cache's memory, and of each stack the sums of its routers (None without
-    experts). `weights`: of each stack."""
-    sums: Any  # the routers' of each layer
+    """`x_BTD` after all layers of a pattern, the cache's memory, and for each stack the sums of its routers (None without experts).
+    `weights`: of each stack."""
+    sums: Any  # the routers' sums of each layer
     if kv is None and config.remat in RECOMPUTED:
         weights = [dict(own) for own in weights]
         x_BTD, sums = _recomputed(config, pattern, weights, x_BTD, shared, [own.pop("update", None) for own in weights])
@@ -71,8 +71,9 @@ def run(config: ModelConfig, pattern: Pattern, weights: list[dict], x_BTD: jax.A
 
                 if config.remat == "dots":
                     kept = jax.checkpoint_policies.save_only_these_names("linear", "attention")
-                    layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)  # a scan cannot be CSE'd across
-                # weights go in as they come: of a slice of them autodiff would keep a copy for each layer
+                    # common subexpressions cannot be eliminated across a scan
+                    layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
+                # weights enter whole: of a slice, autodiff would keep a copy for each layer
                 carry, of_stack = layer(carry, (number, own)) if times == 1 else jax.lax.scan(layer, carry, (_layers(number, times), own))
                 sums.append(of_stack if times == 1 else jax.tree.map(lambda x: x.sum(0), of_stack))
             return carry, sums
@@ -89,8 +90,8 @@ def run(config: ModelConfig, pattern: Pattern, weights: list[dict], x_BTD: jax.A
 
 
 class _Kept(struct.PyTreeNode):
-    """What the backward pass starts from. `inputs[i]` are those of the groups of `groups`: of a group of one unit the inputs of its
-    layers, `[groups, times, B, T, D]` for each stack, of others the first one, `[groups, B, T, D]`."""
+    """What the backward pass starts from. `inputs[i]` are those of the groups in `groups`: for groups of one unit the inputs of its layers,
+    `[groups, times, B, T, D]` for each stack, otherwise the first one, `[groups, B, T, D]`."""
 
     weights: list[dict]
     shared: Shared
@@ -100,9 +101,10 @@ class _Kept(struct.PyTreeNode):
 
 
 def groups(config: ModelConfig, pattern: Pattern) -> list[tuple[int, int, int]]:
-    """`(first unit, number of groups, units of a group)`: groups of one size, and a smaller one where they do not divide the units."""
+    """`(first unit, number of groups, units per group)`: groups of one size, and a smaller one if it does not divide the number of units.
+    """
     units, layers, size = pattern.units, sum(pattern.times), 1
-    if config.remat == "groups":  # fewest inputs at one time; groups that differ are compiled twice
+    if config.remat == "groups":  # fewest inputs at a time; groups of different sizes are compiled separately
 
         def inputs(size: int) -> int:
             return -(-units // size) * (layers if size == 1 else 1) + size * layers + (units % size > 0)
@@ -127,7 +129,7 @@ def _plain(config, pattern, weights):
 
 
 def _unit(config, pattern, layer_of: Callable, number, x_BTD, shared, keep: bool):
-    """`x_BTD` after a unit; of each stack its layers' inputs (None if they are not to be kept) and their routers' sums, `[times, ...]`."""
+    """`x_BTD` after a unit; for each stack its layers' inputs (None unless they are kept) and their routers' sums, `[times, ...]`."""
     inputs, sums = [], []
     for place, times in enumerate(pattern.times):
 
@@ -143,7 +145,7 @@ def _unit(config, pattern, layer_of: Callable, number, x_BTD, shared, keep: bool
 
 
 def _after(pattern: Pattern, x_BTD, number):
-    """The number once `x_BTD` is there: else the layers of a unit, whose weights are cut out by it, begin all at once."""
+    """The number, available only after `x_BTD`: otherwise the layers of a unit, whose weights it selects, would all begin at once."""
     return (x_BTD, number) if len(pattern.stacks) == 1 else jax.lax.optimization_barrier((x_BTD, number))
 
 
@@ -190,7 +192,7 @@ def _recomputed_bwd(config, pattern, kept: _Kept, cotangents):
             x_BTD, _, sums = one_layer(config, pattern.first + place, number, layer_of(place, number, own), x_BTD, kept.shared)
             return x_BTD, sums
 
-        # under a checkpoint, whose own backward pass leaves out what no gradient needs; the result itself is dropped here
+        # under a checkpoint, whose own backward pass skips what no gradient needs; the result itself is discarded here
         _, pull = jax.vjp(jax.checkpoint(of, prevent_cse=False), x_BTD, found[place].weights(number))
         dx_BTD, own = pull((dx_BTD, dsums))
         return (dx_BTD, found[place].add(so_far, number, own)), None
@@ -216,7 +218,7 @@ def _recomputed_bwd(config, pattern, kept: _Kept, cotangents):
             return x_BTD, [whole.at[i].set(x) for whole, x in zip(inputs, own, strict=True)]
 
         inputs = inputs, [jnp.zeros((size, times, *inputs.shape), inputs.dtype) for times in pattern.times]
-        _, inputs = again(size - 1, jax.lax.fori_loop(0, size - 1, again, inputs))  # of the last, nobody asks for the result
+        _, inputs = again(size - 1, jax.lax.fori_loop(0, size - 1, again, inputs))  # the result of the last layer is not needed
         return jax.lax.scan(unit, carry, (numbers, inputs, dsums), reverse=True)[0], None
 
     carry: Any = (dx_BTD, [own.none() for own in found])
@@ -236,7 +238,7 @@ def _recomputed_bwd(config, pattern, kept: _Kept, cotangents):
 
 
 def _found(weights: dict, trained: tuple[bool, ...], update: Update | None) -> "_Gradients":
-    """What the backward pass gathers of a stack."""
+    """What the backward pass collects for a stack."""
     if update is not None:
         return _Updates(update)
     leaves = zip(jax.tree_util.tree_flatten_with_path(weights)[0], trained, strict=True)
@@ -244,7 +246,7 @@ def _found(weights: dict, trained: tuple[bool, ...], update: Update | None) -> "
 
 
 class _Gradients:
-    """What the backward pass gathers of a stack's weights, by path: their gradients."""
+    """What the backward pass collects for a stack's weights, by path: their gradients."""
 
     def __init__(self, trained: dict[str, jax.Array]):
         self.trained = trained
@@ -261,7 +263,7 @@ class _Gradients:
 
 
 class _Updates(_Gradients):
-    """Or nothing: what an `Update` refers to is changed instead."""
+    """Or nothing: the references of an `Update` are changed instead."""
 
     def __init__(self, update: Update):
         super().__init__({})
@@ -310,7 +312,7 @@ def _layers(unit: jax.Array, times: int) -> jax.Array:
 
 
 def _scan(function, carry, xs, reverse: bool = False):
-    """`lax.scan`; of one step without a loop."""
+    """`lax.scan`, without a loop if there is one step."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return jax.lax.scan(function, carry, xs, reverse=reverse)
     carry, out = function(carry, jax.tree.map(lambda x: x[0], xs))

@@ -1,8 +1,8 @@
-"""What the attention kernels for GPU (model/flash.py) and TPU (model/splash.py) share: what is done with one tile of queries and keys,
-where tokens stand, and which tiles are needed at all.
+"""What the attention kernels for GPU (model/flash.py) and TPU (model/splash.py) share: the computation for one tile of queries and keys,
+the tokens' places, and which tiles are needed at all.
 
-The arithmetic is that of model/attention.py (online softmax, arXiv 1805.02867; backward by recomputation, arXiv 2205.14135), in float32.
-A tile is written queries by keys or keys by queries: numbers of a query (or key) come as a column or as a row, whichever runs along it.
+The arithmetic is that of model/attention.py (online softmax, arXiv 1805.02867; backward by recomputation, arXiv 2205.14135), in float32. A
+tile is queries by keys or keys by queries: per-query (or per-key) numbers are a column or a row accordingly.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jaxtune.model.attention import UNSEEN, Keys, least_seen
 from jaxtune.model.layers import softcap
 
 NOBODY, NO_PARENT = -1, -2  # segments that no query has: of padding as keys, and of a query without a parent
-PLACES = 8  # rows of a table of places; four are used, and eight are a TPU's tile
+PLACES = 8  # rows of a table of places; four are used, and a TPU's tile has eight
 
 
 class Place(NamedTuple):
@@ -39,7 +39,7 @@ def _table(*rows) -> jax.Array:
 
 
 def ranges(tiles_BQK: jax.Array) -> jax.Array:
-    """int32 `[2, B, Q]`: the first needed tile along the last axis, and the one after the last (0 and 0 where none is)."""
+    """int32 `[2, B, Q]`: the first needed tile along the last axis, and the one after the last (0 and 0 if none is needed)."""
     numbers = jnp.arange(tiles_BQK.shape[-1], dtype=jnp.int32)
     first = jnp.where(tiles_BQK, numbers, numbers.size).min(-1)
     end = jnp.where(tiles_BQK, numbers + 1, 0).max(-1)
@@ -82,7 +82,7 @@ def fold(how, sums, q, k, v, mask):
 
 
 def finish(sums):
-    """The result, and the log of the sum that the softmax divides by; zeros where nothing was seen, NaN where a score is NaN."""
+    """The result, and the log of the sum that the softmax divides by; zeros if nothing was seen, NaN if a score is NaN."""
     out, top, total = sums
     unseen = (top <= UNSEEN) & (total == total)
     total = jnp.where(unseen, 1.0, total)

@@ -1,8 +1,8 @@
-"""Virtual tokens before every document (prompt and prefix tuning): `params["virtual"]` holds their embeddings `[P, D]`, or a prefix
-`[P, L * 2 * K * h]`, their keys and values in every layer.
+"""Virtual tokens before every document (prompt and prefix tuning): `params["virtual"]` holds their embeddings `[P, D]`, or a prefix `[P, L
+* 2 * K * h]`, their keys and values in every layer.
 
-They stand once at the start of a row, in a segment of their own that every document sees (law 3: what comes before a document in its row
-is nothing to it, and they depend on no document). Documents then begin at position P. A prefix takes the places of P tokens of zeros.
+They occur once, at the start of a row, in their own segment that every document sees (law 3: documents of a row do not affect each other,
+and virtual tokens depend on no document). Documents then begin at position P. A prefix takes the places of P tokens of zeros.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SEGMENT = 2**30 - 1  # no document's
 
 
 def count(params: Mapping) -> int:
-    """P; 0 where there are none."""
+    """P; 0 if there are none."""
     return next(iter(params["virtual"].values())).shape[0] if "virtual" in params else 0
 
 
@@ -30,13 +30,13 @@ def before(params: Mapping, x_BTD: jax.Array) -> jax.Array:
 
 
 def widened(params: Mapping, x_BT: jax.Array, first: jax.Array | int) -> jax.Array:
-    """What the tokens of a row have a number of, `[B, P + T]`; `first` for the virtual ones."""
+    """A per-token number of a row, `[B, P + T]`, with `first` for the virtual tokens."""
     P = count(params)
     return jnp.concatenate([jnp.broadcast_to(jnp.asarray(first, x_BT.dtype), (x_BT.shape[0], P)), x_BT], axis=1)
 
 
 def with_prefix(config: ModelConfig, params: Mapping, stack: int) -> dict:
-    """The weights of a stack, with `prefix [layers, 2, P, K, h]` where there is one."""
+    """The weights of a stack, with `prefix [layers, 2, P, K, h]` if there is one."""
     weights = params["layers"][str(stack)]
     if "prefix" not in params.get("virtual", {}):
         return weights
@@ -45,7 +45,7 @@ def with_prefix(config: ModelConfig, params: Mapping, stack: int) -> dict:
 
 
 def put_in(prefix_2PKh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values with the first P tokens' from the prefix."""
+    """Keys and values with the first P tokens' replaced by the prefix."""
     P = prefix_2PKh.shape[1]
 
     def put(own, x):

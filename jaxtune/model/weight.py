@@ -1,8 +1,8 @@
 """The leaves of a parameter tree and the only ways to use them.
 
-A matrix `[out, in]` in the tree is a `jax.Array` or a `Weight`: a pytree that stands for a matrix (packed, or composed of
-others). `linear` multiplies by it, `grouped` multiplies by the matrices of experts, `rows` looks rows up (embeddings), `dense` is the
-matrix itself. Weights nest.
+A matrix `[out, in]` in the tree is a `jax.Array` or a `Weight`: a pytree that stands for a matrix (quantised, or composed of others).
+`linear` multiplies by it, `grouped` multiplies by the matrices of experts, `rows` looks rows up (embeddings), `dense` is the matrix itself.
+Weights nest.
 """
 
 import jax
@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 class Weight(struct.PyTreeNode):
     """A matrix `[out, in]` that is not stored as one array.
 
-    Subclasses must not let autodiff keep what `dense` makes: a packed leaf that leaves a dense copy of every layer for the
-    backward pass costs more memory than no packing at all (and no numerical test would notice; see tests/laws).
-    The first field is a matrix, so that a stack of layers is told from a single one by its number of axes.
+    Subclasses must not let autodiff keep the result of `dense`: a quantised leaf that keeps a dense copy of every layer for the backward
+    pass costs more memory than no quantisation at all (and no numerical test would notice; see tests/laws). The first field is a matrix, so
+    that the number of its axes tells a stack of layers from a single one.
     """
 
     def apply(self, x: jax.Array) -> jax.Array:
@@ -28,7 +28,7 @@ class Weight(struct.PyTreeNode):
         raise NotImplementedError
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """The leaf stands for experts `[E, out, in]`, and x `[N, in]` lies expert by expert, `sizes [E]` rows each: `[N, out]`."""
+        """The leaf stands for experts `[E, out, in]`; x `[N, in]` is sorted by expert, `sizes [E]` rows each: `[N, out]`."""
         return _ragged(x, jax.vmap(lambda w: w.dense(x.dtype))(self), sizes)
 
     def rows(self, ids: jax.Array, dtype) -> jax.Array:
@@ -40,7 +40,7 @@ Matrix = jax.Array | Weight
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x [..., in] -> x W^T [..., out]` of a plain matrix in x's dtype."""
+    """`x [..., in] -> x W^T [..., out]` for a plain matrix, in x's dtype."""
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
 
 
@@ -55,12 +55,12 @@ def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
 
 
 def grouped(w: Matrix, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows that lie expert by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`, for any leaf."""
+    """Rows sorted by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`, for any leaf."""
     return checkpoint_name(w.grouped(x, sizes) if isinstance(w, Weight) else _ragged(x, w.astype(x.dtype), sizes), "linear")
 
 
 def dense(w: Matrix, dtype=None) -> jax.Array:
-    """The matrix a leaf stands for, as one array (stacked leaves `[L, out, in]` too)."""
+    """The matrix that a leaf stands for, as one array (also for stacked leaves `[L, out, in]`)."""
     if not isinstance(w, Weight):
         return w if dtype is None else w.astype(dtype)
     dtype = dtype or jnp.float32
