@@ -1,4 +1,4 @@
-"""Everything that is read or written in other people's formats: Hugging Face, PEFT, bitsandbytes, GGUF."""
+"""Reading and writing other tools' formats: Hugging Face, PEFT, bitsandbytes, GGUF."""
 
 from jaxtune.convert.heads import load_scorer
 from jaxtune.convert.hf import save

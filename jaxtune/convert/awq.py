@@ -1,8 +1,8 @@
 """AWQ matrices (AutoAWQ's `gemm` layout): `W[o, i] = (q[i, o] - zero[g, o]) * scale[g, o]`, g = i // group_size, X a module's name.
 
-    X.qweight int32 [in, out / 8]     codes of 4 bits along the outputs, eight a word; from its lowest bits on outputs 0 2 4 6 1 3 5 7
-    X.qzeros int32 [groups, out / 8]  zero points, in the same order
-    X.scales [groups, out]
+X.qweight int32 [in, out / 8]     codes of 4 bits along the outputs, eight per word; from its lowest bits outputs 0 2 4 6 1 3 5 7
+X.qzeros int32 [groups, out / 8]  zero points, in the same order
+X.scales [groups, out]
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtune.convert.packed import FLOATS, Packed, Shape, group_size, matrix, pa
 from jaxtune.convert.tensors import Entry
 
 _INT32 = (np.dtype(np.int32),)
-_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word the code of each output is
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the position of each output's code in a word
 
 
 class AWQ:
@@ -35,7 +35,7 @@ class AWQ:
             raise refused("zero_point", settings["zero_point"], "true")
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
-        """Name, shape and parts of each matrix that is packed (see packed.Format)."""
+        """Name, shape and parts of each quantised matrix (see packed.Format)."""
         if name := next((name for name in entries if name.endswith("act.scales")), None):
             raise wrong(name, entries[name], "scales activations, which a dense model has no place for. Give the original model")
         for name in [name for name in entries if name.endswith(".qweight")]:

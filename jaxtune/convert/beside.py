@@ -1,4 +1,4 @@
-"""What a checkpoint of several modalities holds beside its language model: kept as it lies in the file, and written again byte for byte."""
+"""The other tensors of a multimodal checkpoint: kept as they are in the file, and written again byte for byte."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +11,18 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families import NESTED, ModelConfig, nested
 from jaxtune.model.families.nested import MODULES
 
-STEMS = (MODULES, "language_model.model.", "model.")  # before a text model's names, the longer first
+STEMS = (MODULES, "language_model.model.", "model.")  # in front of a text model's names; the longer prefix first
 HEADS = ("lm_head.", "language_model.lm_head.")
 # a processor's files, which go with the tensors
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
-PACKED = (".SCB", ".quant_map")  # how the name of a tensor ends that bitsandbytes has put beside a packed one
+PACKED = (".SCB", ".quant_map")  # suffixes of the tensors that bitsandbytes stores beside a quantised one
 
 
 class Beside:
     """The tensors and files beside a language model.
 
-    The files of tensors are mapped into memory, and the small ones read, when the model is opened: what was there when a run began can be
-    written at its end, whatever has become of the folder.
+    The tensor files are memory-mapped and the small ones read when the model is opened, so a run can write them at its end, whatever has
+    become of the folder.
     """
 
     def __init__(self, folder: Path, entries: dict[str, Entry], stem: str, head: str, turned: frozenset[str]):
@@ -31,20 +31,20 @@ class Beside:
         self._maps = {file: np.memmap(file, np.uint8, "r") for file in {entry.file for entry in entries.values()}}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as it lies in the file; what is dequantised while it is read in the dtype to store it in."""
+        """One tensor as it is in the file; tensors that are dequantised while reading, in the dtype to store them in."""
         entry = self.entries[name]
         if entry.packed:
             return read_entry(name, entry).astype(entry.dtype)
         return self._maps[entry.file][entry.start : entry.start + entry.nbytes].view(entry.dtype).reshape(entry.shape)
 
     def name(self, name: str) -> str:
-        """What the file calls a tensor of the language model."""
+        """The file's name for a tensor of the language model."""
         return self.stem + name.removeprefix("model.") if name.startswith("model.") else name.replace("lm_head.", self.head)
 
     def add(self, plans: list[Plan], make: Callable[[str], np.ndarray]) -> tuple[list[Plan], Callable[[str], np.ndarray]]:
-        """The plans and `make` of a language model's tensors under the file's names, with what is beside them.
+        """The plans and `make` of a language model's tensors under the file's names, together with the other tensors.
 
-        Raises ModelError where bitsandbytes has packed that, which config.json can say of all tensors only.
+        Raises ModelError if those are quantised by bitsandbytes, which config.json can only say of all tensors.
         """
         if packed := [name for name in self.entries if name.endswith(PACKED)]:
             raise ModelError(f"{self.folder}: {packed[0]}: what is beside the language model is packed too; take the model before packing")
@@ -59,7 +59,8 @@ class Beside:
         return renamed + others, lambda name: make_own(own[name]) if name in own else self.read(name)
 
     def leave_dense(self, config: ModelConfig, described: dict[str, Any]) -> None:
-        """Say in a packed model's config.json that this is not packed, and the language model's modules under transformers' names."""
+        """Record in a quantised model's config.json that these tensors are not quantised, and the language model's modules under
+        transformers' names."""
         if settings := described.get("quantization_config"):
             own = [nested.module(config, name) for name in settings.get("llm_int8_skip_modules") or ["lm_head"]]
             outer = NESTED[config.outer]
@@ -73,7 +74,7 @@ class Beside:
 
 
 class Turned:
-    """A checkpoint whose tensors `names`, of all experts of a layer, lie `[E, in, out]` in the file; here they are `[E, out, in]`."""
+    """A checkpoint whose tensors `names`, of all experts of a layer, are stored as `[E, in, out]`; here they are `[E, out, in]`."""
 
     def __init__(self, source: Safetensors, names: frozenset[str]):
         self.source, self.names = source, names
@@ -93,7 +94,7 @@ class Turned:
 
 
 def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tuple[Safetensors | Turned, Beside | None]:
-    """A checkpoint's language model alone, under a text model's names, and the rest: None where it is no more than that."""
+    """A checkpoint's language model alone, under a text model's names, and the rest: None if there is no rest."""
     if not config.outer:
         return checkpoint, None
     outer, entries = NESTED[config.outer], checkpoint.entries
@@ -107,7 +108,7 @@ def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tup
 
 
 def _lies_turned(name: str, entry: Entry, config: ModelConfig) -> bool:
-    """Whether a tensor of experts lies `[E, in, out]`, as on the hub, and not as transformers 5 writes it."""
+    """Whether a tensor of experts is stored as `[E, in, out]`, as on the hub, unlike what transformers 5 writes."""
     assert config.moe is not None
     width, inner = config.hidden_size, config.moe.intermediate_size
     shapes = {"mlp.experts.gate_up_proj": (width, 2 * inner), "mlp.experts.down_proj": (inner, width)}

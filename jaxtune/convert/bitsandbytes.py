@@ -1,8 +1,8 @@
-"""bitsandbytes checkpoints in and out: NF4, FP4 and int8 matrices as packed leaves, byte for byte, nothing quantised again.
+"""bitsandbytes checkpoints in and out: NF4, FP4 and int8 matrices as quantised leaves, byte for byte, without quantising again.
 
-    4 bits: X.weight holds two codes a byte, any dtype's bytes; X.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4 (JSON), and
-            with double quantisation .nested_absmax, .nested_quant_map (the mean of the scales is in the JSON alone)
-    int8:   X.weight int8 [out, in], X.SCB float32 [out], X.weight_format
+4 bits: X.weight holds two codes per byte, in the bytes of any dtype; X.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4 (JSON),
+and with double quantisation .nested_absmax, .nested_quant_map (the mean of the scales is only in the JSON)
+int8:   X.weight int8 [out, in], X.SCB float32 [out], X.weight_format
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def is_packed(hf: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the tensors are bitsandbytes'; ModelError for a quantisation that is not read."""
+    """Whether config.json says that the tensors are bitsandbytes'; ModelError for an unsupported quantisation."""
     settings = settings_of(hf)
     if settings is None or settings["quant_method"] != BITSANDBYTES:
         return False
@@ -47,7 +47,7 @@ def is_packed(hf: Mapping[str, Any]) -> bool:
 
 
 def packed_as(hf: Mapping[str, Any]) -> str | None:
-    """The kind of quantisation that config.json says the linear layers have (a key of `quant.QUANTIZERS`); None where they are plain."""
+    """The quantisation of the linear layers according to config.json (a key of `quant.QUANTIZERS`); None if they are not quantised."""
     settings = settings_of(hf)
     if settings is None or not is_packed(hf):
         return None
@@ -60,14 +60,14 @@ def packed_as(hf: Mapping[str, Any]) -> str | None:
 
 
 def is_skipped(hf: Mapping[str, Any], module: str) -> bool:
-    """Whether config.json says that this linear layer was left dense (`llm_int8_skip_modules`), as transformers reads it: a key is a
-    regular expression for the beginning of a module's name, up to the end of one of its parts, or a plain end of it."""
+    """Whether config.json says that this linear layer is dense (`llm_int8_skip_modules`), as in transformers: a key is a regular expression
+    for the beginning of a module's name, up to the end of one of its parts, or a plain suffix."""
     keys, names = (settings_of(hf) or {}).get("llm_int8_skip_modules") or (), list(nested.spellings(hf, module))
     return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key) for key in keys for name in names)
 
 
 def cut(config: ModelConfig, is_packed: Callable[[str], bool]) -> ModelConfig:
-    """The config with stacks of layers that are packed alike, where some layers were left dense; `is_packed(tensor)` says which."""
+    """The config with stacks whose layers are quantised alike, if some layers are dense; `is_packed(tensor)` says which."""
     layers: list[set[str]] = [set() for _ in range(config.num_layers)]
     for path, row in spec(config).items():
         for layer, name in zip(row.layers, row.hf_names(), strict=False):
@@ -77,7 +77,7 @@ def cut(config: ModelConfig, is_packed: Callable[[str], bool]) -> ModelConfig:
 
 
 class Bitsandbytes:
-    """A checkpoint whose packed tensors are read as `NF4` or `Int8` leaves."""
+    """A checkpoint whose quantised tensors are read as `NF4` or `Int8` leaves."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig):
         self.checkpoint = checkpoint
@@ -97,7 +97,7 @@ class Bitsandbytes:
             )
 
     def is_packed(self, name: str) -> bool:
-        """Whether the tensor of this (usual) name is packed."""
+        """Whether the tensor of this (usual) name is quantised."""
         return any(spelling in self._states or spelling in self._int8 for spelling in spellings(name))
 
     def _add_4bit(self, state_name: str, turned: set[str]) -> None:
@@ -129,7 +129,7 @@ class Bitsandbytes:
             self.entries.pop(name.removesuffix(".weight") + part, None)
 
     def read(self, name: str) -> Matrix | np.ndarray:
-        """One tensor: a packed leaf, or the array where it is not packed."""
+        """One tensor: a quantised leaf, or an array."""
         if name in self._int8:
             scales = self.checkpoint.read(name.removesuffix(".weight") + ".SCB")
             return Int8(jnp.asarray(self.checkpoint.read(name)), jnp.asarray(scales.astype(np.float32).reshape(-1)))
@@ -158,7 +158,7 @@ class Bitsandbytes:
         nested, own = (self.checkpoint.read(name + part).reshape(-1) for part in _PARTS[2:])
         offset = np.float32(state["nested_offset"])
         if state.get("nested_blocksize") != NESTED_BLOCK or not np.array_equal(own, dynamic_map()):
-            # Another table or block: the scales are what they stand for, and nothing is lost but their packing.
+            # Another table or block size: the scales are read dequantised, which loses only their compression.
             nested = np.repeat(nested, state["nested_blocksize"])[:blocks].reshape(rows, -1).T
             absmax = own[absmax] * nested + offset
             return NF4(jnp.asarray(codes), jnp.asarray(absmax.astype(np.float32)), **static)
@@ -172,9 +172,9 @@ Make = Callable[[str], np.ndarray]
 
 
 def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], make: Make) -> tuple[list[Plan], Make, dict[str, Any]]:
-    """The plans and `make` of dense tensors, with those of packed leaves as bitsandbytes writes them; and what config.json says of it."""
+    """The plans and `make` of dense tensors, with quantised leaves as bitsandbytes writes them; and config.json's entry for them."""
     leaves = flatten(params)
-    rows = spec(config)  # transformers keeps experts in one array each, which bitsandbytes does not pack: they are written dense
+    rows = spec(config)  # transformers keeps experts in one array each, which bitsandbytes does not quantise: they are written dense
     packed = {c.name: c for c in cells(rows) if isinstance(leaves[c.path], NF4 | Int8) and not rows[c.path].is_experts}
     if not packed:
         raise ModelError("no matrix of this model is packed, so bitsandbytes has nothing to write; load it with a quantization")
@@ -190,12 +190,12 @@ def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], mak
             makers[plan.name] = lambda name=plan.name: make(name)
     described = quantization_config(leaves[next(iter(packed.values())).path], config.dtype)
     if dense := [name.removesuffix(".weight") for row in rows.values() if row.is_matrix for name in row.hf_names() if name not in packed]:
-        described["llm_int8_skip_modules"] = [*dense, "lm_head"]  # which transformers leaves dense by itself only where there is no list
+        described["llm_int8_skip_modules"] = [*dense, "lm_head"]  # which transformers leaves dense by itself only if there is no list
     return result, lambda name: makers[name](), described
 
 
 def quantization_config(leaf: Matrix, dtype: str) -> dict[str, Any]:
-    """What transformers needs in config.json to open the file."""
+    """The entry that transformers needs in config.json to open the file."""
     if isinstance(leaf, Int8):
         return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
     assert isinstance(leaf, NF4)
@@ -209,13 +209,13 @@ Part = tuple[Any, tuple[int, ...], Callable[[], np.ndarray]]
 
 
 def _pairs(codes: jax.Array) -> np.ndarray:
-    """Codes `[cols, rows]` as a file packs them: two a byte, the high nibble the earlier one."""
+    """Codes `[cols, rows]` as a file packs them: two per byte, the high nibble first."""
     flat = np.asarray(codes).T.reshape(-1)
     return flat[::2] << 4 | flat[1::2]
 
 
 def _parts(leaf: Matrix, cell: Cell, dtype: str) -> dict[str, Part]:
-    """The tensors that one packed matrix becomes: dtype, shape, and how to make it."""
+    """The tensors for one quantised matrix: dtype, shape, and how to make it."""
 
     def part(array: jax.Array, shape: tuple[int, ...], order: Callable = lambda field: field) -> Part:
         """One field of the leaf in the file's order, without its padding."""

@@ -1,4 +1,4 @@
-"""Whether two models say the same: logits of one beside logits of the other, on the same prompts."""
+"""Whether two models agree: compare their logits on the same prompts."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ import numpy as np
 from jaxtune.model import decoder
 from jaxtune.model.families import ModelConfig
 
-LENGTH = 64  # tokens of a prompt that are looked at
+LENGTH = 64  # tokens per prompt that are compared
 
-# What a model is asked when there are no rows of its own: prose, another script, code, numbers, a list.
+# Prompts to use if there are no rows: prose, another script, code, numbers, a list.
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog. Then it sat down under a tree and",
     "Question: A farmer has 17 sheep and buys 25 more. How many sheep does the farmer have now?\nAnswer:",
@@ -26,7 +26,7 @@ PROMPTS = (
 
 
 class Comparison(NamedTuple):
-    """The largest difference between two logits, and how often both models would say the same next token."""
+    """The largest difference between two logits, and how often both models predict the same next token."""
 
     difference: float
     agreement: float
@@ -37,21 +37,21 @@ class Comparison(NamedTuple):
 
 
 def prompt_ids(tokenizer, vocab_size: int, texts: Sequence[str] = PROMPTS) -> list[list[int]]:
-    """Token ids of prompts; without a tokenizer, tokens drawn from the whole vocabulary."""
+    """Token ids of prompts; without a tokenizer, random tokens from the whole vocabulary."""
     if tokenizer is None:
         return np.random.default_rng(0).integers(0, vocab_size, (4, LENGTH)).tolist()
     return [tokenizer(text)["input_ids"][:LENGTH] for text in texts]
 
 
 def logits(config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """float32 logits `[T, V]` of each prompt, or its scores `[T, num_labels]` by a model that scores; computed in float32 whatever the
-    parameters are stored in."""
+    """float32 logits `[T, V]` of each prompt, or scores `[T, num_labels]` of a model that scores; computed in float32 whatever dtype the
+    parameters have."""
     config = dataclasses.replace(config, dtype="float32", remat="none")
     return [np.asarray(_logits(config, params, *_padded(prompt)))[: len(prompt)] for prompt in prompts]
 
 
 def compare(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> Comparison:
-    """Two models' logits of the same prompts."""
+    """Compare two models' logits of the same prompts."""
     differences = [float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True)]
     same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(left, right, strict=True)]
     worst = max(differences) if np.isfinite(differences).all() else float("inf")

@@ -8,10 +8,10 @@
     X.weight_scale   `strategy` tensor: one; channel: [out, 1]; group: [out, in / group_size]; block: [ceil(out / bm), ceil(in / bn)];
                      of MX formats the exponent + 127; of nvfp4 float8, to be divided by X.weight_global_scale [1]
     X.weight_zero_point   as the scales; of pack-quantized packed along the outputs, [words, groups]
-    X.weight_g_idx   int32 [in]: the group of each input (actorder: group); -1 where it was not in use
+    X.weight_g_idx   int32 [in]: the group of each input (actorder: group); -1 if unused
 
-`config_groups` of config.json say which modules are packed how (`targets`); what is not packed, the file says.
-Read as the package's `decompress` does (compressed_tensors 0.20.1; `g_idx` as 0.9.4).
+`config_groups` in config.json says which modules are quantised how (`targets`); the file itself says which are not quantised. Read as by
+the package's `decompress` (compressed_tensors 0.20.1; `g_idx` as in 0.9.4).
 """
 
 import functools
@@ -54,14 +54,14 @@ _BITS = {"pack-quantized": range(1, 9), **dict.fromkeys(_FP4, (4,))}
 
 
 class Scheme(NamedTuple):
-    """How the modules of one of `config_groups` are packed."""
+    """How the modules of one of `config_groups` are quantised."""
 
     targets: list[str]
     format: str
     bits: int
     symmetric: bool
-    sides: tuple[int | None, int | None]  # rows and columns that have one scale; None: all
-    ordered: bool  # groups of inputs are in no order
+    sides: tuple[int | None, int | None]  # rows and columns that share a scale; None: all
+    ordered: bool  # groups of inputs are unordered
 
     def is_for(self, name: str, is_pattern: bool) -> bool:
         """Whether one of the targets is this module's name, or a pattern for it."""
@@ -84,7 +84,7 @@ class CompressedTensors:
         self.what = "compressed-tensors, " + " and ".join(dict.fromkeys(scheme.format for scheme in self.schemes))
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
-        """Name, shape and parts of each matrix that is packed (see packed.Format)."""
+        """Name, shape and parts of each quantised matrix (see packed.Format)."""
         ends = (".weight_packed", ".weight_scale")
         found = {name.removesuffix(end) + ".weight": name for end in ends for name in entries if name.endswith(end)}
         found |= {name: name for name, entry in entries.items() if name.endswith(".weight") and entry.dtype in (*FLOAT8, _INT8)}
@@ -96,7 +96,7 @@ class CompressedTensors:
             yield weight, shape, _packed(entries, weight, codes, shape, scheme)
 
     def _scheme_of(self, module: str, name: str, entry: Entry) -> Scheme:
-        """The one that speaks of the module by name, before one that does by a pattern, before one of its class."""
+        """The scheme that names the module, in preference to one with a pattern, and that to one with its class."""
         text = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", module)
         names = [module, *(re.sub(r"^model\.", stem, text) for stem in ("model.", "model.language_model.", "language_model.model."))]
         for is_pattern in (False, True):

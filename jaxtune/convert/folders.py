@@ -1,4 +1,4 @@
-"""A result folder appears whole or not at all, and never in place of another."""
+"""Result folders appear atomically, and never replace an existing one."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from jaxtune.locks import scratch_folder
 
 @contextlib.contextmanager
 def new_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `out` to write into, renamed to `out` when the block ends; removed when it fails.
+    """A folder beside `out` to write into, renamed to `out` when the block ends, removed if it fails.
 
-    Raises ModelError when `out` exists and is not an empty folder.
+    Raises ModelError if `out` exists and is not an empty folder.
     """
     out = check_new(out)
     make_folder(out.parent, error=ModelError)
@@ -25,14 +25,15 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         except OSError:
             if not out.exists():
                 raise
-            raise ModelError(_refusal(out)) from None  # another process was quicker
+            raise ModelError(_refusal(out)) from None  # another process was faster
 
 
 @contextlib.contextmanager
 def new_file(out: str | os.PathLike) -> Iterator[Path]:
-    """A folder beside `out` to write into, whose one file of `out`'s suffix is renamed to `out` when the block ends; all else is removed.
+    """A folder beside `out` to write into; its only file with `out`'s suffix is renamed to `out` when the block ends, everything else is
+    removed.
 
-    Raises ModelError when `out` exists.
+    Raises ModelError if `out` exists.
     """
     out = check_new(out)
     if out.exists():
@@ -45,7 +46,7 @@ def new_file(out: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new(out: str | os.PathLike) -> Path:
-    """`out` as an absolute path; raises the ModelError of `new_folder`, without making anything."""
+    """`out` as an absolute path; raises the ModelError of `new_folder` without creating anything."""
     if not os.fspath(out):
         raise ModelError("the folder to write to has no name; give one")
     out = Path(out).expanduser().absolute()

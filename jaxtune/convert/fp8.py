@@ -1,11 +1,11 @@
-"""FP8 matrices (DeepSeek V3's and Qwen's `fp8`, AutoFP8's, `fbgemm_fp8`, `mxfp8`): `W = float8 * scale`, one scale for each block.
+"""FP8 matrices (DeepSeek V3's and Qwen's `fp8`, AutoFP8's, `fbgemm_fp8`, `mxfp8`): `W = float8 * scale`, one scale per block.
 
-    X float8 [..., out, in]            X_scale_inv or X_scale, multiplied whatever its name says; float, or E8M0 (a power of two):
-    block by block                     [..., ceil(out / bm), ceil(in / bn)], `weight_block_size: [bm, bn]`
-    a row, or the whole matrix         [..., out, 1] or [..., out]; [..., 1, 1], [..., 1] or [...]
+    X float8 [..., out, in]            X_scale_inv or X_scale, a factor despite its name; float, or E8M0 (a power of two):
+    per block                          [..., ceil(out / bm), ceil(in / bn)], `weight_block_size: [bm, bn]`
+    per row, or for the whole matrix   [..., out, 1] or [..., out]; [..., 1, 1], [..., 1] or [...]
 
-Blocks at the rim may be smaller, as in DeepSeek's `kv_a_proj_with_mqa`; transformers' `Fp8Dequantize` takes the size of a block to be the
-matrix's by the scales', and refuses such a rim.
+Blocks at the edge may be smaller, as in DeepSeek's `kv_a_proj_with_mqa`; transformers' `Fp8Dequantize` derives the block size from the
+shapes of matrix and scales, and refuses such edges.
 """
 
 import functools
@@ -18,9 +18,9 @@ from jaxtune.convert.packed import FLOAT8, FLOATS, POWERS, Packed, Shape, from_f
 from jaxtune.convert.tensors import Entry
 from jaxtune.errors import ModelError
 
-# how the name of a scale ends in place of its matrix's; the last two of DeepSeek V4 and Mistral Large 4
+# suffixes of scales instead of the matrix's; the last two are DeepSeek V4's and Mistral Large 4's
 _ENDS = (("", "_scale_inv"), ("", "_scale"), (".weight", ".scale"), (".weight", ".qscale_weight"))
-_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}  # where config.json does not say
+_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}  # if config.json does not say
 
 
 class FP8:
@@ -35,7 +35,7 @@ class FP8:
             raise refused("expert_dtype", settings["expert_dtype"], "fp8")
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
-        """Name, shape and parts of each matrix that is packed (see packed.Format)."""
+        """Name, shape and parts of each quantised matrix (see packed.Format)."""
         for name, entry in entries.items():
             scale = next((found for found in _scale_names(name) if found in entries), None)
             if entry.dtype in FLOAT8:
@@ -58,12 +58,12 @@ class FP8:
 
 
 def _scale_names(name: str) -> list[str]:
-    """What the scale of a matrix may be called, the usual name first."""
+    """Possible names for the scale of a matrix, the usual one first."""
     return [name.removesuffix(end) + scale for end, scale in _ENDS if name.endswith(end)]
 
 
 def _matrix_names(name: str) -> list[str]:
-    """The matrix that a tensor is the scale of, going by its name."""
+    """The matrix to which a tensor is the scale, judged by its name."""
     return [name.removesuffix(end) for _, end in _ENDS[:2] if name.endswith("weight" + end)]
 
 

@@ -1,12 +1,12 @@
 """GPTQ matrices (AutoGPTQ, GPTQModel): `W[o, i] = (q[i, o] - zero[g, o]) * scale[g, o]`, g the group of input i, X a module's name.
 
     X.qweight int32 [words of in, out]     codes of `bits` bits, one after the other along the inputs, lowest bit first
-    X.qzeros int32 [groups, words of out]  zero points, along the outputs; `checkpoint_format: gptq` holds them less one (in `bits` bits)
+    X.qzeros int32 [groups, words of out]  zero points along the outputs; `checkpoint_format: gptq` stores them minus one (in `bits` bits)
     X.scales [groups, out]
-    X.g_idx int32 [in]                     g; without it i // group_size (not with `desc_act`, which puts inputs in an order of their own)
+    X.g_idx int32 [in]                     g; by default i // group_size (not with `desc_act`, which orders the inputs itself)
 
-`sym: true` says that the zero point is 2^(bits-1); files that say `gptq` and hold it as it is (Qwen3.5-27B-GPTQ-Int4) are read so.
-`dynamic`: some modules have other bits or groups, which their shapes say.
+`sym: true` says that the zero point is 2^(bits-1); files that say `gptq` and store it unchanged (Qwen3.5-27B-GPTQ-Int4) are read correctly.
+`dynamic`: some modules have other bits or groups, which follow from their shapes.
 """
 
 import functools
@@ -49,7 +49,7 @@ class GPTQ:
         self.what = f"{self.format}, {self.bits} bits"
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Packed]]:
-        """Name, shape and parts of each matrix that is packed (see packed.Format)."""
+        """Name, shape and parts of each quantised matrix (see packed.Format)."""
         for name in [name for name in entries if name.endswith(".qweight")]:
             module, entry = name.removesuffix(".qweight"), entries[name]
             part(entries, name, name, _INT32)

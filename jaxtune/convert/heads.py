@@ -1,4 +1,4 @@
-"""Models with another head: a language model given a scoring head or a value head, and reward models and classifiers as they are saved."""
+"""Models with another head: adding a scoring head or a value head to a language model, and loading reward models and classifiers."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ TASKS = {"SEQ_CLS": heads.SEQUENCE, "TOKEN_CLS": heads.TOKEN}  # PEFT's task_typ
 
 
 class Head(NamedTuple):
-    """What a head says: the names of its labels, of what, and transformers' name for what the labels are."""
+    """A head's description: the names of its labels, what they label, and transformers' name for their type."""
 
     labels: tuple[str, ...]
     of: str = heads.SEQUENCE
@@ -39,7 +39,7 @@ class Head(NamedTuple):
 
 
 def head_of(config: Config) -> Head | None:
-    """The head that a run's objective trains; None for those that train a language model."""
+    """The head that a run's objective trains; None if it trains a language model."""
     if config.objective == "reward":
         return Head(_unnamed(1))
     if config.objective == "stepwise_reward":
@@ -61,7 +61,7 @@ def keys_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def keys_of_adapter(path: str | os.PathLike) -> dict[str, Any]:
-    """The same for an adapter's folder; none where it has no head."""
+    """The same for an adapter's folder; empty if it has no head."""
     head = head_of_adapter(Path(path).expanduser())
     if head is None:
         return {}
@@ -75,9 +75,9 @@ def _unnamed(count: int) -> tuple[str, ...]:
 
 
 def headed(config: ModelConfig, head: Head | None, tokenizer: Any = None) -> ModelConfig:
-    """The model's config with that head; as it is where there is none to add, or where it has it.
+    """The model's config with that head; unchanged if there is none to add, or if it already has it.
 
-    Raises ConfigError for a model with another head, or with one where a language model is needed.
+    Raises ConfigError for a model with another head, or with one if a language model is needed.
     """
     own = (config.num_labels, config.labels_of) if config.num_labels else None
     wanted = (len(head.labels), head.of) if head else None
@@ -103,9 +103,9 @@ def padding(tokenizer: Any) -> int | None:
 
 
 def attach(model: Model, head: Head | None, key: jax.Array, mesh: Mesh | None = None) -> Model:
-    """The model with the head in place of the vocabulary's: normal with `initializer_range`, biases 0; or the one it has already.
+    """The model with a scoring head in place of the vocabulary head: normal with `initializer_range`, biases 0; or the head it already has.
 
-    On a mesh, where one is given.
+    Placed on `mesh` if given.
 
     Raises ConfigError for a model that has another one.
     """
@@ -116,7 +116,7 @@ def attach(model: Model, head: Head | None, key: jax.Array, mesh: Mesh | None = 
         name = heads.class_name(config, config.labels_of)
         log.warning("transformers has no %s; the result is laid out as one, but only jaxtune opens it", name)
     if model.tokenizer is not None and model.tokenizer.pad_token is None:
-        model.tokenizer.pad_token = model.tokenizer.eos_token  # saved with the model: what its batches are padded with is not scored
+        model.tokenizer.pad_token = model.tokenizer.eos_token  # saved with the model: the padding of its batches is not scored
     kept = {name: leaf for name, leaf in model.params.items() if name not in ("head", "head_bias")}
     params = kept | _fresh(config, _dtype(model), key, mesh)
     return dataclasses.replace(model, config=config, params=params, hf_config=json.loads(config.hf_json))
@@ -136,12 +136,12 @@ def _fresh(config: ModelConfig, dtype: Any, key: jax.Array, mesh: Mesh | None) -
 
 
 def valued(config: Config, model_config: ModelConfig) -> ModelConfig:
-    """The model's config with a value head beside the vocabulary's, where the run's objective trains one."""
+    """The model's config with a value head beside the vocabulary head, if the run's objective trains one."""
     return dataclasses.replace(model_config, value_head=True) if config.objective == "ppo" else model_config
 
 
 def attach_value(config: Config, model: Model, folders: Sequence[Path], mesh: Mesh) -> Model:
-    """The model with a value head, where the run trains one: that of the first folder that holds one, or else zeros."""
+    """The model with a value head, if the run trains one: that of the first folder that has one, or else zeros."""
     model_config = valued(config, model.config)
     if not model_config.value_head:
         return model
@@ -155,7 +155,7 @@ def attach_value(config: Config, model: Model, folders: Sequence[Path], mesh: Me
 
 
 def train_value(adapter: Adapter, params: dict) -> Adapter:
-    """An adapter that was read from its files, with the value head of `params`, if there is one, as a part of what it trains."""
+    """An adapter read from its files, with the value head of `params`, if there is one, added to what it trains."""
     missing = [path for path in heads.VALUE if path in params and path not in adapter.saved]
     saved = adapter.saved | {path: jnp.array(params[path], jnp.float32) for path in missing}
     return adapter.replace(saved=saved, wholes=(*adapter.wholes, *map(Whole, missing)))
@@ -169,7 +169,7 @@ def _dtype(model: Model) -> Any:
 
 
 def load_scorer(source: str | os.PathLike, dtype: str = "float32", quantization: str | None = None) -> Model:
-    """A reward model or classifier: a run's folder, a folder of transformers' `...ForSequenceClassification`, or an adapter for one.
+    """A reward model or classifier: a run folder, a folder of transformers' `...ForSequenceClassification`, or an adapter for one.
 
     An adapter's base is found by its name. Raises ModelError for a model without a scoring head.
     """
@@ -193,7 +193,7 @@ def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
 
 
 def head_of_adapter(path: Path) -> Head | None:
-    """The head that an adapter's folder holds; None where it is one of a language model."""
+    """The head in an adapter's folder; None if it adapts a language model."""
     of = TASKS.get(read_json(path / "adapter_config.json").get("task_type") or "")
     tensors = Safetensors(path, stem="adapter_model").entries
     shapes = [entry.shape for name, entry in tensors.items() if name.endswith(("score.weight", "classifier.weight"))]

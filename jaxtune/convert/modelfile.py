@@ -1,7 +1,7 @@
 """An Ollama Modelfile: the GGUF file, the chat template in Go's language, the stop tokens.
 
-Ollama does not run Jinja. What a template writes around each kind of turn is found by rendering a probe, written down in Go, and checked by
-rendering whole conversations both ways; for a template that does more than that no TEMPLATE is written.
+Ollama does not run Jinja. What a template writes around each kind of turn is found by rendering a probe, translated to Go, and verified by
+rendering whole conversations both ways; for a template that does more, no TEMPLATE is written.
 """
 
 import json
@@ -11,7 +11,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Turns(NamedTuple):
-    """What stands before and after the content of each role's turn, what opens the answer, and what stands in for a system turn."""
+    """The text before and after the content of each role's turn, the opening of the answer, and the default for a missing system turn."""
 
     begin: str
     system: tuple[str, str]
@@ -21,13 +21,13 @@ class Turns(NamedTuple):
     no_system: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """What the Go template below writes of a conversation, with the answer opened."""
+        """The Go template's rendering of a conversation, with the answer opened."""
         start = self.begin + ("" if messages[0]["role"] == "system" else self.no_system)
         turns = [(getattr(self, message["role"]), message["content"]) for message in messages]
         return start + "".join(before + content + after for (before, after), content in turns) + self.opening
 
     def go(self, begin: str) -> str:
-        """The same in Go's template language, as Ollama runs it over `.Messages`."""
+        """The same as a Go template, as Ollama runs it over `.Messages`."""
         contents = {role: "{{ .Content }}".join(getattr(self, role)) for role in ROLES}
         turns = [f'{{{{ if eq .Role "{role}" }}}}{content}{{{{ end }}}}' for role, content in contents.items()]
         default = f"{{{{ if not .System }}}}{self.no_system}{{{{ end }}}}" if self.no_system else ""
@@ -39,7 +39,7 @@ def modelfile(gguf_name: str, tokenizer: Any, stop: list[str], context: int) -> 
     lines = [f"FROM ./{gguf_name}"]
     turns = find_turns(tokenizer)
     if turns is not None:
-        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # llama.cpp writes it then, before the template does
+        adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # then llama.cpp writes it, before the template
         lines.append(f'TEMPLATE """{turns.go("" if adds_bos else turns.begin)}"""')
     elif tokenizer.chat_template:
         lines.append("# The chat template does more than a TEMPLATE can say; Ollama takes the one in the GGUF file.")
@@ -49,13 +49,13 @@ def modelfile(gguf_name: str, tokenizer: Any, stop: list[str], context: int) -> 
 
 
 def find_turns(tokenizer: Any) -> Turns | None:
-    """The turns of a chat template, or None where it cannot be said so (or where there is none)."""
+    """The turns of a chat template, or None if it cannot be expressed this way (or there is none)."""
     if not isinstance(tokenizer.chat_template, str):
         return None
     try:
         turns = _probe(tokenizer)
         same = all(_render(tokenizer, talk, True) == turns.render(talk) for talk in _talks("One?", "Two.", "Three."))
-    except Exception:  # a template may refuse a conversation (a system turn, say) with an exception of any kind
+    except Exception:  # a template may refuse a conversation (with a system turn, for example) with any exception
         return None
     text = str(turns)
     return turns if same and '"""' not in text and "{{" not in text else None
@@ -86,7 +86,7 @@ def _probe(tokenizer: Any) -> Turns:
     ends_alike = after_system.startswith(end) and after_assistant.startswith(end)
     user = after_system[len(end) :] if ends_alike else _common_ending(after_system, after_assistant)
     bos = tokenizer.bos_token or ""
-    begin = bos if first.startswith(bos) and not user.startswith(bos) else ""  # SmolLM's BOS is what opens every turn
+    begin = bos if first.startswith(bos) and not user.startswith(bos) else ""  # SmolLM's BOS is the opening of every turn
     start = _render(tokenizer, alone, False).split(alone[0]["content"])[0]
     return Turns(
         begin=begin,

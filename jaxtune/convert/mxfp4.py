@@ -1,9 +1,9 @@
-"""Tensors in MXFP4 (OCP's Microscaling Formats 1.0, of which GPT-OSS's experts come), read as the numbers they stand for.
+"""Tensors in MXFP4 (OCP Microscaling Formats 1.0; GPT-OSS's experts), dequantised while reading.
 
-    X_blocks uint8 [..., out, in / 32, 16]   two codes a byte, the low nibble the earlier one
+    X_blocks uint8 [..., out, in / 32, 16]   two codes per byte, the low nibble first
     X_scales uint8 [..., out, in / 32]       a power of two for 32 numbers, its exponent + 127
 
-A code has two bits of mantissa and a scale none, so bfloat16 holds the product exactly. X is `[..., in, out]`, as transformers has it.
+A code has two bits of mantissa and a scale none, so bfloat16 holds the product exactly. X is `[..., in, out]`, as in transformers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,10 +38,10 @@ class MXFP4:
     what = "mxfp4"
 
     def __init__(self, settings: Mapping[str, Any]):
-        del settings  # what is dense says the file
+        del settings  # the file says what is dense
 
     def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Shape, Blocks]]:
-        """Name, shape and parts of each tensor that is packed (see packed.Format)."""
+        """Name, shape and parts of each quantised tensor (see packed.Format)."""
         for blocks in [name for name in entries if name.endswith(_BLOCKS)]:
             name, entry = blocks.removesuffix(_BLOCKS), entries[blocks]
             scales = entries.get(name + _SCALES)

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which parameter: the names a tensor may go by, and what else a file may hold."""
+"""Which tensor of a checkpoint is which parameter: the possible names of a tensor, and what else a file may contain."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ from jaxtune.model.row import Row
 
 log = logging.getLogger("jaxtune")
 
-# Buffers that old versions of transformers wrote beside the parameters: causal masks and rotary frequencies.
+# Buffers that old versions of transformers saved with the parameters: causal masks and rotary frequencies.
 HARMLESS = re.compile(r"(.*\.)?(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
-_PREFIX = re.compile(r"(model|transformer|gpt_neox|backbone)\.")  # absent where the model was saved without its head
+_PREFIX = re.compile(r"(model|transformer|gpt_neox|backbone)\.")  # absent if the model was saved without its head
 _OTHER = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 # Mixtral's own names, and those of the stacked layout that transformers 5 writes on request
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -25,9 +25,9 @@ _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 class Cell(NamedTuple):
-    """One tensor of a checkpoint: the row it belongs to, its place in that row's stack, its shape in the file.
+    """One tensor of a checkpoint: its row, its place in that row's stack, its shape in the file.
 
-    `whole`: the tensor that it is a part of, where a file holds a layer's experts together (convert/together.py); it is `[out, in]` then.
+    `whole`: the tensor that it is a part of, if a file stores a layer's experts together (convert/together.py); it is `[out, in]` then.
     """
 
     path: str
@@ -77,7 +77,7 @@ def match_names(source: Checkpoint, table: list[Cell]) -> dict[str, str]:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """The names a tensor may go by, the usual one first."""
+    """The possible names of a tensor, the usual one first."""
     yield name
     if bare := _PREFIX.match(name):
         yield name[bare.end() :]
@@ -105,7 +105,7 @@ def unstack_experts(entries: dict[str, Entry]) -> None:
 
 
 def leave_out(entries: dict[str, Entry], pattern: str | None) -> None:
-    """Take out what transformers leaves in the file too, and say so."""
+    """Remove and log the tensors that transformers ignores too."""
     names = [name for name in entries if pattern and re.fullmatch(pattern, name)]
     for name in names:
         del entries[name]
@@ -114,7 +114,7 @@ def leave_out(entries: dict[str, Entry], pattern: str | None) -> None:
 
 
 def is_float(dtype) -> bool:
-    """Whether a weight can be stored so; an 8-bit float needs scales to mean anything."""
+    """Whether a weight can have this dtype; an 8-bit float means nothing without scales."""
     return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize > 1
 
 

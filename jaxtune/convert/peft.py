@@ -1,8 +1,8 @@
 """PEFT's adapter folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor is named `base_model.model.` + the module's name + what the method calls it (`peft.adapter.Part.file`), of LoRA `.lora_A.weight
-[r, in]`. Experts lie side by side in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. What is trained
-whole has its own name.
+A tensor is named `base_model.model.` + the module's name + the method's suffix (`peft.adapter.Part.file`), for LoRA `.lora_A.weight [r,
+in]`. Experts are concatenated in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. Whole parameters have
+their own names.
 """
 
 import logging
@@ -49,7 +49,7 @@ from jaxtune.tree import flatten
 log = logging.getLogger("jaxtune")
 
 class Place(NamedTuple):
-    """One layer of an adapted row in the file: its number in the stack, PEFT's name of it, the start of its tensors' names."""
+    """One layer of an adapted row in the file: its number in the stack, PEFT's name for it, the prefix of its tensors' names."""
 
     number: int
     name: str
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 
 def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterator[Place]:
-    """The layers of a row. PEFT wraps the parameters of one module in one another: where down is adapted too, up (and gate) lies inside."""
+    """The layers of a row. PEFT nests the wrappers of one module's parameters: if down is adapted too, up (and gate) is inside."""
     stack, _, kind = path.rpartition("/")
     for number, name in enumerate(names(path, row)):
         stem = name.rpartition(".")[0] if is_parameter(path) else name
@@ -67,20 +67,20 @@ def _places(path: str, row: Row, adapted: dict[str, tuple[int, ...]]) -> Iterato
 
 
 def _turns(row: Row, out: int) -> np.ndarray:
-    """Which of our outputs, gate before up, each of transformers' is."""
+    """For each of transformers' outputs, which of ours (gate before up) it is."""
     halves = np.arange(out).reshape(2, -1)
     return halves.T.reshape(-1) if row.part is not None and row.part.alternating else halves.reshape(-1)
 
 
 def _flat(leaf: str, value: np.ndarray) -> np.ndarray:
-    """Experts' pairs as PEFT lays them out."""
+    """Experts' pairs in PEFT's layout."""
     if value.ndim != 3 or leaf not in ("a", "b"):
         return value
     return value.reshape(-1, value.shape[-1]) if leaf == "a" else value.transpose(1, 2, 0).reshape(value.shape[1], -1)
 
 
 def _as_in_file(value: np.ndarray, leaf: str, part: Part, rank: int) -> np.ndarray:
-    """One layer's array without what is beyond its rank, and as PEFT lays it out."""
+    """One layer's array without the part beyond its rank, in PEFT's layout."""
     if part.rank is not None:
         value = value[..., :rank, :] if part.rank == -2 else value[..., :rank]
     value = _flat(leaf, value)
@@ -97,7 +97,7 @@ def _unflat(leaf: str, value: np.ndarray, experts: int) -> np.ndarray:
 def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path:
     """Write `adapter` as a folder that `peft.PeftModel.from_pretrained` opens on `model`; returns `out`.
 
-    The folder is written beside and renamed. Raises ModelError when `out` is there and not empty.
+    The folder is written under a temporary name and renamed. Raises ModelError if `out` exists and is not empty.
     """
     check_argument("adapter", adapter, Adapter, "write jt.save_adapter(adapter, model, out)")
     check_argument("model", model, Model, "write jt.save_adapter(adapter, model, out)")
@@ -116,7 +116,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
                     tensors[f"{place.stem}.{part.file}"] = _as_in_file(value, leaf, part, rank)
     for whole in adapter.wholes:
         if whole.path in heads.VALUE:
-            continue  # in a file of its own
+            continue  # in a separate file
         row, value = whole_rows(model.config)[whole.path], np.asarray(adapter.saved[whole.path])
         for number, name in _whole_names(whole, row, model, adapter.config, adapted):
             one = value if number is None else value[number]
@@ -133,7 +133,7 @@ def save_adapter(adapter: Adapter, model: Model, out: str | os.PathLike) -> Path
 def _whole_names(
     whole: Whole, row: Row, model: Model, config: AnyConfig, adapted: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[int | None, str]]:
-    """The tensors of a parameter that is trained whole: its place in `saved` (None: all of it) and its name."""
+    """The tensors of a whole parameter: its place in `saved` (None: all of it) and its name."""
     if not row.layers:
         name = row.hf.removesuffix(".weight")
         if whole.numbers is not None:
@@ -155,8 +155,8 @@ def _whole_names(
 def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
     """A PEFT folder as an adapter for `model`.
 
-    Raises ModelError for another kind of adapter, a field we cannot honour, and tensors that are missing, extra or of the wrong
-    shape, naming them.
+    Raises ModelError for another kind of adapter, an unsupported field, and tensors that are missing, extra or of the wrong shape, naming
+    them.
     """
     check_argument("path", path, (str, os.PathLike), "write jt.load_adapter(folder, model)")
     check_argument("model", model, Model, "write jt.load_adapter(folder, model)")
@@ -168,7 +168,7 @@ def load_adapter(path: str | os.PathLike, model: Model) -> Adapter:
 def _load(path: Path, model: Model) -> Adapter:
     kind, config = read_config(read_json(path / "adapter_config.json"), path)
     checkpoint: Checkpoint = Safetensors(path, stem="adapter_model")
-    if model.config.model_type == "gpt_neox":  # whose head transformers 4 called embed_out
+    if model.config.model_type == "gpt_neox":  # transformers 4 called its head embed_out
         config = settle(model.config, config)
         checkpoint.entries = {name.replace(".embed_out.", ".lm_head."): entry for name, entry in checkpoint.entries.items()}
     if model.config.outer:
@@ -192,7 +192,7 @@ def _load(path: Path, model: Model) -> Adapter:
         raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
     wholes, adapted = kind.wholes(model.config, config, sites), {site.path: site.ranks for site in sites}
     own = {path: PREFIX + row.hf for path, row in whole_rows(model.config).items() if path in heads.PATHS}
-    wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # a head may be the base's
+    wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # the head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
     wholes, config = read_embeddings(path, model, checkpoint, left, parts, wholes, config)
     if not left and not apart and kind.stands:
@@ -204,7 +204,7 @@ def _load(path: Path, model: Model) -> Adapter:
 
 
 def _read_prompt(path: Path, checkpoint: Checkpoint, model: Model, kind: PromptKind, config: Any) -> Adapter:
-    """The one tensor of a method of virtual tokens."""
+    """The only tensor of a virtual-token method."""
     name, wanted = "prompt_embeddings", (config.num_virtual_tokens, kind.width(model.config))
     if set(checkpoint.entries) != {name}:
         raise ModelError(f"{path}: adapter_model.safetensors holds {', '.join(sorted(checkpoint.entries)[:3])}, and has to hold {name}")
@@ -215,7 +215,8 @@ def _read_prompt(path: Path, checkpoint: Checkpoint, model: Model, kind: PromptK
 
 
 def _check_packed(path: Path, model: Model, config: AnyConfig, sites: tuple[Site, ...]) -> None:
-    """Pairs that make up for packing (LoftQ) are for a base that is packed so; one that is opened for a conversion is not looked at."""
+    """Pairs that compensate for quantisation (LoftQ) need a base quantised in the same way; a base opened for a conversion is not checked.
+    """
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "loftq" or not model.params:
         return
     bits, leaves = config.loftq_config.loftq_bits, flatten(model.params)
@@ -228,13 +229,13 @@ def _check_packed(path: Path, model: Model, config: AnyConfig, sites: tuple[Site
 
 
 def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[Site, ...]) -> None:
-    """The file has the pairs that its config names and no others: PEFT leaves out what only one of the two knows, with a warning."""
+    """The file must have exactly the pairs that its config names: PEFT ignores what only one of the two has, with a warning."""
     rows = adaptable(model.config)
     found = {name for site in sites for name, rank in zip(names(site.path, rows[site.path]), site.ranks, strict=True) if rank}
     config = kind_of(config).settle(model.config, config)
     wanted = {name for name in targeted(model.config, config) if rank_and_scale(name, config)[0]}
     if not wanted and not config.target_modules:
-        wanted = found  # no targets are written down: the file says them
+        wanted = found  # no targets are recorded: the file determines them
     if missing := sorted(wanted - found):
         raise ModelError(f"{path}: {len(missing)} modules that adapter_config.json names have no tensors, the first {missing[0]}")
     if extra := sorted(found - wanted):
@@ -244,7 +245,7 @@ def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[S
 
 
 def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, config: AnyConfig) -> tuple[dict, tuple[Site, ...]]:
-    """The pairs that the file holds; the names of their tensors are taken out of `left`."""
+    """The pairs in the file; the names of their tensors are removed from `left`."""
     params, sites = {}, []
     rows = adaptable(model.config)
     wanted = find_sites(model.config, config) if config.target_parameters else ()
@@ -263,7 +264,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
             parts = kind.parts(config, name, row, rank) if there[number] else {}
             tensors = {leaf: f"{place.stem}.{part.file}" for leaf, part in parts.items()}
             tensors = {leaf: tensor for leaf, tensor in tensors.items() if tensor in left}
-            if not tensors:  # what begins like this is another's
+            if not tensors:  # a tensor with this prefix belongs to another row
                 layers.append({})
                 sizes[number] = 0, 0.0
                 continue
@@ -284,7 +285,7 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
 def _read_shared(
     path: Path, checkpoint: Checkpoint, left: set, model: Model, config: AnyConfig, sites: tuple[Site, ...]
 ) -> tuple[Constant, ...]:
-    """What all matrices share: as the file has it, or made anew where it says so."""
+    """What all matrices share: from the file, or computed again if the config says so."""
     kind, found = kind_of(config), []
     if not sites or not (made := kind.constants(model.config, config, sites)):
         return ()
@@ -303,7 +304,7 @@ def _read_shared(
 
 
 def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, model: Model, config: AnyConfig, adapted: dict):
-    """A parameter that is trained whole; the names are taken out of `left`."""
+    """A whole parameter; the names are removed from `left`."""
     row = whole_rows(model.config)[whole.path]
     shape = row.shape[bool(row.layers) :] if row.layers or whole.numbers is None else (len(whole.numbers), *row.shape[1:])
     values = []
@@ -322,7 +323,7 @@ def _read_whole(path: Path, checkpoint: Checkpoint, left: set, whole: Whole, mod
 
 
 def _check(path: Path, place: Place, values: dict[str, np.ndarray], parts: dict[str, Part]) -> None:
-    """All arrays of a matrix are there, and of the shapes that the model and the config ask for."""
+    """All arrays of a matrix exist, with the shapes that model and config require."""
     for leaf, part in parts.items():
         if leaf in values:
             continue
@@ -336,7 +337,7 @@ def _check(path: Path, place: Place, values: dict[str, np.ndarray], parts: dict[
 
 
 def _stack(layers: list[dict[str, np.ndarray]], row: Row, full: dict[str, Part], experts: int | None) -> dict:
-    """Per-layer arrays, padded with zeros to the shapes of one rank, stacked in front."""
+    """Per-layer arrays, zero-padded to the shapes of one rank and stacked."""
     lead, leaves = row.shape[:-2] if row.layers else (1,), {}
     for leaf, part in full.items():
         own = list(part.shape)

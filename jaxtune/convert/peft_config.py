@@ -20,18 +20,18 @@ from jaxtune.peft.sites import AnyConfig, adaptable, ancestors, is_parameter, na
 
 log = logging.getLogger("jaxtune")
 
-PREFIX = "base_model.model."  # of every tensor's name
+PREFIX = "base_model.model."  # prefix of every tensor's name
 TASKS = {heads.SEQUENCE: "SEQ_CLS", heads.TOKEN: "TOKEN_CLS"}
 
-# what PEFT writes beside a method's own fields
+# what PEFT writes besides a method's own fields
 USUAL = set("peft_type task_type auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out peft_version".split())
 BY_TYPE = {kind.peft_type: kind for kind in KINDS.values()}
-# ways to begin that change the base too: without that base the pair means something else
+# initialisations that change the base too: without that base the pair means something else
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def config_file(path: Path) -> Path:
-    """adapter_config.json of a folder; ModelError, with what to give instead, for one that has none."""
+    """adapter_config.json of a folder; if it has none, a ModelError that says what to give instead."""
     file, inside = path / "adapter_config.json", path / "adapter"
     if not file.is_file():
         instead = inside if (inside / file.name).is_file() else "the folder that PEFT (or jaxtune) saved an adapter to"
@@ -41,7 +41,7 @@ def config_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def naming_config(path: Path) -> Iterator[None]:
-    """Errors in an adapter folder's config (it is not there, a field is none that the model can have) name its file."""
+    """Add the file's name to errors in an adapter folder's config (missing, or with a field that the model cannot have)."""
     file = config_file(path)
     try:
         yield
@@ -50,7 +50,7 @@ def naming_config(path: Path) -> Iterator[None]:
 
 
 def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
-    """What PEFT writes; `all-linear` is spelled out, as PEFT does, and so is a regular expression where PEFT would translate it."""
+    """PEFT's config; `all-linear` is expanded, as in PEFT, and so is a regular expression that PEFT would translate."""
     kind, rows = kind_of(adapter.config), adaptable(model.config)
     fields = kind.fields(adapter, model.config)
     if isinstance(kind, PromptKind):
@@ -78,7 +78,7 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
 
 
 def _inside(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Fields by which PEFT stays within the language model: modules beside it have names that end like its own."""
+    """Fields that restrict PEFT to the language model: other modules have names with the same suffixes."""
     found, (modules, head) = {}, map(re.escape, NESTED[config.outer].modules)
     if "exclude_modules" in fields:
         outside, left_out = rf"(?!{modules}|{head}$).*", fields["exclude_modules"] or ()
@@ -91,7 +91,7 @@ def _inside(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
-    """The method and its config. ModelError for a type that is not known, and for what cannot be honoured, by name."""
+    """The method and its config. ModelError, by name, for an unknown type and for unsupported fields."""
     kind = BY_TYPE.get(str(saved.get("peft_type")))
     if kind is None:
         raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened")
@@ -117,7 +117,7 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
 
 
 def names_of_today(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """An adapter's tensors under the names of today; ModelError where some stand beside the language model."""
+    """An adapter's tensors under today's names; ModelError if some belong to modules outside the language model."""
     beside = NESTED[config.outer].beside
     if others := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(beside)]:
         raise ModelError(

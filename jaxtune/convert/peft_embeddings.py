@@ -1,7 +1,7 @@
-"""Embeddings and heads that PEFT writes into an adapter's file beside what it trained (`save_embedding_layers`).
+"""Embeddings and heads that PEFT writes into an adapter's file in addition to what it trained (`save_embedding_layers`).
 
-It does so by itself where the vocabulary was resized, or the embedding adapted. What is there is either a copy of the model's own matrix,
-or takes its place when PEFT opens the file.
+PEFT does so by itself if the vocabulary was resized or the embedding adapted. The tensor is either a copy of the model's own matrix, or
+replaces it when PEFT opens the file.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ log = logging.getLogger("jaxtune")
 
 
 def check_vocabulary(path: Path, model: Model, checkpoint: Checkpoint) -> None:
-    """ModelError for an adapter whose file holds an embedding or head of another size than the model's."""
+    """ModelError for an adapter whose file has an embedding or head of another size than the model's."""
     rows = adaptable(model.config)
     for name in sorted({"embed", "head"} & rows.keys()):
         stem = f"{PREFIX}{names(name, rows[name])[0]}"
@@ -38,10 +38,10 @@ def check_vocabulary(path: Path, model: Model, checkpoint: Checkpoint) -> None:
 def read_embeddings(
     path: Path, model: Model, checkpoint: Checkpoint, left: set[str], parts: dict, wholes: tuple[Whole, ...], config: AnyConfig
 ) -> tuple[tuple[Whole, ...], AnyConfig]:
-    """What is trained whole, and the config that says so, with the matrices that take the place of the model's.
+    """The whole parameters, and the config that describes them, with the matrices that replace the model's.
 
-    Their values go into `parts`; the names of what is read, and of copies, are taken out of `left`. Raises ModelError for a matrix under an
-    adapter that is not the model's own.
+    Their values are added to `parts`; the names of what is read, and of copies, are removed from `left`. Raises ModelError for a matrix
+    that is adapted and differs from the model's own.
     """
     rows, found = adaptable(model.config), {}
     for name in sorted({"embed", "head"} & rows.keys()):
@@ -66,7 +66,7 @@ def read_embeddings(
 
 
 def _is_own(path: Path, model: Model, checkpoint: Checkpoint, tensor: str, name: str) -> bool | None:
-    """Whether a tensor of the file is the model's matrix, up to the rounding of a shorter dtype; None where the model's is not read."""
+    """Whether a tensor of the file equals the model's matrix, up to rounding to a shorter dtype; None if the model's has not been read."""
     if not model.params:
         return None  # opened for a conversion: its tensors are read when they are merged
     own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))

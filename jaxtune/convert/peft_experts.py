@@ -1,10 +1,10 @@
-"""Adapters of the time when every expert was a module of its own (transformers 4): a pair for each expert's matrix.
+"""Adapters from transformers 4, where every expert was a separate module: a pair for each expert's matrix.
 
     ...layers.0.block_sparse_moe.experts.3.w1.lora_A.weight        (Mixtral: w1 gate, w3 up, w2 down)
     ...layers.0.mlp.experts.3.gate_proj.lora_A.weight              (Qwen 3 MoE)
 
-They are read as what PEFT writes today, one pair for all of a layer's experts. Gate and up are one matrix there, whose pair has both ranks:
-`a = [a_gate; a_up]`, `b` with `b_gate` above `b_up` on its diagonal, so the product is the same to the bit.
+They are read as PEFT writes them today, with one pair for all of a layer's experts. Gate and up are one matrix there, whose pair has both
+ranks: `a = [a_gate; a_up]`, and `b` block-diagonal with `b_gate` above `b_up`, so the product is bit-identical.
 """
 
 import re
@@ -48,7 +48,7 @@ class PerExpert:
                     self.entries[made] = checkpoint.entries[next(iter(names.values()))]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; experts' as PEFT lays them out, `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank."""
+        """One tensor; those of experts in PEFT's layout, `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank."""
         if name not in self._made:
             return self.checkpoint.read(self._renamed.get(name, name))
         layer, kinds, side = self._made[name]

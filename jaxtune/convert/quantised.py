@@ -1,6 +1,6 @@
-"""Checkpoints that another tool has quantised: which formats are read, and a file's packed tensors as dense ones (`dense`).
+"""Checkpoints quantised by other tools: which formats are read, and a file's quantised tensors as dense ones (`dense`).
 
-bitsandbytes' stay packed (convert/bitsandbytes.py); all others are dequantised tensor by tensor, while they are read.
+bitsandbytes' stay quantised (convert/bitsandbytes.py); all others are dequantised tensor by tensor while reading.
 """
 
 import logging
@@ -28,15 +28,15 @@ BITSANDBYTES = "bitsandbytes"
 FORMATS: dict[str, type[Format]] = {
     "mxfp4": MXFP4, "fp8": FP8, "fbgemm_fp8": FP8, "mxfp8": FP8, "compressed-tensors": CompressedTensors, "gptq": GPTQ, "awq": AWQ,
 }  # fmt: skip
-KEYS = ("quantization_config", "compression_config")  # of config.json; the second is what compressed-tensors once wrote
-# Scales of activations and of a cache of keys and values: for kernels that multiply in 8 bits.
+KEYS = ("quantization_config", "compression_config")  # of config.json; compressed-tensors once wrote the second
+# Scales of activations and of a key-value cache: for kernels that multiply in 8 bits.
 _OF_ACTIVATIONS = re.compile(r".*[._](activation_scale|(input|output|q|k|v)_(scale|zero_point|global_scale))")
 
 
 def settings_of(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What config.json says of quantised tensors, with its `quant_method`; None of a dense model.
+    """config.json's description of quantised tensors, with its `quant_method`; None for a dense model.
 
-    Raises ModelError for what is no object, and for a method that is not read.
+    Raises ModelError for anything but an object, and for an unsupported method.
     """
     inside = hf.get("text_config")
     places = [hf, inside] if isinstance(inside, Mapping) else [hf]
@@ -53,15 +53,15 @@ def settings_of(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def format_of(hf: Mapping[str, Any]) -> Format | None:
-    """How the tensors are stored that are dequantised while they are read; None where there are none. ModelError for what is not read."""
+    """The format of tensors that are dequantised while reading; None if there are none. ModelError for an unsupported one."""
     settings = settings_of(hf)
     return None if settings is None or settings["quant_method"] == BITSANDBYTES else FORMATS[settings["quant_method"]](settings)
 
 
 def dense(entries: dict[str, Entry], hf: Mapping[str, Any], config: ModelConfig) -> dict[str, Entry]:
-    """The entries of a file, with one of the dense tensor for each that is packed; its dtype is that of the file's plain tensors.
+    """The entries of a file, with one dense tensor for each quantised one; its dtype is that of the file's unquantised tensors.
 
-    Raises ModelError for a format that is not read, and where parts of a tensor are missing or do not fit.
+    Raises ModelError for an unsupported format, and if parts of a tensor are missing or do not fit.
     """
     format = format_of(hf)
     if format is None:
@@ -87,7 +87,7 @@ def dense(entries: dict[str, Entry], hf: Mapping[str, Any], config: ModelConfig)
 
 
 def _idle_biases(packed: Collection[str], plain: Mapping[str, Entry], config: ModelConfig) -> list[str]:
-    """Biases of zeros that the model does not have: AutoGPTQ once gave one to every module."""
+    """Zero biases that the model does not have: AutoGPTQ once added one to every module."""
     own = {spelling for cell in cells(spec(config)) for spelling in spellings(cell.name)}
     biases = [] if config.outer else [name.removesuffix("weight") + "bias" for name in packed]
     return [bias for bias in biases if bias in plain and bias not in own and not read_entry(bias, plain[bias]).any()]

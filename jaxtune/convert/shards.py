@@ -1,6 +1,6 @@
-"""Tensors of a checkpoint straight onto a mesh: a process reads, casts and packs what its own devices will hold, and no more.
+"""Read tensors of a checkpoint straight onto a mesh: a process reads, casts and quantises only what its own devices will hold.
 
-Packing needs more than a device's own part in three cases. Where blocks (or int8's rows) run across the cut, the whole matrix is read.
+Quantising needs more than a device's own part in two cases. If blocks (or int8's rows) cross a shard boundary, the whole matrix is read.
 Double quantisation has one mean for all scales of a matrix, so the processes exchange those: a 64th of the numbers.
 """
 
@@ -23,13 +23,13 @@ Index = tuple[slice, ...]
 
 
 class Shards:
-    """Leaves of a parameter tree on `mesh`, one tensor at a time. All processes have to ask for the same tensors in the same order."""
+    """Leaves of a parameter tree on `mesh`, one tensor at a time. All processes must request the same tensors in the same order."""
 
     def __init__(self, source: Checkpoint, mesh: Mesh, quantization: str | None = None):
         self.source, self.mesh, self.quantization = source, mesh, quantization
 
     def leaf(self, name: str, cell: Cell, row: Row, dtype: str) -> Matrix:
-        """One tensor of a stack as a leaf on the mesh, in `dtype` or packed."""
+        """One tensor of a stack as a leaf on the mesh, in `dtype` or quantised."""
         kind = self.quantization if row.can_be_packed else None
         value, depth = self._open(name, cell), len(cell.index)
         shape = cell.shape[::-1] if cell.transposed else cell.shape
@@ -37,17 +37,17 @@ class Shards:
         if kind is not None:
             return self._packed(value, shape, matrix, cell.path, row, dtype, kind)
         whole = value(None)
-        if is_weight(whole):  # packed in the file
+        if is_weight(whole):  # quantised in the file
             return parallel.place(whole, self.of_layer(whole, cell.path, row))
         return jax.make_array_from_callback(shape, matrix, _once(lambda index: value(index).astype(dtype)))
 
     def shardings(self, path: str, row: Row, shapes: Matrix) -> Any:
-        """Where a whole stack of leaves lies."""
+        """The sharding of a whole stack of leaves."""
         return parallel.leaf_shardings(self.mesh, path, row, shapes)
 
     def _open(self, name: str, cell: Cell) -> Callable[[Index | None], Any]:
-        """`part(index)` of the tensor as it stands in the tree (`[out, in]`); `part(None)` is a leaf that the file has packed."""
-        is_packed = getattr(self.source.entries[name], "packed", None)  # dequantised whole, and so once
+        """`part(index)` of the tensor in the tree's orientation (`[out, in]`); `part(None)` is a leaf that is quantised in the file."""
+        is_packed = getattr(self.source.entries[name], "packed", None)  # dequantised whole, and therefore only once
         partial = None if is_packed else getattr(self.source, "read_part", None)
         whole = None if partial else self.source.read(name)
 
@@ -80,7 +80,7 @@ class Shards:
         return parallel.place(scales, self.of_layer(scales, path, row))
 
     def of_layer(self, leaf: Matrix, path: str, row: Row) -> Any:
-        """Where one leaf of a stack lies: as the stack does, without the axes that stack it."""
+        """The sharding of one leaf of a stack: the stack's, without the stacked axes."""
         depth = len(row.axes) - 2
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1,) * depth + x.shape, x.dtype), leaf)
         stacked = self.shardings(path, row, shapes)
@@ -88,7 +88,7 @@ class Shards:
 
 
 def _once(function: Callable[[Index], Any]) -> Callable[[Index], Any]:
-    """The function, called once for each index: devices that hold copies share one reading."""
+    """The function, called once per index: devices that hold copies share one read."""
     known: dict[tuple, Any] = {}
 
     def call(index: Index) -> Any:

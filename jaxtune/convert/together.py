@@ -1,7 +1,7 @@
-"""Files that hold all experts of a layer in one tensor, read and written matrix by matrix (`Row.part`).
+"""Files that store all experts of a layer in one tensor, read and written matrix by matrix (`Row.part`).
 
-    gate_up_proj [E, in, 2 out]   gate and up in turn (GPT-OSS)
-    input_linear [E, 2 out, in]   gate, then up (Granite's)
+gate_up_proj [E, in, 2 out]   gate and up interleaved (GPT-OSS)
+input_linear [E, 2 out, in]   gate, then up (Granite's)
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jaxtune.model.spec import spec
 class Apart:
     """A checkpoint whose experts' tensors are read matrix by matrix, under the names of `cells`, as `[out, in]`.
 
-    `source` has `entries`, `read` and `read_part` (`Safetensors`, or what stands before it).
+    `source` has `entries`, `read` and `read_part` (`Safetensors`, or a wrapper around it).
     """
 
     def __init__(self, source, config: ModelConfig):
@@ -31,7 +31,7 @@ class Apart:
                 continue
             row, entry = rows[cell.path], source.entries[stored]
             used.add(stored)
-            if entry.shape != whole_shape(row):  # which `match_names` says, of the name as it is in the file
+            if entry.shape != whole_shape(row):  # which `match_names` determines for the file's name
                 self.entries[cell.name] = entry
                 continue
             self.entries[cell.name] = entry._replace(shape=cell.shape)
@@ -57,7 +57,7 @@ def whole_shape(row: Row) -> tuple[int, ...]:
 
 
 def _index(row: Row, cell: Cell) -> tuple[slice, ...]:
-    """Where a matrix (or a layer's biases) lies in the file's tensor."""
+    """The place of a matrix (or a layer's biases) in the file's tensor."""
     assert row.part is not None
     outputs, number = row.part.outputs(row.shape[2]), cell.index[1:]
     expert = slice(number[0], number[0] + 1) if number else slice(None)
@@ -67,7 +67,7 @@ def _index(row: Row, cell: Cell) -> tuple[slice, ...]:
 def plans_of_files(
     rows: dict[str, Row], plans: list[Plan], make: Callable[[str], np.ndarray]
 ) -> tuple[list[Plan], Callable[[str], np.ndarray]]:
-    """The plans of the tensors as files have them, and `make` for those too: the parts of one are made one after the other."""
+    """The plans of the file's tensors, and `make` for them: the parts of one are made one after the other."""
     parts: dict[str, list[Cell]] = {}
     for cell in cells(rows):
         if cell.whole:

@@ -1,4 +1,4 @@
-"""Tokenizers, without torch: from a folder by transformers, from a GGUF file by rebuilding what llama.cpp stored of them."""
+"""Tokenizers without torch: from a folder with transformers, from a GGUF file by rebuilding what llama.cpp stored."""
 
 import importlib.util
 import os
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-PROCESSORS = "chat_template.json"  # where older processors (Mistral Small 3's, say) kept the template
+PROCESSORS = "chat_template.json"  # where older processors (Mistral Small 3's, for example) kept the template
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def import_transformers():
-    """transformers, without its word about torch being absent."""
+    """Import transformers without its message about missing torch."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found", at every import
     import transformers
 
@@ -25,9 +25,9 @@ def import_transformers():
 
 
 def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None":
-    """The tokenizer of a model folder; None where the folder has none. Code in the folder is never run.
+    """The tokenizer of a model folder; None if the folder has none. Code in the folder is never run.
 
-    Raises ModelError when its files cannot be read.
+    Raises ModelError if its files cannot be read.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -58,9 +58,9 @@ def load_tokenizer(folder: str | os.PathLike) -> "PreTrainedTokenizerFast | None
 
 
 def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
-    """The tokenizer's files and chat template, as transformers writes them, so that its older versions open them too."""
+    """The tokenizer's files and chat template, as transformers writes them, in a form that its older versions open too."""
     tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer_config.json"
     settings = read_json(file)
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it; 4 (and so vLLM) knows this name only
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it; 4 (and hence vLLM) knows only this name
         write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -1,7 +1,7 @@
-"""Value heads (objective ppo) as they are kept beside the adapter or model that a run has trained.
+"""Value heads (objective ppo), stored beside the adapter or model that a run has trained.
 
-`value_head.safetensors` in its folder: `v_head.summary.weight [1, D]` and `v_head.summary.bias [1]`, the names of TRL's
-`AutoModelForCausalLMWithValueHead` in the file of LLaMA-Factory. PEFT and transformers pass it over.
+`value_head.safetensors` in its folder: `v_head.summary.weight [1, D]` and `v_head.summary.bias [1]`, with the names of TRL's
+`AutoModelForCausalLMWithValueHead` and LLaMA-Factory's file name. PEFT and transformers ignore it.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ def without(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """The file, where there is a value head among the leaves (by path)."""
+    """Write the file, if there is a value head among the leaves (by path)."""
     tensors = {name: np.asarray(parallel.fetch(leaves[path])) for path, name in heads.VALUE.items() if path in leaves}
     if tensors:
         write_file(folder / FILE, [Plan(name, value.dtype, value.shape) for name, value in tensors.items()], tensors.__getitem__)
 
 
 def read(folder: Path, width: int) -> dict[str, np.ndarray] | None:
-    """The value head of a folder, for states of `width` numbers; None where it holds none. ModelError for one of another model."""
+    """The value head of a folder, for states of `width` numbers; None if it has none. ModelError for one of another model."""
     if not (folder / FILE).is_file():
         return None
     source, found = Safetensors(folder / FILE), {}
