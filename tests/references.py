@@ -12,11 +12,12 @@ from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
 
 GOLDENS = Path(__file__).parent / "goldens"
-BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|embed_vision)\.")  # names beside a language model
-PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")  # and of those within
+# names beside a language model, and of those within
+BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|embed_vision|vision_embedder)\.")
+PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 # their text families have cases of their own
-NESTED = {"gemma3_nested", "gemma4_nested", "llama4_nested",
+NESTED = {"gemma3_nested", "gemma4_nested", "gemma4_unified", "llama4_nested",
           "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
           "qwen3_vl_moe"}  # fmt: skip
 TEXT = [case for case in CASES if case not in NESTED]

@@ -40,7 +40,7 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     tensors = {}
     for row in spec(from_hf(hf)).values():
-        shape = row.shape[bool(row.layers) + row.is_experts :]
+        shape = row.shape[bool(row.layers) + (row.is_experts or row.is_apart) :]
         shape = shape[::-1] if row.transposed else shape
         shape = shape if row.part is None else whole_shape(row)
         for name in row.hf_names():

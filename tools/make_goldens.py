@@ -214,7 +214,8 @@ CASES = {
     "exaone4": SMALL | MIXED | dict(model_type="exaone4", sliding_window_pattern="LG"),
     "phi": BARE | dict(model_type="phi", layer_norm_eps=1e-3, qk_layernorm=True),
     "starcoder2": BARE | dict(model_type="starcoder2", norm_epsilon=1e-3, sliding_window=5),
-    "stablelm": BARE | dict(model_type="stablelm", layer_norm_eps=1e-3, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "stablelm": BARE | dict(model_type="stablelm", layer_norm_eps=1e-3, use_qkv_bias=True, partial_rotary_factor=0.5)
+    | dict(qk_layernorm=True),
     "nemotron": SMALL | dict(model_type="nemotron", norm_eps=1e-3, partial_rotary_factor=0.5, rope_theta=100.0),
     "arcee": SMALL | dict(model_type="arcee", mlp_bias=True),
     "ministral": SMALL | MIXED | dict(model_type="ministral"),
@@ -346,6 +347,39 @@ CASES |= {
     | dict(sliding_window=5, original_max_position_embeddings=32, rope_scaling=PHIMOE, rms_norm_eps=1e-3, num_key_value_heads=4)
     | dict(hidden_size=32, num_attention_heads=4),
     "minimax_m2": SMALL | dict(model_type="minimax_m2", rotary_dim=8, intermediate_size=12, num_local_experts=6, num_experts_per_tok=3),
+    "hunyuan_moe": SMALL
+    | dict(model_type="hunyuan_v1_moe", intermediate_size=12, num_experts=6, moe_topk=[3, 3], num_hidden_layers=2)
+    | dict(rope_scaling=dict(type="dynamic", alpha=50.0, factor=1.0)),
+    "exaone": {key: value for key, value in SMALL.items() if key not in ("num_hidden_layers", "rms_norm_eps")}
+    | dict(model_type="exaone", num_layers=2, layer_norm_epsilon=1e-3, activation_function="silu"),
+    "internlm3": SMALL | dict(model_type="internlm3", qkv_bias=True, bias=True, num_hidden_layers=1),
+    "cwm": SMALL | dict(model_type="cwm", sliding_window=5, rope_scaling=LLAMA3),
+    "hyperclovax": SMALL
+    | dict(model_type="hyperclovax", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.4, attention_multiplier=0.4),
+    "jais2": SMALL | dict(model_type="jais2", layer_norm_eps=1e-3),
+    "vaultgemma": SMALL | GEMMA | dict(model_type="vaultgemma", hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=24)
+    | dict(sliding_window=5, attn_logit_softcapping=0.2, final_logit_softcapping=0.5),
+    "minicpm3": {key: value for key, value in DEEPSEEK.items() if not key.startswith(("moe", "n_", "num_exp", "topk"))}
+    | dict(model_type="minicpm3", scale_emb=3.0, scale_depth=0.7, dim_model_base=4, tie_word_embeddings=True),
+    "youtu": {key: value for key, value in DEEPSEEK.items() if not key.startswith(("moe", "n_", "num_exp", "topk"))}
+    | dict(model_type="youtu", q_lora_rank=None, tie_word_embeddings=True, initializer_range=0.02),
+    "afmoe": SMALL
+    | dict(model_type="afmoe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, num_shared_experts=1, num_dense_layers=1)
+    | dict(global_attn_every_n_layers=2, sliding_window=5, route_scale=1.5, mup_enabled=True, rms_norm_eps=1e-3),
+    "granite_swa": SMALL
+    | dict(model_type="granite_swa", sliding_window=5, layer_rope_theta=[0, 1000.0, 200.0], num_hidden_layers=3)
+    | dict(embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.4, logits_scaling=0.5),
+    "granitemoe_swa": {key: value for key, value in SMALL.items() if key != "head_dim"}
+    | GRANITEMOE
+    | dict(model_type="granitemoe_swa", shared_intermediate_size=20, sliding_window=5, logits_scaling=1.0),
+    "gemma4_unified": dict(
+        model_type="gemma4_unified",
+        text_config={key: value for key, value in GEMMA4.items() if key != "model_type"}
+        | dict(model_type="gemma4_unified_text", layer_types=["sliding_attention", "full_attention"]),
+        vision_config=dict(model_type="gemma4_unified_vision", patch_size=2, mm_embed_dim=8, mm_posemb_size=4, output_proj_dims=16),
+        audio_config=None,
+        image_token_id=96,
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

@@ -41,7 +41,7 @@ class Cell(NamedTuple):
 def cells(rows: dict[str, Row]) -> Iterator[Cell]:
     """Every tensor of the row table, row by row, under its Hugging Face name."""
     for path, row in rows.items():
-        depth = bool(row.layers) + row.is_experts
+        depth = bool(row.layers) + (row.is_experts or row.is_apart)
         if row.part is not None:
             for index in np.ndindex(row.shape[:depth]):
                 whole = row.hf.format(layer=row.layers[index[0]])

@@ -155,7 +155,8 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and the input of the result's gate, `[B, T, H, h]` (None without a gate).
 
     From three matrices; from one that stacks all queries, all keys, all values ("qkv"), or the queries of each key head, that head and its
-    values ("qkv_by_head"); or from latents. A gate comes with the queries, head by head ("q_and_gate").
+    values ("qkv_by_head"); or from latents. A gate comes with the queries, head by head ("q_and_gate"), or
+    from a matrix of its own ("attn_gate").
     """
     if config.latent is not None:
         return *_from_latents(config, config.latent, w, x_BTD), None
@@ -175,9 +176,10 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
         parts = [jnp.clip(part, -config.qkv_clip, config.qkv_clip) for part in parts]
     if "q_and_gate" in w:
         parts[0], gate = jnp.split(parts[0].reshape(B, T, H, 2 * h), 2, axis=-1)
-        gate = checkpoint_name(gate, "attention")
+    if "attn_gate" in w:
+        gate = linear(w["attn_gate"], x_BTD).reshape(B, T, H, h)
     q, k, v = (part.reshape(B, T, -1, h) for part in parts)
-    return q, k, v, gate
+    return q, k, v, gate if gate is None else checkpoint_name(gate, "attention")
 
 
 def _from_latents(config: ModelConfig, latent: Latent, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -49,15 +49,20 @@ class Row(NamedTuple):
         return "experts" in self.axes and len(self.shape) == 4
 
     @property
+    def is_apart(self) -> bool:
+        """Whether the file stores a layer's experts, or its heads (norms of StableLM 2), as separate tensors."""
+        return "{expert}" in self.hf or "{head}" in self.hf
+
+    @property
     def can_be_packed(self) -> bool:
         """Whether quantisation applies to it: what `linear` or `grouped` multiplies by."""
         return self.is_matrix or self.is_experts
 
     def hf_names(self) -> list[str]:
-        """The Hugging Face tensors that this row stacks, in the order of its leading axes: `[L]` names, or `[L * E]` for experts stored as
-        separate tensors."""
-        experts = range(self.shape[1]) if self.is_experts and self.part is None else (None,)
-        return [self.hf.format(layer=layer, expert=expert) for layer in self.layers or (None,) for expert in experts]
+        """The Hugging Face tensors that this row stacks, in the order of its leading axes: `[L]` names, or `[L * E]` for experts (or heads)
+        stored as separate tensors."""
+        parts = range(self.shape[1]) if self.is_apart else (None,)
+        return [self.hf.format(layer=layer, expert=part, head=part) for layer in self.layers or (None,) for part in parts]
 
     def gguf_names(self) -> list[str]:
         """The GGUF tensors that this row stacks, in order, one per layer (a GGUF tensor holds all experts of a layer)."""

@@ -23,7 +23,7 @@ class NormKind(Kind):
 
     def wholes(self, model_config: ModelConfig, config: LNTuningConfig, sites: tuple[Site, ...] = ()) -> tuple[Whole, ...]:
         """The named norms, and what `modules_to_save` names."""
-        rows = {path: row for path, row in module_rows(model_config).items() if _is_norm(path)}
+        rows = {path: row for path, row in module_rows(model_config).items() if _is_norm(path) and not row.is_apart}
         targets, found, hits = config.target_modules, [], set()
         for path, row in rows.items():
             modules = [row.hf.format(layer=layer).rpartition(".")[0] for layer in row.layers or (None,)]

@@ -45,8 +45,9 @@ BY_INPUT = ("llama4_text",)  # whose experts' matrices `[E, in, out]` PEFT takes
 _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {
     **dict.fromkeys(("minimax_m2", "mixtral"), {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "olmoe", "qwen3_moe",
-                     "qwen3_next"), _LIKE_QWEN),
+    "hunyuan_v1_moe": {name: new for name, new in _LIKE_QWEN.items() if name != "gate"},  # its router is a linear layer
+    **dict.fromkeys(("afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "olmoe",
+                     "qwen3_moe", "qwen3_next"), _LIKE_QWEN),
 }
 
 
@@ -244,10 +245,11 @@ def check_trained(config: AnyConfig, sites: tuple[Site, ...], wholes: tuple[Whol
 
 
 def whole_rows(model_config: ModelConfig) -> dict[str, Row]:
-    """The rows that can be trained whole, under PEFT's names: all but experts; also a tied head, by itself."""
+    """The rows that can be trained whole, under PEFT's names: all but experts and norms stored one tensor per head; also a tied head, by
+    itself."""
     rows, found = module_rows(model_config), adaptable(model_config)
     rows |= {"head": found["head"]} if "head" in found else {}
-    return {path: found.get(path, row) for path, row in rows.items() if not row.is_experts}
+    return {path: found.get(path, row) for path, row in rows.items() if not (row.is_experts or row.is_apart)}
 
 
 def find_wholes(model_config: ModelConfig, config: AnyConfig, sites: tuple[Site, ...]) -> tuple[Whole, ...]:

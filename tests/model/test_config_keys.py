@@ -12,12 +12,12 @@ NO_LOGITS = {
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp", "eod_token_id",
     "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size", "chunk_size",
-    "num_logits_to_keep",
+    "num_logits_to_keep", "sep_token_id", "embedding_initializer_range",
 }  # fmt: skip
 # Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
                   "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn", "full_attn_idxs",
-                  "interleave_moe_layer_step", "mamba_expand"}  # fmt: skip
+                  "interleave_moe_layer_step", "mamba_expand", "global_attn_every_n_layers"}  # fmt: skip
 # keys beside which others count, or that the class has no default for
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
@@ -26,6 +26,7 @@ NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_
           "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], moe_latent_size=8),
           "phimoe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
           "falcon_h1": dict(mamba_rms_norm=True),
+          "gemma4_unified_text": dict(num_kv_shared_layers=12),
           "lfm2": dict(full_attn_idxs=[0, 3]),
           "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
           "gemma4_text": dict(num_kv_shared_layers=12, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)}
@@ -35,7 +36,9 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                          "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
                          "time_step_limit", "time_step_max", "use_mamba_kernels"},
-          **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), {"head_dim", "qk_head_dim"})}  # transformers reads them nowhere
+          **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"rope_parameters"}),  # whose base layer_rope_theta overrules
+          # transformers reads them nowhere
+          **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), {"head_dim", "qk_head_dim"})}
 
 
 def others(value):

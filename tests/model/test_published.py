@@ -40,6 +40,7 @@ def nested(outer, **text):
     return dict(model_type=outer, text_config=text, vision_config={})
 
 
+UNIFIED = dict(vocab_size=262144, attention_k_eq_v=True, num_global_key_value_heads=1, num_key_value_heads=8) | size(3840, 15360, 48, 16)
 PUBLISHED = {
     "Llama-2-7b": (dict(model_type="llama", vocab_size=32000, rms_norm_eps=1e-5) | size(4096, 11008, 32, 32), 6738415616),
     "Llama-3.1-8B": (LLAMA31 | size(4096, 14336, 32, 32), 8030261248),
@@ -345,6 +346,47 @@ PUBLISHED = {
     "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124439808),
     "gpt2-xl": (dict(model_type="gpt2", vocab_size=50257, n_embd=1600, n_layer=48, n_head=25, n_positions=1024), 1557611200),
     "pythia-1b": (dict(model_type="gpt_neox", vocab_size=50304, rotary_pct=0.25) | size(2048, 8192, 16, 8), 1011781632),
+    "stablelm-2-12b": (
+        dict(model_type="stablelm", vocab_size=100352, num_key_value_heads=8, qk_layernorm=True, use_parallel_residual=True)
+        | size(5120, 13824, 40, 32),
+        12143185920,
+    ),
+    "EXAONE-3.5-2.4B": (
+        dict(model_type="exaone", vocab_size=102400, num_layers=30, head_dim=80, tie_word_embeddings=True) | size(2560, 7168, None, 32),
+        2405327360,
+    ),
+    "internlm3-8b": (dict(model_type="internlm3", vocab_size=128512) | size(4096, 10240, 48, 32), 8804241408),
+    "cwm": (dict(model_type="cwm", vocab_size=128256) | size(6144, 21504, 64, 48), 32581097472),
+    "Hunyuan-A13B": (
+        dict(model_type="hunyuan_v1_moe", vocab_size=128167, num_key_value_heads=8, head_dim=128, num_experts=64, moe_topk=[8] * 32)
+        | dict(tie_word_embeddings=True)
+        | size(4096, 3072, 32, 32),
+        80393183232,
+    ),
+    "HyperCLOVAX-SEED-Think-14B": (
+        dict(model_type="hyperclovax", vocab_size=110592, num_key_value_heads=8) | size(6144, 14336, 38, 48),
+        14748112896,
+    ),
+    "Jais-2-8B": (dict(model_type="jais2", vocab_size=150272) | size(3328, 26624, 32, 26), 8090401280),
+    "vaultgemma-1b": (dict(model_type="vaultgemma", vocab_size=256000) | size(1152, 6912, 26, 4), 1038741120),
+    "MiniCPM3-4B": (dict(model_type="minicpm3", vocab_size=73448) | size(2560, 6400, 62, 40), 4073875968),
+    "Youtu-LLM-2B": (dict(model_type="youtu", vocab_size=128256) | size(2048, 6144, 32, 16), 1961560064),
+    "Trinity-Mini": (
+        dict(model_type="afmoe", vocab_size=200192, num_key_value_heads=4, moe_intermediate_size=1024, num_experts=128)
+        | dict(num_experts_per_tok=8, num_shared_experts=1, num_dense_layers=2, mup_enabled=True, sliding_window=2048)
+        | size(2048, 6144, 32, 32),
+        26123974400,
+    ),
+    "granite_swa, as transformers describes it": (
+        dict(model_type="granite_swa", vocab_size=100352) | size(2560, 8192, 24, 20),
+        2144463840,
+    ),
+    "granitemoe_swa, as transformers describes it": (
+        dict(model_type="granitemoe_swa", vocab_size=32000) | size(4096, 11008, 32, 32),
+        37039117312,
+    ),
+    "a unified Gemma 4, alone": (UNIFIED | dict(model_type="gemma4_unified_text"), 11907350320),
+    "a unified Gemma 4": (nested("gemma4_unified", **UNIFIED), 11907350320),
     "gpt-neox-20b": (dict(model_type="gpt_neox", vocab_size=50432, rotary_pct=0.25) | size(6144, 24576, 44, 64), 20554567680),
 }
 

@@ -178,16 +178,16 @@ SWITCHES = {
     "seed_oss": {"_bias"},
     "smollm3": {"layer_ropes"},
     "smollm3_window": {"layer_ropes", "layer_windows", "window of one more"},
-    "stablelm": {"rope 0 dim", "_bias", "norm"},
+    "stablelm": {"rope 0 dim", "_bias", "norm", "q_norm", "k_norm"},
     "starcoder2": {"layer_windows", "window of one more", "_bias", "norm", "norm_eps", "hidden_act"},
 }  # fmt: skip
 
 
 # whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's; minimax_m2: olmoe's and lfm2_moe's)
-KIN = {"dots1", "flex_olmo", "glm4_moe_lite", "granitemoehybrid", "granitemoehybrid_dense", "lfm2_moe", "minimax_m2",
-       "qwen3_next"}
+KIN = {"cwm", "dots1", "exaone", "flex_olmo", "glm4_moe_lite", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense",
+       "hunyuan_moe", "internlm3", "jais2", "lfm2_moe", "minicpm3", "minimax_m2", "qwen3_next", "vaultgemma", "youtu"}
 # whose switches were each looked at once (docs/decisions.md): a program for each takes a second
-SEEN = {"falcon_h1", "llama4", "nemotron_h", "phimoe"}
+SEEN = {"afmoe", "falcon_h1", "granite_swa", "hyperclovax", "llama4", "nemotron_h", "phimoe"}
 
 
 def asked() -> list[str]:

@@ -15,28 +15,34 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
+from jaxtune.model.families.afmoe import AFMOE
 from jaxtune.model.families.apertus import APERTUS
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.cohere import COHERE, COHERE2
-from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, MINICPM3, YOUTU
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
+from jaxtune.model.families.exaone import EXAONE
 from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.falcon_h1 import FALCON_H1
-from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3
-from jaxtune.model.families.gemma4 import GEMMA4
+from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
+from jaxtune.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE
 from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.granite_hybrid import GRANITEMOEHYBRID
-from jaxtune.model.families.layer_norms import ARCEE, NEMOTRON, PHI, STABLELM, STARCODER2
+from jaxtune.model.families.granite_swa import GRANITE_SWA, GRANITEMOE_SWA
+from jaxtune.model.families.hunyuan import HUNYUAN, HUNYUAN_MOE
+from jaxtune.model.families.layer_norms import ARCEE, JAIS2, NEMOTRON, PHI, STABLELM, STARCODER2
 from jaxtune.model.families.lfm2 import LFM2, LFM2_MOE
 from jaxtune.model.families.llama import (
+    CWM,
     ERNIE4_5,
     GRANITE,
     HELIUM,
-    HUNYUAN,
+    HYPERCLOVAX,
+    INTERNLM3,
     LLAMA,
     MINISTRAL,
     MINISTRAL3,
@@ -59,13 +65,16 @@ from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "from_hf"]
 
 FAMILIES: dict[str, Family] = {
+    "afmoe": AFMOE,
     "apertus": APERTUS,
     "arcee": ARCEE,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "cwm": CWM,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "dots1": DOTS1,
+    "exaone": EXAONE,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
     "ernie4_5_moe": ERNIE4_5_MOE,
@@ -76,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4_UNIFIED,
     "glm": GLM,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
@@ -86,15 +96,22 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
     "granite": GRANITE,
+    "granite_swa": GRANITE_SWA,
     "granitemoe": GRANITEMOE,
+    "granitemoe_swa": GRANITEMOE_SWA,
     "granitemoehybrid": GRANITEMOEHYBRID,
     "granitemoeshared": GRANITEMOESHARED,
     "helium": HELIUM,
     "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": HUNYUAN_MOE,
+    "hyperclovax": HYPERCLOVAX,
+    "internlm3": INTERNLM3,
+    "jais2": JAIS2,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
     "llama4_text": LLAMA4,
+    "minicpm3": MINICPM3,
     "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
@@ -121,6 +138,8 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
+    "vaultgemma": VAULTGEMMA,
+    "youtu": YOUTU,
 }
 
 
@@ -151,40 +170,42 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 # whose tensors are listed one by one
-_LISTED = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LISTED = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST = 10_000
 _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings",
            "original_max_position_embeddings", "n_positions", "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size",
            "full_attention_interval", "linear_conv_kernel_dim",
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
-           "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
+           "global_attn_every_n_layers", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
            "conv_L_cache", "block_ff_dim", "block_multiple_of",
            "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
            "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
            "mamba_head_dim", "n_groups", "conv_kernel", "ssm_state_size", "mamba_d_state", "mamba_d_conv")  # fmt: skip
-_WHOLE = (*_LISTED[2:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
+_WHOLE = (*_LISTED[3:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
           "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim",
           "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers",
-          "moe_latent_size", "moe_shared_expert_intermediate_size")  # fmt: skip
+          "moe_latent_size", "moe_shared_expert_intermediate_size", "num_shared_experts")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
              "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor",
-             "lm_head_multiplier")  # fmt: skip
+             "lm_head_multiplier", "logits_scaling", "scale_depth", "dim_model_base")  # fmt: skip
 _WANTED = {
     **dict.fromkeys(_COUNTS, "a whole number above 0"),
     **dict.fromkeys(_WHOLE, "a whole number"),
     **dict.fromkeys(_POSITIVE, "a number above 0"),
-    **dict.fromkeys(("initializer_range", "attn_scale", "attn_logit_softcapping", "final_logit_softcapping"), "a number"),
+    **dict.fromkeys(("initializer_range", "attn_scale", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier"),
+                    "a number"),
     **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type", "mlp_layer_types",
-                    "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers"), "a list"),
+                    "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers", "layer_rope_theta"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))
 # whose null says something, whatever the default is
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "q_lora_rank", "n_group", "topk_group",
              "attn_logit_softcapping", "final_logit_softcapping", "router_aux_loss_coef", "partial_rotary_factor", "rotary_dim",
-             "pad_token_id", "initializer_range", "init_std", "rope_parameters", "attention_chunk_size", "mamba_d_ssm")  # fmt: skip
+             "pad_token_id", "initializer_range", "init_std", "rope_parameters", "attention_chunk_size", "mamba_d_ssm", "scale_depth",
+             "dim_model_base")  # fmt: skip
 
 
 def _check_values(hf: Mapping[str, Any], family: Family) -> None:

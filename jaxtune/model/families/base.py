@@ -91,6 +91,7 @@ class ModelConfig:
     position_offset: int = 0  # the row of learned positions that the first token has
     bare_norms: tuple[str, ...] = ()  # norms without parameters, without rows; of queries and keys: after their rotation
     qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
+    post_norm: bool = False  # norms after attention and feed-forward, where a family has them by flag
     qk_norm_last: bool = False  # these come after the rotation
     qkv_clip: float = 0.0  # queries, keys and values are cut to -clip ... clip; 0: they are not
     query_growth: Growth = Growth()
@@ -237,7 +238,7 @@ class Family(NamedTuple):
 
     config: Callable[[dict[str, Any]], ModelConfig]
     layer: Callable[[ModelConfig, int], Iterator[tuple[str, Row]]]
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
     refused: Mapping[str, tuple] = {}
     required: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     prefix: str = "model.layers.{layer}."

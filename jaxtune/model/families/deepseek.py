@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (Moonlight too): latent attention; dense layers, then experts beside a shared one."""
+"""DeepSeek V2 and V3 (Moonlight too): latent attention; dense layers, then experts beside a shared one. MiniCPM 3, Youtu: dense alone."""
 
 import math
 from typing import Any
@@ -138,4 +138,52 @@ DEEPSEEK_V3 = Family(
         max_position_embeddings=4096,
     ),
     ignored=r"model\.layers\.{layers}\..*",
+)
+
+
+# ---- MiniCPM 3 and Youtu: latent attention in dense models ----
+
+
+def _minicpm3(hf: dict[str, Any]) -> ModelConfig:
+    width, layers, depth = hf["hidden_size"], hf["num_hidden_layers"], hf["scale_depth"]
+    return latent_config(
+        hf | dict(v_head_dim=hf["v_head_dim"] or width // hf["num_attention_heads"]),
+        interleaved=False,
+        mlp_bias=bool(hf["mlp_bias"]),
+        embed_scale=float(hf["scale_emb"]),
+        residual_multiplier=1.0 if depth is None else depth / math.sqrt(layers),
+        logits_scaling=width / (hf["dim_model_base"] or width),
+    )
+
+
+MINICPM3 = Family(
+    _minicpm3,
+    latent_layer,
+    DEFAULTS
+    | dict(
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        kv_lora_rank=256,
+        q_lora_rank=768,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=None,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=256,
+    ),
+)
+
+
+def _youtu(hf: dict[str, Any]) -> ModelConfig:
+    spread = hf["initializer_range"] or 2 / math.sqrt(5 * hf["hidden_size"])
+    return latent_config(hf, interleaved=bool(hf["rope_interleave"]), initializer_range=spread)
+
+
+YOUTU = Family(
+    _youtu,
+    latent_layer,
+    _DEEPSEEK | dict(max_position_embeddings=131072, tie_word_embeddings=True, rope_interleave=True, initializer_range=None),
 )

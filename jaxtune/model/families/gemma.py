@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): (1 + w) norms, scaled embeddings, then norms on both sides of a block, windows, soft caps."""
+"""Gemma 1, 2 and 3 (text) and VaultGemma: (1 + w) norms, scaled embeddings, then norms on both sides of a block, windows, soft caps."""
 
 import dataclasses
 from typing import Any
@@ -70,6 +70,19 @@ _SANDWICH = DEFAULTS | dict(
     final_logit_softcapping=30.0,
 )
 GEMMA2 = Family(_gemma2, _gemma2_layer, _SANDWICH, REFUSED)
+
+
+# ---- VaultGemma: Gemma 2 with norms on one side ----
+
+
+def _vaultgemma_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from norm(c, "mlp_norm", "pre_feedforward_layernorm", "ffn_norm")
+    yield from mlp(c)
+
+
+VAULTGEMMA = Family(_gemma2, _vaultgemma_layer, _SANDWICH)
 
 
 # ---- Gemma 3: a rotary scheme for each kind of layer; no soft cap in the attention, whatever the config says ----

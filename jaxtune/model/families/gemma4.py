@@ -182,3 +182,13 @@ GEMMA4 = Family(
     moe=("router.proj", "experts"),
     ignored=r"model\.layers\.({sharing})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*",
 )
+
+
+# ---- the unified one (Gemma 4 12B), without towers: its layers are given nothing and have no experts ----
+
+
+def _unified(hf: dict[str, Any]) -> ModelConfig:
+    return _gemma4(hf | dict(hidden_size_per_layer_input=0, enable_moe_block=False))
+
+
+GEMMA4_UNIFIED = GEMMA4._replace(config=_unified, defaults=GEMMA4.defaults | dict(sliding_window=1024, max_position_embeddings=262144))

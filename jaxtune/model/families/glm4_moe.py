@@ -65,7 +65,7 @@ def _glm4_moe_lite(hf: dict[str, Any]) -> ModelConfig:
 
 GLM4_MOE_LITE = DEEPSEEK_V3._replace(
     config=_glm4_moe_lite,
-    defaults={**DEEPSEEK_V3.defaults}
+    defaults=DEEPSEEK_V3.defaults
     | dict(
         num_key_value_heads=20,
         q_lora_rank=768,

@@ -46,7 +46,7 @@ def _layer(c: ModelConfig, layer: int) -> Rows:
 GRANITEMOEHYBRID = GRANITEMOE._replace(
     config=_hybrid,
     layer=_layer,
-    defaults={**GRANITEMOE.defaults}
+    defaults=GRANITEMOE.defaults
     | dict(
         shared_intermediate_size=1024,
         position_embedding_type=None,

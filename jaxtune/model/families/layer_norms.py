@@ -1,4 +1,4 @@
-"""LayerNorms and separate projections: Phi 1 and 2, StarCoder 2, StableLM, Nemotron; and Arcee, Nemotron with other norms."""
+"""LayerNorms and separate projections: Phi 1 and 2, StarCoder 2, StableLM, Nemotron, Jais 2; and Arcee, Nemotron with Llama's norms."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from jaxtune.model.families.base import Family, ModelConfig, common, one_window
 from jaxtune.model.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from jaxtune.model.families.llama import llama_config
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, plain_mlp, query_key_norms
+from jaxtune.model.row import Row
 
 DEFAULTS = dict(num_key_value_heads=None, tie_word_embeddings=False)
 
@@ -81,12 +82,17 @@ def _stablelm(hf: dict[str, Any]) -> ModelConfig:
         qkv_bias=bool(hf["use_qkv_bias"]),
         parallel_residual=side_by_side,
         shared_norm=side_by_side,
+        qk_norm=bool(hf["qk_layernorm"]),
     )
 
 
 def _stablelm_layer(c: ModelConfig, layer: int) -> Rows:
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
+    if c.qk_norm:  # of the 12B: LayerNorms without biases, each head's a module of its own
+        for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads)):
+            hf = f"self_attn.{name}_layernorm.norms.{{head}}.weight"
+            yield f"{name}_norm", Row((heads, c.head_dim), (None, None), "ones", hf, f"attn_{name}_norm.weight")
     if not c.shared_norm:
         yield from norm(c, "mlp_norm", "post_attention_layernorm", "ffn_norm")
     yield from mlp(c)
@@ -104,16 +110,20 @@ STABLELM = Family(
         partial_rotary_factor=0.25,
         use_qkv_bias=False,
         use_parallel_residual=False,
+        qk_layernorm=False,
     ),
-    refused={"qk_layernorm": (None, False)},
 )
 
 
-# ---- Nemotron 3 and 4, Minitron: LayerNorms of 1 + w, squared ReLU. Arcee (AFM): the same with Llama's norms ----
+# ---- Nemotron 3 and 4, Minitron: LayerNorms of 1 + w, squared ReLU. Arcee (AFM) and Jais 2: the same with other norms ----
 
 
 def _nemotron(hf: dict[str, Any]) -> ModelConfig:
     return llama_config(hf, partial=True, norm="layer_offset", norm_eps=hf["norm_eps"])
+
+
+def _jais2(hf: dict[str, Any]) -> ModelConfig:
+    return llama_config(hf, norm="layer", norm_eps=hf["layer_norm_eps"])
 
 
 def _ungated_layer(c: ModelConfig, layer: int) -> Rows:
@@ -128,3 +138,6 @@ NEMOTRON = Family(
     _nemotron, _ungated_layer, _UNGATED | dict(norm_eps=1e-5, partial_rotary_factor=0.5, initializer_range=0.0134)
 )
 ARCEE = Family(llama_config, _ungated_layer, _UNGATED | dict(rms_norm_eps=1e-5))
+JAIS2 = Family(
+    _jais2, _ungated_layer, _UNGATED | dict(max_position_embeddings=8192, layer_norm_eps=1e-5, attention_bias=True, mlp_bias=True)
+)

@@ -1,4 +1,4 @@
-"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, Granite, Phi-3, Ministral, ..."""
+"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, Granite, Phi-3, Ministral, InternLM 3, ..."""
 
 import dataclasses
 from typing import Any
@@ -30,6 +30,55 @@ def llama_config(hf: dict[str, Any], **changes) -> ModelConfig:
 
 
 LLAMA = Family(llama_config, pre_norm_layer, DEFAULTS)
+
+
+# ---- InternLM 3: other names of the biases ----
+
+
+def _internlm3(hf: dict[str, Any]) -> ModelConfig:
+    qkv, others = (hf[new] if hf.get(old) is None else hf[old] for old, new in (("qkv_bias", "attention_bias"), ("bias", "mlp_bias")))
+    if bool(qkv) != bool(others):
+        raise ModelError(f"qkv_bias={qkv!r} and bias={others!r} are not implemented for internlm3; only one value of both is")
+    return llama_config(hf | dict(attention_bias=qkv, mlp_bias=others))
+
+
+INTERNLM3 = Family(
+    _internlm3,
+    pre_norm_layer,
+    DEFAULTS | dict(num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, rms_norm_eps=1e-5, pad_token_id=2),
+)
+
+
+# ---- Code World Model: windows in three of four layers, the first is full ----
+
+_CWM_ROPE = dict(rope_type="llama3", rope_theta=1e6, factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0)
+_CWM_ROPE |= dict(original_max_position_embeddings=8192)
+
+
+def every_fourth(hf: dict[str, Any]) -> tuple[int, ...]:
+    """The window of each layer by `layer_types`; without them of all but every fourth, counted from the first."""
+    kinds = ["sliding_attention" if layer % 4 else "full_attention" for layer in range(hf["num_hidden_layers"])]
+    return windows(hf, hf.get("layer_types") or kinds)
+
+
+def _cwm(hf: dict[str, Any]) -> ModelConfig:
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or _CWM_ROPE
+    return common(hf | dict(rope_parameters=rope), mlp_bias=bool(hf["mlp_bias"]), layer_windows=every_fourth(hf))
+
+
+CWM = Family(
+    _cwm,
+    pre_norm_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=8192,
+    ),
+)
 
 
 # ---- Mistral: one window ----
@@ -218,26 +267,6 @@ HELIUM = Family(
 )
 
 
-# ---- HunYuan: norms of queries and keys after they turned; a rotary base stretched by alpha ----
-
-
-def _hunyuan(hf: dict[str, Any]) -> ModelConfig:
-    head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    said = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    if (said.get("rope_type") or said.get("type")) == "dynamic" and said.get("alpha"):
-        theta = said.get("rope_theta") or hf.get("rope_theta") or 1e4
-        said = dict(rope_type="default", rope_theta=theta * said["alpha"] ** (head_dim / (head_dim - 2)))
-    return llama_config(hf | dict(rope_scaling=said), mlp_bias=False, qk_norm_last=True)
-
-
-def _hunyuan_layer(c: ModelConfig, layer: int) -> Rows:
-    yield from pre_norm_layer(c, layer)
-    yield from query_key_norms(c, c.head_dim, c.head_dim, "query_layernorm", "key_layernorm")
-
-
-HUNYUAN = Family(_hunyuan, _hunyuan_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=0))
-
-
 # ---- Granite: multipliers ----
 
 
@@ -255,6 +284,28 @@ def granite_config(hf: dict[str, Any], **changes) -> ModelConfig:
 
 MULTIPLIERS = dict(attention_multiplier=1.0, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
 GRANITE = Family(granite_config, pre_norm_layer, DEFAULTS | MULTIPLIERS)
+
+
+# ---- HyperCLOVA X SEED: Granite with norms after its parts too, and a multiplier of logits that multiplies ----
+
+
+def _hyperclovax(hf: dict[str, Any]) -> ModelConfig:
+    scale = hf["attention_multiplier"]
+    scale = (hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]) ** -0.5 if scale is None else scale
+    hf = hf | dict(attention_multiplier=scale, logits_scaling=1 / hf["logits_scaling"])
+    return granite_config(hf, post_norm=bool(hf["use_post_norm"]))
+
+
+def _hyperclovax_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from pre_norm_layer(c, layer)
+    if c.post_norm:
+        yield from norm(c, "attn_post_norm", "post_norm1", "post_attention_norm")
+        yield from norm(c, "mlp_post_norm", "post_norm2", "post_ffw_norm")
+
+
+HYPERCLOVAX = Family(
+    _hyperclovax, _hyperclovax_layer, DEFAULTS | MULTIPLIERS | dict(attention_multiplier=None, use_post_norm=True)
+)
 
 
 # ---- Phi-3, Phi-3.5, Phi-4, Phi-4-mini: fused projections, part of a head turns, longrope ----

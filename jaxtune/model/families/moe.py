@@ -10,10 +10,17 @@ from jaxtune.model.row import Part, Row
 
 
 def experts(c: ModelConfig, router: str, gate: str, up: str, down: str) -> Rows:
-    """A router and the experts' matrices, `[E, out, in]`; the names have an {expert}, GGUF's tensors hold all of a layer's."""
+    """A router and the experts' matrices."""
+    assert c.moe is not None
+    table = (c.moe.num_experts, c.hidden_size), ("experts", "embed"), "normal"
+    yield "router", Row(*table, f"{router}.weight", "ffn_gate_inp.weight")
+    yield from expert_matrices(c, gate, up, down)
+
+
+def expert_matrices(c: ModelConfig, gate: str, up: str, down: str) -> Rows:
+    """`[E, out, in]`; the names have an {expert}, GGUF's tensors hold all of a layer's."""
     assert c.moe is not None
     E, width, inner = c.moe.num_experts, c.hidden_size, c.moe.intermediate_size
-    yield "router", Row((E, width), ("experts", "embed"), "normal", f"{router}.weight", "ffn_gate_inp.weight")
     wide, narrow = ("experts", "mlp", "embed"), ("experts", "embed", "mlp")
     yield "experts_gate", Row((E, inner, width), wide, "normal", f"{gate}.weight", "ffn_gate_exps.weight")
     yield "experts_up", Row((E, inner, width), wide, "normal", f"{up}.weight", "ffn_up_exps.weight")
@@ -212,10 +219,11 @@ QWEN3_MOE = Family(
 # ---- Granite's mixtures: Granite with experts, which a file holds in one tensor, and perhaps one that all tokens share ----
 
 
-def _granitemoe(hf: dict[str, Any]) -> ModelConfig:
+def granitemoe_config(hf: dict[str, Any], **changes) -> ModelConfig:
+    """The same for all of Granite's mixtures."""
     layers, shared = list(range(hf["num_hidden_layers"])), hf.get("shared_intermediate_size", 0)
     moe = moe_of(hf, hf["num_local_experts"], hf["intermediate_size"], layers, normalize=True, shared_intermediate_size=shared)
-    return granite_config(hf, mlp_bias=False, moe=moe)
+    return granite_config(hf, mlp_bias=False, moe=moe, **changes)
 
 
 def _granitemoe_layer(c: ModelConfig, layer: int) -> Rows:
@@ -225,13 +233,15 @@ def _granitemoe_layer(c: ModelConfig, layer: int) -> Rows:
     yield from granite_experts(c)
 
 
-def granite_experts(c: ModelConfig) -> Rows:
+def granite_experts(
+    c: ModelConfig, router: str = "router.layer", up: str = "input_linear.weight", down: str = "output_linear.weight"
+) -> Rows:
     """Experts that a file holds in one tensor, and one that all tokens share where there is one."""
     assert c.moe is not None
-    two, both = "block_sparse_moe.output_linear", "block_sparse_moe.input_linear"
-    for name, row in experts(c, "block_sparse_moe.router.layer", both, both, two):
-        part = {"experts_gate": Part(0, 2), "experts_up": Part(1, 2), "experts_down": Part()}.get(name)
-        yield name, row._replace(part=part)
+    called = {"experts_gate": (up, Part(0, 2)), "experts_up": (up, Part(1, 2)), "experts_down": (down, Part())}
+    for name, row in experts(c, f"block_sparse_moe.{router}", "", "", ""):
+        hf, part = called.get(name, ("", None))
+        yield name, row._replace(hf=f"block_sparse_moe.{hf}", part=part) if part else row
     if inner := c.moe.shared_intermediate_size:
         yield from linear("shared_gate_up", 2 * inner, c.hidden_size, ("mlp", "embed"), "shared_mlp.input_linear", "ffn_up_shexp")
         yield from linear("shared_down", c.hidden_size, inner, ("embed", "mlp"), "shared_mlp.output_linear", "ffn_down_shexp")
@@ -239,5 +249,5 @@ def granite_experts(c: ModelConfig) -> Rows:
 
 _GRANITE = DEFAULTS | MULTIPLIERS | dict(num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001)
 _GRANITE_MODULES = ("block_sparse_moe.router", "block_sparse_moe.experts")
-GRANITEMOE = Family(_granitemoe, _granitemoe_layer, _GRANITE, moe=_GRANITE_MODULES)
-GRANITEMOESHARED = Family(_granitemoe, _granitemoe_layer, _GRANITE | dict(shared_intermediate_size=0), moe=_GRANITE_MODULES)
+GRANITEMOE = Family(granitemoe_config, _granitemoe_layer, _GRANITE, moe=_GRANITE_MODULES)
+GRANITEMOESHARED = Family(granitemoe_config, _granitemoe_layer, _GRANITE | dict(shared_intermediate_size=0), moe=_GRANITE_MODULES)

@@ -7,7 +7,7 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common
 from jaxtune.model.families.deepseek import experts_of
 from jaxtune.model.families.mamba import mamba_of, mamba_rows
-from jaxtune.model.families.parts import Rows, linear, norm, plain_mlp
+from jaxtune.model.families.parts import Rows, attention, linear, norm, plain_mlp
 from jaxtune.model.row import Row
 
 LINEAR, FULL, DENSE, SPARSE = "linear_attention", "full_attention", "mlp", "moe"
@@ -67,20 +67,13 @@ def _nemotron_h(hf: dict[str, Any]) -> ModelConfig:
 def _layer(c: ModelConfig, layer: int) -> Rows:
     if layer not in c.feeding:
         yield from norm(c, "attn_norm", "norm", "attn_norm")
-        yield from mamba_rows(c, c.mamba, "mixer") if c.mamba and layer in c.mamba.layers else _attention(c)
+        yield from mamba_rows(c, c.mamba, "mixer") if c.mamba and layer in c.mamba.layers else attention(c, hf="mixer")
         return
     yield from norm(c, "mlp_norm", "norm", "attn_norm")
     if c.moe is None or layer not in c.moe.layers:
         yield from plain_mlp(c, "mixer.up_proj", "mixer.down_proj")
     else:
         yield from _experts(c)
-
-
-def _attention(c: ModelConfig) -> Rows:
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    for name, size, axis in (("q", q, "heads"), ("k", kv, "kv_heads"), ("v", kv, "kv_heads")):
-        yield from linear(name, size, c.hidden_size, (axis, "embed"), f"mixer.{name}_proj", f"attn_{name}")
-    yield from linear("o", c.hidden_size, q, ("embed", "heads"), "mixer.o_proj", "attn_output")
 
 
 def _experts(c: ModelConfig) -> Rows:

@@ -51,6 +51,9 @@ NESTED: dict[str, Nested] = {
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
     "gemma4": Nested({"gemma4_text": "gemma4_text"}, MODULES, ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")),
+    "gemma4_unified": Nested(
+        {"gemma4_unified_text": "gemma4_unified_text"}, MODULES, ("vision_embedder.", "embed_vision.", "embed_audio.")
+    ),
     "llama4": Nested({"llama4_text": "llama4_text"}, OLDER[0], ("vision_model.", "multi_modal_projector."), modules=OLDER),
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
@@ -66,6 +69,22 @@ NESTED: dict[str, Nested] = {
         fixed=dict(use_sliding_window=False, norm_topk_prob=True),
         together=True,
     ),
+}
+# families whose files call things otherwise than transformers 5 does: patterns, and what it calls them
+_CALLED = {
+    "exaone": (
+        (r"^transformer\.wte\b", "model.embed_tokens"),
+        (r"^transformer\.h\b", "model.layers"),
+        (r"^transformer\.ln_f\b", "model.norm"),
+        (r"\.attn\.attention\.out_proj\b", ".self_attn.o_proj"),
+        (r"\.attn\.attention\b", ".self_attn"),
+        (r"\.ln_1\b", ".input_layernorm"),
+        (r"\.ln_2\b", ".post_attention_layernorm"),
+        (r"\.c_fc_0\b", ".gate_proj"),
+        (r"\.c_fc_1\b", ".up_proj"),
+        (r"\.c_proj\b", ".down_proj"),
+    ),
+    "nemotron_h": ((r"^backbone\.", "model."),),
 }
 _TOGETHER = {
     "experts_gate": ("mlp.experts.gate_up_proj", Part(0, 2)),
@@ -125,7 +144,9 @@ def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
 def module(config: ModelConfig, name: str) -> str:
     """What a row's tensor or module is called in the class of transformers 5 that opens the checkpoint."""
     if not config.outer:
-        return re.sub(r"^backbone\.", "model.", name)  # Nemotron H's in files
+        for pattern, called in _CALLED.get(config.model_type, ()):
+            name = re.sub(pattern, called, name)
+        return name
     modules, head = NESTED[config.outer].modules
     return re.sub(r"^lm_head\b", head, re.sub(r"^model\.", modules, name))
 

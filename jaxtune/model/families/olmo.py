@@ -60,7 +60,7 @@ def _flex_olmo(hf: dict[str, Any]) -> ModelConfig:
 FLEX_OLMO = OLMOE._replace(
     config=_flex_olmo,
     layer=_olmo2_layer,
-    defaults={**OLMOE.defaults} | dict(rms_norm_eps=1e-6, rope_theta=5e5, num_experts=7, num_experts_per_tok=5, pad_token_id=100277),
+    defaults=OLMOE.defaults | dict(rms_norm_eps=1e-6, rope_theta=5e5, num_experts=7, num_experts_per_tok=5, pad_token_id=100277),
     refused={},
 )
 

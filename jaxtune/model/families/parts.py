@@ -28,14 +28,14 @@ def linear(
         yield f"{name}_bias", Row((out,), axes[:1], "zeros", f"{hf}.bias", f"{gguf}.bias")
 
 
-def attention(c: ModelConfig, out: str = "o_proj", gated: bool = False) -> Rows:
-    """Projections q, k, v and o, which Hugging Face calls `out`; `gated`: q holds the gate of the result too."""
+def attention(c: ModelConfig, out: str = "o_proj", gated: bool = False, hf: str = "self_attn") -> Rows:
+    """Projections q, k, v and o, which Hugging Face calls `out`, of what it calls `hf`; `gated`: q holds the gate of the result too."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     name, width = ("q_and_gate", 2 * q) if gated else ("q", q)
-    yield from linear(name, width, c.hidden_size, ("heads", "embed"), "self_attn.q_proj", "attn_q", c.qkv_bias)
-    yield from linear("k", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.k_proj", "attn_k", c.qkv_bias)
-    yield from linear("v", kv, c.hidden_size, ("kv_heads", "embed"), "self_attn.v_proj", "attn_v", c.qkv_bias)
-    yield from linear("o", c.hidden_size, q, ("embed", "heads"), f"self_attn.{out}", "attn_output", c.out_bias)
+    yield from linear(name, width, c.hidden_size, ("heads", "embed"), f"{hf}.q_proj", "attn_q", c.qkv_bias)
+    yield from linear("k", kv, c.hidden_size, ("kv_heads", "embed"), f"{hf}.k_proj", "attn_k", c.qkv_bias)
+    yield from linear("v", kv, c.hidden_size, ("kv_heads", "embed"), f"{hf}.v_proj", "attn_v", c.qkv_bias)
+    yield from linear("o", c.hidden_size, q, ("embed", "heads"), f"{hf}.{out}", "attn_output", c.out_bias)
 
 
 def query_key_norms(c: ModelConfig, q_width: int, k_width: int, q: str = "q_norm", k: str = "k_norm") -> Rows:

@@ -35,7 +35,7 @@ def _phimoe(hf: dict[str, Any]) -> ModelConfig:
 
 PHIMOE = MIXTRAL._replace(
     config=_phimoe,
-    defaults={**MIXTRAL.defaults}
+    defaults=MIXTRAL.defaults
     | dict(num_local_experts=16, router_jitter_noise=0.01, input_jitter_noise=0.0, attention_bias=False, lm_head_bias=False),
     refused={"input_jitter_noise": (None, 0.0)},
     moe=("mlp.router", "mlp.experts"),
