@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import metrics
+from jaxtune import functions, metrics
 from jaxtune.convert.heads import load_scorer
 from jaxtune.errors import ConfigError
 from jaxtune.generate import Completion, generate_tokens
@@ -53,10 +53,10 @@ def best_of_n(
     finite number per answer, and whatever `jt.generate_tokens` and `jt.score` raise.
     """
     if n < 1:
-        raise ConfigError(f"best of {n} is of nothing; write 1 or more")
+        raise ConfigError(f"best of {n} chooses from no answers; write 1 or more")
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
     if any(not isinstance(prompt, str) and not isinstance(prompt[0], Mapping) for prompt in prompts):
-        raise ConfigError("a prompt of token ids has no text to be judged with; give texts or conversations")
+        raise ConfigError("a prompt of token ids has no text that a reward could read; give texts or conversations")
     judge = find_reward(reward)
     if n > 1:
         settings["num_return_sequences"] = n
@@ -78,7 +78,7 @@ def for_command(
 ) -> tuple[list[Completion], list[dict[str, Any]]]:
     """The best answers for `jaxtune generate --best-of N --reward WHAT`, and what to print about each."""
     if n is None or reward is None:
-        raise ConfigError("--best-of N draws the answers that --reward WHAT chooses from; give both, or neither")
+        raise ConfigError("--best-of N samples the answers from which --reward WHAT chooses; give both, or neither")
     if settings.pop("num_return_sequences") > 1:
         raise ConfigError("--best-of prints one answer to each prompt; leave --num-return-sequences out")
     found = best_of_n(model, prompts, n, reward, adapter, **settings)
@@ -95,8 +95,8 @@ def find_reward(reward: Any) -> Callable[[list, list[str]], np.ndarray]:
     """`(prompts, completions) -> scores [n]` from a reward model, its folder, a function, or a function's name."""
     named = isinstance(reward, (str, os.PathLike)) and not os.path.exists(os.fspath(reward)) and _is_function(os.fspath(reward))
     if callable(reward) or named:
-        name, function = metrics.find_in(metrics.METRICS, os.fspath(reward) if named else reward, "reward")  # type: ignore[arg-type]
-        ask = functools.partial(metrics.called, f"the reward function {name}", function)
+        name, function = functions.find(metrics.METRICS, os.fspath(reward) if named else reward, "reward")  # type: ignore[arg-type]
+        ask = functools.partial(functions.call, f"the reward function {name}", function)
         return lambda prompts, completions: _checked(name, ask(prompts=prompts, completions=completions), len(completions))
     model = load_scorer(reward) if isinstance(reward, (str, os.PathLike)) else reward
     if model.config.num_labels > 1 or model.config.labels_of == "token":

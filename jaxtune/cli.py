@@ -20,15 +20,15 @@ from jaxtune import errors
 
 VERBS = {
     "train": "fine-tune a model as a config says",
-    "sweep": "a run for each combination of values, side by side",
-    "evaluate": "perplexity and task metrics, base beside tuned",
+    "sweep": "one run for each combination of values, and a comparison",
+    "evaluate": "perplexity and task metrics of base and tuned model",
     "generate": "sample from a model, with or without an adapter",
-    "serve": "talk to a model over HTTP, base beside tuned, from any OpenAI client",
+    "serve": "serve a model over HTTP, base and tuned, for any OpenAI client",
     "score": "score texts with a reward model or classifier",
     "export": "write a run's result as HF, PEFT or GGUF files",
     "data": "show what the model will see: counts, lengths, masks, problems",
-    "report": "runs side by side: what differs, their losses, what they measured",
-    "plan": "will it fit, and what takes the memory",
+    "report": "compare runs: their settings, losses and metrics",
+    "plan": "whether a run fits in memory, and what takes the memory",
 }
 
 
@@ -119,7 +119,7 @@ def log_to_terminal() -> None:
 def _usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
-    return f"usage: jaxtune VERB ...\n\n{verbs}\n\njaxtune VERB --help says more; it is the same as python -m jaxtune.VERB"
+    return f"usage: jaxtune VERB ...\n\n{verbs}\n\nSee jaxtune VERB --help. jaxtune VERB is the same as python -m jaxtune.VERB"
 
 
 def _dispatch() -> int | None:

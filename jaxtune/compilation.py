@@ -62,7 +62,7 @@ def remove_damaged(folder: Path) -> None:
     for entry in folder.glob("*-cache"):
         if entry.stat().st_mtime_ns >= since and not _is_whole(entry.read_bytes()):
             entry.unlink(missing_ok=True)
-            log.info("the compiled program %s was only half written, and is compiled again", entry.name.partition("-")[0])
+            log.info("the compiled program %s was written incompletely and is compiled again", entry.name.partition("-")[0])
     marker.touch()
     os.utime(marker, ns=(now, now))  # taken first: another process may be writing
 

@@ -32,7 +32,7 @@ def make_folder(folder: Path, what: str = "folder", error: type[JaxtuneError] = 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, ValueError) as raised:  # ValueError: a name with a null byte
-        raise error(f"{what} {str(folder)!r} cannot be made ({raised}); name another folder") from raised
+        raise error(f"{what} {str(folder)!r} cannot be created ({raised}); name another folder") from raised
 
 
 def cache_folder() -> Path:

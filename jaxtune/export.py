@@ -109,9 +109,9 @@ def export(
         return _copy_adapter(found, Path(out))
     opened, head = open_model(found.base), _head(found)
     if format.startswith("gguf") and (head or opened.config.num_labels):
-        raise ModelError(f"{run} scores texts, and GGUF files are written of language models only; export it with --format hf")
+        raise ModelError(f"{run} scores texts, and GGUF files are supported for language models only; export it with --format hf")
     if format == "text" and not opened.config.outer:
-        raise ModelError(f"{run} is a language model and nothing else; export it with --format hf")
+        raise ModelError(f"{run} is not a multimodal checkpoint; export it with --format hf")
     if format == "text" and opened.config.together:
         raise ModelError(f"the files of a {opened.config.outer} model hold experts as a text model's do not; export it with --format hf")
     if format == "gguf-lora":
@@ -133,11 +133,11 @@ def find(run: str | os.PathLike) -> Found:
         base = base_of(folder, config) if folder and config else read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             given = f"has base_model_name_or_path={base!r}" if base else "has no base_model_name_or_path"
-            raise ModelError(f"{adapter}/adapter_config.json {given}, so there is nothing to add it to; write the model's folder or hub id")
+            raise ModelError(f"{adapter}/adapter_config.json {given}, so its base is unknown; write the model's folder or hub id")
         return Found(base, adapter, config)
     if (path / "config.yaml").is_file():
         if not (path / "model" / "config.json").is_file():
-            raise ModelError(f"{path} is a run without a result (no adapter/, no model/); let it end, or go on with resume=true")
+            raise ModelError(f"{path} is a run without a result (no adapter/, no model/); let it finish, or continue it with resume=true")
         return Found(str(path / "model"), None, load_config(path / "config.yaml"))
     return Found(os.fspath(run), None, None)
 
@@ -149,7 +149,7 @@ def _check_arguments(found: Found, merge: bool, format: str, type: str, dtype: s
         raise ConfigError(f"format {format} is for an adapter as it is; a merged or whole model is hf, text or gguf")
     if merge and not found.adapter:
         raise ConfigError(
-            f"there is no adapter to merge in {found.base}: it is no folder here of a run or adapter; name one, or leave out --merge"
+            f"there is no adapter to merge: {found.base} is not a local run or adapter folder; name one, or leave out --merge"
         )
     types = ADAPTER_TYPES if format == "gguf-lora" else TYPES
     if type not in types:
@@ -253,7 +253,7 @@ def _texts(found: Found, opened: Opened) -> list[str]:
         try:
             return [question.text + question.answer for question in questions(found.config, opened.tokenizer, limit=8)]
         except JaxtuneError as error:
-            log.info("the run's own rows cannot be asked (%s); the usual prompts are taken", str(error).splitlines()[0])
+            log.info("the run's own rows are unavailable (%s); the built-in prompts are used", str(error).splitlines()[0])
     return list(check.PROMPTS)
 
 
@@ -272,7 +272,7 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, form
         text = modelfile(file.name, opened.tokenizer, _stop_texts(opened), opened.config.max_position_embeddings)
         (folder / "Modelfile").write_text(text, "utf-8")
     else:
-        log.warning("the model has no tokenizer, so this GGUF file has none either, and llama.cpp opens no such file")
+        log.warning("the model has no tokenizer, so this GGUF file has none either, and llama.cpp cannot open it")
     return file
 
 
@@ -288,7 +288,7 @@ def main() -> None:
     parser = cli.parser("export", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder, an adapter folder, or a model")
     parser.add_argument("out", metavar="OUT", help="a new folder; of GGUF also a new file, NAME.gguf")
-    parser.add_argument("--merge", action="store_true", help="multiply the adapter into its base")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     parser.add_argument("--format", choices=FORMATS, help="default: peft for an adapter that is not merged, hf otherwise")
     parser.add_argument("--type", help=f"of a GGUF file's matrices: {', '.join(TYPES)}; default: f16, of an adapter f32")
     parser.add_argument("--dtype", choices=DTYPES[:3], help="of a model folder's tensors; default: the base's own")

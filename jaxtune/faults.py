@@ -44,6 +44,6 @@ def write_spike(folder: Path, step: int, found: dict[str, float], rows: dict[str
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
     high = (found["loss"] - found["mean"]) / found["deviation"]
     return (
-        f"loss spike at step {step}: {found['loss']:.4g} is {high:.1f} standard deviations above the {found['mean']:.4g} of the steps "
-        f"before; its batch was {rows_in_words(rows)}"
+        f"loss spike at step {step}: {found['loss']:.4g} is {high:.1f} standard deviations above the {found['mean']:.4g} of the "
+        f"previous steps; its batch was {rows_in_words(rows)}"
     )

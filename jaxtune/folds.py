@@ -79,7 +79,7 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
         own = folder / f"fold_{number}"
         distributed.on_first(lambda own=own: _clear(own))
         if train_one(_fold(config, own, number, steps)).interrupted:  # keep nothing else: only one model in memory at a time
-            log.warning("stopped in fold %d of %d; go on with all of them: resume=true output_dir=%s", number, len(rows), folder)
+            log.warning("stopped in fold %d of %d; continue with: resume=true output_dir=%s", number, len(rows), folder)
             return _summary(folder, done, interrupted=True)
         done.append(_measured(config, own) if distributed.is_first() else {})
         if distributed.is_first():

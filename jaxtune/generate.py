@@ -97,7 +97,7 @@ def generate_tokens(
         raise ConfigError(f"seed is {seed}, but has to be below 2**63")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in strings:
-        raise ConfigError("stop holds an empty string, which every text contains; take it out")
+        raise ConfigError("stop holds an empty string, which every text contains; remove it")
     if isinstance(adapter, (str, os.PathLike)):
         adapter = load_adapter(adapter, model)
     ids = _encode(model, prompts, chat, max_new_tokens, virtual_tokens(adapter))
@@ -124,7 +124,7 @@ def generate_tokens(
 def _encode(model: Any, prompts: Any, chat: bool | None, new: int, virtual: int) -> list[list[int]]:
     """Token ids of every prompt; each must leave room for the answer, and for virtual tokens before it."""
     if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
+        raise ModelError("the model has no tokenizer, so its tokens cannot be decoded; load it from a folder that holds tokenizer.json")
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
     ids = [token_ids(model, prompt, f"prompt {number + 1} of {len(prompts)}", chat) for number, prompt in enumerate(prompts)]
     for number, tokens in enumerate(ids):
@@ -156,7 +156,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
     parser.add_argument("--num-return-sequences", type=int, default=1, help="answers per prompt")
-    parser.add_argument("--best-of", type=int, metavar="N", help="draw N answers to each prompt, print the one --reward likes best")
+    parser.add_argument("--best-of", type=int, metavar="N", help="sample N answers to each prompt, print the one with the highest --reward")
     parser.add_argument("--reward", metavar="WHAT", help="a reward model's folder, or a function: module.function, path/file.py:function")
     parser.add_argument("--stop", metavar="TEXT", action="append", help="a string that ends an answer; may be given several times")
     parser.add_argument("--seed", type=int, default=0)
@@ -185,13 +185,13 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
             prompts.append(prompt)
             named.append(row.fields.get("adapter"))
     if not prompts:
-        raise ConfigError("there is nothing to answer; give --prompt TEXT or --prompts FILE")
+        raise ConfigError("there are no prompts; give --prompt TEXT or --prompts FILE")
     if arguments.system is not None:
         if arguments.no_chat:
-            raise ConfigError("--system needs the chat template, which --no-chat leaves out; take one of them away")
+            raise ConfigError("--system needs the chat template, which --no-chat disables; leave one of them out")
         turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
         if own := [number for number, turn in enumerate(turns, 1) if turn[0].get("role") == "system"]:
-            raise ConfigError(f"prompt {own[0]} of {len(turns)} has a system turn of its own; leave --system out, or take that turn away")
+            raise ConfigError(f"prompt {own[0]} of {len(turns)} has its own system turn; leave --system out, or remove that turn")
         prompts = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
     return prompts, named
 

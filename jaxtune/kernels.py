@@ -65,11 +65,11 @@ def check_attention(config, model_config, mesh: Mesh) -> None:
 def _cannot(form: str, config, model_config, mesh: Mesh) -> str | None:
     """Why a kernel does not support this run."""
     if config.method in PROMPTS:
-        return f"knows no virtual tokens, which {config.method} has"
+        return f"does not support the virtual tokens of {config.method}"
     if model_config.wide:
-        return "takes heads of one size, and this model's have two"
+        return "supports heads of one size, and this model's have two"
     if model_config.head_dim > HEAD:
-        return f"takes heads of up to {HEAD}, and this model's have {model_config.head_dim}"
+        return f"supports heads of up to {HEAD}, and this model's have {model_config.head_dim}"
     if model_config.num_kv_heads % mesh.shape["tensor"]:
         heads = f"{model_config.num_kv_heads} key and value heads"
         return f"gives each device whole heads, and mesh.tensor={mesh.shape['tensor']} does not divide this model's {heads}"
@@ -95,11 +95,11 @@ def works(form: str, shape: Shape) -> bool:
         return False
     worst = max(_distance(*pair) for pair in zip(found, wanted, strict=True))
     if worst >= TOLERANCE:
-        log.warning("attention: xla, since the kernel %s is wrong on this device (%.2g from plain XLA, relatively)", form, worst)
+        log.warning("attention: xla, since the kernel %s is wrong on this device (relative difference to plain XLA: %.2g)", form, worst)
         return False
-    took = f"{1e3 * seconds:.3g} ms a layer, forward and backward, where plain XLA takes {1e3 * plain:.3g}"
-    advice = "" if seconds < plain else "; attention=xla is quicker"
-    log.info("attention: %s, as right as plain XLA on this device; %s%s", form, took, advice)
+    took = f"{1e3 * seconds:.3g} ms per layer, forward and backward; plain XLA takes {1e3 * plain:.3g}"
+    advice = "" if seconds < plain else "; attention=xla is faster"
+    log.info("attention: %s agrees with plain XLA on this device; %s%s", form, took, advice)
     return True
 
 

@@ -64,7 +64,7 @@ def begin(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: 
             placed = parallel.place(leaf, shards.of_layer(leaf, cell.path, rows[cell.path]))
             leaves[cell.path] = hf.put(leaves[cell.path], placed, cell.index, shards)
         before, after = before + float(_square(w, first)), after + float(_square(w, leaf, site.scales[number] * b @ a))
-    log.info("loftq: packing's squared error falls to %.1f %% of %.4g in %.0f s", 100 * after / before, before, time.monotonic() - started)
+    log.info("loftq: the squared error falls to %.1f %% of %.4g in %.0f s", 100 * after / before, before, time.monotonic() - started)
     return unflatten(leaves), adapter.replace(params=jax.tree.map(jnp.asarray, params))
 
 

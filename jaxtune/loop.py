@@ -106,11 +106,11 @@ class Loop:
             if stop:
                 break
         if self.interrupted:
-            log.warning("interrupted after step %d, which is saved; go on with: resume=true output_dir=%s", int(state.step), self.folder)
+            log.warning("interrupted after step %d, which is saved; continue with: resume=true output_dir=%s", int(state.step), self.folder)
         elif config.load_best_model_at_end and (best := self.notes["best_step"]) not in (None, int(state.step)):
             self.checkpoints.wait()
             state, _ = self.checkpoints.restore(state, best)
-            log.info("the best model is that of step %d (%s %.4f)", best, config.metric_for_best_model, self.notes["best"])
+            log.info("the best model is from step %d (%s %.4f)", best, config.metric_for_best_model, self.notes["best"])
         return state
 
     def _interrupt(self, number: int, frame: Any) -> None:
@@ -119,7 +119,7 @@ class Loop:
         self.asked = True
         if number in HANGUP:
             leave_terminal()
-        log.warning("%s: finishing this step, then saving; once more quits at once", signal.Signals(number).name)
+        log.warning("%s: finishing this step, then saving; a second signal quits immediately", signal.Signals(number).name)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX hears
 

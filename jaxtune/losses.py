@@ -14,7 +14,6 @@ is None during evaluation. Naming a file or module is consent to run it.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from jaxtune.config import Config
 from jaxtune.disk import sha256
 from jaxtune.errors import ConfigError
-from jaxtune.metrics import called, find_in
+from jaxtune.functions import call, file_of, find
 from jaxtune.objectives import OBJECTIVES, Loss
 
 _GIVEN: dict[str, Callable] = {}  # functions handed over from Python, by the names that configs have for them
@@ -50,20 +49,20 @@ def objective_of(config: Config) -> Callable:
     spec = config.loss_function
     if spec is None:
         return OBJECTIVES[config.objective]
-    file = Path(spec.rpartition(":")[0]).expanduser()
-    in_file = ".py:" in spec and file.is_file()
-    return _checked(spec, _of_file(spec, sha256(file)) if in_file else _GIVEN.get(spec) or find_in({}, spec, "loss_function:")[1])
+    file = file_of(spec)
+    function = _of_file(spec, sha256(file)) if file and file.is_file() else _GIVEN.get(spec) or find({}, spec, "loss_function:")[1]
+    return _checked(spec, function)
 
 
 @functools.lru_cache(maxsize=8)
 def _of_file(spec: str, content: str) -> Callable:
-    return find_in({}, spec, "loss_function:")[1]
+    return find({}, spec, "loss_function:")[1]
 
 
 @functools.lru_cache(maxsize=8)
 def _checked(spec: str, function: Callable) -> Callable:
     def objective(config, model_config, params, base, batch, key=None) -> Loss:
-        return _loss(spec, called(f"loss_function {spec}", function, config, model_config, params, base, batch, key))
+        return _loss(spec, call(f"loss_function {spec}", function, config, model_config, params, base, batch, key))
 
     return objective
 

@@ -8,23 +8,18 @@ returns one number for each. Means and confidence intervals are computed from th
     metric: judges/cron.py:cron_match      # a function in a file
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
 import re
 import string
-import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxtune.errors import ConfigError, DataError, JaxtuneError
+from jaxtune import functions
+from jaxtune.errors import ConfigError, DataError
 
 Metric = Callable[[list[str], list[str], list[dict]], Sequence[float]]
 
@@ -203,67 +198,14 @@ def find(spec: str | Metric) -> tuple[str, Metric]:
 
     The named module or file is the user's own code and is executed. A function is returned as it is. Raises ConfigError if there is none.
     """
-    return find_in(METRICS, spec, "metric")
-
-
-def find_in(table: Mapping[str, Callable], spec: str | Callable, what: str) -> tuple[str, Callable]:
-    """`find` for another table; `what` is its name in errors."""
-    if callable(spec):
-        return getattr(spec, "__name__", what), spec
-    if spec in table:
-        return spec, table[spec]
-    place, separator, name = spec.rpartition(":" if ".py:" in spec else ".")
-    if not separator:
-        known = "write " + (f"one of {', '.join(table)}, or " if table else "") + "your own module.function or path/file.py:function"
-        raise ConfigError(f"{what} {spec} is not known; {known}")
-    function = getattr(_file(place, spec, what) if separator == ":" else _module(place, spec, what), name, None)
-    if not callable(function):
-        raise ConfigError(f"{what} {spec}: {place} has no function {name}; define it there, or write the name of one it has")
-    return name, function
-
-
-def _file(place: str, spec: str, what: str):
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{what} {spec}: there is no file {place}; paths are taken from the current folder ({Path.cwd()})")
-    found = importlib.util.spec_from_file_location(f"jaxtune_metric_{path.stem}", path)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look up their module there
-    return _run(lambda: found.loader.exec_module(module) or module, spec, what)
-
-
-def _module(place: str, spec: str, what: str):
-    return _run(lambda: importlib.import_module(place), spec, what)
-
-
-def _run(load: Callable, spec: str, what: str):
-    try:
-        return load()
-    except Exception as error:  # a user's file may raise anything
-        raise ConfigError(
-            f"{what} {spec} cannot be loaded: {type(error).__name__}: {error}. Write module.function of an installed module, or "
-            "path/file.py:function"
-        ) from error
-
-
-def called(what: str, function: Callable, *arguments: Any, **named: Any) -> Any:
-    """Call a user's function; ConfigError, with the line in the user's file, for anything it raises."""
-    try:
-        return function(*arguments, **named)
-    except JaxtuneError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f", at line {frames[1].lineno} of {frames[1].filename}" if len(frames) > 1 else ""  # the first frame is this function
-        raise ConfigError(f"{what} failed: {type(error).__name__}: {error}{where}; put it right there") from error
+    return functions.find(METRICS, spec, "metric")
 
 
 def score(spec: str | Metric, predictions: list[str], references: list[str], rows: list[dict]) -> list[float]:
     """A metric's number for each answer. Raises ConfigError if it does not return one number per answer."""
     name, metric = find(spec)
     given = (list(predictions), list(references), list(rows))
-    scores = metric(*given) if name in METRICS else called(f"metric {name}", metric, *given)
+    scores = metric(*given) if name in METRICS else functions.call(f"metric {name}", metric, *given)
     try:
         values = np.asarray(list(scores), np.float64)
     except (TypeError, ValueError):

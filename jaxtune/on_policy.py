@@ -31,7 +31,7 @@ class OnPolicy:
 
     def __init__(self, config: Config, model: Model, mesh: Mesh, train: data.Source):
         if jax.process_count() > 1:
-            raise ConfigError("lmbda and seq_kd draw answers in one process; run them on one host, with mesh over its devices")
+            raise ConfigError("lmbda and seq_kd sample answers in one process; run them on one host, with a mesh over its devices")
         self.config, self.model, self.mesh, self.train = config, model, mesh, train
         self.reader = Reader(model.tokenizer, frozenset(stop_tokens(model)))
         self.sampling = Sampling.create(config.temperature)

@@ -102,7 +102,7 @@ def compare(config: Config, target: str) -> dict[str, Plan | str]:
 def _model(config: Config) -> ModelConfig:
     check_names(config)
     if config.model.partition("#")[0].endswith(".gguf") and not Path(config.model).expanduser().exists():
-        log.info("%s is config and weights in one file, and is fetched whole where it is not in the cache", config.model)
+        log.info("%s holds config and weights in one file, and is downloaded whole unless it is cached", config.model)
     head, tokenizer = heads.head_of(config), None
     if head is not None:
         with contextlib.suppress(ModelError):  # not on this machine: the padding token is then unknown, which costs nothing
@@ -149,7 +149,7 @@ def _compile(config: Config, model_config: ModelConfig, where: Target, rows: dat
 def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data.Source | None) -> list[str]:
     """Notes on sampling answers, which the step's memory and time do not include."""
     if draws_answers(config):
-        return [f"drawing answers of up to {config.max_completion_length} tokens is not in the step's bytes and hours"]
+        return [f"sampling of up to {config.max_completion_length} tokens is not included in the step's bytes and hours"]
     if config.objective not in POLICY:
         return []
     layout, prompt = Layout(config, devices), rows.longest_prompt if isinstance(rows, Prompts) else config.data.max_length
@@ -159,8 +159,8 @@ def _drawing(config: Config, model_config: ModelConfig, devices: int, rows: data
     at_once = min(at_once, each)
     size = at_once * cache / 2**30
     return [
-        f"drawing answers is not in the step's bytes and hours: {layout.prompts * layout.answers:,} of up to {layout.most} tokens for "
-        f"every {layout.repeats} step(s); {at_once} at a time on a device, whose cache takes {size:.2f} GiB beside the weights"
+        f"sampling is not included in the step's bytes and hours: {layout.prompts * layout.answers:,} of up to {layout.most} tokens for "
+        f"every {layout.repeats} step(s); {at_once} at a time per device, with a cache of {size:.2f} GiB besides the weights"
     ]
 
 
@@ -271,7 +271,7 @@ def _candidates(config: Config, devices: Sequence):
     if not _recomputes(config, devices):
         yield "recompute activations", [{"gradient_checkpointing": True}]
     if config.gradient_checkpointing != "offload" and not on_host:
-        yield "each layer's input in the host's memory", [{"gradient_checkpointing": "offload"}]
+        yield "each layer's input in host memory", [{"gradient_checkpointing": "offload"}]
     if config.gradient_checkpointing not in ("offload", "groups"):
         yield "the inputs of groups of layers, for another forward pass", [{"gradient_checkpointing": "groups"}]
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--batch", choices=["auto"], help="the largest micro-batch that fits")
     parser.add_argument("--max-length", choices=["auto"], help="the longest rows that fit")
     parser.add_argument("--gradient-checkpointing", choices=["auto"], help="the setting that fits and recomputes least")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     given = cli.parse(parser)
     cli.log_to_terminal()
     if given.target != "here":  # nothing runs: a local device may be busy, and a plugin without a device would only complain
@@ -338,7 +338,7 @@ def _auto(given) -> str | None:
     asked = {"per_device_train_batch_size": given.batch, "data.max_length": given.max_length, REMAT: given.gradient_checkpointing}
     keys = [key for key, value in asked.items() if value]
     if len(keys) > 1:
-        raise ConfigError("--batch auto, --max-length auto and --gradient-checkpointing auto trade against each other; set one of them")
+        raise ConfigError("--batch auto, --max-length auto and --gradient-checkpointing auto depend on each other; set one of them")
     return keys[0] if keys else None
 
 

@@ -62,7 +62,7 @@ def show(result: Plan, console: Console) -> None:
     for name, count in result.bytes.items():
         table.add_row(name, size(count), f"{100 * count / result.peak_bytes:.1f} %")
     console.print(table)
-    console.print("gradients, activations and logits are estimated from shapes, the total is the compiler's", style="dim", soft_wrap=True)
+    console.print("gradients, activations and logits are estimated from shapes; the total is the compiler's", style="dim", soft_wrap=True)
     bound = f"; a step takes at least {time(result.seconds_at_least)}" if result.seconds_at_least else ""
     console.print(f"{result.flops / 1e12:.3g} TFLOP a step and device, {result.intensity:.0f} FLOP a byte{bound}", soft_wrap=True)
     if rows := result.rows:

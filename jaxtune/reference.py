@@ -79,7 +79,7 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
         loftq = isinstance(trainable, Adapter) and getattr(trainable.config, "init_lora_weights", None) == "loftq"
         start = jax.tree.map(lambda x: x.copy(), trainable) if config.init_adapter or loftq else None  # the step donates what is trained
         if config.method == "full":  # answers that are not sampled yet cannot be computed beforehand
-            log.info("reference: a copy of the starting weights is kept, because its KL is weighed; an adapter (method: lora) needs none")
+            log.info("reference: a copy of the initial weights is kept for the KL term; an adapter (method: lora) needs none")
             return compose(model.params, jax.tree.map(jnp.copy, trainable))
         return compose(model.params, start)
     path = Path(config.ref_model).expanduser()
@@ -95,7 +95,7 @@ def _reference(config: Config, model: Model, trainable: Any, mesh: jax.sharding.
     opened.config = dataclasses.replace(opened.config, cuts=model.config.cuts)
     if opened.config != _comparable(model.config, opened.config):
         raise ConfigError(
-            f"ref_model {config.ref_model} is not built as the model ({_difference(opened.config, model.config)}); "
+            f"ref_model {config.ref_model} has another architecture than the model ({_difference(opened.config, model.config)}); "
             "name a checkpoint of the same model, or an adapter for it"
         )
     return read_model(opened, config.dtype, config.quantization, mesh).params

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import metrics
+from jaxtune import functions, metrics
 from jaxtune.config import Config
 from jaxtune.convert.heads import load_scorer
-from jaxtune.disk import sha256
 from jaxtune.errors import ConfigError, JaxtuneError
 from jaxtune.score import score
 
@@ -62,7 +61,7 @@ def _by_metric(metric: metrics.Metric, config: Config, answers: Answers) -> list
     column = config.reward_column
     if column not in answers.columns:
         raise ConfigError(
-            f"the rewards compare answers with the column {column!r}, which the rows have not; they have "
+            f"the rewards compare answers with the column {column!r}, which the rows lack; they have "
             f"{', '.join(answers.columns) or 'no columns but prompt'}; name one with reward_column"
         )
     references = answers.columns[column]
@@ -105,7 +104,7 @@ def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
     """The rewards that a config names, then the given functions, then the reward models. ConfigError if there are none."""
     found: list[tuple[str, Callable]] = []
     for spec in (*config.reward_funcs, *own):
-        name, function = metrics.find_in(REWARDS, spec, "reward_funcs:")
+        name, function = functions.find(REWARDS, spec, "reward_funcs:")
         if isinstance(spec, str) and spec in REWARDS:
             found.append((name, _of_table(name, functools.partial(function, config))))
         else:
@@ -113,7 +112,7 @@ def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
     found += [(Path(place).name or place, _of_model(place)) for place in config.reward_model]
     if not found:
         raise ConfigError(
-            f"objective {config.objective} learns from rewards, and none is named; write reward_funcs: one of {', '.join(REWARDS)}, or "
+            f"objective {config.objective} needs a reward, and none is named; write reward_funcs: one of {', '.join(REWARDS)}, or "
             "your own path/file.py:function; or reward_model: FOLDER"
         )
     names = [name for name, _ in found]
@@ -127,8 +126,7 @@ def find_rewards(config: Config, own: Sequence[Callable] = ()) -> list[Reward]:
 
 def hashes(config: Config) -> dict[str, str]:
     """sha256 of the files that define rewards and `loss_function`, for run.json."""
-    files = [spec.rpartition(":")[0] for spec in (*config.reward_funcs, config.loss_function or "") if ".py:" in spec]
-    return {file: sha256(Path(file).expanduser()) for file in files}
+    return functions.hashes((*config.reward_funcs, config.loss_function or ""))
 
 
 def _of_table(name: str, function: Callable[[Answers], list[float]]) -> Callable:
@@ -138,7 +136,7 @@ def _of_table(name: str, function: Callable[[Answers], list[float]]) -> Callable
 def _of_model(place: str) -> Callable:
     model = load_scorer(place)
     if model.config.num_labels > 1 or model.config.labels_of == "token":
-        raise ConfigError(f"reward_model {place} has {model.config.num_labels} labels, which do not say how good an answer is; it needs 1")
+        raise ConfigError(f"reward_model {place} has {model.config.num_labels} labels, which do not rate an answer; it needs 1")
 
     def judge(answers: Answers, told: dict, extra: dict) -> np.ndarray:
         return np.asarray(score(model, list(zip(answers.prompts, answers.texts, strict=True))), np.float64)
@@ -161,11 +159,8 @@ def _of_user(name: str, function: Callable, answers: Answers, told: dict[str, li
     except JaxtuneError:
         raise
     except Exception as error:  # a user's function may raise anything
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        where = f" (line {frame.tb_lineno} of {Path(frame.tb_frame.f_code.co_filename).name})" if frame else ""
-        raise RewardError(f"the reward function {name} failed at step {answers.step}: {type(error).__name__}: {error}{where}") from error
+        said = functions.failure(function, error)
+        raise RewardError(f"the reward function {name} failed at step {answers.step}: {said}") from error
     return _numbers(name, out, len(answers.texts))
 
 
@@ -181,7 +176,7 @@ def _wanted(name: str, function: Callable, given: dict[str, Any]) -> dict[str, A
     named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     if missing := [one.name for one in named if one.default is one.empty and one.name not in given]:
         columns = [key for key in given if key not in ("trainer_state", "log_metric", "log_extra")]
-        raise RewardError(f"the reward function {name} asks for {missing[0]!r}, which the rows have not; there are {', '.join(columns)}")
+        raise RewardError(f"the reward function {name} asks for {missing[0]!r}, which the rows lack; there are {', '.join(columns)}")
     return {one.name: given[one.name] for one in named if one.name in given}
 
 
@@ -199,5 +194,5 @@ def _numbers(name: str, out: Any, count: int) -> np.ndarray:
         except TypeError:
             sound = False
         if not sound:
-            raise RewardError(f"{must}; entry {number} is {value!r} (an answer that it cannot judge is None)")
+            raise RewardError(f"{must}; entry {number} is {value!r} (return None for an answer that it cannot score)")
     return np.array([math.nan if value is None else float(value) for value in values], np.float64)

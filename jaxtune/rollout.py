@@ -294,7 +294,7 @@ def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
             saved = {name: found[name] for name in found.files}
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}), but holds the answers that the step to go on with learns from; take an "
+            f"{file} cannot be read ({type(error).__name__}), but holds the answers for the next training step; take an "
             "earlier checkpoint (remove the newest of checkpoints/), or start again in another folder"
         ) from None
     told, capacity = json.loads(str(saved.pop("told"))), int(saved.pop("capacity"))
@@ -307,8 +307,8 @@ def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
 def check(config: Config, rows: data.Data, model_config: Any) -> None:
     """ConfigError for settings that sampling does not support, DataError for prompts that leave no room for answers."""
     if jax.process_count() > 1:
-        raise ConfigError(f"objective {config.objective} draws answers in one process; run it on one host, with mesh over its devices")
+        raise ConfigError(f"objective {config.objective} samples answers in one process; run it on one host, with a mesh over its devices")
     if config.mesh.sequence > 1:
-        raise ConfigError(f"objective {config.objective} draws answers with whole rows on a device; write mesh.sequence: 1")
+        raise ConfigError(f"objective {config.objective} samples answers with whole rows on a device; write mesh.sequence: 1")
     for source in filter(None, (rows.train, rows.eval)):
         require_room(source, model_config)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def check_free(config: Config) -> None:
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is a file"
-        raise CheckpointError(f"output_dir {folder} cannot be made, because {parent} {why}; name a folder elsewhere")
+        raise CheckpointError(f"output_dir {folder} cannot be created, because {parent} {why}; name a folder elsewhere")
 
 
 def is_used(folder: Path) -> bool:
@@ -108,7 +108,7 @@ def _claim(folder: Path) -> None:
     except BlockingIOError:
         raise CheckpointError(f"another run is writing into {folder}; wait for its end, stop it, or name another folder") from None
     except OSError as error:
-        log.warning("%s cannot be locked (%s), so nothing keeps a second run out of it", folder, error.strerror)
+        log.warning("%s cannot be locked (%s), so a second run in it would not be noticed", folder, error.strerror)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -116,7 +116,7 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         log.warning(
-            "%s: the disk has %.3f GB free, and the run will write %.3f GB at the least; make room, or what it has learnt may be lost",
+            "%s: the disk has %.3f GB free, and the run will write %.3f GB at least; free some space, or its result may be lost",
             folder, free / 1e9, needed / 1e9,
         )  # fmt: skip
 

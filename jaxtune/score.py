@@ -52,7 +52,7 @@ def score(
     if not model.config.num_labels:
         raise ModelError("the model is a language model: it has no head to score with; give a reward model (jt.load_scorer opens one)")
     if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so texts cannot be read; load it from a folder that holds tokenizer.json")
+        raise ModelError("the model has no tokenizer, so texts cannot be tokenised; load it from a folder that holds tokenizer.json")
     adapter = load_adapter(adapter, model) if isinstance(adapter, (str, os.PathLike)) else adapter
     texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
     asked = [_tokens(model, text, number, step_separator) for number, text in enumerate(texts, 1)]

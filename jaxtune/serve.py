@@ -39,7 +39,7 @@ def serve(model: Any, adapters: Mapping[str, Any] | None = None, **settings: Any
         print(f"serving {', '.join(server.worker.names)} at {server.url}", flush=True)
         while not stopped:
             time.sleep(0.1)
-        log.info("stopping; answers that are under way are finished (once more: at once)")
+        log.info("stopping; running answers are finished (a second signal quits immediately)")
         server.stop()
 
 
@@ -60,9 +60,9 @@ def open_server(
     """
     check_argument("model", model, Model, "give a model: jt.serve(jt.load(folder))")
     if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so its tokens cannot be read; load it from a folder that holds tokenizer.json")
+        raise ModelError("the model has no tokenizer, so its tokens cannot be decoded; load it from a folder that holds tokenizer.json")
     if model.config.num_labels:
-        raise ModelError("the model scores texts and writes none; use jaxtune score")
+        raise ModelError("the model scores texts and does not generate any; use jaxtune score")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be 1 or more")
@@ -76,7 +76,7 @@ def open_server(
     worker = Worker(model, served, batch_size)
     server = Server(worker, host, port, api_key=api_key, max_new_tokens=max_new_tokens, log_requests=log_requests)
     if api_key is None and not ipaddress.ip_address(server.server_name).is_loopback:
-        log.warning("anybody who reaches %s can ask this server; --api-key lets in those who know it", server.url)
+        log.warning("anyone who can reach %s can use this server; --api-key restricts it", server.url)
     return server
 
 
@@ -107,12 +107,12 @@ def _arguments() -> argparse.Namespace:
     parser = cli.parser("serve", __doc__)
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, .gguf file or pypi:PACKAGE==VERSION/PATH")
     parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help="a PEFT adapter folder; several have names")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0: all of this machine")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: all of this machine's")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--api-key", metavar="KEY", help="what clients have to send; or in the environment, as JAXTUNE_API_KEY")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer to a request that does not say")
+    parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send; or in the environment, as JAXTUNE_API_KEY")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="for requests that do not set it")
     parser.add_argument("--batch-size", type=int, help="answers at a time")
-    parser.add_argument("--log-requests", action="store_true", help="log prompts and answers, which are written nowhere otherwise")
+    parser.add_argument("--log-requests", action="store_true", help="log prompts and answers, which are otherwise not written anywhere")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--quantization", help="nf4, nf4-dq or int8")
     return cli.parse(parser)

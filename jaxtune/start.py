@@ -52,18 +52,18 @@ def read_rows(config: Config, opened: Opened, mesh: Mesh) -> tuple[data.Data, in
 def _say_rows(rows: data.Source, total_steps: int) -> None:
     if isinstance(rows, Prompts):
         log.info(
-            "data: %d prompts, the longest of %d tokens; a rollout draws %d answers to each of %d; %d steps an epoch, %d in all",
+            "data: %d prompts, the longest of %d tokens; a rollout samples %d answers to each of %d; %d steps per epoch, %d in all",
             len(rows.documents), rows.longest_prompt, rows.layout.answers, rows.layout.prompts, rows.steps_per_epoch, total_steps,
         )  # fmt: skip
         return
     log.info(
-        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps an epoch, %d in all",
+        "data: %d documents, %s tokens (%.1f %% trained) in %d rows (%.1f %% filled); %d steps per epoch, %d in all",
         len(rows.documents), f"{rows.tokens:,}", 100 * rows.trained_tokens / rows.tokens, len(rows.plan),
         100 * rows.efficiency, rows.steps_per_epoch, total_steps,
     )  # fmt: skip
     if saved := rows.saved_tokens:
         share = 100 * saved / (saved + rows.tokens)
-        log.info("data: answers share their prompts, which saves computing %s tokens (%.1f %%)", f"{saved:,}", share)
+        log.info("data: answers share their prompts, which saves %s tokens (%.1f %%)", f"{saved:,}", share)
 
 
 def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
@@ -167,7 +167,7 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
 def _say_memory(needed: int, model_config: ModelConfig, mesh: Mesh) -> None:
     granted = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {granted / 1e9:.2f}" if granted else ""
-    log.info("step: compiled; it needs %.2f%s GB of a device", needed / 1e9, of)
+    log.info("step: compiled; it needs %.2f%s GB per device", needed / 1e9, of)
     if granted and needed > granted:
         log.warning("the step does not fit the device; jaxtune plan CONFIG shows what takes the memory and which settings fit")
     elif granted and needed < granted / 2 and model_config.remat not in ("none", "dots"):

@@ -62,10 +62,10 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
             continue
         jax.clear_caches()  # a program takes a few of a Linux process's 65,530 memory maps; many runs would use them up
         if stopped:
-            log.warning("stopped in run %d of %d; the same command with resume=true goes on", number, len(runs))
+            log.warning("stopped in run %d of %d; continue with the same command and resume=true", number, len(runs))
             return None
     if len(failed) == len(runs):
-        raise TrainingError("no run has come to its end: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+        raise TrainingError("no run has finished: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     if not distributed.is_first():
         return None
     found = report(folder)
@@ -88,9 +88,9 @@ def combinations(config: Config, over: Mapping[str, Sequence[Any]]) -> dict[str,
     if not over:
         raise ConfigError("there is nothing to sweep over; write --over KEY=VALUE,VALUE, such as --over learning_rate=1e-4,3e-4")
     if config.data.kfold is not None and config.data.fold is None:
-        raise ConfigError("data.kfold is a run for each fold already; sweep over the folds: --over data.fold=0,1,2")
+        raise ConfigError("data.kfold already runs every fold; sweep over the folds: --over data.fold=0,1,2")
     if "output_dir" in over or "resume" in over:
-        raise ConfigError("output_dir and resume are the sweep's, and its runs have folders in there; write them before --over")
+        raise ConfigError("output_dir and resume apply to the whole sweep, whose runs have folders in it; write them before --over")
     folder = Path(config.output_dir or runfolder.default_folder(config, "sweep"))
     runs = {}
     for values in itertools.product(*over.values()):
@@ -112,7 +112,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 def main() -> None:
     """`python -m jaxtune.sweep`."""
     parser = cli.config_parser("sweep", __doc__)
-    values = "a key and the values it is to have"
+    values = "a key and its values"
     parser.add_argument("--over", metavar="KEY=VALUE,VALUE", nargs="+", action="extend", default=[], help=values)
     arguments = cli.parse(parser)
     cli.log_to_terminal()

@@ -100,7 +100,7 @@ def find_target(name: str) -> Target:
 def _meant(text: str) -> str:
     """A suggestion for a misspelt name."""
     if text in ("cpu", "gpu", "cuda", "tpu", "local", "localhost"):
-        return "; for the machine at hand write here"
+        return "; for the local machine write here"
     turned = re.fullmatch(r"(?P<kind>[a-z0-9-]+?)[x*](?P<count>\d+)", text)
     if turned and turned["kind"] in GPUS:
         return f"; write {turned['count']}x{turned['kind']}"
@@ -122,9 +122,9 @@ def _here() -> Target:
     known = _known(kind)
     rates = "; rates are the published ones" if known.flops else "; rates are not known"
     if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
-        return Target("here", devices, known._replace(memory=limit), f"{kind}: memory is what the device grants{rates}")
+        return Target("here", devices, known._replace(memory=limit), f"{kind}: memory is what the device reports{rates}")
     instead = ", so it is the published one" if known.memory else ""
-    return Target("here", devices, known, f"{kind} cannot be asked for its memory{instead}{rates}")
+    return Target("here", devices, known, f"{kind} does not report its memory{instead}{rates}")
 
 
 def _known(kind: str) -> Chip:

@@ -31,7 +31,7 @@ def open_teacher(config: Config, student: Opened, rows: data.Data, mesh: Mesh) -
     path = Path(config.teacher).expanduser()
     if is_adapter(path):
         raise ConfigError(
-            f"teacher {path} is an adapter, and a teacher is a whole model; write it whole (python -m jaxtune.export {path} OUT --merge) "
+            f"teacher {path} is an adapter, and a teacher must be a whole model; export it (python -m jaxtune.export {path} OUT --merge) "
             "and take teacher: OUT"
         )
     opened = open_model(config.teacher)
@@ -48,7 +48,7 @@ def check_tokens(config: Config, student: Any, teacher: Any) -> None:
     """ConfigError if student and teacher number a token differently; one of them may have more tokens at the end."""
     if teacher is None:
         raise ConfigError(
-            f"teacher {config.teacher} holds no tokenizer, so nothing tells whether its tokens are those of {config.model}; put its "
+            f"teacher {config.teacher} has no tokenizer, so it is unknown whether its tokens are those of {config.model}; put its "
             "tokenizer's files beside it"
         )
     own, theirs = ({number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))

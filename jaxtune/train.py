@@ -204,7 +204,7 @@ def first_notes(rows: data.Data) -> dict[str, Any]:
 
 def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: TrainState, notes: dict) -> tuple[TrainState, dict]:
     if not checkpoints.steps():
-        log.info("resume: %s has no checkpoint yet, so from the start", folder)
+        log.info("resume: %s has no checkpoint yet; starting from the beginning", folder)
         return state, notes
     state, saved = checkpoints.restore(state)
     if saved["fingerprint"] != notes["fingerprint"]:
@@ -218,8 +218,8 @@ def _resume(config: Config, folder: Path, checkpoints: Checkpoints, state: Train
 def _refuse(config: Config, what: str) -> None:
     """CheckpointError for a run that cannot be resumed as this one, or only a warning if drift is allowed."""
     if not config.resume_allow_drift:
-        raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to go on all the same")
-    log.warning("resume_allow_drift: %s; going on all the same", what)
+        raise errors.CheckpointError(f"{what}. Put it back, use another folder, or write resume_allow_drift=true to continue anyway")
+    log.warning("resume_allow_drift: %s; continuing anyway", what)
 
 
 def _write_run_json(folder: Path, config: Config, mesh, opened: Opened, teacher: Opened | None, rows, trainable, total_steps: int) -> None:

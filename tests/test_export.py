@@ -175,7 +175,7 @@ def test_rows_that_are_gone_are_no_obstacle(run, tmp_path, caplog):
         (other / "adapter" / file.name).write_bytes(file.read_bytes())
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"train": "/gone.jsonl", "eval": "/gone.jsonl"}}))
     export(other, tmp_path / "out", merge=True)
-    assert "the usual prompts are taken" in caplog.text
+    assert "the built-in prompts are used" in caplog.text
 
 
 @pytest.mark.parametrize(("type", "bound"), [("f32", 1e-4), ("q8_0", 1.0)])

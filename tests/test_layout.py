@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 
 # Lowest first; a module may import its own level and those before it.
 LEVELS = (
-    {"errors", "cli", "config", "tree", "locks", "disk"},
+    {"errors", "cli", "config", "tree", "locks", "disk", "functions", "gpu"},
     {"model", "data"},
     {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "background", "picture", "runlog", "runfolder", "in_backward", "step", "generation"},

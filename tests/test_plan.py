@@ -147,7 +147,7 @@ def test_every_kind_of_change_is_tried_the_mildest_first(model_folder, monkeypat
     assert instead(16_000, 8, method="full", mesh={"data": 8})["weights over the devices"] == {"mesh.data": 1, "mesh.fsdp": -1}
     assert {"LoRA", "LoRA over a 4-bit base"} <= instead(15_000, method="full").keys()
     assert instead(100) == {}
-    offload = "each layer's input in the host's memory"
+    offload = "each layer's input in host memory"
     assert offload not in instead(12_000)  # a CPU's memory is the host's
     assert offload in dict(_candidates(run(model_folder, method="lora"), [SimpleNamespace(platform="tpu")]))
 
@@ -396,7 +396,7 @@ def test_a_compiler_that_refuses_says_how_much(message, size):
     ("name", "said"),
     [
         ("h1000", "not known. There are: here .this machine.; .*h100.*8xh100.*v5e-8"), ("v5e", "not known"), ("v9-8", "not known"),
-        ("0xh100", "not known"), ("", "not known"), ("cpu", "for the machine at hand write here"), ("h100x8", "write 8xh100"),
+        ("0xh100", "not known"), ("", "not known"), ("cpu", "for the local machine write here"), ("h100x8", "write 8xh100"),
         ("a100", "write a100-40 or a100-80"), ("v5e-3", "1, 2, 4, ... 256 chips; write v5e-2 or v5e-4"), ("v5e-0", "write v5e-1"),
         ("v5e-4096", "write v5e-256"), ("v5p-7", "named by cores, 2 a chip; write v5p-8"), ("v5p-12", "write v5p-8 or v5p-16"),
     ],

@@ -334,7 +334,7 @@ def test_a_reward_function_that_fails_stops_the_run(config, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "learns from rewards, and none is named"),
+        ({}, "needs a reward, and none is named"),
         ({"reward_funcs": ["f1"], "num_generations": 3}, "do not make whole groups of num_generations"),
         ({"reward_funcs": ["f1"], "num_generations": 1}, "num_generations is 1, but has to be at least 2"),
         ({"reward_funcs": ["f1"], "temperature": 0}, "temperature is 0, but has to be above 0"),

@@ -81,7 +81,7 @@ def test_language_models_do_not_score_and_scorers_do_not_write(folder, reward):
         jt.generate(reward, "one")
     with pytest.raises(ConfigError, match="has a scoring head of 1 labels for a sequence, but 2 for a token are asked for"):
         heads.attach(reward, heads.Head(("wrong", "right"), "token"), jax.random.key(0))
-    with pytest.raises(ConfigError, match="but a language model is asked for"):
+    with pytest.raises(ConfigError, match="but a language model is needed"):
         heads.attach(reward, None, jax.random.key(0))
     adapter = jt.init_adapter(jax.random.key(1), reward, jt.LoraConfig(r=2))
     jt.save_adapter(adapter, reward, folder / "adapter")

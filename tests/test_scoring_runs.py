@@ -44,7 +44,7 @@ def test_a_reward_adapter_over_a_packed_base(folder, tmp_path):
     np.testing.assert_allclose(jt.score(scorer, texts), jt.score(result.model, texts, result.trainable), atol=1e-5)
     jt.export(tmp_path / "run", tmp_path / "merged", merge=True, dtype="float32")
     np.testing.assert_allclose(jt.score(tmp_path / "merged", texts), jt.score(scorer, texts), atol=1e-5)
-    with pytest.raises(ModelError, match="scores texts, and GGUF files are written of language models only; export it with --format hf"):
+    with pytest.raises(ModelError, match="scores texts, and GGUF files are supported for language models only; export it with --format hf"):
         jt.export(tmp_path / "run", tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "gguf").exists()
     asked = jt.evaluate(folder / "model", folder / "pairs.jsonl", tmp_path / "run" / "adapter", max_length=32)

@@ -65,7 +65,7 @@ PATHS = {prefix + name: kind for prefix, fields in GROUPS.items() for name, kind
 
 HINTS = {
     "'\\t' that cannot start": "indent with spaces, not with tabs",
-    "mapping values are not allowed": "in this line or the one before a colon has no space behind it, or a value with a colon no quotes",
+    "mapping values are not allowed": "here or in the line before, a colon needs a space after it, or a value with a colon needs quotes",
 }
 
 
@@ -202,11 +202,11 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
             put(ALIASES[name], meant, given)
             log.warning("note: %s is read as %s", given, ALIASES[name])
         elif name in LEFT_OUT:
-            log.warning("note: %s is left out: %s", given, LEFT_OUT[name])
+            log.warning("note: %s is ignored: %s", given, LEFT_OUT[name])
         elif name in DIFFERENT:
             if value not in (None, False, "", "no", "none", [], {}) and _translate(name, value) is not DEFAULT:
                 raise ConfigError(f"{given} is a key of torch tools that works differently here: {DIFFERENT[name]}.")
-            log.warning("note: %s=%s asks for nothing here and is left out", given, word(value))
+            log.warning("note: %s=%s has no effect here and is ignored", given, word(value))
         elif name not in BITSANDBYTES:
             _entry(out, name, value)
 
@@ -258,7 +258,7 @@ def load_config(config: Config | str | os.PathLike | Mapping, overrides: Iterabl
     made = Config(**nested)
     for path in (path for path, value in flat.items() if value is None):
         if (taken := functools.reduce(getattr, path.split("."), made)) not in (None, ()):
-            log.warning("note: %s is empty, so it has its default, %s", path, word(thaw(taken, PATHS[path])))
+            log.warning("note: %s is empty, so its default is used: %s", path, word(thaw(taken, PATHS[path])))
     return made
 
 

@@ -92,7 +92,7 @@ class Bitsandbytes:
                 self._add_int8(name.removesuffix(".SCB") + ".weight", turned)
         if not self._states and not self._int8:
             raise ModelError(
-                "config.json says that bitsandbytes has packed the tensors, but all of them are plain; take quantization_config out of it "
+                "config.json says that the tensors are quantised by bitsandbytes, but none of them is; take quantization_config out of it "
                 "(quantization: nf4 or int8 packs them while they are read)"
             )
 
@@ -177,7 +177,7 @@ def packed_tensors_out(config: ModelConfig, params: dict, plans: list[Plan], mak
     rows = spec(config)  # transformers keeps experts in one array each, which bitsandbytes does not quantise: they are written dense
     packed = {c.name: c for c in cells(rows) if isinstance(leaves[c.path], NF4 | Int8) and not rows[c.path].is_experts}
     if not packed:
-        raise ModelError("no matrix of this model is packed, so bitsandbytes has nothing to write; load it with a quantization")
+        raise ModelError("no matrix of this model is quantised, so bitsandbytes has nothing to write; load it with a quantization")
     result, makers = [], {}
     for plan in plans:
         if plan.name in packed:

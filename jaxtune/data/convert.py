@@ -35,7 +35,7 @@ def convert(source: str, target: str | os.PathLike, to: str, form: str | None = 
         ConfigError: an unknown format or file type, or the file exists.
     """
     if to not in WRITERS:
-        raise ConfigError(f"--to {to} is no format to write; there are {', '.join(WRITERS)}")
+        raise ConfigError(f"--to {to} cannot be written; there are {', '.join(WRITERS)}")
     target = Path(target)
     kind = target.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv", ".parquet"):
@@ -203,7 +203,7 @@ def _csv(rows: list[dict], stream: IO[str]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     for row in rows:
         if any(isinstance(value, list | dict) for value in row.values()):
-            raise DataError("a CSV file holds no lists, and these rows have some; write .jsonl, .json or .parquet")
+            raise DataError("a CSV file cannot hold lists, and these rows have some; write .jsonl, .json or .parquet")
     writer = csv.DictWriter(stream, names, restval="")
     writer.writeheader()
     writer.writerows(rows)

@@ -148,7 +148,7 @@ class Encoder:
             self.ledger.problem("chosen_equals_rejected", row, "chosen and rejected are the same")
         prompts = [piece.text[: piece.spans[0][0]] if piece.spans else piece.text for piece in pieces]
         if prompts[0] != prompts[1]:
-            said = f"before chosen stands {_short(prompts[0])}, before rejected {_short(prompts[1])}"
+            said = f"chosen follows {_short(prompts[0])}, rejected follows {_short(prompts[1])}"
             self.ledger.problem("prompts_differ", row, f"{said}; answers can be compared only if they are to the same prompt")
         elif not prompts[0].strip():
             self.ledger.problem("no_prompt", row, "chosen and rejected have no prompt in common")
@@ -186,7 +186,7 @@ class Encoder:
                 self.ledger.problem("unknown_role", row, f"{said}; data.quality: {{unknown_role: keep}} lets the template write it")
             if found := self.template.control.search(message.get("content") or ""):
                 said = f"message {number} ({message['role']}) holds {found.group()!r}, which the tokenizer reads as a token of its own"
-                self.ledger.problem("special_token", row, f"{said}: what follows looks like another turn, or like nothing at all")
+                self.ledger.problem("special_token", row, f"{said}: the model would read it as the end of the turn or as another one")
         if self.data.train_on == "all":
             text = self.template.locate(row, chat, set()).text
             return Piece(row, text, [(0, len(text))])
@@ -237,14 +237,14 @@ class Encoder:
             if not same_text(said, decoded):
                 raise row.fail(
                     f"the trained tokens decode to {_short(decoded)} where the row says {_short(said)}; "
-                    "the tokenizer does not keep this text; write what it can keep, or take the row out",
+                    "the tokenizer does not keep this text; write what it can keep, or remove the row",
                     "unfaithful_tokens",
                 )
         bos = self.tokenizer.bos_token_id
         if len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
             adder = "tokenizer" if piece.special else "chat template"
             self.ledger.problem(
-                "double_bos", row, f"the row begins with {self.tokenizer.bos_token!r} twice; take it out of the text, the {adder} adds it"
+                "double_bos", row, f"the row begins with {self.tokenizer.bos_token!r} twice; remove it from the text, the {adder} adds it"
             )
         if piece.eos and self.data.add_eos and (not ids or ids[-1] != self.tokenizer.eos_token_id):
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(self.data.train_on_eos * max(piece.marks, default=1)))
@@ -305,7 +305,7 @@ def _whole_characters(row: Row, *texts: str) -> None:
     for text in texts:
         if not text.isascii() and (half := _HALF.search(text)):
             raise row.fail(
-                f"the text holds {half.group()!r}, half a surrogate pair, which is no character (emoji cut in two?); mend the row",
+                f"the text holds {half.group()!r}, half a surrogate pair, which is not a character (a split emoji?); correct the row",
                 "lone_surrogate",
             )
 

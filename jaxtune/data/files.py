@@ -99,7 +99,7 @@ def _find(path: str, split: str | None) -> list[Path] | None:
             raise DataError(f"{path}: no file matches; check the pattern and the folder the command is run in")
         return sniff.of_split(path, files, split)
     if "://" in path:
-        raise DataError(f"{path}: rows are read from files here and from data sets of the hub (org/name), not from addresses; download it")
+        raise DataError(f"{path}: rows are read from local files and from data sets of the hub (org/name), not from URLs; download it")
     if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise DataError(f"{path}: no such file; check the path, which is taken from the folder the command is run in ({Path.cwd()})")
     return None
@@ -163,7 +163,7 @@ def _from_hub(path: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path}: neither a file here nor a data set that the hub gives us ({reason}); check the path, or the id and split"
+            f"{path}: neither a local file nor an accessible data set of the hub ({reason}); check the path, or the id and split"
         ) from None
 
 
@@ -231,7 +231,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
         for fields in reader:
             _check_names(path, names)
             if None in fields or None in fields.values():
-                raise DataError(f"{path}, line {reader.line_num}: the row has not as many fields as the header, which names {len(names)}")
+                raise DataError(f"{path}, line {reader.line_num}: the row has another number of fields than the header, {len(names)}")
             yield reader.line_num, fields
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV, {error}") from None
@@ -240,7 +240,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
 def _check_names(path: Path, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: the header names {twice!r} twice; give one of the columns another name, or take it out")
+        raise DataError(f"{path}: the header names {twice!r} twice; rename one of the columns, or remove it")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:

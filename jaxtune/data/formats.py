@@ -146,7 +146,7 @@ def _stepwise(row: Row) -> Steps:
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not steps:
         raise row.fail(f"'completions' must be a list of strings, this is {short(steps)}")
     if empty := [n for n, step in enumerate(steps, 1) if not step.strip()]:
-        raise row.fail(f"step {empty[0]} of 'completions' is empty; take it out, and its label")
+        raise row.fail(f"step {empty[0]} of 'completions' is empty; remove it and its label")
     if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, (bool, int)) for label in labels):
         raise row.fail(f"'labels' must hold true or false for each of the {len(steps)} completions, this is {short(labels)}")
     _check_system(row, prompt := _string(row, "prompt"))
@@ -164,7 +164,7 @@ def _tokenised(row: Row) -> Tokens:
             raise row.fail(f"{key!r} must be as long as 'input_ids', {len(ids)}")
     seen = np.flatnonzero(given.pop("attention_mask", trained))  # the rest is padding
     if len(seen) == 0 or len(seen) <= seen[-1] - seen[0]:
-        raise row.fail("'attention_mask' has zeros between ones, or nothing else; it may leave out what stands before and after a text")
+        raise row.fail("'attention_mask' has zeros between ones, or nothing else; it may only exclude tokens before and after a text")
     for key, marks in list(given.items())[:1]:
         trained = [mark not in (-100, None) if key == "labels" else bool(mark) for mark in marks]
     return Tokens(ids[seen[0] : seen[-1] + 1], trained[seen[0] : seen[-1] + 1])
@@ -340,7 +340,7 @@ def _string(row: Row, key: str) -> str:
         raise row.fail(f"the field {key!r} is missing; {fields(row)}")
     value = row.fields[key]
     if not isinstance(value, str):
-        raise row.fail(f"{key!r} must be a string, this is {short(value)}; write it as one, or take the row out")
+        raise row.fail(f"{key!r} must be a string, this is {short(value)}; write it as one, or remove the row")
     return value
 
 

@@ -19,7 +19,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return found
 
 
@@ -31,7 +31,7 @@ def reason(text: str, error: json.JSONDecodeError) -> str:
     comma = _LAST_COMMA.search(text, max(error.pos - 99, 0), error.pos + 99)
     if comma and comma.start() <= error.pos < comma.end():
         return "a comma too many"
-    return "single quotes in place of double ones" if text[error.pos : error.pos + 1] == "'" else error.msg.removesuffix(" at")
+    return "single quotes instead of double ones" if text[error.pos : error.pos + 1] == "'" else error.msg.removesuffix(" at")
 
 
 class _Reader:

@@ -157,8 +157,8 @@ def _notes(compared: list[quality.Item], rows: int, tokenizer: Any) -> Iterator[
             tokenizer.chat_template
         )
         yield (
-            f"In {len(seams):,} rows the prompt runs into the answer ({seams[0]!r}). Prompt and completion are joined as they are: "
-            f"put a space or line break into one of them{chat}."
+            f"In {len(seams):,} rows the prompt joins the answer without a space ({seams[0]!r}). Prompt and completion are concatenated as "
+            f"they are: put a space or line break into one of them{chat}."
         )
     if len(compared) < rows:
         yield f"Of the stream, the first {len(compared):,} rows were compared with each other."
@@ -174,7 +174,7 @@ def _asked(train: Source, tokenizer: Any) -> Iterator[str]:
     )
     if tokenizer.chat_template and any(isinstance(prompt, str) for prompt in train.asked):
         yield (
-            "Prompts that are texts are gone on with as they are, without the chat template that the tokenizer has; for a model that chats "
+            "Text prompts are continued as they are, without the tokenizer's chat template; for a model that chats "
             'write them as messages: [{"role": "user", "content": ...}].'
         )
 

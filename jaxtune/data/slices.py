@@ -37,7 +37,7 @@ def rows(split: str, of: Callable[[str], Iterator["Row"]], alone: bool) -> Itera
             (taken,) = ReadInstruction.from_spec(part.strip()).to_absolute({name: sum(1 for _ in of(str(name)))})
         except (ValueError, AssertionError) as error:
             said = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"split {part!r} says no part of a data set ({said}); {EXAMPLE}") from None
+            raise DataError(f"split {part!r} is not a part of a data set ({said}); {EXAMPLE}") from None
         if taken.from_ >= taken.to:
             raise DataError(f"split {part!r} leaves no rows; {EXAMPLE}")
         for place, row in enumerate(of(str(name))):

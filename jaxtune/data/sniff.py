@@ -8,7 +8,7 @@ from jaxtune.errors import DataError
 
 # The first bytes of files -> their usual suffixes, and what they are
 SIGNS: dict[bytes, tuple[tuple[str, ...], str]] = {
-    LFS: ((), "a pointer of Git LFS and not the file; fetch that with `git lfs pull`"),
+    LFS: ((), "a Git LFS pointer instead of the file; fetch that with `git lfs pull`"),
     b"\x1f\x8b": ((".gz",), "compressed by gzip; let its name end in .gz"),
     b"\x28\xb5\x2f\xfd": ((".zst",), "compressed by zstd; let its name end in .zst"),
     b"PK\x03\x04": ((), "a zip archive; unpack it"),
@@ -57,7 +57,7 @@ def of_split(path: str, files: list[Path], split: str | None, inside: Path | Non
         return chosen
     if wanted == "train" and (not found or inside is None):
         return files
-    there = f"there are files of {', '.join(found)}" if found else "no file's name tells a split, and all their rows are those of train"
+    there = f"there are files of {', '.join(found)}" if found else "no file's name contains a split, so all rows belong to train"
     raise DataError(f"{path}: no file is of the split {split}; {there}. Name one of those, or the files, or take a share: data.eval: 0.1")
 
 

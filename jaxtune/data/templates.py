@@ -21,7 +21,7 @@ from jaxtune.errors import DataError
 
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 _BASE = 0x100000
-_SHOW = "take the message out, or set data.chat_template to a template that shows it"
+_SHOW = "remove the message, or set data.chat_template to a template that shows it"
 # Switches in a message for the template, which removes them from the text (SmolLM3, Nemotron).
 _SWITCH = re.compile(r"/(?:no_)?think\b")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # Qwen's, vLLM's, gpt-oss's
@@ -51,7 +51,7 @@ def refusal(error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         return f"the chat template is not valid Jinja (line {error.lineno}: {reason}). Fetch the tokenizer's files again"
-    return f"the chat template refuses the messages: {reason}. Write them as it wants them"
+    return f"the chat template refuses the messages: {reason}. Write them as it expects them"
 
 
 class Template:
@@ -116,7 +116,7 @@ class Template:
                 turns.append(Turn(number, message["role"], start, end, self._stop(text, end)))
             else:
                 raise row.fail(
-                    f"the chat template rewrites message {number + 1} ({message['role']}), which is to be trained", "template_rewrites"
+                    f"the chat template rewrites message {number + 1} ({message['role']}), which is trained", "template_rewrites"
                 )
         return Rendered(text, turns)
 
@@ -142,7 +142,7 @@ class Template:
             thought = chat.messages[-1].get(key)
             if isinstance(thought, str) and squeeze(thought) not in squeeze(text):
                 raise row.fail(
-                    f"the chat template drops the {key!r} of the last message; take it out, or set data.chat_template to a template that "
+                    f"the chat template drops the {key!r} of the last message; remove it, or set data.chat_template to a template that "
                     "shows it",
                     "template_drops",
                 )
@@ -198,7 +198,7 @@ class Template:
             )
         if squeeze(_content(chat.messages[number])) not in squeeze(text[len(prompt) : len(upto)]):
             raise row.fail(
-                f"the chat template rewrites message {number + 1} (assistant): what would be trained is not what was said",
+                f"the chat template rewrites message {number + 1} (assistant): what would be trained differs from the row",
                 "template_rewrites",
             )
         last = max(self._special.finditer(text, len(prompt), len(upto)), key=re.Match.start, default=None)

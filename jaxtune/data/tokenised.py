@@ -47,14 +47,14 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
     documents.
     """
     if tokenizer is None:
-        raise DataError("the model has no tokenizer, so rows cannot be made tokens of; give a model folder that holds tokenizer.json")
+        raise DataError("the model has no tokenizer, so rows cannot be tokenised; give a model folder that holds tokenizer.json")
     cache, key = cache_dir(config), _key(source, config, tokenizer)
     for name in (key, f"{key}-survey") if survey else (key,):
         if (cache / name).is_dir():
             try:
                 return Documents.load(cache / name)
             except DataError as error:
-                log.warning("data: %s, so the rows are made tokens of again", error)
+                log.warning("data: %s, so the rows are tokenised again", error)
                 shutil.rmtree(cache / name)
     ledger = Ledger(source.path).by(quality.policies(config), survey)
     encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
@@ -63,7 +63,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
         said = time.monotonic()
         for item in encoder.encode(examples(source, config)):
             if time.monotonic() > said + SILENCE:
-                log.info("data: %s rows of %s are tokens, kept for the next time in %s", f"{ledger.rows:,}", source.path, cache)
+                log.info("data: tokenised %s rows of %s, cached in %s", f"{ledger.rows:,}", source.path, cache)
                 said = time.monotonic()
             content, group, stratum = content_key(item.row.fields), *split_keys(item.row, config)
             for ids, mask in item.docs:

@@ -61,7 +61,7 @@ def _content(row: Row, where: str, content: Any) -> str:
     """The content of a message: a string, or OpenAI's parts, all of them text."""
     if isinstance(content, list) and (odd := [part["type"] for part in content if isinstance(part, dict) and _is_media(part)]):
         raise row.fail(
-            f"{where} holds a part of type {odd[0]!r}, which is not trained: only text is, of any model; take the part, or the row, out"
+            f"{where} holds a part of type {odd[0]!r}, which is not trained: jaxtune trains text only; remove the part, or the row"
         )
     if (text := text_of(content)) is None:
         raise row.fail(f"{where}: content must be a string, this is {short(content)}")
@@ -84,7 +84,7 @@ def _sharegpt(row: Row, where: str, message: dict) -> dict:
     name, value = message["from"], message.get("value")
     role = ROLES.get(name.strip().lower())
     if role is None:
-        raise row.fail(f"{where}: who is {name!r}? Known are {', '.join(ROLES)}")
+        raise row.fail(f"{where}: unknown speaker {name!r}; known are {', '.join(ROLES)}")
     if not isinstance(value, str):
         raise row.fail(f"{where} ({name}): value must be a string, this is {short(value)}")
     rest = {key: part for key, part in message.items() if key not in ("from", "value") and part is not None}

@@ -255,7 +255,7 @@ def room(units: Units, config: Config) -> tuple[np.ndarray, np.ndarray]:
     documents, most = units.documents, int(config.max_completion_length or 0)
     prompts = np.array([len(prompt_of(*documents[number])) for number in range(len(documents))], np.int64)
     size = config.data.max_length
-    alone = "is text without a prompt, which nobody can answer; write lmbda: 0 and seq_kd: false, or rows with prompts"
+    alone = "is text without a prompt to answer; write lmbda: 0 and seq_kd: false, or rows with prompts"
     long = f"has a prompt that leaves no room for {most} tokens in data.max_length {size}; lower max_completion_length, or raise it"
     for wrong, said in ((prompts < 2, alone), (prompts + most > size, long)):
         if wrong.any():
@@ -277,7 +277,7 @@ def warn_of_one_label(units: Units) -> None:
     labels = {bool(_labelled(units.documents, number).value) for number in range(len(units.documents))}
     if len(labels) == 1:
         kind, other = ("good", "bad") if labels.pop() else ("bad", "good")
-        log.warning("all %d answers are labelled %s: without %s ones the loss does not tell them apart", len(units.documents), kind, other)
+        log.warning("all %d answers are labelled %s: without %s ones the loss cannot tell them apart", len(units.documents), kind, other)
 
 
 def least(config: Config) -> tuple[int, bool]:
@@ -311,7 +311,7 @@ def _elsewhere(answer: Answer, other: Answer, size: int) -> Answer:
 def _by_twos(numbers: np.ndarray) -> list[np.ndarray]:
     if len(numbers) < 2:
         raise DataError(
-            "KTO needs answers to other prompts, but a source has one answer alone; add rows, or write loss_type: apo_zero_unpaired"
+            "KTO needs answers to other prompts, but a source has only one answer; add rows, or write loss_type: apo_zero_unpaired"
         )
     return np.split(numbers, np.arange(2, len(numbers) - 1, 2))
 

@@ -24,7 +24,7 @@ def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> l
     """
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise DataError(f"{name} is empty; write what the model should go on from")
+            raise DataError(f"{name} is empty; write a text to continue")
         if chat or (chat is None and model.tokenizer.chat_template):
             return _chat_ids(model, [{"role": "user", "content": prompt}], name)
         return _known(model, open_ids(model.tokenizer, prompt), name)
@@ -62,7 +62,7 @@ def _is_token(value: Any) -> bool:
 def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
     if not model.tokenizer.chat_template:
         raise ModelError(
-            f"{name} is a conversation, but the tokenizer of {model.source or 'this model'} has no chat template to write it with; "
+            f"{name} is a conversation, but the tokenizer of {model.source or 'this model'} has no chat template to format it; "
             "give a text with chat=False (--no-chat), or use the instruct version of the model"
         )
     try:

@@ -54,7 +54,7 @@ def _no_signal(config: Any, last: dict) -> str | None:
         return None
     return (
         f"in {share:.0%} of the groups all answers have the same reward ({last.get('reward', 0.0):.3g} on average), so nothing is learnt "
-        "from them. Take easier or harder prompts, a reward with steps in between, more num_generations, a higher temperature"
+        "from them. Use easier or harder prompts, a finer-grained reward, more num_generations, a higher temperature"
     )
 
 
@@ -74,7 +74,7 @@ def _far(config: Any, last: dict) -> str | None:
         return None
     found = f"{clipped:.0%} of the ratios are clipped" if clipped >= CLIPPED else f"the KL to the reference is {kl:.2g} nats a token"
     times, weight = ("num_ppo_epochs", "kl_coef") if config.objective == "ppo" else ("num_iterations", "beta")
-    return f"{found}: the policy moves fast. Lower learning_rate or {times}, or raise {weight}"
+    return f"{found}: the policy changes fast. Lower learning_rate or {times}, or raise {weight}"
 
 
 def _blind(last: dict) -> str | None:
@@ -83,8 +83,8 @@ def _blind(last: dict) -> str | None:
     if explained is None or explained > BLIND:
         return None
     return (
-        f"the value head is further from the returns than their mean is (val/var_explained {explained:.2g}), so that advantages are mostly "
-        "noise. Raise vf_coef, cliprange_value or num_ppo_epochs, or draw more answers at a time"
+        f"the value head predicts worse than the mean of the returns (val/var_explained {explained:.2g}), so that advantages are mostly "
+        "noise. Raise vf_coef, cliprange_value or num_ppo_epochs, or sample more answers at a time"
     )
 
 
@@ -111,7 +111,7 @@ def _margin_without_accuracy(first: dict, last: dict) -> str | None:
     if margin is None or accuracy is None or accuracy > 0.55 or margin < max(0.1, 2 * first.get("rewards/margins", 0.0)):
         return None
     return (
-        f"the margin of rewards has grown to {margin:.2g}, but only {accuracy:.0%} of the pairs are told right: a few pairs make the "
+        f"the margin of rewards has grown to {margin:.2g}, but only {accuracy:.0%} of the pairs are ranked correctly: a few pairs make the "
         "margin. Look at the rows (labels the wrong way round, equal answers), lower learning_rate, or take a bounded loss (ipo, hinge)"
     )
 

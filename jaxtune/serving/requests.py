@@ -84,7 +84,7 @@ def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: 
     _check_keys(body, chat)
     there = f"this server has {', '.join(names)}"
     if not isinstance(name := body.get("model"), str):
-        raise Refusal(400, f"model is {_short(name)}; it has to name one, and {there}", param="model")
+        raise Refusal(400, f"model is {_short(name)}; it must be one of the served models; {there}", param="model")
     if name not in names:
         raise Refusal(404, f"there is no model {_short(name)}; {there}", code="model_not_found", param="model")
     try:
@@ -140,7 +140,7 @@ def _prompts(body: dict, chat: bool, model: Any, encode: Callable[..., list[int]
     if not isinstance(prompts, list) or not prompts or not all(isinstance(one, (str, list)) for one in prompts):
         raise Refusal(400, "prompt has to be a text, a list of texts, or lists of token ids", param="prompt")
     if any(isinstance(one, list) and not all(isinstance(token, int) for token in one) for one in prompts):
-        raise Refusal(400, "prompt holds a list of something else than token ids; messages belong to /v1/chat/completions", param="prompt")
+        raise Refusal(400, "prompt holds a list of something other than token ids; messages belong to /v1/chat/completions", param="prompt")
     return [encode(one, f"prompt {number} of {len(prompts)}", chat=False) for number, one in enumerate(prompts, 1)]
 
 
@@ -154,7 +154,7 @@ def _messages(given: Any) -> list[dict]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refusal(400, f"message {number} has no role; {example}", param="messages")
         if (text := text_of(message.get("content"))) is None:
-            wanted = "this server takes texts, and parts of type text"
+            wanted = "this server accepts texts, and parts of type text"
             raise Refusal(400, f"the content of message {number} is no text; {wanted}", param="messages")
         messages.append({**message, "content": text})
     return messages

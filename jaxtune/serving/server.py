@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             except Exception:  # a bug of ours
                 log.exception("a request failed")
                 self.close_connection = True
-                self._refuse(Refusal(500, "the server failed; its log says more"))
+                self._refuse(Refusal(500, "the server failed; see its log"))
         known = path in CHATS or path.startswith("/v1/models") or path == "/health"
         log.info("%s %s: %s, %.1f s", self.command, path if known else "(no such path)", self.said, time.monotonic() - began)
 

@@ -115,9 +115,9 @@ class Worker:
         job = Job(asked, Reader(self.model.tokenizer, self.stops, asked.stop))
         with self._changed:
             if self._stopping:
-                raise Refusal(503, "the server is stopping; ask again when it has started anew")
+                raise Refusal(503, "the server is stopping; try again after it restarts")
             if len(self._waiting) >= MOST_WAITING:
-                raise Refusal(429, f"{MOST_WAITING} requests wait already; ask again later, or fewer at a time")
+                raise Refusal(429, f"{MOST_WAITING} requests are already waiting; try again later, or send fewer at a time")
             self._waiting.append(job)
             self._changed.notify()
         return job
@@ -127,7 +127,7 @@ class Worker:
         with self._changed:
             self._stopping = True
             for job in self._waiting:
-                job.events.put(Refusal(503, "the server is stopping, and this request still waited; ask again when it has started anew"))
+                job.events.put(Refusal(503, "the server is stopping, and this request was still waiting; try again after it restarts"))
             self._waiting.clear()
             self._changed.notify()
         self.thread.join()
@@ -154,7 +154,7 @@ class Worker:
                 if said is None:  # a bug of ours
                     log.exception("a batch of %d requests failed", len(jobs))
                 for job in jobs:
-                    job.events.put(Refusal(500, said or "the server failed; its log says more"))
+                    job.events.put(Refusal(500, said or "the server failed; see its log"))
 
     def _answer(self, jobs: list[Job]) -> None:
         rows = [row for job in jobs for row in job.rows() if row.answer.finish_reason is None]

@@ -182,7 +182,7 @@ def test_numbers(tmp_path, case, caplog):
     write_both(tmp_path, case)
     found, wanted = load(tmp_path / "packed"), load(tmp_path / "dense")
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
-    assert "7 tensors are packed" in caplog.text and "7 scales of activations" in caplog.text
+    assert "7 tensors are quantised" in caplog.text and "7 scales of activations" in caplog.text
 
 
 @pytest.mark.parametrize(

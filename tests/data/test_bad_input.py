@@ -55,7 +55,7 @@ FILES = {
     "a cut line": ("rows.jsonl", '{"text":\n', "line 1: not valid JSON, Expecting value at column 10"),
     "a comma too many": ("rows.json", '[{"text": "a"},\n]', "line 2: not valid JSON, a comma too many at column 1"),
     "a comma too many in a line": ("rows.jsonl", '{"text": "a", }\n', "line 1: not valid JSON, a comma too many at column 1[35]"),
-    "Python's quotes": ("rows.jsonl", "{'text': 'a'}\n", "line 1: not valid JSON, single quotes in place of double ones at column 2"),
+    "Python's quotes": ("rows.jsonl", "{'text': 'a'}\n", "line 1: not valid JSON, single quotes instead of double ones at column 2"),
     "no header": ("rows.csv", "hello,you\n" * 3, "'you' are no known format; the first line of such a file names its columns"),
     "broken gzip": ("rows.jsonl.gz", b"not gzip", "the compressed file is damaged"),
     "broken zstd": ("rows.jsonl.zst", b"not zstd", "the compressed file is damaged"),

@@ -76,7 +76,7 @@ def test_splits_of_a_folder_are_told_apart(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     for split in (None, "train"):
         assert find(str(tmp_path / "rows.jsonl"), split) == [tmp_path / "rows.jsonl"]
-    with pytest.raises(DataError, match="split validation; no file's name tells a split, and all their rows are those of train"):
+    with pytest.raises(DataError, match="split validation; no file's name contains a split, so all rows belong to train"):
         find(str(tmp_path / "rows.jsonl"), "validation")
 
 
@@ -93,7 +93,7 @@ def test_a_part_of_a_split_is_that_of_the_data_sets_library(split, tmp_path):
 @pytest.mark.parametrize("split", ["train[:200%]", "train[x]", "train[5:2]", "train[20:]"])
 def test_what_is_no_part(split, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 11)
-    with pytest.raises(DataError, match=r"split 'train.*' (says no part of a data set|leaves no rows).*write it like train\[:10%\]"):
+    with pytest.raises(DataError, match=r"split 'train.*' (is not a part of a data set|leaves no rows).*write it like train\[:10%\]"):
         list(rows_of(str(tmp_path), split=split))
 
 

@@ -35,7 +35,7 @@ def test_bodies_that_are_no_request(raw, said):
 @pytest.mark.parametrize(
     "body, said",
     [
-        ({"prompt": "x"}, "model is null; it has to name one, and this server has base, tuned"),
+        ({"prompt": "x"}, "model is null; it must be one of the served models; this server has base, tuned"),
         (PLAIN | {"model": "gpt"}, 'there is no model "gpt"; this server has base, tuned'),
         (PLAIN | {"max_token": 3}, '"max_token" is not a key of this request; did you mean max_tokens?'),
         (PLAIN | {"echo": True}, "echo is not supported"),
