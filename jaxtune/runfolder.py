@@ -83,7 +83,7 @@ def open_run(config: Config) -> Path:
     """
     folder = folder_of(config)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError(f"output_dir {folder} is {'a file' if folder.exists() else 'a link to nowhere'}; name a folder")
+        raise CheckpointError(f"output_dir {folder} is {'a file' if folder.exists() else 'a dangling link'}; name a folder")
     if "\\" in str(folder.absolute()) and os.sep != "\\":
         raise CheckpointError(f"output_dir {folder}: checkpoints cannot be written under a name with a backslash; name another folder")
     if not config.resume:

@@ -76,14 +76,14 @@ def test_an_adapter_without_numbers_is_not_copied(run, tmp_path):
 
 def test_a_link_to_nowhere(run, tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "none" / "there")
-    with pytest.raises(ModelError, match="out is a link to nowhere"):
+    with pytest.raises(ModelError, match="out is a dangling link"):
         export(run, tmp_path / "out")
 
 
 def test_a_base_that_is_no_name(run, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": 5}')
-    with pytest.raises(ModelError, match="has base_model_name_or_path=5, so there is nothing"):
+    with pytest.raises(ModelError, match="has base_model_name_or_path=5, so its base is unknown"):
         export(tmp_path / "a", tmp_path / "out", merge=True)
 
 
@@ -102,7 +102,7 @@ def test_merged_is_base_and_adapter(run, tmp_path, source, caplog):
     compared = check.compare(wanted, logits(merged.params, merged.config))
     assert compared.difference < 1e-4 and compared.agreement == 1
     assert "merged beside base and adapter: largest logit difference" in caplog.text
-    assert "usual prompts" not in caplog.text  # the run's own rows were asked
+    assert "built-in prompts" not in caplog.text  # the run's own rows were asked
     assert check.compare(logits(base.params, base.config), wanted).difference > 0.1  # the adapter does something
     assert merged.tokenizer.chat_template == base.tokenizer.chat_template and merged.generation_config == base.generation_config
 

@@ -351,7 +351,7 @@ def test_each_prompt_by_its_own_adapter(monkeypatch, capsys, folder, model, tmp_
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "nothing to answer; give --prompt TEXT or --prompts FILE"),
+        ((), "there are no prompts; give --prompt TEXT or --prompts FILE"),
         (("--prompt", ""), "prompt 1 of 1 is empty"),
         (("--prompt", "a", "--adapter", "no/such/folder"), "no/such/folder"),
         (("--prompt", "a", "--max-new-tokens", "300"), "max_position_embeddings is 256"),
@@ -368,7 +368,7 @@ def test_mistakes_are_one_clear_line(monkeypatch, capsys, folder, arguments, mes
 def test_two_system_turns_are_refused(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
     code, _, err = _command(monkeypatch, capsys, folder, "--prompts", tmp_path / "p.jsonl", "--system", "b")
-    assert code == 2 and "prompt 1 of 1 has a system turn of its own" in err
+    assert code == 2 and "prompt 1 of 1 has its own system turn" in err
 
 
 def test_a_row_without_a_prompt_is_named(monkeypatch, capsys, folder, tmp_path):

@@ -60,7 +60,7 @@ def test_a_kernel_is_compared_on_the_device(monkeypatch, caplog):
         monkeypatch.setattr(flash, "INTERPRET", True)
         kernels.works.cache_clear()
         assert how_to_compute(config, MODEL, mesh).attention == "flash"
-        assert "as right as plain XLA" in caplog.text
+        assert "agrees with plain XLA" in caplog.text
         right = flash.backward
         monkeypatch.setattr(flash, "backward", lambda *given: (right(*given)[0], *right(*given)[:0:-1]))  # dv for dk
         kernels.works.cache_clear()

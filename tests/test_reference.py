@@ -136,7 +136,7 @@ def test_an_adapter_or_a_checkpoint_as_reference(run, home, opened, model, adapt
 
 def test_a_reference_of_another_shape_is_refused(run, home, opened, model, adapter, monkeypatch):
     tiny.write_chat_model(home / "wide", tiny.LLAMA | {"hidden_size": 48})
-    with pytest.raises(ConfigError, match="not built as the model .*hidden_size 48 instead of 32"):
+    with pytest.raises(ConfigError, match="has another architecture than the model .*hidden_size 48 instead of 32"):
         prepare(run(ref_model=str(home / "wide")), opened, model, adapter)
     mixed = dataclasses.replace(open_model(home / "other"), config=dataclasses.replace(model.config, cuts=(1,)))
     monkeypatch.setattr("jaxtune.reference.open_model", lambda _: mixed)

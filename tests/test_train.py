@@ -168,7 +168,7 @@ def test_a_disk_with_too_little_room_is_told_before_the_first_step(tmp_path, mon
     runfolder.check_room(tmp_path, 10**9)
     assert not caplog.text
     runfolder.check_room(tmp_path, 3 * 10**9)
-    assert "has 1.000 GB free, and the run will write 3.000 GB at the least" in caplog.text
+    assert "has 1.000 GB free, and the run will write 3.000 GB at least" in caplog.text
 
 
 def test_a_run_that_has_taken_no_step_is_begun_anew(tmp_path):

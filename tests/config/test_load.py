@@ -105,7 +105,7 @@ def test_a_wrong_value_names_key_value_and_expected(raw, says):
         ("model: m\nseed: 1\nseed: 2\n", "line 3: seed is given twice"),
         ("model: [m\n", "is not YAML"),
         ("model: m\ndata:\n\ttrain: a\n", "line 3, column 1: found character .* any token; indent with spaces"),
-        ("model:m\ndata: {}\n", "line 2, column 5: mapping values are not allowed here; in this line or the one before a colon"),
+        ("model:m\ndata: {}\n", "line 2, column 5: mapping values are not allowed here; here or in the line before, a colon"),
         ("model: 'm\nseed: 1\n", "line 3, column 1: while scanning a quoted scalar that begins in line 1, found unexpected end"),
         ("- model\n", "holds no keys"),
         ("", "holds nothing"),
@@ -206,7 +206,7 @@ def test_a_torch_key_is_refused_with_what_to_write_but_may_ask_for_nothing(key, 
 @pytest.mark.parametrize("value", [True, 8, "any", None])
 def test_keys_that_cannot_change_a_result_are_left_out_with_the_reason(value, caplog):
     assert load_config({"model": "m"} | dict.fromkeys(LEFT_OUT, value)) == load_config({"model": "m"})
-    assert [f"note: {key} is left out: {why}" for key, why in LEFT_OUT.items()] == caplog.messages
+    assert [f"note: {key} is ignored: {why}" for key, why in LEFT_OUT.items()] == caplog.messages
 
 
 @pytest.mark.parametrize(

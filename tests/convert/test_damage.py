@@ -61,7 +61,7 @@ def set_config(folder, name="config.json", **changes):
         (dict(quantization_config="nf4"), "quantization_config='nf4'"),
         (dict(quantization_config={"quant_method": "gptq"}), "packed as gptq, 4 bits, but all of them are plain"),
         (dict(quantization_config={"load_in_4bit": True, "llm_int8_skip_modules": ["a("]}), "llm_int8_skip_modules=['a(']"),
-        (dict(quantization_config={"load_in_4bit": True}), "bitsandbytes has packed the tensors, but all of them are plain"),
+        (dict(quantization_config={"load_in_4bit": True}), "tensors are quantised by bitsandbytes, but none of them is"),
         (dict(num_key_value_heads="2"), "num_key_value_heads='2'"),
         (dict(num_key_value_heads=-2), "num_key_value_heads=-2"),
         (dict(head_dim="16"), "head_dim='16'"),

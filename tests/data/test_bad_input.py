@@ -49,7 +49,7 @@ FILES = {
     "a parquet column twice": ("rows.parquet", parquet(["a"], ["b"]), "rows.parquet: the header names 'text' twice"),
     "not an object": ("rows.jsonl", '"text"\n', "line 1: a row must be a JSON object.*this is a string"),
     "not a list": ("rows.json", '"text"', "must hold a list of objects, this is a string"),
-    "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has not as many fields as the header"),
+    "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has another number of fields than the header"),
     "not utf-8": ("rows.jsonl", b'{"text": "caf\xe9"}\n', r"rows.jsonl, line 1: not UTF-8 \(byte 0xe9 behind '{\"text\": \"caf'\)"),
     "not utf-8 below": ("rows.csv", b"text\n" + 9000 * b"a\n" + b"\xe9\n", "rows.csv, line 9002: not UTF-8"),
     "a cut line": ("rows.jsonl", '{"text":\n', "line 1: not valid JSON, Expecting value at column 10"),
@@ -70,7 +70,7 @@ FILES = {
     "semicolons": ("rows.csv", "prompt;completion\na;b\n", "header 'prompt;completion' has no ','; columns .* by ';': save it with ','"),
     "a column twice": ("rows.csv", "text,text\na,b\n", "the header names 'text' twice"),
     "gzip by another name": ("rows.jsonl", gzip.compress(b"{}"), "the file is compressed by gzip; let its name end in .gz"),
-    "pointer": ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\n", "the file is a pointer of Git LFS"),
+    "pointer": ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\n", "the file is a Git LFS pointer"),
     "utf-16": ("rows.csv", "text\na\n".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
     "jsonl as txt": ("rows.txt", json.dumps(GOOD) + "\n", "look like JSON objects.*rename it to .jsonl"),
     "unknown suffix": ("rows.docx", b"x", "cannot tell the format from the name"),
@@ -136,7 +136,7 @@ ROWS = {
         {"prompt": "a " * 200, "completion": "b"}, {"length_policy": "truncate"},
         "line 2: cut to max_length 128 .truncation_side: right., nothing that is trained is left.*; use truncation_side: prompt",
     ),
-    "two bos": (chat(("user", "a"), ("assistant", "b")), {"chat_template": TWO_BOS}, "'<|im_start|>' twice; take it out"),
+    "two bos": (chat(("user", "a"), ("assistant", "b")), {"chat_template": TWO_BOS}, "'<|im_start|>' twice; remove it from the text"),
     "tools not json": ({"messages": CHAT["messages"], "tools": "["}, {}, "line 2: 'tools' is not valid JSON"),
     "history": ({"instruction": "a", "output": "b", "history": ["a"]}, {}, 'line 2: "history" must be a list of'),
 }  # fmt: skip
@@ -180,7 +180,7 @@ def test_missing_file(path, config, tokenizers):
 
 
 def test_a_name_that_is_neither_file_nor_data_set(config, tokenizers):
-    with pytest.raises(DataError, match="nobody/nothing: neither a file here nor a data set"):
+    with pytest.raises(DataError, match="nobody/nothing: neither a local file nor an accessible data set"):
         data.load(config("nobody/nothing"), tokenizers["chatml"])
 
 

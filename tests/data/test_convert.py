@@ -105,7 +105,7 @@ def test_mistakes(tmp_path):
         convert(source, tmp_path / "out.jsonl", "sharegtp")
     with pytest.raises(ConfigError, match="rows are written to"):
         convert(source, tmp_path / "out.txt", "messages")
-    with pytest.raises(DataError, match="a CSV file holds no lists"):
+    with pytest.raises(DataError, match="a CSV file cannot hold lists"):
         convert(source, tmp_path / "out.csv", "messages")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 

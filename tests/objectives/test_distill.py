@@ -135,7 +135,7 @@ def test_a_teacher_of_other_tokens_or_too_few_is_refused(folder, tmp_path):
     swapped = types.SimpleNamespace(get_vocab=lambda: vocabulary | {"e": vocabulary["t"], "t": vocabulary["e"]})
     with pytest.raises(ConfigError, match="has another tokenizer than m: 2 of .* take a teacher of the student's family"):
         check_tokens(config, own, swapped)
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         check_tokens(config, own, None)
     narrow = tiny.LLAMA | {"vocab_size": 5}
     tiny.write(tmp_path / "narrow", narrow, tiny.hf_tensors(narrow))
