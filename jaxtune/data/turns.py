@@ -61,7 +61,7 @@ def _content(row: Row, where: str, content: Any) -> str:
     """The content of a message: a string, or OpenAI's parts, all of them text."""
     if isinstance(content, list) and (odd := [part["type"] for part in content if isinstance(part, dict) and _is_media(part)]):
         raise row.fail(
-            f"{where} holds a part of type {odd[0]!r}, which is not trained: jaxtune trains text only; remove the part, or the row"
+            f"{where} holds a part of type {odd[0]!r}, which is not trained: only text is; remove the part, or the row"
         )
     if (text := text_of(content)) is None:
         raise row.fail(f"{where}: content must be a string, this is {short(content)}")

@@ -200,7 +200,7 @@ def test_a_torch_key_is_refused_with_what_to_write_but_may_ask_for_nothing(key, 
         load_config({"model": "m", key: "full_shard"})
     assert DIFFERENT[key] in str(caught.value)
     assert load_config({"model": "m", key: False}) == load_config({"model": "m"})
-    assert f"note: {key}=false asks for nothing here" in caplog.text
+    assert f"note: {key}=false has no effect here" in caplog.text
 
 
 @pytest.mark.parametrize("value", [True, 8, "any", None])
@@ -303,9 +303,9 @@ def test_groups_of_other_tools_are_flat_and_an_empty_key_is_its_default(caplog):
     config = load_config({"model": "m", "rl": "grpo", "trl": {"reward_funcs": ["f1"], "beta": 0.1}, "seed": None})
     assert (config.beta, config.reward_funcs, config.seed) == (0.1, ("f1",), 42) and "trl.beta is read as beta" in caplog.text
     assert load_config({"model": "m", "lora": {"lora_r": 4}, "data": {"max_seq_length": 9}}, ["lora.r=null"]).lora.r == 16
-    assert "lora.r is empty, so it has its default, 16" in caplog.text and "temperature" not in caplog.text
+    assert "lora.r is empty, so its default is used: 16" in caplog.text and "temperature" not in caplog.text
     assert load_config({"model": "m", "lora_alpha": None, "lora": {"r": None}, "lora_r": 4, "save_total_limit": None}).lora.r == 4
-    assert "lora.lora_alpha is empty, so it has its default, 32" in caplog.text and "save_total_limit" not in caplog.text
+    assert "lora.lora_alpha is empty, so its default is used: 32" in caplog.text and "save_total_limit" not in caplog.text
     with pytest.raises(ConfigError, match="beta and trl.beta both set beta"):
         load_config({"model": "m", "beta": 0.2, "trl": {"beta": 0.1}})
 

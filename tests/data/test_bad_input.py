@@ -49,7 +49,7 @@ FILES = {
     "a parquet column twice": ("rows.parquet", parquet(["a"], ["b"]), "rows.parquet: the header names 'text' twice"),
     "not an object": ("rows.jsonl", '"text"\n', "line 1: a row must be a JSON object.*this is a string"),
     "not a list": ("rows.json", '"text"', "must hold a list of objects, this is a string"),
-    "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has another number of fields than the header"),
+    "short csv row": ("rows.csv", "prompt,completion\nonly one\n", "rows.csv, line 2: the row has another number of fields"),
     "not utf-8": ("rows.jsonl", b'{"text": "caf\xe9"}\n', r"rows.jsonl, line 1: not UTF-8 \(byte 0xe9 behind '{\"text\": \"caf'\)"),
     "not utf-8 below": ("rows.csv", b"text\n" + 9000 * b"a\n" + b"\xe9\n", "rows.csv, line 9002: not UTF-8"),
     "a cut line": ("rows.jsonl", '{"text":\n', "line 1: not valid JSON, Expecting value at column 10"),

@@ -178,4 +178,4 @@ def test_what_is_no_fault_but_should_be_known(folder):
     write(folder / "train.jsonl", [dict(zip(("prompt", "completion"), clean(n), strict=True)) for n in range(100, 220)])
     found = as_json(folder)
     assert found["problems"] == {} and len(found["notes"]) == 1
-    assert "In 120 rows the prompt joins the answer without a space" in found["notes"][0] and "columns: {instruction: ..." in found["notes"][0]
+    assert "In 120 rows the prompt joins the answer" in found["notes"][0] and "columns: {instruction: ..." in found["notes"][0]
