@@ -1,10 +1,10 @@
-"""What a model is: `ModelConfig`, and how each Hugging Face `model_type` says it in its config.json.
+"""What a model is: `ModelConfig`, and how to read it from the config.json of each Hugging Face `model_type`.
 
-A family is an entry of `FAMILIES`: a function from config.json to `ModelConfig`, and one that lists a layer's rows. Optional parts of
-a block (biases, query/key norms, post-norms, fused projections, experts) are rows of the row table: the decoder uses what is there.
+A family is an entry of `FAMILIES`: a function from config.json to `ModelConfig`, and one that lists a layer's rows. Optional parts of a
+block (biases, query/key norms, post-norms, fused projections, experts) are rows of the row table: the decoder uses what it finds.
 
-transformers is the reference. Keys that its model code does not read change nothing there and are ignored here; dropout rates are read
-there in training only and are not applied here; a key that it reads and we do not implement is in the family's `refused` list.
+transformers is the reference. Keys that its model code does not read have no effect there and are ignored here; dropout rates only matter
+in training and are not applied here; a key that it reads and jaxtune does not implement is in the family's `refused` list.
 """
 
 import dataclasses
@@ -144,12 +144,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """`ModelConfig` of a config.json dict; `ModelError` for a family or a switch we do not implement."""
+    """`ModelConfig` of a config.json dict; ModelError for an unsupported family or switch."""
     if nested.is_nested(hf):
         outer = hf["model_type"]
         return dataclasses.replace(from_hf(nested.text_config(hf)), outer=outer, together=NESTED[outer].together, hf_json=json.dumps(hf))
     model_type = hf.get("model_type")
-    if model_type == "mistral" and hf.get("layer_types"):  # transformers' AutoConfig does the same: windows by layer
+    if model_type == "mistral" and hf.get("layer_types"):  # as in transformers' AutoConfig: windows by layer
         return dataclasses.replace(from_hf({**hf, "model_type": "ministral"}), hf_json=json.dumps(hf))
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join([*FAMILIES, *NESTED])}")
@@ -201,7 +201,7 @@ _WANTED = {
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))
-# whose null says something, whatever the default is
+# whose null has a meaning, whatever the default is
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "q_lora_rank", "n_group", "topk_group",
              "attn_logit_softcapping", "final_logit_softcapping", "router_aux_loss_coef", "partial_rotary_factor", "rotary_dim",
              "pad_token_id", "initializer_range", "init_std", "rope_parameters", "attention_chunk_size", "mamba_d_ssm", "scale_depth",
@@ -209,7 +209,7 @@ _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_windo
 
 
 def _check_values(hf: Mapping[str, Any], family: Family) -> None:
-    """Values of the kind that a key needs, or that transformers' own default for it has; null where it says something."""
+    """Check that values have the type that a key needs, or that of transformers' default; null where it has a meaning."""
     defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
     for key, value in hf.items():
         if key in _LISTED and isinstance(value, int) and value > _MOST:

@@ -1,4 +1,4 @@
-"""Apertus (Swiss AI): Llama with norms of queries and keys, and a feed-forward part without a gate, by an activation that is trained."""
+"""Apertus (Swiss AI): Llama with query and key norms, and a feed-forward part without a gate whose activation is trained."""
 
 from typing import Any
 

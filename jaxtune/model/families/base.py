@@ -1,4 +1,4 @@
-"""`ModelConfig`: what `spec` and `forward` need to know about a model; `Family`: how one `model_type` of Hugging Face says it."""
+"""`ModelConfig`: what `spec` and `forward` need to know about a model; `Family`: how to read one Hugging Face `model_type`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -15,52 +15,53 @@ from jaxtune.model.layers import ACTIVATIONS
 from jaxtune.model.rope import Rope
 from jaxtune.model.row import Row
 
-# the fields of a ModelConfig that say how to compute it, or what is beside it: two configs that differ in them alone are of one model
+# fields that say how to compute a model, or what accompanies it: configs that differ only in these describe the same model
 HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts", "value_head",
        "outer", "together")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Moe:
-    """A mixture of experts in the layers `layers`: each token goes to the `experts_per_token` likeliest of `num_experts`."""
+    """A mixture of experts in the layers `layers`: each token uses the `experts_per_token` most likely of `num_experts`."""
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     layers: tuple[int, ...]
-    normalize: bool  # whether the chosen experts' probabilities are scaled to sum to one
-    aux_loss_coef: float | None  # config.json's weight of the load-balancing loss; None: transformers has no such loss of this family
-    shared_intermediate_size: int = 0  # of an expert that every token goes through beside its own; 0: none
-    latent_size: int = 0  # numbers of a token that experts are given, made of all of them; 0: all
+    normalize: bool  # whether the chosen experts' probabilities are normalised to sum to one
+    aux_loss_coef: float | None  # config.json's weight of the load-balancing loss; None: transformers has no such loss for this family
+    shared_intermediate_size: int = 0  # width of an expert that every token uses besides its own; 0: none
+    latent_size: int = 0  # width of a token's projection that experts get as input; 0: the full state
     sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
-    groups: tuple[int, int] = (1, 1)  # experts lie in so many groups, and a token goes to those of so many
-    scale: float = 1.0  # of the chosen experts' weights
+    groups: tuple[int, int] = (1, 1)  # number of expert groups, and how many of them a token may use
+    scale: float = 1.0  # factor of the chosen experts' weights
     epsilon: float = 0.0  # added to the sum by which `normalize` divides
-    float32: bool = False  # whether the router multiplies in float32, whatever the model does
-    near: float | None = None  # a choice among logits: its weight is a softmax over those not much less (model/moe.py); None: over all
-    scales_input: bool = False  # an expert's weight is its input's, not its output's
+    float32: bool = False  # whether the router computes in float32, whatever the model does
+    near: float | None = None  # tolerance of near ties: a weight is a softmax over logits not much smaller (model/moe.py); None: over all
+    scales_input: bool = False  # an expert's weight multiplies its input, not its output
     clamp: tuple[float, float] | None = None  # (limit, alpha) of GPT-OSS's gate: `(1 + clip(up)) * gate * sigmoid(alpha * gate)`
 
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """Keys and values (and queries) of all heads from few numbers a token: DeepSeek's multi-head latent attention (arXiv 2405.04434)."""
+    """Keys and values (and queries) of all heads from a low-rank latent per token: DeepSeek's multi-head latent attention (arXiv
+    2405.04434)."""
 
     kv_rank: int
-    q_rank: int  # 0: queries are made of x itself
-    turning: int  # numbers of a head's query and key that turn with the position; the key's are one for all heads
-    still: int  # and those that do not
-    value: int  # numbers of a head's value
+    q_rank: int  # 0: queries are projected from x directly
+    turning: int  # rotated dimensions of a head's query and key; the key's are shared by all heads
+    still: int  # and those that are not rotated
+    value: int  # dimensions of a head's value
 
 
 @dataclasses.dataclass(frozen=True)
 class Wide:
-    """The layers `layers`, whose heads have another size, and so many heads of keys (Gemma 4: those without a window)."""
+    """The layers `layers`, whose heads have another size and number of key heads (Gemma 4: those without a window)."""
 
     kv_heads: int
     head_dim: int
     layers: tuple[int, ...]
-    values: bool  # whether values have a matrix of their own there; else the keys' makes both
+    values: bool  # whether values have their own matrix there; otherwise they share the keys'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,72 +79,72 @@ class ModelConfig:
     norm_eps: float
     hidden_act: str
     max_position_embeddings: int
-    tie_word_embeddings: bool  # a file that holds another head all the same: `dataclasses.replace(config, tie_word_embeddings=False)`
+    tie_word_embeddings: bool  # a file may still have another head: `dataclasses.replace(config, tie_word_embeddings=False)`
     attention_scale: float
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]  # index into `ropes` per layer; -1: no rotation (NoPE)
-    layer_windows: tuple[int, ...]  # sliding window per layer, the token itself included; 0: full attention; -n: chunks of n positions
+    layer_windows: tuple[int, ...]  # sliding window per layer, including the token itself; 0: full attention; -n: chunks of n positions
     norm: str = "rms"  # a key of layers.NORMS
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     head_bias: bool = False  # of the vocabulary's head
-    position_offset: int = 0  # the row of learned positions that the first token has
-    bare_norms: tuple[str, ...] = ()  # norms without parameters, without rows; of queries and keys: after their rotation
-    qk_norm: bool = False  # norms of queries and keys, where a family has them by flag
-    post_norm: bool = False  # norms after attention and feed-forward, where a family has them by flag
+    position_offset: int = 0  # the row of the first token in the table of learned positions
+    bare_norms: tuple[str, ...] = ()  # norms without parameters, and hence without rows; those of queries and keys: after the rotation
+    qk_norm: bool = False  # norms of queries and keys, for families with a flag for them
+    post_norm: bool = False  # norms after attention and feed-forward, for families with a flag for them
     qk_norm_last: bool = False  # these come after the rotation
-    qkv_clip: float = 0.0  # queries, keys and values are cut to -clip ... clip; 0: they are not
+    qkv_clip: float = 0.0  # queries, keys and values are clipped to -clip ... clip; 0: not clipped
     query_growth: Growth = Growth()
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
     logits_scaling: float = 1.0  # logits are divided by it
     embed_scale: float = 1.0  # the embedding's own scale: part of `embed`
-    embedding_multiplier: float = 1.0  # of whatever enters the first layer, given embeddings too
-    residual_multiplier: float = 1.0  # of what attention and feed-forward add
+    embedding_multiplier: float = 1.0  # factor of the first layer's input, also of given embeddings
+    residual_multiplier: float = 1.0  # factor of what attention and feed-forward add
     multipliers: Multipliers = Multipliers()
     parallel_residual: bool = False  # x + attention(x) + feed_forward(x)
-    shared_norm: bool = False  # the feed-forward part begins with the attention's norm
+    shared_norm: bool = False  # the feed-forward part uses the attention's norm
     moe: Moe | None = None
     latent: Latent | None = None
     delta: DeltaNet | None = None
     convolution: ShortConvolution | None = None
     mamba: Mamba | None = None
-    feeding: tuple[int, ...] = ()  # layers that are a feed-forward part alone (Nemotron H)
+    feeding: tuple[int, ...] = ()  # layers that are feed-forward only (Nemotron H)
     wide: Wide | None = None
-    kv_sharing: int = 0  # so many layers, the last, take keys and values from the last layer of their kind before them
-    kv_sharing_mlp: int = 1  # and their feed-forward part is so many times as wide
-    layer_inputs: tuple[int, int] = (0, 0)  # (vocabulary, numbers of a token) of what each layer is given beside the stream; 0: nothing
-    padding_idx: int | None = None  # the token whose embedding is looked up without a gradient
+    kv_sharing: int = 0  # number of last layers that use keys and values of the last earlier layer of their kind
+    kv_sharing_mlp: int = 1  # and the relative width of their feed-forward part
+    layer_inputs: tuple[int, int] = (0, 0)  # (vocabulary, width) of a per-layer token input beside the residual stream; 0: none
+    padding_idx: int | None = None  # the token whose embedding gets no gradient
     initializer_range: float = 0.02
     # a scoring head in place of the vocabulary's (families/heads.py)
-    num_labels: int = 0  # its outputs; 0: a language model
-    labels_of: str = "sequence"  # sequence: of a text, at its last token | token: of every token
+    num_labels: int = 0  # number of outputs; 0: a language model
+    labels_of: str = "sequence"  # sequence: one per text, at its last token | token: one per token
     score_bias: bool = False
-    pad_token_id: int | None = None  # never a text's last token, for a sequence's score
-    value_head: bool = False  # a value of every token beside the vocabulary's head, which objective ppo trains
-    outer: str = ""  # the `model_type` of the checkpoint that this is the language model of (families/nested.py); "": it is the whole
-    together: bool = False  # its files hold a layer's experts in one tensor, where the family's hold each by itself
-    # how to compute it, not what it is
+    pad_token_id: int | None = None  # ignored as a text's last token, for a sequence's score
+    value_head: bool = False  # a value per token beside the vocabulary head, which objective ppo trains
+    outer: str = ""  # the outer `model_type` of a multimodal checkpoint (families/nested.py); "": not multimodal
+    together: bool = False  # its files store a layer's experts in one tensor, where the family's store each separately
+    # how to compute the model
     dtype: str = "float32"  # of activations and products
-    attention: str = "xla"  # xla | flash | splash: what computes it in training (model/attention.py)
+    attention: str = "xla"  # xla | flash | splash: what computes attention in training (model/attention.py)
     attention_tile: Tile = TILE  # of blocks in the first
-    remat: str = "none"  # what the backward pass computes again of each layer: model/stack.py
-    logits_chunk: int = 512  # tokens whose logits exist at one time, in training
-    mlp_chunk: int | None = None  # tokens in the feed-forward part at one time, where remat recomputes it; None: model/block.py chooses
-    quantization_kernel: str = "xla"  # xla | pallas: how 4-bit matrices are multiplied by (model/nf4_kernel.py)
-    cuts: tuple[int, ...] = ()  # layers with which a stack begins, beside those where the kind of layer changes (peft/partial.py)
-    mesh: Mesh | None = None  # where activations lie (model/layout.py); None: the compiler decides
+    remat: str = "none"  # what the backward pass recomputes of each layer: model/stack.py
+    logits_chunk: int = 512  # tokens whose logits exist at a time, in training
+    mlp_chunk: int | None = None  # tokens in the feed-forward part at a time, if recomputed; None: model/block.py chooses
+    quantization_kernel: str = "xla"  # xla | pallas: products with 4-bit matrices (model/nf4_kernel.py)
+    cuts: tuple[int, ...] = ()  # layers at which a stack begins, besides changes of the kind of layer (peft/partial.py)
+    mesh: Mesh | None = None  # sharding of activations (model/layout.py); None: left to the compiler
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
 
     @property
     def interleaved(self) -> bool:
-        """Whether neighbouring dimensions of a head turn together."""
+        """Whether neighbouring dimensions of a head rotate together."""
         return any(rope.interleaved for rope in self.ropes)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        """The layers in order, as patterns one after the other; a pattern of kinds of layers that repeats is compiled once."""
+        """The layers in order, as consecutive patterns; a repeating pattern of kinds of layers is compiled once."""
         sparse = set(self.moe.layers) if self.moe else set()
         linear = set(self.recurrent.layers) if self.recurrent else set()
         return patterns_of(
@@ -154,7 +155,7 @@ class ModelConfig:
         )
 
     def _heads_of(self, layer: int) -> tuple:
-        """What tells a layer's keys and values from others': their shape, and whether others take them, or they are others'."""
+        """What distinguishes a layer's keys and values: their shape, and whether they are shared with other layers."""
         source = self.kv_source(layer)
         given = source if source != layer else layer in self.kv_sources and -1 - layer
         return self._is_wide(layer), given
@@ -163,7 +164,7 @@ class ModelConfig:
         return self.wide is not None and layer in self.wide.layers
 
     def kv_source(self, layer: int) -> int:
-        """The layer whose keys and values this one works with: mostly its own."""
+        """The layer whose keys and values this one uses: usually its own."""
         first = self.num_layers - self.kv_sharing
         if layer < first:
             return layer
@@ -171,18 +172,18 @@ class ModelConfig:
 
     @property
     def kv_sources(self) -> frozenset[int]:
-        """The layers whose keys and values others take."""
+        """The layers whose keys and values are used by others."""
         return frozenset(self.kv_source(layer) for layer in range(self.num_layers - self.kv_sharing, self.num_layers))
 
     @property
     def memories(self) -> tuple[tuple[int, ...], ...]:
-        """The layers that keep keys and values of their own, by the shape of these."""
+        """The layers that store their own keys and values, by the shape of these."""
         own = [layer for layer in self.attending if self.kv_source(layer) == layer]
         groups = [[layer for layer in own if self._is_wide(layer) == wide] for wide in (False, True)]
         return tuple(tuple(group) for group in groups if group)
 
     def at(self, layer: int) -> "ModelConfig":
-        """The config as it is in that layer."""
+        """The config for that layer."""
         if self.wide is None or layer not in self.wide.layers:
             return self
         return dataclasses.replace(self, num_kv_heads=self.wide.kv_heads, head_dim=self.wide.head_dim)
@@ -194,30 +195,30 @@ class ModelConfig:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Of each layer, its stack and its number there."""
+        """For each layer, its stack and its number in it."""
         found = {layer: (stack, n) for stack, layers in enumerate(self.stacks) for n, layer in enumerate(layers)}
         return [found[layer] for layer in range(self.num_layers)]
 
     @property
     def attending(self) -> tuple[int, ...]:
-        """The layers with keys and values: not those that hand on a state and nothing else, nor those that are a feed-forward part."""
+        """The layers with keys and values: all except recurrent-only and feed-forward-only layers."""
         without = {*self.feeding, *(self.recurrent.layers if self.recurrent and not self.recurrent.beside else ())}
         return tuple(layer for layer in range(self.num_layers) if layer not in without)
 
     @property
     def recurrent(self) -> Recurrent | None:
-        """The layers that hand on a state in place of keys and values; None: there are none."""
+        """The recurrent layers, which have a state instead of keys and values; None: there are none."""
         return self.delta or self.convolution or self.mamba
 
     @property
     def carries_state(self) -> bool:
-        """Whether layers hand a state from token to token: what comes before a token is then all of its row's document, so that a text
-        cannot go on from another segment (shared prompts), nor from virtual tokens."""
+        """Whether layers pass a state from token to token: it contains the whole document so far, so a text cannot continue another segment
+        (shared prompts) or virtual tokens."""
         return self.recurrent is not None
 
     @property
     def is_given(self) -> bool:
-        """Whether layers are given something beside the stream (model/given.py), which virtual tokens do not have."""
+        """Whether layers have inputs besides the residual stream (model/given.py), which virtual tokens lack."""
         return self.layer_inputs[1] > 0 or self.kv_sharing > 0
 
 
@@ -250,7 +251,7 @@ class Family(NamedTuple):
 
 
 def architecture(hf: Mapping[str, Any]) -> str:
-    """The class of transformers that config.json names first; "" where it names none."""
+    """The class of transformers that config.json names first; "" if it names none."""
     names = hf.get("architectures") or [""]
     if not isinstance(names, list | tuple):
         raise ModelError(f"config.json of this {hf['model_type']} model has architectures={names!r}; it needs a list there")
@@ -258,8 +259,8 @@ def architecture(hf: Mapping[str, Any]) -> str:
 
 
 def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False, own_act: str = "", **changes) -> ModelConfig:
-    """The fields nearly all families spell alike, and `changes` to them; `partial`: part of a head may turn, `interleaved`: see `Rope`,
-    `own_act`: an activation that this family has rows for."""
+    """The fields that nearly all families spell alike, with `changes`; `partial`: heads may be rotated partly, `interleaved`: see `Rope`,
+    `own_act`: an activation for which this family has rows."""
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     kv_heads = hf.get("num_key_value_heads") or heads
@@ -293,7 +294,7 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
 
 
 def whole_rope(hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) -> Rope:
-    """The rotary scheme of a family whose heads turn whole; `ModelError` where config.json says otherwise."""
+    """The rotary scheme of a family with fully rotated heads; ModelError if config.json says otherwise."""
     rope = Rope.from_hf(hf, head_dim, interleaved)
     if rope.dim != head_dim:
         raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
@@ -301,7 +302,7 @@ def whole_rope(hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) 
 
 
 def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) -> tuple[Rope, Rope]:
-    """The rotary schemes of full and of sliding layers: `rope_parameters` by kind (transformers 5), or `rope_scaling` of full ones (4)."""
+    """The rotary schemes of full and sliding layers: `rope_parameters` by kind (transformers 5), or `rope_scaling` for full ones (4)."""
     nested, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     full, sliding = (nested.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
     if wrong := next((rope for rope in (full, sliding) if not isinstance(rope, Mapping)), None):
@@ -314,7 +315,7 @@ def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) ->
 
 
 def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:
-    """The window of each layer from its type; `ModelError` for a type that is neither sliding nor full, or a missing window."""
+    """The window of each layer from its type; ModelError for a type that is neither sliding nor full, or a missing window."""
     check_layer_types(hf, layer_types, "sliding_attention", "full_attention")
     if "sliding_attention" in layer_types and not hf.get("sliding_window"):
         raise ModelError(f"layer_types has sliding_attention but sliding_window is {hf.get('sliding_window')!r}, not a number of tokens")
@@ -322,13 +323,13 @@ def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:
 
 
 def windows_by_period(hf: Mapping[str, Any], period: int) -> tuple[int, ...]:
-    """The window of each layer by `layer_types`; without them of all layers but every `period`-th (0: of none)."""
+    """The window of each layer by `layer_types`; by default all layers except every `period`-th have one (0: none)."""
     kinds = ["sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(hf["num_hidden_layers"])]
     return windows(hf, hf.get("layer_types") or kinds)
 
 
 def check_layer_types(hf: Mapping[str, Any], layer_types: list[str], *known: str) -> None:
-    """`ModelError` for a list that is not of all layers, or holds a type that is not `known`."""
+    """ModelError for a list of the wrong length, or with a type that is not `known`."""
     if len(layer_types) != hf["num_hidden_layers"]:
         raise ModelError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={hf['num_hidden_layers']}")
     if unknown := set(layer_types) - set(known):

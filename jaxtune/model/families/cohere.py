@@ -1,4 +1,5 @@
-"""Cohere 1 and 2 (Command R, Aya): LayerNorms without bias, attention and feed-forward side by side under one, neighbours turn together."""
+"""Cohere 1 and 2 (Command R, Aya): LayerNorms without bias, attention and feed-forward in parallel under one norm, neighbouring dimensions
+rotate together."""
 
 from typing import Any
 

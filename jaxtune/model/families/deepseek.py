@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (Moonlight too): latent attention; dense layers, then experts beside a shared one. MiniCPM 3, Youtu: dense alone."""
+"""DeepSeek V2 and V3 (also Moonlight): latent attention; dense layers first, then experts with a shared one."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtune.model.row import Row
 
 
 def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -> Moe | None:
-    """All layers from `first_k_dense_replace` on where none are listed; transformers has no load-balancing loss for these."""
+    """All layers from `first_k_dense_replace` on unless listed; transformers has no load-balancing loss for these."""
     number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
     layers = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])) if layers is None else layers
     inner, groups = hf["moe_intermediate_size"], (hf["n_group"] or 1, hf["topk_group"] or 1)
@@ -48,7 +48,7 @@ def dense_or_experts(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows
 
 
 def latent_config(hf: dict[str, Any], interleaved: bool, **changes) -> ModelConfig:
-    """Latent attention, as all of these say it."""
+    """Latent attention, as all of these configs describe it."""
     heads, turning, still, value = hf["num_attention_heads"], hf["qk_rope_head_dim"], hf["qk_nope_head_dim"], hf["v_head_dim"]
     if (hf.get("num_key_value_heads") or heads) != heads:
         raise ModelError(f"num_key_value_heads={hf['num_key_value_heads']} is not num_attention_heads={heads}; latents make one for each")
@@ -117,7 +117,7 @@ DEEPSEEK_V2 = Family(
         routed_scaling_factor=1.0,
         topk_method="greedy",
     ),
-    {"mlp_bias": (None, False), "norm_topk_prob": (None, False)},  # DeepSeek's own code reads the second, transformers' does not
+    {"mlp_bias": (None, False), "norm_topk_prob": (None, False)},  # DeepSeek's own code reads the second, transformers does not
     required=(*Family._field_defaults["required"], "num_experts_per_tok"),
 )
 DEEPSEEK_V3 = Family(

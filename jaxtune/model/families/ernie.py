@@ -1,4 +1,4 @@
-"""ERNIE 4.5's mixtures: neighbours turn together, experts chosen by corrected probabilities beside shared ones."""
+"""ERNIE 4.5's mixtures: neighbouring dimensions rotate together, experts chosen by corrected probabilities, with shared ones."""
 
 from typing import Any
 

@@ -1,19 +1,20 @@
-"""Numbers that the parts of a layer are multiplied by, as config.json gives them."""
+"""Factors of a layer's parts, as given in config.json."""
 
 from typing import NamedTuple
 
 
 class Growth(NamedTuple):
-    """A query at position p times `1 + rate ln(1 + floor((p + ahead) / length))`, an attention's temperature (arXiv 2501.19399)."""
+    """A query at position p is multiplied by `1 + rate ln(1 + floor((p + ahead) / length))`, an attention temperature (arXiv 2501.19399).
+    """
 
     rate: float = 0.0
     length: int = 1
     ahead: int = 0
-    still: bool = False  # in layers without rotation alone
+    still: bool = False  # only in layers without rotation
 
 
 class Multipliers(NamedTuple):
-    """What enters and leaves the parts of a layer, times these (Falcon H1; arXiv 2203.03466)."""
+    """Factors of the inputs and outputs of a layer's parts (Falcon H1; arXiv 2203.03466)."""
 
     attention_in: float = 1.0
     attention_out: float = 1.0

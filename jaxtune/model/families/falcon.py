@@ -1,4 +1,4 @@
-"""Falcon with rotary positions: LayerNorms, attention and feed-forward side by side, q, k and v in one matrix."""
+"""Falcon with rotary positions: LayerNorms, attention and feed-forward in parallel, q, k and v in one matrix."""
 
 from typing import Any
 

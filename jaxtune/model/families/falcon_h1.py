@@ -1,4 +1,4 @@
-"""Falcon H1: attention and Mamba-2 side by side in every layer, and multipliers of what enters and leaves their matrices."""
+"""Falcon H1: attention and Mamba-2 in parallel in every layer, and multipliers of the inputs and outputs of their matrices."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtune.model.families.parts import Rows, attention, mlp, norm
 
 
 def _numbers(hf: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
-    """A list of so many multipliers."""
+    """A list of that many multipliers."""
     given = [1.0] * count if hf[key] is None else hf[key]
     if len(given) != count or not all(isinstance(number, int | float) and not isinstance(number, bool) for number in given):
         raise ModelError(f"{key}={given!r} of this falcon_h1 model has to be {count} numbers")

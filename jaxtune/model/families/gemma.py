@@ -48,7 +48,7 @@ def _gemma2(hf: dict[str, Any], period: int = 2, **changes) -> ModelConfig:
 
 
 def sandwich(c: ModelConfig, attending: Rows, fed: Rows) -> Rows:
-    """A layer with norms on both sides of its two parts."""
+    """A layer with norms before and after each of its two parts."""
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attending
     yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")

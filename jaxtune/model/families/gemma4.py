@@ -1,5 +1,5 @@
-"""Gemma 4 (text): heads of another size in layers without a window, inputs of each layer's own, keys and values that layers share,
-experts beside a dense part."""
+"""Gemma 4 (text): another head size in layers without a window, inputs for each layer, keys and values shared by layers, experts beside a
+dense part."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ ROPES = {
 
 
 def _kinds(hf: Mapping[str, Any]) -> list[str]:
-    """The kind of each layer: every sixth is full attention where none are listed, and the last one always."""
+    """The kind of each layer: by default every sixth is full attention, and the last one always."""
     layers = hf["num_hidden_layers"]
     kinds = list(hf["layer_types"] or [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
     return [*kinds[:-1], FULL]
 
 
 def _wide_heads(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int, int]:
-    """Heads of keys and their size in full layers: in transformers 5 `per_layer_config` says so, in files on the hub keys of their own."""
+    """Number and size of the heads in full layers: `per_layer_config` in transformers 5, separate keys in files on the hub."""
     own = hf["num_key_value_heads"]
     if (said := hf["per_layer_config"]) is None:
         heads = hf["num_global_key_value_heads"] if hf["attention_k_eq_v"] else None
@@ -35,7 +35,7 @@ def _wide_heads(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int, int]:
     full = {layer for layer, kind in enumerate(kinds) if kind == FULL}
     values = list(said.values()) if isinstance(said, Mapping) else [None]
     known = all(isinstance(value, Mapping) and value.keys() <= {"head_dim", "num_key_value_heads"} for value in values)
-    layers = {int(layer) if str(layer).isdigit() else -1 for layer in said} if known else set()  # 5 is "05" where there are more than 10
+    layers = {int(layer) if str(layer).isdigit() else -1 for layer in said} if known else set()  # 5 is "05" if there are more than 10
     if not known or any(value != values[0] for value in values) or layers not in (set(), full):
         raise ModelError(
             f"per_layer_config={said!r} is not implemented for gemma4_text; only one head_dim and num_key_value_heads of all full layers is"
@@ -45,7 +45,7 @@ def _wide_heads(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int, int]:
 
 
 def _moe(hf: Mapping[str, Any]) -> Moe | None:
-    """The experts of all layers; None where there are none."""
+    """The experts of all layers; None if there are none."""
     if not hf["enable_moe_block"]:
         return None
     keys = ("num_experts", "top_k_experts", "moe_intermediate_size")
@@ -108,7 +108,7 @@ def _attention(c: ModelConfig, layer: int) -> Rows:
 
 
 def _experts(c: ModelConfig, moe: Moe) -> Rows:
-    """A router, which is a linear layer here, and experts in one tensor, each with norms of its own."""
+    """A router, which is a linear layer here, and experts in one tensor, each with its own norms."""
     E, width, inner = moe.num_experts, c.hidden_size, moe.intermediate_size
     wide, narrow, both = ("experts", "mlp", "embed"), ("experts", "embed", "mlp"), "experts.gate_up_proj"
     yield from norm(c, "mlp_own_post_norm", "post_feedforward_layernorm_1", "post_ffw_norm_1")
@@ -176,7 +176,7 @@ GEMMA4 = Family(
         top_k_experts=None,
         moe_intermediate_size=None,
     ),
-    # tokens of images see each other both ways, those of text never
+    # image tokens attend in both directions, text tokens never do
     {"use_bidirectional_attention": (None, "vision")},
     beside=_beside,
     moe=("router.proj", "experts"),

@@ -1,4 +1,5 @@
-"""GLM 4: half of a head turns, neighbours together, gate and up in one matrix; from 0414 on (glm4) norms on both sides of a block."""
+"""GLM 4: half of a head rotates, neighbouring dimensions together, gate and up in one matrix; from 0414 on (glm4) norms on both sides of a
+block."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GLM 4.5 and 4.7, and dots.llm1: DeepSeek V3's experts, and other attention (GLM 4.7 Flash: the same)."""
+"""GLM 4.5 and 4.7, and dots.llm1: DeepSeek V3's experts with other attention (GLM 4.7 Flash: the same attention)."""
 
 from typing import Any
 

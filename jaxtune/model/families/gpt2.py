@@ -14,7 +14,7 @@ POSITIONS = ENDS | {"positions": "transformer.wpe"}
 
 
 def _named(hf: dict[str, Any], **changes) -> ModelConfig:
-    """From GPT-2's names of what others call hidden_size, ..."""
+    """Replace GPT-2's names of hidden_size, ... by the usual ones."""
     width = hf["n_embd"]
     named = hf | dict(
         hidden_size=width,

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: LayerNorms, q, k and v in one matrix head by head, part of a head turns, attention and feed-forward side by side."""
+"""GPT-NeoX and Pythia: LayerNorms, q, k and v in one matrix head by head, partly rotated heads, attention and feed-forward in parallel."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ def _gpt_oss_layer(c: ModelConfig, layer: int) -> Rows:
 
 
 def _experts(c: ModelConfig) -> Rows:
-    """In a file each layer's experts are one tensor `[E, in, out]`, gate and up in turn."""
+    """In a file, each layer's experts are one tensor `[E, in, out]`, with gate and up interleaved."""
     assert c.moe is not None
     E, width, inner = c.moe.num_experts, c.hidden_size, c.moe.intermediate_size
     yield from linear("router", E, width, ("experts", "embed"), "mlp.router", "ffn_gate_inp", bias=True)

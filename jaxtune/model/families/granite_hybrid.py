@@ -1,5 +1,5 @@
-"""Granite 4.0: layers of Mamba-2 (model/mamba.py) between layers of attention, or attention alone; experts beside a shared one, or that
-one alone."""
+"""Granite 4.0: layers of Mamba-2 (model/mamba.py) between attention layers, or attention alone; experts with a shared one, or only that
+one."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtune.model.families.moe import GRANITEMOE, granite_experts, moe_of
 from jaxtune.model.families.parts import Rows, attention, linear, norm
 
 LINEAR, FULL = "linear_attention", "full_attention"
-OLD = {"mamba": LINEAR, "attention": FULL}  # what files on the hub call them
+OLD = {"mamba": LINEAR, "attention": FULL}  # their names in files on the hub
 
 
 def _hybrid(hf: dict[str, Any]) -> ModelConfig:

@@ -1,5 +1,5 @@
-"""Scoring heads: a few numbers in place of the vocabulary's, for whole texts (at their last token) or token by token; and the value head of
-PPO, one number for every token beside the vocabulary's.
+"""Scoring heads: a few numbers in place of the vocabulary head, for whole texts (at their last token) or for each token; and PPO's value
+head, one number per token beside the vocabulary head.
 
 A reward model is a scoring head with one number for whole texts. Rows and names are those of transformers' classes
 `...ForSequenceClassification` and `...ForTokenClassification`, and of TRL's `AutoModelForCausalLMWithValueHead`.
@@ -17,7 +17,7 @@ from jaxtune.model.row import Row
 SEQUENCE, TOKEN = "sequence", "token"
 SUFFIX = {SEQUENCE: "ForSequenceClassification", TOKEN: "ForTokenClassification"}
 BOTH = (SEQUENCE, TOKEN)
-# model_type -> what transformers' classes begin with, and which of the two it has
+# model_type -> the prefix of transformers' classes, and which of the two exist
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "afmoe": ("Afmoe", ()),
     "apertus": ("Apertus", (TOKEN,)),
@@ -95,13 +95,13 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vaultgemma": ("VaultGemma", ()),
     "youtu": ("Youtu", ()),
 }
-CLASSIFIERS = ("falcon", "gpt2", "gpt_bigcode", "gpt_neox")  # whose token head is called classifier; everyone else's is score
+CLASSIFIERS = ("falcon", "gpt2", "gpt_bigcode", "gpt_neox")  # whose token head is named classifier; all others are named score
 VALUE = {"value": "v_head.summary.weight", "value_bias": "v_head.summary.bias"}
 PATHS = ("score", "score_bias", *VALUE)  # which every method trains
 
 
 def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
-    """The head's rows: `score [num_labels, D]`, and its bias where it has one."""
+    """The head's rows: `score [num_labels, D]`, and its bias if it has one."""
     name = "classifier" if config.labels_of == TOKEN and config.model_type in CLASSIFIERS else "score"
     yield "score", Row((config.num_labels, config.hidden_size), (None, "embed"), "normal", f"{name}.weight", "cls.output.weight")
     if config.score_bias:
@@ -109,13 +109,13 @@ def rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
 
 
 def value_rows(config: ModelConfig) -> Iterator[tuple[str, Row]]:
-    """The value head's rows, `value [1, D]` and its bias: 0 at first, as a head that knows nothing of a text."""
+    """The value head's rows, `value [1, D]` and its bias: initially 0, like a head that knows nothing about a text."""
     yield "value", Row((1, config.hidden_size), (None, "embed"), "zeros", VALUE["value"], "v_head.weight")
     yield "value_bias", Row((1,), (None,), "zeros", VALUE["value_bias"], "v_head.bias")
 
 
 def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says about such a head, as fields of `ModelConfig`; nothing for a language model."""
+    """config.json's description of such a head, as fields of `ModelConfig`; empty for a language model."""
     name = architecture(hf)
     of = next((of for of, suffix in SUFFIX.items() if name.endswith(suffix)), None)
     if of is None:
@@ -130,10 +130,10 @@ def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 def with_head(
     config: ModelConfig, labels: Sequence[str], of: str = SEQUENCE, pad_token_id: int | None = None, problem_type: str | None = None
 ) -> ModelConfig:
-    """The same model with a head of so many labels in place of the vocabulary's; its config.json names transformers' class for it.
+    """The same model with a head of that many labels in place of the vocabulary head; its config.json names transformers' class for it.
 
-    pad_token_id  a text's score is read at its last token that is not this one (transformers' rule, with padding on either side)
-    problem_type  transformers' name for what the labels are
+    pad_token_id  a text's score is read at its last token other than this one (transformers' rule, for padding on either side)
+    problem_type  transformers' name for the type of labels
     """
     if not labels:
         raise ModelError("a head without labels scores nothing; give at least one")
@@ -153,7 +153,7 @@ def with_head(
 
 
 def class_name(config: ModelConfig, of: str) -> str:
-    """The class of transformers that opens it, or that would if the family had one (`has_class`)."""
+    """The class of transformers that opens it, or that would if it existed (`has_class`)."""
     return CLASSES[config.model_type][0] + SUFFIX[of]
 
 

@@ -13,7 +13,7 @@ CONV, FULL = "conv", "full_attention"
 
 
 def _lfm2_config(hf: dict[str, Any], kinds: list[str], **changes) -> ModelConfig:
-    """The same for both; `tie_embedding` is what `tie_word_embeddings` is called in files on the hub."""
+    """Shared by both; in files on the hub, `tie_word_embeddings` is named `tie_embedding`."""
     check_layer_types(hf, kinds, CONV, FULL)
     if FULL not in kinds:
         raise ModelError(f"layer_types: a model without a {FULL} layer is not implemented for {hf['model_type']}")
@@ -25,7 +25,8 @@ def _lfm2_config(hf: dict[str, Any], kinds: list[str], **changes) -> ModelConfig
 
 
 def _mixer(c: ModelConfig, layer: int) -> Rows:
-    """The first half of a layer: attention, or a projection to gate, gate and input, the convolution `[D, 1, W]`, and the way out."""
+    """The first half of a layer: attention, or a projection to gate, gate and input, the convolution `[D, 1, W]`, and the output
+    projection."""
     width = c.hidden_size
     yield from norm(c, "attn_norm", "operator_norm", "attn_norm")
     if c.convolution is None or layer not in c.convolution.layers:

@@ -1,4 +1,4 @@
-"""Llama and the families that are a switch away from it: Mistral, Qwen 2 and 3, SmolLM3, Granite, Phi-3, Ministral, InternLM 3, ..."""
+"""Llama and the families that differ from it by a switch: Mistral, Qwen 2 and 3, SmolLM3, Granite, Phi-3, Ministral, InternLM 3, ..."""
 
 import dataclasses
 from typing import Any
@@ -320,7 +320,7 @@ def _phi3(hf: dict[str, Any]) -> ModelConfig:
     outside, inside = hf.get(key) or (None if kind == "su" else 4096), scaling.get(key)
     if kind != "default" and outside and inside and outside != inside:
         raise ModelError(f"{key} is {outside} in config.json and {inside} in its rope_scaling; write the same in both places")
-    if kind in ("su", "yarn"):  # what longrope was called when Phi-3 came out
+    if kind in ("su", "yarn"):  # longrope's name when Phi-3 was released
         kind = "longrope"
     hf = hf | {"rope_scaling": scaling | {"rope_type": kind}, key: outside or inside or 4096}
     return common(hf, partial=True, layer_windows=one_window(hf))

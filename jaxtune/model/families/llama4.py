@@ -1,5 +1,5 @@
-"""Llama 4's language model: attention by chunks of positions, layers without rotation between them whose queries grow with their position,
-and experts beside a shared one, to one of which a token goes, scaled by the router's sigmoid."""
+"""Llama 4's language model: attention in chunks of positions, with layers without rotation in between, whose queries are scaled by their
+position; and experts with a shared one, of which a token uses one, scaled by the router's sigmoid."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def _layer(c: ModelConfig, layer: int) -> Rows:
 
 
 def _experts(c: ModelConfig) -> Rows:
-    """In a file each layer's experts are one tensor `[E, in, out]`, gate before up."""
+    """In a file, each layer's experts are one tensor `[E, in, out]`, gate before up."""
     assert c.moe is not None
     E, width, inner = c.moe.num_experts, c.hidden_size, c.moe.intermediate_size
     yield "router", Row((E, width), ("experts", "embed"), "normal", "feed_forward.router.weight", "ffn_gate_inp.weight")

@@ -11,7 +11,7 @@ from jaxtune.model.row import Row
 
 
 def mamba_of(hf: dict[str, Any], layers: tuple[int, ...], width: int, act: str, **more) -> Mamba:
-    """What the keys of Granite 4.0 say of the Mamba layers, whose heads have `width` numbers together."""
+    """The Mamba layers according to Granite 4.0's keys; their heads have `width` dimensions together."""
     heads, groups, limit = hf["mamba_n_heads"], hf["mamba_n_groups"], hf["time_step_limit"]
     size = width // heads if hf["mamba_d_head"] in (None, "auto") else hf["mamba_d_head"]
     if not isinstance(size, int) or size < 1 or heads * size != width:
@@ -25,7 +25,8 @@ def mamba_of(hf: dict[str, Any], layers: tuple[int, ...], width: int, act: str, 
 
 
 def mamba_rows(c: ModelConfig, m: Mamba, hf: str = "mamba") -> Rows:
-    """The projection to gate, convolution and time steps, the convolution `[channels, 1, W]`, decay, skip, perhaps a norm, the way out."""
+    """The projection to gate, convolution and time steps, the convolution `[channels, 1, W]`, decay, skip, possibly a norm, the output
+    projection."""
     into = m.width + m.channels + m.heads
     yield from linear("in_gudt", into, c.hidden_size, ("heads", "embed"), f"{hf}.in_proj", "ssm_in")
     yield "conv", Row((m.channels, 1, m.kernel), ("heads", None, None), "normal", f"{hf}.conv1d.weight", "ssm_conv1d.weight")

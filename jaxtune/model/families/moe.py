@@ -28,7 +28,7 @@ def expert_matrices(c: ModelConfig, gate: str, up: str, down: str) -> Rows:
 
 
 def moe_of(hf: dict[str, Any], experts: int, inner: int, layers: list[int], normalize: bool, **changes) -> Moe | None:
-    """The fields that all of them spell alike, and `changes` to them; None where no layer has experts."""
+    """The fields with common spelling, with `changes`; None if no layer has experts."""
     chosen = hf["num_experts_per_tok"]
     if chosen > experts:
         raise ModelError(f"num_experts_per_tok={chosen} is more than the {experts} experts there are")
@@ -105,7 +105,7 @@ def _qwen2_moe_layer(c: ModelConfig, layer: int) -> Rows:
 
 
 def qwen_fed(c: ModelConfig, layer: int) -> Rows:
-    """A layer's feed-forward part: dense, or experts under Qwen's names, with one that all tokens share where there is one."""
+    """A layer's feed-forward part: dense, or experts under Qwen's names, possibly with a shared one."""
     if c.moe is None or layer not in c.moe.layers:
         yield from mlp(c)
         return
@@ -116,7 +116,7 @@ def qwen_fed(c: ModelConfig, layer: int) -> Rows:
 
 
 def qwen_experts(c: ModelConfig) -> Rows:
-    """A router and experts under the names that Qwen gave them, and many after it."""
+    """A router and experts under the names that Qwen introduced, and many others use."""
     expert = "mlp.experts.{expert}"
     return experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
 
@@ -236,7 +236,7 @@ def _granitemoe_layer(c: ModelConfig, layer: int) -> Rows:
 def granite_experts(
     c: ModelConfig, router: str = "router.layer", up: str = "input_linear.weight", down: str = "output_linear.weight"
 ) -> Rows:
-    """Experts that a file holds in one tensor, and one that all tokens share where there is one."""
+    """Experts that a file stores in one tensor, possibly with a shared one."""
     assert c.moe is not None
     called = {"experts_gate": (up, Part(0, 2)), "experts_up": (up, Part(1, 2)), "experts_down": (down, Part())}
     for name, row in experts(c, f"block_sparse_moe.{router}", "", "", ""):

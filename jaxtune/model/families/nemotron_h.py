@@ -1,5 +1,5 @@
-"""Nemotron H and Nemotron Nano 2 and 3: layers of one part each, Mamba-2, attention without positions, or a feed-forward part without a
-gate, dense or experts beside a shared one."""
+"""Nemotron H and Nemotron Nano 2 and 3: each layer is a single part, Mamba-2, attention without positions, or a feed-forward part without a
+gate, dense or with experts and a shared one."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from jaxtune.model.families.parts import Rows, attention, linear, norm, plain_ml
 from jaxtune.model.row import Row
 
 LINEAR, FULL, DENSE, SPARSE = "linear_attention", "full_attention", "mlp", "moe"
-OLD = {"mamba": LINEAR, "attention": FULL}  # what files on the hub call them,
-LETTERS = {"M": LINEAR, "*": FULL, "-": DENSE, "E": SPARSE}  # or say in one text
-RENAMED = {  # older names of keys, which count before the others in transformers too
+OLD = {"mamba": LINEAR, "attention": FULL}  # their names in files on the hub,
+LETTERS = {"M": LINEAR, "*": FULL, "-": DENSE, "E": SPARSE}  # or all in one text
+RENAMED = {  # older names of keys, which take precedence in transformers too
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
     "mamba_dt_min": "time_step_min",
@@ -22,7 +22,7 @@ RENAMED = {  # older names of keys, which count before the others in transformer
 
 
 def _kinds(hf: dict[str, Any]) -> list[str]:
-    """What each layer is."""
+    """The kind of each layer."""
     kinds, letters = hf.get("layers_block_type") or hf.get("layer_types"), hf.get("hybrid_override_pattern")
     if not kinds and letters:
         if not isinstance(letters, str) or set(letters) - LETTERS.keys():
@@ -77,7 +77,7 @@ def _layer(c: ModelConfig, layer: int) -> Rows:
 
 
 def _experts(c: ModelConfig) -> Rows:
-    """A router with a correction, experts without a gate, perhaps of fewer numbers than the stream has, and the shared one."""
+    """A router with a correction, experts without a gate, possibly narrower than the residual stream, and the shared one."""
     assert c.moe is not None
     E, inner, width = c.moe.num_experts, c.moe.intermediate_size, c.moe.latent_size or c.hidden_size
     yield "router", Row((E, c.hidden_size), ("experts", "embed"), "normal", "mixer.gate.weight", "ffn_gate_inp.weight")

@@ -1,7 +1,7 @@
-"""Checkpoints of several modalities: a config.json with a `text_config`, and a language model beside a vision tower and a projector.
+"""Multimodal checkpoints: a config.json with a `text_config`, and a language model beside a vision tower and a projector.
 
-The language model is one of `FAMILIES`, and read, trained and run as that; an entry of `NESTED` says where it is. What is beside it is
-carried along (convert/beside.py).
+The language model is one of `FAMILIES`, and is read, trained and run as such; an entry of `NESTED` says where it is. The other tensors are
+kept (convert/beside.py).
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families.base import ModelConfig, architecture
 from jaxtune.model.row import Part, Row
 
-MODULES = "model.language_model."  # what transformers 5 mostly calls the text model's modules, and so PEFT, whatever the file says
-OLDER = ("language_model.model.", "language_model.lm_head")  # and what it still calls Llama 4's
+MODULES = "model.language_model."  # transformers 5's usual name for the text model's modules, and hence PEFT's, whatever the file says
+OLDER = ("language_model.model.", "language_model.lm_head")  # and the name that it still uses for Llama 4's
 
 
 class Nested(NamedTuple):
     """One outer `model_type`.
 
-    texts     the `model_type` of its text_config -> the family that this is; the first where text_config says none
-    stem      what the names of the language model's tensors begin with in files on the hub, where a text model's begin with "model."
-    beside    what the names of the other tensors begin with, in any file ("model." may stand before it)
-    defaults  what transformers takes for keys that text_config leaves out, where it is not what the family takes
-    fixed     what its code takes for them whatever text_config says
-    modules   what transformers 5 calls the modules of the language model, and its head
-    tied_inside  whether text_config's tie_word_embeddings counts where the whole says false, as older files have it
-    together  whether files hold a layer's experts in one tensor, where the family's hold each by itself and nobody says how
+    texts     the `model_type` of its text_config -> the family; the first if text_config has none
+    stem      prefix of the language model's tensors in files on the hub, where a text model's begin with "model."
+    beside    prefixes of the other tensors in any file (possibly after "model.")
+    defaults  transformers' defaults for keys missing in text_config, if they differ from the family's
+    fixed     values that its code uses whatever text_config says
+    modules   transformers 5's names for the language model's modules and its head
+    tied_inside  whether text_config's tie_word_embeddings counts if the outer one is false, as in older files
+    together  whether files store a layer's experts in one tensor, where the family's store each separately and nothing says so
     """
 
     texts: Mapping[str, str]
@@ -94,14 +94,14 @@ _TOGETHER = {
 
 
 def is_nested(hf: Mapping[str, Any]) -> bool:
-    """Whether config.json is of such a checkpoint."""
+    """Whether config.json belongs to such a checkpoint."""
     return isinstance(hf.get("model_type"), str) and hf["model_type"] in NESTED
 
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the language model alone, as a checkpoint of its family has it. ModelError where there is none of a known kind."""
+    """config.json of the language model alone, in its family's form. ModelError if there is none of a known kind."""
     outer, inner = NESTED[hf["model_type"]], hf.get("text_config")
-    if inner is None and "hidden_size" in hf:  # as Qwen 2 VL's files say it: flat
+    if inner is None and "hidden_size" in hf:  # flat, as in Qwen 2 VL's files
         inner = {key: value for key, value in hf.items() if key not in ("model_type", "vision_config")}
     if not isinstance(inner, Mapping):
         raise ModelError(f"this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
@@ -121,13 +121,13 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions of Qwen's text tokens: along time, height and width they are the same (mrope), which is plain rotation."""
+    """Text tokens in Qwen have the same position along time, height and width (mrope), which is plain rotation."""
     kept = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
 def in_file(config: ModelConfig, name: str, row: Row) -> Row:
-    """The row of a layer as the files of its checkpoint have it."""
+    """The row of a layer as in the files of its checkpoint."""
     if not config.together or name not in _TOGETHER:
         return row
     hf, part = _TOGETHER[name]
@@ -135,14 +135,14 @@ def in_file(config: ModelConfig, name: str, row: Row) -> Row:
 
 
 def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
-    """The config of a checkpoint with tensors of these names: its experts together or apart as they are there."""
+    """The config for a checkpoint with tensors of these names: its experts together or separate, as in the file."""
     if config.moe is None:
         return config
     return dataclasses.replace(config, together=any(name.endswith(_TOGETHER["experts_down"][0]) for name in names))
 
 
 def module(config: ModelConfig, name: str) -> str:
-    """What a row's tensor or module is called in the class of transformers 5 that opens the checkpoint."""
+    """The name of a row's tensor or module in the transformers 5 class that opens the checkpoint."""
     if not config.outer:
         for pattern, called in _CALLED.get(config.model_type, ()):
             name = re.sub(pattern, called, name)
@@ -152,19 +152,19 @@ def module(config: ModelConfig, name: str) -> str:
 
 
 def spellings(hf: Mapping[str, Any], name: str) -> Iterator[str]:
-    """What a text model's module may be called by the config.json of the whole."""
+    """Possible names of a text model's module under the config.json of the whole."""
     yield name
     if is_nested(hf):
         yield from (re.sub(r"^model\.", stem, name) for stem in {NESTED[hf["model_type"]].modules[0], NESTED[hf["model_type"]].stem})
 
 
 def changed(hf: Mapping[str, Any], **values) -> dict[str, Any]:
-    """config.json with other values of the language model's keys, where it has them."""
+    """config.json with changed values of the language model's keys, where it has them."""
     inside = is_nested(hf) and isinstance(hf.get("text_config"), Mapping)
     return {**hf, "text_config": {**hf["text_config"], **values}} if inside else {**hf, **values}
 
 
 def alone(config: ModelConfig, architecture: str | None = None) -> ModelConfig:
-    """The language model of a nested `config` as a model of its own; `architecture`: what transformers calls the class that opens it."""
+    """The language model of a nested `config` as a separate model; `architecture`: transformers' class that opens it."""
     hf = text_config(json.loads(config.hf_json)) | ({"architectures": [architecture]} if architecture else {})
     return dataclasses.replace(config, outer="", together=False, hf_json=json.dumps(hf))

@@ -1,4 +1,4 @@
-"""OPT, but for its 350M: learned positions that begin at row 2, LayerNorms before, biases everywhere."""
+"""OPT, except the 350M model: learned positions that begin at row 2, LayerNorms before each part, biases everywhere."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The parts a layer is made of, as rows: each yields `(name, Row)` with names inside the layer and no stack axis."""
+"""The parts of a layer, as rows: each yields `(name, Row)` with names inside the layer and no stack axis."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ Rows = Iterator[tuple[str, Row]]
 
 
 def norm(c: ModelConfig, name: str, hf: str, gguf: str, *shape: int) -> Rows:
-    """A norm over the residual stream, or over the last of `shape` numbers inside the attention."""
+    """A norm over the residual stream, or over the last `shape` dimensions inside the attention."""
     if name in c.bare_norms:
         return
     axes: tuple[str | None, ...] = (None,) * len(shape) if shape else ("embed",)
@@ -29,7 +29,7 @@ def linear(
 
 
 def attention(c: ModelConfig, out: str = "o_proj", gated: bool = False, hf: str = "self_attn") -> Rows:
-    """Projections q, k, v and o, which Hugging Face calls `out`, of what it calls `hf`; `gated`: q holds the gate of the result too."""
+    """Projections q, k, v and o of the module `hf`, where o is named `out`; `gated`: q also contains the result's gate."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     name, width = ("q_and_gate", 2 * q) if gated else ("q", q)
     yield from linear(name, width, c.hidden_size, ("heads", "embed"), f"{hf}.q_proj", "attn_q", c.qkv_bias)
@@ -39,13 +39,13 @@ def attention(c: ModelConfig, out: str = "o_proj", gated: bool = False, hf: str 
 
 
 def query_key_norms(c: ModelConfig, q_width: int, k_width: int, q: str = "q_norm", k: str = "k_norm") -> Rows:
-    """Norms of queries and keys: over a head, or over the whole projection, as the widths say; `q` and `k` are Hugging Face's names."""
+    """Norms of queries and keys: over a head, or over the whole projection, by their widths; `q` and `k` are Hugging Face's names."""
     yield from norm(c, "q_norm", f"self_attn.{q}", "attn_q_norm", q_width)
     yield from norm(c, "k_norm", f"self_attn.{k}", "attn_k_norm", k_width)
 
 
 def mlp(c: ModelConfig, times: int = 1, hf: str = "mlp") -> Rows:
-    """A gated feed-forward network, so many times as wide as most, which Hugging Face calls `hf`."""
+    """A gated feed-forward network with a multiple of the usual width, under Hugging Face's name `hf`."""
     width, inner = c.hidden_size, times * c.intermediate_size
     yield from linear("gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate", c.mlp_bias)
     yield from linear("up", inner, width, ("mlp", "embed"), f"{hf}.up_proj", "ffn_up", c.mlp_bias)
@@ -53,7 +53,7 @@ def mlp(c: ModelConfig, times: int = 1, hf: str = "mlp") -> Rows:
 
 
 def shared_expert(c: ModelConfig, hf: str) -> Rows:
-    """The expert that every token goes through."""
+    """The expert that every token uses."""
     assert c.moe is not None
     width, inner = c.hidden_size, c.moe.shared_intermediate_size
     yield from linear("shared_gate", inner, width, ("mlp", "embed"), f"{hf}.gate_proj", "ffn_gate_shexp")

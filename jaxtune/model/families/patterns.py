@@ -1,4 +1,4 @@
-"""The order of a model's layers, as patterns that repeat."""
+"""The order of a model's layers, as repeating patterns."""
 
 import functools
 import itertools
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Pattern(NamedTuple):
-    """Layers that follow one pattern: `times[i]` layers of stack i, for each stack in turn, and that `units` times. Mostly there is one
+    """Layers that follow one pattern: `times[i]` layers of stack i, for each stack in turn, repeated `units` times. Usually there is one
     stack, and a unit is one of its layers."""
 
     first: int  # the number of its first stack
@@ -15,7 +15,7 @@ class Pattern(NamedTuple):
 
     @property
     def units(self) -> int:
-        """How often the pattern is gone through."""
+        """How often the pattern is repeated."""
         return len(self.stacks[0]) // self.times[0]
 
     @property
@@ -26,7 +26,8 @@ class Pattern(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def patterns_of(kinds: tuple) -> tuple[Pattern, ...]:
-    """`ModelConfig.patterns` of layers of these kinds: at each place the one whose repetitions reach furthest, the shortest of those."""
+    """`ModelConfig.patterns` for layers of these kinds: at each place the pattern whose repetitions reach furthest, the shortest of those.
+    """
     patterns, start, stack = [], 0, 0
     while start < len(kinds):
         size, units = 1, 1

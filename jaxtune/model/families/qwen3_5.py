@@ -1,4 +1,4 @@
-"""Qwen 3.5 (text) and Qwen 3 Next: three of four layers are Gated DeltaNet (model/delta.py), every fourth full attention with an output
+"""Qwen 3.5 (text) and Qwen 3 Next: three of four layers are Gated DeltaNet (model/delta.py), every fourth is full attention with an output
 gate; dense, or with a mixture of experts in each layer."""
 
 from typing import Any
@@ -14,7 +14,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 
 def _kinds(hf: dict[str, Any]) -> list[str]:
-    """The kind of each layer; where none are listed, every `full_attention_interval`-th is full attention."""
+    """The kind of each layer; by default every `full_attention_interval`-th is full attention."""
     layers = range(hf["num_hidden_layers"])
     kinds = hf.get("layer_types") or [FULL if (i + 1) % hf["full_attention_interval"] == 0 else LINEAR for i in layers]
     check_layer_types(hf, kinds, LINEAR, FULL)
@@ -24,7 +24,7 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
 
 
 def delta_net(hf: dict[str, Any]) -> DeltaNet | None:
-    """What config.json says of the linear layers; None where there are none."""
+    """config.json's description of the linear layers; None if there are none."""
     keys, values = hf["linear_num_key_heads"], hf["linear_num_value_heads"]
     if values % keys:
         raise ModelError(f"linear_num_value_heads={values} is not a multiple of linear_num_key_heads={keys}")
@@ -35,13 +35,13 @@ def delta_net(hf: dict[str, Any]) -> DeltaNet | None:
 
 def _qwen3_5(hf: dict[str, Any], **changes) -> ModelConfig:
     bias = bool(hf["attention_bias"])
-    # rotary positions of images and text in one (mrope): text alone has the same number in each of the three, so it is plain rotation
+    # rotary positions for images and text together (mrope): text has the same number in all three, so it is plain rotation
     return common(hf, partial=True, norm="rms_offset", qkv_bias=bias, out_bias=bias, delta=delta_net(hf), **changes)
 
 
 def linear_attention(c: ModelConfig, d: DeltaNet, by_head: bool = False) -> Rows:
-    """Projections, the convolution `[channels, 1, W]`, decay, the gated norm and the way out; `by_head`: the projections lie in two
-    matrices, head of keys by head of keys."""
+    """Projections, the convolution `[channels, 1, W]`, decay, the gated norm and the output projection; `by_head`: the projections are two
+    matrices, ordered by key head."""
     values, width, wide = d.value_heads * d.value_dim, c.hidden_size, ("heads", "embed")
     if by_head:
         yield from linear("in_qkvz", d.channels + values, width, wide, "linear_attn.in_proj_qkvz", "ssm_in")
@@ -60,7 +60,7 @@ def linear_attention(c: ModelConfig, d: DeltaNet, by_head: bool = False) -> Rows
 
 
 def gated_attention(c: ModelConfig) -> Rows:
-    """Attention whose queries' projection holds the gate of its result too, head by head."""
+    """Attention whose query projection also contains the result's gate, head by head."""
     yield from attention(c, gated=True)
     yield from query_key_norms(c, c.head_dim, c.head_dim)
 

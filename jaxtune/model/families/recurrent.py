@@ -1,12 +1,12 @@
-"""Layers that hand a state from token to token in place of keys and values, as config.json describes them: which `layers` they are, how
-many tokens (`kernel`) of how many numbers (`channels`) their convolution sees, and the shape of their `state`, if they have one."""
+"""Layers that pass a state from token to token instead of keys and values, as described in config.json: the `layers`, how many tokens
+(`kernel`) of how many channels (`channels`) their convolution sees, and the shape of their `state`, if any."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNet:
-    """Linear attention (model/delta.py): heads of keys and queries, each shared by some heads of values."""
+    """Linear attention (model/delta.py): heads of keys and queries, each shared by some value heads."""
 
     key_heads: int
     value_heads: int
@@ -18,7 +18,7 @@ class DeltaNet:
 
     @property
     def channels(self) -> int:
-        """Numbers that the convolution is over: queries, keys and values."""
+        """Channels of the convolution: queries, keys and values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
     @property
@@ -40,7 +40,7 @@ class ShortConvolution:
 
 @dataclasses.dataclass(frozen=True)
 class Mamba:
-    """Mamba-2 (model/mamba.py): heads of inputs, and groups of them that share what writes to the state and what reads it."""
+    """Mamba-2 (model/mamba.py): heads of inputs, and groups of heads that share what writes to the state and what reads it."""
 
     heads: int
     head_dim: int
@@ -49,20 +49,20 @@ class Mamba:
     kernel: int
     conv_bias: bool
     layers: tuple[int, ...]
-    act: str  # of what the convolution gives
+    act: str  # of the convolution's output
     norm: str = "after"  # of the result: after its gate | before | "": none
     out_bias: bool = False
-    least_step: float = 0.0  # time steps are no less
-    beside: bool = False  # attention works beside it in these layers
+    least_step: float = 0.0  # minimum of the time steps
+    beside: bool = False  # attention runs in parallel in these layers
 
     @property
     def width(self) -> int:
-        """Numbers of all heads."""
+        """Dimensions of all heads."""
         return self.heads * self.head_dim
 
     @property
     def channels(self) -> int:
-        """Numbers that the convolution is over."""
+        """Channels of the convolution."""
         return self.width + 2 * self.groups * self.state_dim
 
     @property
