@@ -1,4 +1,4 @@
-"""GGUF files in: llama.cpp's metadata as a config.json, and its tensors under Hugging Face's names and in Hugging Face's layout."""
+"""Read GGUF files: llama.cpp's metadata as a config.json, and its tensors under Hugging Face's names and in Hugging Face's layout."""
 
 import re
 from typing import Any
@@ -35,14 +35,14 @@ class GGUFCheckpoint:
                 continue
             tensor = file.tensors[stored[0]]
             fits = [file.tensors[name].shape for name in stored] == gguf_layout.shapes(config, cell.path, row)
-            shape = tensor.shape[len(expert) :]  # for the error that it is then
+            shape = tensor.shape[len(expert) :]  # for the resulting error
             self.entries[cell.name] = tensor._replace(shape=cell.shape if fits else shape[::-1] if cell.transposed else shape)
             self._places[cell.name] = (cell.path, stored, expert)
         used = {name for _, names, _ in self._places.values() for name in names} | set(gguf_rope.TENSORS)
         self.entries |= {name: tensor for name, tensor in file.tensors.items() if name not in used and not self._is_ahead(name)}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, decoded and laid out as Hugging Face has it."""
+        """One tensor, decoded and converted to Hugging Face's layout."""
         path, stored, expert = self._places[name]
         if gguf_layout.number_key(self.rows[path]):
             layers, numbers = self.config.num_layers, self.file.metadata[stored[0]]
@@ -50,7 +50,7 @@ class GGUFCheckpoint:
             if len(numbers) != layers or not all(isinstance(number, (int, float)) for number in numbers):
                 raise ModelError(f"{self.file.path}: the metadata's {stored[0]} is no number for each of the model's {layers} layers")
             return np.full(self.entries[name].shape, numbers[int(stored[1])], np.float32)
-        if expert:  # all of a layer's experts are one tensor; it is decoded once for the run of them
+        if expert:  # all of a layer's experts are one tensor, which is decoded once for consecutive reads
             if self._stack[0] != stored[0]:
                 self._stack = (stored[0], self.file.read(stored[0]))
             return self._stack[1][expert]
@@ -58,13 +58,13 @@ class GGUFCheckpoint:
         return value.reshape(self.entries[name].shape)
 
     def _is_ahead(self, name: str) -> bool:
-        """Whether it belongs to a layer that predicts more tokens than the next, which are left out."""
+        """Whether it belongs to a layer that predicts tokens after the next one; those are ignored."""
         layer = re.match(r"blk\.(\d+)\.", name)
         return bool(layer and Metadata(self.file).get("nextn_predict_layers") and int(layer[1]) >= self.config.num_layers)
 
 
 def gguf_config(file: GGUFFile) -> dict:
-    """What config.json of this model would say. ModelError for an architecture whose switches are not known."""
+    """The config.json of this model. ModelError for an architecture with unknown switches."""
     m = Metadata(file)
     if file.metadata.get("general.type") == "adapter":
         raise ModelError(
@@ -86,7 +86,7 @@ def gguf_config(file: GGUFFile) -> dict:
 
 
 def generation_config(file: GGUFFile) -> dict:
-    """generation_config.json: the special tokens, with every token that ends a turn."""
+    """generation_config.json: the special tokens, including every token that ends a turn."""
     ids = {key: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
     ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None))
     named = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None), "pad_token_id": ids["padding"]}

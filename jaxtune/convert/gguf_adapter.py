@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF files (`llama-cli -m BASE.gguf --lora FILE`): a matrix's `.lora_a [r, in]` and `.lora_b [out, r]`, by its name."""
+"""LoRA adapters as GGUF files (`llama-cli -m BASE.gguf --lora FILE`): `.lora_a [r, in]` and `.lora_b [out, r]` after a matrix's name."""
 
 import functools
 import os
@@ -27,15 +27,15 @@ _MERGE = "merge it into its base instead: --format gguf"
 
 
 def save_gguf_adapter(config: ModelConfig, adapter: Adapter, out: str | os.PathLike, *, type: str = "f32", name: str | None = None) -> Path:
-    """Write a LoRA adapter as one `.gguf` file for llama.cpp, which adds it to the base's own file; returns `out`.
+    """Write a LoRA adapter as one `.gguf` file for llama.cpp, which applies it to the base's own file; returns `out`.
 
-    llama.cpp's scale is `alpha / r`, with one alpha for all and the r of each pair; what else a pair's scale has (rsLoRA, `alpha_pattern`)
-    is multiplied into its `lora_b`. Rows are ordered as the base's file has them (`gguf_layout`).
+    llama.cpp's scale is `alpha / r`, with one alpha for all pairs and the r of each; any other scale of a pair (rsLoRA, `alpha_pattern`) is
+    multiplied into its `lora_b`. Rows are ordered as in the base's file (`gguf_layout`).
 
     type   of the pairs: f32, f16 or bf16
 
-    The file is written beside `out` and renamed. Raises ModelError for what the format has no place for (DoRA, other methods, parameters
-    that were trained whole), for a family without GGUF, and when `out` exists.
+    The file is written under a temporary name and renamed. Raises ModelError for what the format cannot express (DoRA, other methods, whole
+    parameters), for a family without GGUF support, and if `out` exists.
     """
     out = Path(out).expanduser().absolute()
     if type not in ADAPTER_TYPES:
@@ -66,7 +66,7 @@ def save_gguf_adapter(config: ModelConfig, adapter: Adapter, out: str | os.PathL
 
 
 def _pairs(config: ModelConfig, adapter: Adapter) -> Iterator[tuple[str, tuple[int, ...], LoRA]]:
-    """Row, index of a layer in its stack (), and the leaf that is composed there, where the pair is of that layer."""
+    """The row, the index of a layer in its stack (or ()), and the composed leaf, if the pair adapts that layer."""
     for path, leaf in flatten(compose(abstract(config), adapter)).items():
         if isinstance(leaf, LoRA):
             for number in np.ndindex(leaf.scale.shape[:1]):
@@ -75,7 +75,7 @@ def _pairs(config: ModelConfig, adapter: Adapter) -> Iterator[tuple[str, tuple[i
 
 
 def _check(config: ModelConfig, adapter: Adapter) -> None:
-    """ModelError for what llama.cpp has no place for."""
+    """ModelError for what llama.cpp cannot express."""
     c = adapter.config
     if not isinstance(c, LoraConfig):
         raise ModelError(f"GGUF knows adapters of LoRA alone, and this one is of method {c.group}; {_MERGE}")

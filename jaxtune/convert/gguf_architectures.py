@@ -1,4 +1,4 @@
-"""What llama.cpp calls each family, and what the metadata of its files says: one table for both directions."""
+"""llama.cpp's name for each family, and the metadata of its files: one table for both directions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,18 +27,18 @@ from jaxtune.model.families import ModelConfig
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """What llama.cpp calls a model; ModelError for a family that it does not run, or not as it is."""
+    """llama.cpp's name for a model; ModelError for a family that it does not support, or not in this form."""
     if config.model_type not in ARCHITECTURES:
         raise ModelError(f"a model of type {config.model_type} cannot be written as GGUF; there are {', '.join(ARCHITECTURES)}")
     found = ARCHITECTURES[config.model_type]
-    if found is _HYBRID and not config.mamba:  # of attention alone: its older sisters compute the same
+    if found is _HYBRID and not config.mamba:  # attention only: its predecessors compute the same
         found = ARCHITECTURES["granitemoeshared" if config.moe else "granite"]
     limits.check(config, found)
     return found
 
 
 def keys_of(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
-    """The metadata of a model, without the architecture's name in front. ModelError for a rotary scheme that it cannot say."""
+    """A model's metadata, without the architecture prefix. ModelError for a rotary scheme that it cannot express."""
     c, a = config, architecture
     norm = "layer_norm_epsilon" if c.norm.startswith("layer") else "layer_norm_rms_epsilon"
     found = {"vocab_size": c.vocab_size} | {key.gguf: key.of(c) for key in COMMON}
@@ -51,7 +51,7 @@ def keys_of(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
 
 
 def config_of(m: Metadata) -> dict[str, Any]:
-    """config.json of a file's metadata, but for its class and its special tokens."""
+    """config.json from a file's metadata, without its class and special tokens."""
     model_type = _SHARED_BY[m.architecture](m) if m.architecture in _SHARED_BY else MODEL_TYPES[m.architecture]
     a = ARCHITECTURES[model_type]
     norm = next((key for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon") if m.get(f"attention.{key}") is not None), None)
@@ -76,7 +76,7 @@ def _which_llama(m: Metadata) -> str:
     return "mixtral" if m.get("expert_count") else "mistral" if m.get("attention.sliding_window") else "llama"
 
 
-# general.architecture, where several families share it -> which of them a file is
+# general.architecture, if several families share it -> which of them a file contains
 _SHARED_BY: dict[str, Callable[[Metadata], str]] = {
     "llama": _which_llama,
     "olmo2": lambda m: "olmo3" if m.get("attention.sliding_window") else "olmo2",
@@ -96,7 +96,7 @@ _TANH = "gelu_pytorch_tanh"
 
 
 def _sections(c: ModelConfig) -> list[int]:
-    """How many frequencies are of time, height and width; of text the three are one."""
+    """The numbers of frequencies for time, height and width, which are the same for text."""
     return [(c.ropes[0].pairs + 2) // 3, (c.ropes[0].pairs + 1) // 3, c.ropes[0].pairs // 3, 0]
 
 
@@ -105,7 +105,7 @@ _DEEPSEEK = Architecture(
     (
         *experts("n_routed_experts"),
         LEADING,
-        Key("attention.head_count_kv", "", lambda c: 1),  # one head of keys and values, the latents themselves
+        Key("attention.head_count_kv", "", lambda c: 1),  # one key-value head, the latents themselves
         Key("attention.key_length", "", lambda c: c.latent and c.latent.kv_rank + c.latent.turning),
         Key("attention.value_length", "", lambda c: c.latent and c.latent.kv_rank),
         Key("attention.key_length_mla", "", lambda c: c.head_dim),
@@ -321,5 +321,5 @@ ARCHITECTURES: dict[str, Architecture] = {
         biases=("out", "mlp"), shares=True, limited=True,
     ),
 }  # fmt: skip
-# general.architecture -> the family that a file of it is, where no other shares it
+# general.architecture -> the family of a file, if no other shares it
 MODEL_TYPES = {architecture.name: model_type for model_type, architecture in ARCHITECTURES.items()}

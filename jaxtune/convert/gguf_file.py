@@ -1,7 +1,7 @@
 """The GGUF container: metadata and tensors of a `.gguf` file, one tensor at a time.
 
-The `gguf` package's own reader keeps the file mapped, takes seconds for a vocabulary and answers a cut file with a numpy error; the
-container is small enough to read here. Its decoders of quantised blocks are used as they are.
+The `gguf` package's own reader keeps the file mapped, takes seconds for a vocabulary and fails with a numpy error on a truncated file; the
+container is simple enough to read here. The package's decoders of quantised blocks are used unchanged.
 """
 
 import math
@@ -28,7 +28,7 @@ _PLAIN = {
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies, its type, and its shape as numpy counts it (GGUF lists the axes the other way round)."""
+    """A tensor's place, type, and shape in numpy's order (GGUF lists the axes in reverse)."""
 
     file: Path
     type: GGMLQuantizationType
@@ -43,7 +43,7 @@ class GGUFTensor(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """What `read` gives: the stored dtype, or float32 for what has to be decoded."""
+        """The dtype that `read` returns: the stored dtype, or float32 for what must be decoded."""
         return _PLAIN.get(self.type, np.dtype(np.float32))
 
 
@@ -110,14 +110,14 @@ _COUNTS = ("attention.head_count", "attention.key_length", "embedding_length", "
 
 
 class Metadata:
-    """The keys of a file's architecture: `m("block_count")` is `llama.block_count`; ModelError when a needed one is missing."""
+    """The keys of a file's architecture: `m("block_count")` is `llama.block_count`; ModelError for a missing required key."""
 
     def __init__(self, file: GGUFFile):
         self.file = file
         self.architecture: str = file.metadata.get("general.architecture", "")
 
     def __call__(self, key: str) -> Any:
-        """The value, one for all layers."""
+        """The value, which must be the same for all layers."""
         value = self.get(key)
         if value is None:
             raise ModelError(f"{self.file.path}: the metadata lacks {self.architecture}.{key}")
@@ -131,7 +131,7 @@ class Metadata:
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it is stored, or `default`."""
+        """The value as stored, or `default`."""
         return self.file.metadata.get(f"{self.architecture}.{key}", default)
 
     def has(self, *names: str) -> bool:

@@ -1,4 +1,4 @@
-"""What an architecture of llama.cpp is, and the settings of its metadata: each a key of the file and a key of config.json."""
+"""Descriptions of llama.cpp's architectures, and the settings in their metadata: each a key of the file and a key of config.json."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ NEEDED = object()
 
 
 class Key(NamedTuple):
-    """One setting: `{architecture}.{gguf}` is `of(config)` (None: not written), and `hf` of config.json when it is read.
+    """One setting: `{architecture}.{gguf}` is `of(config)` when writing (None: not written), and `hf` of config.json when reading.
 
-    `missing` is what a file without the key means; NEEDED: there is no such file.
+    `missing` is the meaning of a file without the key; NEEDED: the key is required.
     """
 
     gguf: str
@@ -22,27 +22,27 @@ class Key(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp knows a `model_type`: as tried with it, and as its loaders and graphs say (src/models).
+    """How llama.cpp treats a `model_type`, according to trials and to its loaders and graphs (src/models).
 
     name         general.architecture
-    keys         beyond those that all have
-    hf           what config.json says of each such model
-    read         what config.json says besides, from a file's metadata
-    check        raises ModelError for what else llama.cpp does not run
+    keys         in addition to the common ones
+    hf           config.json entries of every such model
+    read         further config.json entries, from a file's metadata
+    check        raises ModelError for anything else that llama.cpp does not support
     eps          config.json's name of the norms' epsilon
     renamed      config.json's own names of the common keys
-    activation   what it computes, whatever the file says
-    biases       which of "out" and "mlp" its loader has a place for
-    head         True: the vocabulary's head has to be a matrix of its own, False: it has to be the embedding
-    shares       head_dim has to be hidden_size / num_attention_heads
-    period       a layer in so many is full, the others have a window; 0: no windows; None: its keys say which
-    limited      it has no windows but is right up to their length, so that is how long a text may be
+    activation   the activation it computes, whatever the file says
+    biases       which of "out" and "mlp" biases its loader supports
+    head         True: the vocabulary head must be a separate matrix, False: it must be the embedding
+    shares       head_dim must be hidden_size / num_attention_heads
+    period       every period-th layer is full, the others have a window; 0: no windows; None: its keys say which
+    limited      it ignores windows, so texts may only be as long as the window
     frequencies  the rope_types whose own frequencies it reads
     truncate     whether YaRN's limits are rounded
-    leading      the first layers may be without experts
-    dense        it may be without experts, though its keys count them
-    normalize    whether the chosen experts' weights are scaled to sum to one; None: its keys say
-    scaled       its keys, or its check, hold the attention's scale; else that is head_dim ** -0.5
+    leading      the first layers may lack experts
+    dense        it may lack experts, although its keys count them
+    normalize    whether the chosen experts' weights are normalised to sum to one; None: its keys say
+    scaled       its keys, or its check, contain the attention scale; otherwise that is head_dim ** -0.5
     """
 
     name: str
@@ -70,18 +70,18 @@ class Architecture(NamedTuple):
 
 
 def moe(name: str) -> Callable[[ModelConfig], Any]:
-    """A field of the mixture of experts; None where there is none."""
+    """A field of the mixture of experts; None if there is none."""
     return lambda c: getattr(c.moe, name) if c.moe else None
 
 
 def experts(number: str, chosen: str = "num_experts_per_tok", inner: str | None = "moe_intermediate_size") -> tuple[Key, ...]:
-    """How many experts there are, are chosen, and how wide they are; the names are config.json's."""
+    """How many experts exist and are chosen, and their width, under config.json's names."""
     keys = (Key("expert_count", number, moe("num_experts")), Key("expert_used_count", chosen, moe("experts_per_token")))
     return (*keys, Key("expert_feed_forward_length", inner, moe("intermediate_size"))) if inner else keys
 
 
 def window(missing: Any = NEEDED) -> Key:
-    """The length of the windows; not written where there are none."""
+    """The window length; not written if there are no windows."""
     return Key("attention.sliding_window", "sliding_window", lambda c: max(c.layer_windows, default=0) or None, missing)
 
 
@@ -108,7 +108,7 @@ LOGIT_SCALE = Key("logit_scale", "logit_scale", lambda c: 1 / c.logits_scaling)
 
 
 def _groups(c: ModelConfig) -> tuple[int | None, int | None]:
-    """How many groups experts lie in, and a token goes to; not written where that is all of them."""
+    """The number of expert groups, and how many a token uses; not written if all are used."""
     return c.moe.groups if c.moe and c.moe.groups[0] > c.moe.groups[1] else (None, None)
 
 
@@ -122,7 +122,7 @@ ROUTING = (
 
 
 def _kv_heads(c: ModelConfig) -> list[int] | None:
-    """By layer, 0 where there is no attention; None where it is in all."""
+    """Per layer, 0 without attention; None if all layers have it."""
     without = c.recurrent.layers if c.recurrent else ()
     return [0 if layer in without else c.num_kv_heads for layer in range(c.num_layers)] if without else None
 

@@ -1,11 +1,11 @@
-"""K-quants: llama.cpp's blocks of 256 numbers, in groups whose scales (and minima) are themselves whole numbers of a few bits.
+"""K-quants: llama.cpp's blocks of 256 numbers, in groups whose scales (and minima) are integers of a few bits themselves.
 
     Q2_K, Q4_K, Q5_K    x = d s q - dmin m      s, m of a group; d, dmin (float16) of a block
     Q3_K, Q6_K          x = d s q               q from -2^(bits-1) on
 
-What `quantize` gives is what `gguf.dequantize` reads. A group's scale and minimum are searched for as llama.cpp does: of some twenty steps
-near the one that spans the group, the one whose weighted least squares fit leaves the least error (ggml/src/ggml-quants.c, its reference
-quantisation without an importance matrix; docs/decisions.md has the errors of both).
+`gguf.dequantize` reads what `quantize` writes. A group's scale and minimum are searched as in llama.cpp: of some twenty step sizes near the
+one that spans the group, the one whose weighted least-squares fit has the smallest error (ggml/src/ggml-quants.c, its reference
+quantisation without an importance matrix; docs/decisions.md compares the errors of both).
 """
 
 import os
@@ -18,11 +18,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _T = GGMLQuantizationType
 BLOCK = 256
-_CHUNK = 1024  # blocks at a time: what is worked on stays near a core
+_CHUNK = 1024  # blocks at a time, so that the working set stays in a core's cache
 
 
 def quantize(value: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """The blocks of float32 `[..., in]`, in a multiple of 256, as uint8 `[..., bytes of a row]`; other kinds by the gguf package."""
+    """The blocks of float32 `[..., in]`, a multiple of 256, as uint8 `[..., bytes per row]`; other types by the gguf package."""
     if kind not in KINDS:
         return gguf.quantize(value, kind)
     blocks = value.reshape(-1, BLOCK)
@@ -31,7 +31,7 @@ def quantize(value: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     def make(start: int) -> None:
         out[start : start + _CHUNK] = KINDS[kind](np.asarray(blocks[start : start + _CHUNK], np.float32))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets others compute while it does
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the interpreter lock while computing
         list(pool.map(make, range(0, len(blocks), _CHUNK)))
     return out.reshape(*value.shape[:-1], -1)
 
@@ -40,10 +40,10 @@ def quantize(value: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def _affine(x_SG: np.ndarray, weights_SG: np.ndarray, top: int, first: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """`scale_G`, `min_G` (not below 0) with which `scale q - min`, q of 0 to `top`, is nearest to x.
+    """`scale_G` and `min_G` (not below 0) for which `scale q - min`, with q from 0 to `top`, is nearest to x.
 
-    With q given, least squares give both; of several the best has the largest `scale sum(w q x) - min sum(w x)`, which is what the fit
-    takes from `sum(w x x)`. A minimum below 0 is 0. Each step's q begin at the best minimum so far.
+    For a given q, least squares give both; of several, the best has the largest `scale sum(w q x) - min sum(w x)`, the reduction of `sum(w
+    x x)` by the fit. A minimum below 0 is set to 0. Each step's q start from the best minimum so far.
     """
     low, high = np.minimum(x_SG.min(0), 0), x_SG.max(0)
     w, weighted_x = weights_SG.sum(0), weights_SG * x_SG
@@ -55,7 +55,7 @@ def _affine(x_SG: np.ndarray, weights_SG: np.ndarray, top: int, first: float, st
         wq = weights_SG * q
         sum_q, sum_qq, sum_qx = wq.sum(0), (wq * q).sum(0), (weighted_x * q).sum(0)
         spread = w * sum_qq - sum_q * sum_q
-        fits = spread > 1e-6 * w * sum_qq  # else all q are one: both cannot be told apart
+        fits = spread > 1e-6 * w * sum_qq  # otherwise all q are equal and the two cannot be separated
         a = _over(w * sum_qx - wx * sum_q, np.where(fits, spread, 0))
         b = _over(sum_q * sum_qx - sum_qq * wx, np.where(fits, spread, 0))
         a, b = np.where(b < 0, _over(sum_qx, sum_qq), a), np.maximum(b, 0)
@@ -66,7 +66,7 @@ def _affine(x_SG: np.ndarray, weights_SG: np.ndarray, top: int, first: float, st
 
 
 def _symmetric(x_SG: np.ndarray, half: int) -> np.ndarray:
-    """`scale_G`, of either sign, with which `scale q`, q of -half to half - 1, is nearest to x, weighted by its size."""
+    """`scale_G`, of either sign, for which `scale q`, with q from -half to half - 1, is nearest to x, weighted by its size."""
     weights_SG = np.abs(x_SG)
     largest = np.take_along_axis(x_SG, weights_SG.argmax(0)[None], 0)[0]
     weighted_x = weights_SG * x_SG
@@ -84,20 +84,20 @@ def _symmetric(x_SG: np.ndarray, half: int) -> np.ndarray:
 
 
 def _pack(codes: np.ndarray, bits: int, stride: int = 32) -> np.ndarray:
-    """`codes [B, N]` below 2^bits, those that lie `stride` apart in one byte, the first lowest: uint8 `[B, N bits / 8]`."""
+    """`codes [B, N]` below 2^bits, with those `stride` apart in one byte, lowest first: uint8 `[B, N bits / 8]`."""
     apart = codes.astype(np.uint8).reshape(len(codes), -1, 8 // bits, stride)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(apart << shifts, axis=2).reshape(len(codes), -1)
 
 
 def _half(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float16, as two bytes and as what they are read as."""
+    """float16, as two bytes and as the value they decode to."""
     half = values.astype(np.float16)[:, None]
     return half.view(np.uint8), half.astype(np.float32)
 
 
 def _over(values: np.ndarray | np.floating, scale: np.ndarray) -> np.ndarray:
-    """`values / scale`, 0 where the scale is."""
+    """`values / scale`, 0 where the scale is 0."""
     return np.divide(values, scale, out=np.zeros(np.broadcast_shapes(np.shape(values), scale.shape), np.float32), where=scale != 0)
 
 
@@ -139,7 +139,8 @@ def _by_size(x_SG: np.ndarray) -> np.ndarray:
 
 
 def _six_bits(s: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """Eight scales and eight minima of six bits each, in 12 bytes: the last four lend their upper two bits to the first four's bytes."""
+    """Eight scales and eight minima of six bits each, in 12 bytes: the upper two bits of the last four are stored in the bytes of the first
+    four."""
     upper = [codes[:, :4] | codes[:, 4:] >> 4 << 6 for codes in (s, m)]
     return np.concatenate([*upper, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4], axis=1)
 

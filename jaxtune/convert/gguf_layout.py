@@ -1,14 +1,14 @@
-"""How llama.cpp lays a tensor out where it differs from Hugging Face: other names, another order of rows, two tensors instead of one."""
+"""llama.cpp's tensor layout where it differs from Hugging Face's: other names, another order of rows, two tensors instead of one."""
 
 import numpy as np
 
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
 
-# Where llama.cpp turns neighbouring pairs of dimensions and Hugging Face halves of a head, files hold q and k with their rows interleaved.
+# If llama.cpp rotates neighbouring pairs of dimensions and Hugging Face halves of a head, files have the rows of q and k interleaved.
 INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama", "ministral", "ministral3", "mistral",
                "mixtral", "olmo", "smollm3")  # fmt: skip
-# one tensor of Hugging Face's that is two there
+# one Hugging Face tensor that becomes two
 _DIVIDED = {
     "kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp"), "in_qkvz": ("attn_qkv", "attn_gate"),
     "gate_up": ("ffn_gate", "ffn_up"),
@@ -20,7 +20,7 @@ def _is_divided(config: ModelConfig, name: str) -> bool:
 
 
 def names(config: ModelConfig, path: str, row: Row, index: tuple[int, ...]) -> tuple[str, ...]:
-    """What the tensors of a row are called in a GGUF file, at `index` (a layer of its stack first) where it has one."""
+    """The names of a row's tensors in a GGUF file, at `index` (starting with a layer of its stack, if it has one)."""
     if path == "norm" and config.convolution:
         return ("token_embd_norm.weight",)
     templates = (row.gguf,)
@@ -30,7 +30,7 @@ def names(config: ModelConfig, path: str, row: Row, index: tuple[int, ...]) -> t
 
 
 def number_key(row: Row) -> str | None:
-    """The key of the metadata that holds a row's numbers, one a layer; None of what is a tensor there."""
+    """The metadata key for a row stored as one number per layer; None if it is a tensor."""
     activation = "blk.{layer}.ffn_act."
     return row.gguf.replace(activation, "xielu.") if row.gguf.startswith(activation) else None
 
@@ -53,7 +53,7 @@ def to_gguf(config: ModelConfig, path: str, row: Row, value: np.ndarray) -> tupl
 
 
 def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The inverse of `to_gguf`, but for axes of one, which are left out there."""
+    """The inverse of `to_gguf`, except for omitted axes of size one."""
     name, value = _name(path), values[0]
     if name == "kv_b" and len(values) == 2:
         heads = np.concatenate([value.swapaxes(1, 2), values[1]], axis=1)
@@ -68,7 +68,7 @@ def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ..
 
 
 def pairs(config: ModelConfig, path: str, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """A pair of LoRA, `b a` of shape `[out, in]`, as the pairs of the tensors of `names`; an embedding's is looked up by its tokens."""
+    """A LoRA pair, `b a` of shape `[out, in]`, as the pairs of the tensors of `names`; an embedding's is looked up by its tokens."""
     if path == "embed":
         return ((b, a.T),)
     if _is_divided(config, _name(path)):
@@ -99,7 +99,8 @@ def _still(config: ModelConfig) -> int:
 
 
 def _flat(config: ModelConfig, path: str, row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of one are left out: a matrix of one row is a vector there. Mamba-2's decay and skip are columns, its norm has a row a group."""
+    """Axes of size one are omitted: a matrix of one row becomes a vector. Mamba-2's decay and skip are columns, and its norm has a row per
+    group."""
     if config.mamba and _name(path) in ("a_log", "skip"):
         return (*shape, 1)
     if config.mamba and _name(path) == "state_norm":
@@ -108,8 +109,8 @@ def _flat(config: ModelConfig, path: str, row: Row, shape: tuple[int, ...]) -> t
 
 
 def _divided_rows(config: ModelConfig, name: str, count: int) -> list[np.ndarray]:
-    """Which of a tensor's rows are in each of the two that it is there: halves; of `in_qkvz`, which lies head of keys by head of keys,
-    queries, keys and values, and the gates."""
+    """The rows in each of the two tensors that a tensor becomes: halves; for `in_qkvz`, which is ordered by key head, queries, keys and
+    values, and the gates."""
     if name != "in_qkvz":
         return np.split(np.arange(count), 2)
     assert config.delta is not None
@@ -120,12 +121,12 @@ def _divided_rows(config: ModelConfig, name: str, count: int) -> list[np.ndarray
 
 
 def _is_offset(config: ModelConfig, name: str, row: Row) -> bool:
-    """Whether the row is a norm's w of `1 + w`, which llama.cpp's files hold with its one."""
+    """Whether the row is the w of a norm with `1 + w`; llama.cpp's files store the sum."""
     return config.norm.endswith("_offset") and name.endswith("norm") and row.init == "zeros"
 
 
 def _order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:
-    """The order of llama.cpp's rows (or columns): the axis, and where along Hugging Face's each comes from; None: the same one."""
+    """The order of llama.cpp's rows (or columns): the axis, and where along Hugging Face's each comes from; None: the same order."""
     part, rows = name.removesuffix("_bias"), np.arange(shape[0])
     if part in ("q", "k") and config.model_type in INTERLEAVED:
         heads = config.num_heads if part == "q" else config.num_kv_heads
@@ -137,12 +138,12 @@ def _order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int,
 
 
 def _linear_order(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, np.ndarray] | None:
-    """Linear attention: heads of values go round the heads of keys there, and lie beside theirs in Hugging Face's files."""
+    """Linear attention: llama.cpp interleaves value heads over the key heads; Hugging Face's files keep them beside theirs."""
     assert config.delta is not None
     d, axis = config.delta, -1 if name == "out" else 0
     sizes = dict.fromkeys(("in_z", "in_qkv", "conv", "out"), d.value_dim) | dict.fromkeys(("in_a", "in_b", "a_log", "dt_bias"), 1)
     if name not in sizes:
         return None
-    first = shape[axis] - d.value_heads * sizes[name]  # rows of queries and keys, before those of values
+    first = shape[axis] - d.value_heads * sizes[name]  # rows of queries and keys, which precede those of values
     values = np.arange(first, shape[axis]).reshape(d.key_heads, d.value_heads // d.key_heads, -1).swapaxes(0, 1).ravel()
     return axis, np.concatenate([np.arange(first), values])

@@ -1,4 +1,4 @@
-"""What llama.cpp's loaders and graphs have no place for, architecture by architecture: refused here, with the reason."""
+"""What llama.cpp's loaders and graphs do not support, by architecture: refused here, with the reason."""
 
 import dataclasses
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger("jaxtune")
 
 
 def check(c: ModelConfig, a: Architecture) -> None:
-    """ModelError for what the loader or the graph of this architecture has no place for."""
+    """ModelError for what this architecture's loader or graph does not support."""
     if c.out_bias and "out" not in a.biases:
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {a.name} model; this one has attention_bias")
     if c.mlp_bias and "mlp" not in a.biases:
@@ -75,12 +75,12 @@ def gpt_oss(c: ModelConfig) -> None:
         log.warning("llama.cpp rounds the limits of yarn, and this model does not (truncate false): its logits there are a little others")
 
 
-# llama.cpp does not read Gemma's scale: the heads of these, the largest, count as a share of the residual stream, all others' as they are
+# llama.cpp does not read Gemma's scale: the largest models derive it from the residual width per head, all others from the head size
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 
 
 def gemma_scalar(model_type: str, layers: int, width: int, heads: int, head_dim: int) -> int:
-    """What llama.cpp takes for `query_pre_attn_scalar`."""
+    """The value that llama.cpp uses for `query_pre_attn_scalar`."""
     return width // heads if layers == _LARGEST[model_type] else head_dim
 
 
@@ -94,7 +94,7 @@ def gemma2(c: ModelConfig) -> None:
 
 
 def gemma3(c: ModelConfig) -> None:
-    """As Gemma 2; how the layers with windows turn."""
+    """As Gemma 2; the rotation in layers with windows."""
     gemma2(c)
     if c.ropes[1].kind != "default":
         raise ModelError("llama.cpp has no rotary scaling for the sliding layers of Gemma 3; this model has")
@@ -107,7 +107,7 @@ def smollm3(c: ModelConfig) -> None:
 
 
 def olmo3(c: ModelConfig) -> None:
-    """How the layers with windows turn."""
+    """The rotation in layers with windows."""
     if c.ropes[1] != dataclasses.replace(c.ropes[1], kind="default", theta=c.ropes[0].theta) or not any(c.layer_windows):
         raise ModelError("llama.cpp runs OLMo 3 with windows, whose layers turn by the same unscaled rope_theta; this model differs")
 
@@ -143,7 +143,7 @@ def falcon(c: ModelConfig) -> None:
 
 
 def deepseek(c: ModelConfig) -> None:
-    """Biases, groups of experts, and what YaRN does to the attention."""
+    """Biases, groups of experts, and YaRN's effect on the attention."""
     assert c.latent is not None and c.moe is not None
     rope, groups = c.ropes[0], c.moe.groups
     if c.qkv_bias or not c.moe.shared_intermediate_size or c.latent.q_rank and c.num_layers in (26, 27):
@@ -161,19 +161,19 @@ def deepseek(c: ModelConfig) -> None:
 
 
 def mscale_all_dim(c: ModelConfig) -> float | None:
-    """DeepSeek's `mscale_all_dim`, by which its attention's scale grew."""
+    """DeepSeek's `mscale_all_dim`, which scales its attention."""
     rope = c.ropes[0]
     return (math.sqrt(c.attention_scale * c.head_dim**0.5) - 1) / (0.1 * math.log(rope.factor)) if rope.kind == "yarn" else None
 
 
 def glm4_moe(c: ModelConfig) -> None:
-    """The expert that all tokens share."""
+    """The shared expert."""
     if c.moe and not c.moe.shared_intermediate_size:
         raise ModelError("llama.cpp runs GLM 4.5 with a shared expert; this model has none")
 
 
 def delta(c: ModelConfig) -> None:
-    """Which layers are linear, how wide their heads are, and the epsilon of the lengths of queries and keys."""
+    """Which layers are linear, the width of their heads, and the epsilon for normalising queries and keys."""
     if not math.isclose(c.norm_eps, 1e-6, rel_tol=1e-3):
         raise ModelError(f"llama.cpp takes rms_norm_eps for what is 1e-6 in {c.model_type}'s linear layers; this model has {c.norm_eps:g}")
     if c.delta is None or c.delta.key_dim != c.delta.value_dim or c.delta.layers != tuple(i for i in range(c.num_layers) if (i + 1) % 4):
@@ -184,14 +184,14 @@ def delta(c: ModelConfig) -> None:
 
 
 def shared_delta(c: ModelConfig) -> None:
-    """As `delta`; the expert that all tokens share."""
+    """As `delta`; the shared expert."""
     delta(c)
     if c.moe and not c.moe.shared_intermediate_size:
         raise ModelError(f"llama.cpp runs {c.model_type} with a shared expert; this model has none")
 
 
 def dots1(c: ModelConfig) -> None:
-    """Heads of keys; groups; the expert that all tokens share."""
+    """Key heads; groups; the shared expert."""
     if c.num_kv_heads != c.num_heads:
         raise ModelError("llama.cpp runs dots.llm1 with as many heads of keys as of queries; this model has fewer (num_key_value_heads)")
     if c.moe and (c.moe.groups != (1, 1) or not c.moe.shared_intermediate_size):
@@ -205,13 +205,13 @@ def lfm2_moe(c: ModelConfig) -> None:
 
 
 def granite_hybrid(c: ModelConfig) -> None:
-    """How wide the Mamba layers are."""
+    """The width of the Mamba layers."""
     if c.mamba and c.mamba.width != 2 * c.hidden_size:
         raise ModelError("llama.cpp runs Granite 4.0 with mamba_expand 2; this model differs")
 
 
 def ministral3(c: ModelConfig) -> None:
-    """How queries grow, and what YaRN does to the attention."""
+    """The scaling of queries, and YaRN's effect on the attention."""
     rope, growth, length = c.ropes[0], c.query_growth.rate, c.query_growth.length
     if rope.kind != "yarn" and growth or growth and length != rope.original_max:
         raise ModelError("llama.cpp lets Ministral 3's queries grow by yarn's original_max_position_embeddings; this model differs")

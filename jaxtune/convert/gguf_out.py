@@ -1,4 +1,4 @@
-"""GGUF files out, tensor by tensor, with llama.cpp's metadata and the tokenizer."""
+"""Write GGUF files tensor by tensor, with llama.cpp's metadata and the tokenizer."""
 
 import functools
 import math
@@ -36,15 +36,16 @@ def save_gguf(
     base: Checkpoint | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write one `.gguf` file that llama.cpp opens; returns `out`.
+    """Write one `.gguf` file for llama.cpp; returns `out`.
 
-    type          of the matrices: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1 (embedding and head are q8_0 at least), or one of
-                  llama.cpp's mixtures, q4_k_m and its like (`gguf_types.TYPES`). Norms, biases and routers are f32. A matrix whose rows
-                  are no multiple of a K-quant's 256 is of the next larger type of 32, as in llama.cpp; f16 where they are not of that
+    type          of the matrices: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0, q4_1 (embedding and head are at least q8_0), or one of
+                  llama.cpp's mixtures such as q4_k_m (`gguf_types.TYPES`). Norms, biases and routers are f32. A matrix whose row length is
+                  not a multiple of a K-quant's 256 gets the next larger type with blocks of 32, as in llama.cpp; f16 if that does not fit
+                  either
     params, base  as in `hf.save`
 
-    The file is written beside `out` and renamed. Raises ModelError for a family, a rotary scheme or a tokenizer that llama.cpp's
-    format has no words for, and when `out` exists.
+    The file is written under a temporary name and renamed. Raises ModelError for a family, a rotary scheme or a tokenizer that llama.cpp's
+    format cannot express, and if `out` exists.
     """
     out = Path(out).expanduser().absolute()
     if type not in TYPES:
@@ -71,7 +72,7 @@ def save_gguf(
 
 
 def _numbers(config: ModelConfig) -> dict[str, list[str]]:
-    """Keys of the metadata that hold a number of each layer, and the Hugging Face tensors that these are."""
+    """Metadata keys with one number per layer, and the Hugging Face tensors that they come from."""
     found: dict[str, dict[int, str]] = {}
     for row in spec(config).values():
         if key := gguf_layout.number_key(row):
@@ -85,7 +86,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 class Tensor:
-    """A tensor to be written: known before it is made."""
+    """A tensor to be written: described before its values exist."""
 
     def __init__(self, name: str, shape: tuple[int, ...], type: GGMLQuantizationType, make: Callable[[], np.ndarray]):
         self.name, self.shape, self.type, self.make = name, shape, type, make
@@ -94,7 +95,7 @@ class Tensor:
 
 
 def write(writer: GGUFWriter, path: Path, tensors: list[Tensor]) -> None:
-    """The file: what `writer` has been told, then the tensors, each made when its turn has come. ModelError for NaN and infinity."""
+    """Write the file: the writer's metadata, then each tensor in turn. ModelError for NaN and infinity."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
     try:
@@ -104,7 +105,7 @@ def write(writer: GGUFWriter, path: Path, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             value = np.ascontiguousarray(tensor.make())
             check_finite(tensor.name, value)
-            with np.errstate(over="ignore"):  # told by what follows
+            with np.errstate(over="ignore"):  # refused below
                 packed = quantize(value, tensor.type)
             check_finite(tensor.name, packed)
             writer.write_tensor_data(packed)
@@ -115,7 +116,7 @@ def write(writer: GGUFWriter, path: Path, tensors: list[Tensor]) -> None:
 def _tensors(config: ModelConfig, types: Types, make: Callable[[str], np.ndarray]) -> list[Tensor]:
     """Every tensor of the file, one layer's experts together."""
     rows = spec(config)
-    places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they hold
+    places: dict[tuple[str, ...], tuple[str, list[str]]] = {}  # GGUF names -> row, the Hugging Face tensors they contain
     for cell in cells({path: row for path, row in rows.items() if not gguf_layout.number_key(row)}):
         gguf = gguf_layout.names(config, cell.path, rows[cell.path], cell.index)
         places.setdefault(gguf, (cell.path, []))[1].append(cell.name)
@@ -134,7 +135,7 @@ def _tensors(config: ModelConfig, types: Types, make: Callable[[str], np.ndarray
 def _value(
     config: ModelConfig, path: str, row: Row, names: list[str], number: int, make: Callable[[str], np.ndarray]
 ) -> np.ndarray:
-    """One tensor, of the Hugging Face tensors `names`."""
+    """One tensor, from the Hugging Face tensors `names`."""
     if row.is_experts:
         return np.stack([make(name) for name in names])
     return gguf_layout.to_gguf(config, path, row, make(names[0]))[number]

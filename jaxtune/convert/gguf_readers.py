@@ -1,4 +1,4 @@
-"""What config.json says of a GGUF file where that is more than the value of a key, architecture by architecture."""
+"""config.json entries of a GGUF file that are more than the value of a key, by architecture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtune.errors import ModelError
 
 
 def layer_types(m: Metadata) -> dict[str, Any]:
-    """The kind of each layer, of an architecture whose files say so; the ones before those had a full layer in four."""
+    """The kind of each layer, for an architecture whose files state it; older files had a full layer in every four."""
     given, layers = m.get(PATTERN.gguf), m("block_count")
     kinds = given if isinstance(given, list) else [bool((layer + 1) % (given or 4)) for layer in range(layers)]
     windows = m.get("attention.sliding_window")
@@ -19,7 +19,7 @@ def layer_types(m: Metadata) -> dict[str, Any]:
 
 
 def biases(*names: tuple[str, str]) -> Callable[[Metadata], dict[str, Any]]:
-    """Flags of config.json, and the tensors of the first layer whose presence they say."""
+    """Flags of config.json, and the tensors of the first layer whose presence sets them."""
     return lambda m: {flag: m.has(f"blk.0.{tensor}.bias") for flag, tensor in names}
 
 
@@ -28,18 +28,18 @@ ATTENTION_BIAS = biases(("attention_bias", "attn_q"))
 
 
 def head_dim(m: Metadata) -> int:
-    """The size of a head, which only some files say."""
+    """The size of a head, which only some files state."""
     return m("attention.key_length") if m.get("attention.key_length") else m("embedding_length") // m("attention.head_count")
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """Where part of a head turns by default."""
+    """The default of partly rotated heads."""
     size = head_dim(m)
     return {"partial_rotary_factor": partial_factor(m.get("rope.dimension_count", size), size)}
 
 
 def scalar(m: Metadata, model_type: str) -> int:
-    """Gemma's `query_pre_attn_scalar`, as llama.cpp takes it."""
+    """Gemma's `query_pre_attn_scalar`, as used by llama.cpp."""
     return limits.gemma_scalar(
         model_type, m("block_count"), m("embedding_length"), m("attention.head_count"), m("attention.key_length")
     )
@@ -70,7 +70,7 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek(m: Metadata) -> dict[str, Any]:
-    """Sizes of heads, which the file holds as sums, and what YaRN does to the attention."""
+    """Head sizes, which the file stores as sums, and YaRN's effect on the attention."""
     if m.get("attention.key_length_mla") is None:
         raise ModelError(f"{m.file.path}: an old DeepSeek file without attention.key_length_mla cannot be read; convert the model anew")
     turning, inner = m("rope.dimension_count"), m("expert_feed_forward_length")
@@ -85,7 +85,7 @@ def deepseek(m: Metadata) -> dict[str, Any]:
 
 
 def ministral3(m: Metadata) -> dict[str, Any]:
-    """YaRN, and how queries grow."""
+    """YaRN, and the scaling of queries."""
     rope = rope_parameters(m, m("attention.key_length"))
     weight, growth = m.get("rope.scaling.yarn_log_multiplier"), m.get("attention.temperature_scale")
     rope |= {"mscale": 1.0, "mscale_all_dim": weight} if weight else {}
@@ -93,29 +93,29 @@ def ministral3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The length that longrope's factors change at."""
+    """The length at which longrope's factors change."""
     return {"original_max_position_embeddings": m.get("rope.scaling.original_context_length") or m("context_length")}
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """Flags that tensors tell."""
+    """Flags that follow from the tensors."""
     flags = {"use_qkv_bias": m.has("blk.0.attn_q.bias"), "use_parallel_residual": not m.has("blk.0.ffn_norm.weight")}
     return partial(m) | flags
 
 
 def ernie_moe(m: Metadata) -> dict[str, Any]:
-    """The expert that all tokens share."""
+    """The shared expert."""
     shared = m.get("expert_shared_feed_forward_length", 0) // m("expert_feed_forward_length")
     return {"moe_num_shared_experts": shared, "moe_layer_interval": 1, "moe_layer_end_index": -1, "use_bias": False}
 
 
 def delta(m: Metadata) -> dict[str, Any]:
-    """How wide heads of values are, in linear layers."""
+    """The width of value heads in linear layers."""
     return {"linear_value_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank")}
 
 
 def _attending(m: Metadata, other: str) -> list[str]:
-    """The kind of each layer: those attend that have heads of keys."""
+    """The kind of each layer: those with key heads are attention layers."""
     heads = m.get("attention.head_count_kv")
     heads = heads if isinstance(heads, list) else [heads] * m("block_count")
     return ["full_attention" if number else other for number in heads]
@@ -127,7 +127,7 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
-    """Which layers attend, and what the file says of the others in other words."""
+    """Which layers are attention, and the settings that the file expresses differently."""
     kinds, inner = _attending(m, "linear_attention"), m("ssm.inner_size")
     return {
         "layer_types": kinds, "position_embedding_type": "rope" if m.get("rope.scaling.finetuned", True) else "nope",

@@ -10,12 +10,12 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.rope import Rope
 
-# Tensors that are not parameters; what they say is in the config.
+# Tensors that are not parameters; the config contains their information.
 TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def llama3_divisors(theta: float, size: int, rope: dict[str, Any]) -> np.ndarray:
-    """What llama.cpp stores of a llama3 scheme: a divisor per frequency, float32 `[size]`."""
+    """llama.cpp's form of a llama3 scheme: a divisor per frequency, float32 `[size]`."""
     wavelength = 2 * np.pi * theta ** (np.arange(size) / size)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
@@ -26,7 +26,7 @@ def llama3_divisors(theta: float, size: int, rope: dict[str, Any]) -> np.ndarray
 
 
 def rope_parameters(m: Metadata, head_dim: int) -> dict[str, Any]:
-    """`rope_parameters` of config.json; what `rope_freqs.weight` holds are divisors, recognised as llama3's where they are those."""
+    """`rope_parameters` of config.json; the divisors in `rope_freqs.weight` are recognised as llama3's if they match."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": m.get("rope.freq_base", 10000.0)}
     turned = m.get("rope.dimension_count", head_dim)
     if turned != head_dim:
@@ -63,12 +63,12 @@ def partial_factor(turned: int, head_dim: int) -> float:
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """What YaRN multiplies attention by: `0.1 weight ln(factor) + 1`."""
+    """YaRN's factor for attention: `0.1 weight ln(factor) + 1`."""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _llama3(theta: float, divisors: np.ndarray) -> dict[str, Any] | None:
-    """The llama3 scheme with these divisors, of those that Meta published (3.1: factor 8, 3.2: factor 32), or None."""
+    """The published llama3 scheme with these divisors (3.1: factor 8, 3.2: factor 32), or None."""
     for factor in (8.0, 32.0):
         rope = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         if np.allclose(llama3_divisors(theta, divisors.size, rope), divisors, rtol=1e-5, atol=0):
@@ -80,7 +80,7 @@ def _llama3(theta: float, divisors: np.ndarray) -> dict[str, Any] | None:
 
 
 def rope_keys(rope: Rope, truncate: bool = True) -> dict[str, Any]:
-    """The keys of a scheme. `truncate`: whether llama.cpp rounds the limits of YaRN here. ModelError for what it cannot say."""
+    """The keys of a scheme. `truncate`: whether llama.cpp rounds YaRN's limits here. ModelError for what it cannot express."""
     keys: dict[str, Any] = {"rope.dimension_count": rope.dim, "rope.freq_base": rope.theta}
     if rope.kind == "linear":
         return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
@@ -104,7 +104,7 @@ def rope_keys(rope: Rope, truncate: bool = True) -> dict[str, Any]:
 
 
 def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
-    """Divisors of the rotary frequencies, which llama.cpp keeps as tensors."""
+    """Divisors of the rotary frequencies, which llama.cpp stores as tensors."""
     rope = c.ropes[0] if c.ropes else None
     if rope is None:
         return {}

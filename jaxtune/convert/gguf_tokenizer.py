@@ -1,7 +1,7 @@
-"""A tokenizer from a GGUF file's metadata.
+"""Build a tokenizer from a GGUF file's metadata.
 
-A GGUF holds a vocabulary, merges or scores, and the *name* of the rule that splits text before merging (`tokenizer.ggml.pre`); the rule
-itself is llama.cpp's code. transformers' own route from a GGUF imports torch and forgets most of those rules, so they are here.
+A GGUF file contains a vocabulary, merges or scores, and the *name* of the rule that splits text before merging (`tokenizer.ggml.pre`); the
+rule itself is llama.cpp's code. transformers' own conversion imports torch and lacks most of those rules, so they are here.
 """
 
 import itertools
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's character for a space
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
@@ -27,11 +27,11 @@ _CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Splitting(NamedTuple):
-    """How a byte-level vocabulary's text is cut before merging: what matches `patterns` is cut out, one pattern after the other."""
+    """How text is split before merging with a byte-level vocabulary: matches of `patterns` are cut out, one pattern after the other."""
 
     patterns: tuple[str, ...] = ()
-    words: bool = False  # GPT-2's own pattern comes after these
-    ignore_merges: bool = False  # a whole word that is in the vocabulary is taken as it is
+    words: bool = False  # GPT-2's own pattern is applied after these
+    ignore_merges: bool = False  # a whole word in the vocabulary is not split
     nfc: bool = False
 
 
@@ -46,7 +46,7 @@ _TEKKEN = Splitting(("|".join(_CASED) + r"|\p{N}" + _CASED_REST,), ignore_merges
 _O200K = Splitting(("|".join(f"{case}{_CONTRACTION}?" for case in _CASED) + r"|\p{N}{1,3}" + _CASED_REST,))
 _NEOX = Splitting(words=True, nfc=True)
 _DEEPSEEK_CODER = Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))
-# DeepSeek's letters that have two cases, range by range, as its tokenizer.json has them
+# DeepSeek's letters with two cases, range by range, as in its tokenizer.json
 _TWO_CASES = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-"
     "\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-"
@@ -70,7 +70,7 @@ _DEEPSEEK_V3 = Splitting((
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 ))  # fmt: skip
 
-# tokenizer.ggml.pre -> rule; the names are llama.cpp's (src/llama-vocab.cpp), the rules those of the models' own tokenizer.json
+# tokenizer.ggml.pre -> rule; the names are llama.cpp's (src/llama-vocab.cpp), the rules come from the models' own tokenizer.json
 SPLITTINGS = {
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "roberta-bpe", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
@@ -87,7 +87,7 @@ SPLITTINGS = {
     "stablelm2": _QWEN2._replace(nfc=False),
     "tekken": _TEKKEN,
 }
-# and those whose steps are of other kinds
+# and rules with other kinds of steps
 SEQUENCES = {
     "falcon": pre_tokenizers.Sequence([
         pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(False),
@@ -97,9 +97,9 @@ SEQUENCES = {
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizerFast | None":
-    """The tokenizer of a GGUF file's metadata; None where it has none. `where` names the file in errors.
+    """The tokenizer of a GGUF file's metadata; None if it has none. `where` names the file in errors.
 
-    Raises ModelError for a kind of vocabulary, or a splitting rule, that is not known: guessing one would cut text wrongly in silence.
+    Raises ModelError for an unknown kind of vocabulary or splitting rule: a guess would silently tokenise text wrongly.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
@@ -111,7 +111,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizer
         backend = _BACKENDS[kind](info)
     except ModelError:
         raise
-    except Exception as error:  # what the tokenizers package raises for a vocabulary that does not fit its merges is a bare Exception
+    except Exception as error:  # for a vocabulary that does not fit its merges, the tokenizers package raises a bare Exception
         raise ModelError(f"{where}: the vocabulary is damaged: {error}") from error
     _add_tokens(backend, info)
     return _wrap(backend, info, add_bos=bool(info.get("add_bos_token", kind == "llama")))
@@ -160,7 +160,7 @@ def _sentencepiece(info: _Info) -> Tokenizer:
     scores = info.get("scores")
     if not scores or len(scores) != len(info.tokens):
         raise ModelError(f"{info.where}: the vocabulary is damaged: {len(info.tokens)} tokens, {len(scores or [])} scores")
-    if info.architecture.startswith("gemma"):  # its scores do not follow the order of its merges; the order of the pieces does
+    if info.architecture.startswith("gemma"):  # its scores do not follow the order of its merges, but the order of the pieces does
         scores = [-number for number in range(len(info.tokens))]
         # A run of spaces is stored as spaces, but text reaches the merges with each space already replaced.
         info.tokens = [token.replace(" ", SPACE) if token.isspace() and " " in token else token for token in info.tokens]
@@ -178,7 +178,7 @@ def _sentencepiece(info: _Info) -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best piece first: SentencePiece always joins the neighbours whose union scores highest."""
+    """Every way to make a piece from two others, best piece first: SentencePiece always joins the neighbours whose union scores highest."""
     found = []
     for token, number in vocab.items():
         if types[number] == _NORMAL:

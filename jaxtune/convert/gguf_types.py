@@ -1,4 +1,4 @@
-"""Which type each tensor of a GGUF file gets: llama.cpp's mixtures, by the part of the model and the layer it is of."""
+"""The type of each tensor in a GGUF file: llama.cpp's mixtures, by the part of the model and the layer."""
 
 import re
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from jaxtune.model.row import Row
 from jaxtune.model.spec import spec
 
 _T, _F = GGMLQuantizationType, LlamaFileType
-Rule = Callable[[int, int], GGMLQuantizationType | None]  # number and count of a layer -> the type there; None: as any matrix
+# number of a layer and number of layers -> the type there; None: as for any matrix
+Rule = Callable[[int, int], GGMLQuantizationType | None]
 
 
 class Mixture(NamedTuple):
-    """What a user asks for.
+    """A type that users can choose.
 
     matrix  the type of matrices
-    head    of the vocabulary's head, or of the embedding where that is the head
-    table   of an embedding beside a head
-    file    the number that llama.cpp gives such a file
+    head    of the vocabulary head, or of the embedding if tied
+    table   of an embedding beside a separate head
+    file    llama.cpp's number for such a file
     value, down, out  other types of attention's values, of the feed-forward part's last matrix, of attention's last one
-    grouped, eight    other types of values where four heads or more share them; of attention's last matrix beside eight experts
+    grouped, eight    other types of values shared by four or more heads; of attention's last matrix in models with eight experts
     """
 
     matrix: GGMLQuantizationType
@@ -47,7 +48,7 @@ def _k(kind: GGMLQuantizationType, file: LlamaFileType, **others) -> Mixture:
 
 
 def _more(i: int, n: int) -> GGMLQuantizationType | None:
-    """The first and the last eighth, and a third of the layers between."""
+    """The first and the last eighth of the layers, and a third of those between."""
     return _T.Q6_K if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 else None
 
 
@@ -78,7 +79,7 @@ TYPES = {
         _T.Q2_K, _F.MOSTLY_Q2_K, value=lambda i, n: _T.Q3_K, down=lambda i, n: _T.Q3_K, out=_T.Q3_K, grouped=_T.Q4_K, eight=_T.Q5_K
     ),
 }  # fmt: skip
-# where rows are no multiple of 256
+# for rows that are not a multiple of 256
 _SMALLER = {_T.Q2_K: _T.Q4_0, _T.Q3_K: _T.Q4_0, _T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 _FLOAT32 = ("position_embd", "blk.{layer}.ffn_gate_inp", "blk.{layer}.ssm_conv1d", "blk.{layer}.shortconv.conv")
 _VALUES = re.compile(r"attn_(v|qkv|kv_b)\.weight")
@@ -94,7 +95,7 @@ class Types:
         self.values = {layer: number for number, layer in enumerate(sorted(found))}
 
     def kind(self, name: str, shape: tuple[int, ...], row: Row) -> GGMLQuantizationType:
-        """float32 of what is no matrix, or small; of the others what the mixture says, or what their rows can be cut into."""
+        """float32 for small tensors and what is not a matrix; otherwise the mixture's type, or one that fits the row length."""
         if len(shape) == 1 or row.init != "normal" or row.gguf.startswith(_FLOAT32):
             return _T.F32
         kind = self._mixed(name, row)
@@ -122,7 +123,7 @@ class Types:
 
     @property
     def _is_70b(self) -> bool:
-        """Llama's and Qwen 2's largest, whose values are an eighth of their queries, and get more bits."""
+        """Llama's and Qwen 2's largest models, whose values are an eighth of their queries, and get more bits."""
         c = self.config
         return self.architecture in ("llama", "qwen2") and c.num_layers == 80 and c.num_heads != c.num_kv_heads
 

@@ -11,7 +11,7 @@ from jaxtune.errors import ModelError
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generation_config: dict) -> None:
-    """Write the `tokenizer.ggml.*` keys. ModelError for a tokenizer that llama.cpp has no words for."""
+    """Write the `tokenizer.ggml.*` keys. ModelError for a tokenizer that llama.cpp cannot express."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
@@ -50,7 +50,7 @@ def _tokens(tokenizer: Any, vocab_size: int, sentencepiece: bool) -> tuple[list[
             kind = TokenType.UNKNOWN
         elif number in added:
             kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
-            # llama.cpp looks for user-defined tokens in the text as it comes, before spaces are rewritten
+            # llama.cpp searches for user-defined tokens in the raw text, before spaces are replaced
             token = token.replace(SPACE, " ") if sentencepiece and not added[number].special else token
         elif sentencepiece and len(token) == 6 and token.startswith("<0x"):
             kind = TokenType.BYTE
@@ -60,7 +60,7 @@ def _tokens(tokenizer: Any, vocab_size: int, sentencepiece: bool) -> tuple[list[
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece's view of merges: the piece that is made first scores highest; what no merge makes scores lowest."""
+    """SentencePiece's view of merges: the piece made first has the highest score; what no merge makes has the lowest."""
     rank: dict[str, int] = {}
     for number, (left, right) in enumerate(merges):
         rank.setdefault(left + right, number)
@@ -68,13 +68,13 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _has_prefix(described: dict) -> bool:
-    """Whether a space is put before the text."""
+    """Whether a space is prepended to the text."""
     text = json.dumps([described["normalizer"], described["pre_tokenizer"]])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
 def splitting_name(described: dict) -> str:
-    """llama.cpp's name for the way a byte-level tokenizer cuts text; ModelError when it has none that we know."""
+    """llama.cpp's name for the way a byte-level tokenizer splits text; ModelError if it has no known one."""
     steps = described["pre_tokenizer"] or {}
     for name, sequence in SEQUENCES.items():
         if _without_offsets(steps) == _without_offsets(_described(sequence)):
@@ -89,7 +89,7 @@ def splitting_name(described: dict) -> str:
         ignore_merges=bool(described["model"].get("ignore_merges")),
         nfc='"NFC"' in json.dumps(described["normalizer"]),
     )
-    # llama.cpp normalises nothing, so two rules that differ in that alone go by one name
+    # llama.cpp normalises nothing, so two rules that differ only in that have the same name
     for same in (found, found._replace(nfc=not found.nfc)):
         if known and same in SPLITTINGS.values():
             return next(name for name, splitting in SPLITTINGS.items() if splitting == same)
@@ -105,18 +105,18 @@ def _described(sequence: pre_tokenizers.PreTokenizer) -> dict:
 
 
 def _without_offsets(steps: dict) -> list[dict]:
-    """A sequence's steps, without what changes no token."""
+    """A sequence's steps, without those that change no token."""
     return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps.get("pretokenizers", [])]
 
 
 def _pattern(step: dict) -> str | None:
-    """What a step cuts out, each match by itself; None for another kind of step."""
+    """The pattern of a step that isolates each match; None for another kind of step."""
     if step.get("type") == "Digits" and step["individual_digits"]:
         return r"\p{N}"
     if step.get("type") != "Split" or "Regex" not in step["pattern"]:
         return None
     pattern = step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")
-    # what matches nowhere is thrown away, which is nothing where the pattern ends with all spaces that are left
+    # unmatched text is discarded, but nothing is left if the pattern ends with all remaining spaces
     whole = step["behavior"] == "Removed" and step["invert"] and pattern.endswith(r"|\s+(?!\S)|\s+")
     return pattern if whole or step["behavior"] == "Isolated" and not step["invert"] else None
 
