@@ -43,7 +43,7 @@ def attention_form(config, model_config, mesh: Mesh) -> str:
         return config.attention
     device = mesh.devices.flat[0]
     form = next((name for name, platforms in KERNELS.items() if device.platform in platforms), "xla")
-    if form == "xla" or _cannot(form, config, model_config, mesh):
+    if form == "xla" or _cannot(config, model_config, mesh):
         return "xla"
     if device not in jax.devices():
         return form
@@ -58,11 +58,11 @@ def check_attention(config, model_config, mesh: Mesh) -> None:
     if platform not in KERNELS[form]:
         kind = "GPUs" if form == "flash" else "TPUs"
         raise ConfigError(f"attention {form} is a kernel for {kind}, and this run is on {platform}; write attention: auto")
-    if why := _cannot(form, config, model_config, mesh):
+    if why := _cannot(config, model_config, mesh):
         raise ConfigError(f"attention {form} {why}; write attention: auto")
 
 
-def _cannot(form: str, config, model_config, mesh: Mesh) -> str | None:
+def _cannot(config, model_config, mesh: Mesh) -> str | None:
     """Why a kernel does not support this run."""
     if config.method in PROMPTS:
         return f"does not support the virtual tokens of {config.method}"

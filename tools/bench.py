@@ -1,15 +1,15 @@
-"""LoRA SFT of the same rows by jaxtune and by its peers, and by jaxtune with its means taken away one by one: a process each, one after
-the other, measured from outside. Real tokens per second, memory, loss.
+"""Compare LoRA SFT on the same rows by jaxtune and its peers, and by jaxtune without its optimisations: each in its own process, one after
+the other, measured from outside. Tokens per second, memory, loss.
 
-    python tools/bench.py peers  MODEL ROWS.jsonl [--trl PYTHON] [--tunix PYTHON] [--easydel PYTHON]     against its peers, at float32
+    python tools/bench.py peers  MODEL ROWS.jsonl [--trl PYTHON] [--tunix PYTHON] [--easydel PYTHON]     jaxtune and its peers, in float32
     python tools/bench.py ladder MODEL ROWS.jsonl                                         baseline, + packing, + ...
     python tools/bench.py gpu    CONFIG [--length 2048] [--trl PYTHON] [--unsloth PYTHON] on one GPU: random weights of config.json's shapes
 
-TRL + PEFT need the [oracle] extra, here or in the Python that is named; the other peers run in the Python that is named, and are left out
-without one. `--only NAME` takes one row of a table. Every round appends a line for each side to `--results`; a table is of the medians of
-all rounds in there with the same settings, and `--write docs/benchmarks.md` puts it between that file's marks.
+TRL + PEFT need the [oracle] extra, here or in the given Python; the other peers run in the given Python, and are skipped without one.
+`--only NAME` runs one row of a table. Every round appends a line per row to `--results`; a table contains the medians of all rounds with
+the same settings, and `--write docs/benchmarks.md` puts it between that file's marks.
 
-ROWS.jsonl has `question` and `answer` (gsm8k), each taken once. Tokens do not include padding. "job" is the whole process, with imports,
+ROWS.jsonl has `question` and `answer` (gsm8k), each used once. Tokens do not include padding. "job" is the whole process, with imports,
 loading, compilation from an empty cache and saving; "per CPU second" is tokens per second of processor time, which other jobs disturb less;
 "start" is the time to the end of the first step; "steps" is the speed from there on. Peak memory is the process's largest resident size, on
 a GPU the allocator's peak.
@@ -37,14 +37,14 @@ GIVEN = {
 
 
 class Side(NamedTuple):
-    """A row of a table: its name, the job that runs it (tools/bench/JOB_job.py), and what differs from GIVEN."""
+    """A row of a table: its name, the job that runs it (tools/bench/JOB_job.py), and its differences from GIVEN."""
 
     name: str
     job: str
     changes: dict
 
 
-PACKED = {"packed": True}  # rows of 512, half as many: as many places a step, about, as the padded rows of the others
+PACKED = {"packed": True}  # half as many rows of 512: about as many token slots per step as the padded rows of the others
 PADDED = {"data": {"packing": False}}
 PLAIN = PADDED | {"gradient_checkpointing": False}
 SUITES = {
@@ -79,7 +79,7 @@ SUITES = {
 
 
 def settings(side: Side, given: argparse.Namespace) -> dict:
-    """All that decides what a side does, but for paths."""
+    """Everything that determines what a side does, except paths."""
     job = GIVEN | ({"length": 2048, "batch": 2, "dtype": "bfloat16"} if given.suite == "gpu" else {})
     job |= {name: value for name in ("batch", "length") if (value := getattr(given, name)) is not None}
     job |= side.changes | {"suite": given.suite, "side": side.name, "rows": given.rows}
@@ -87,13 +87,13 @@ def settings(side: Side, given: argparse.Namespace) -> dict:
 
 
 def pythons(given) -> dict[str, str | None]:
-    """Whose Python runs a job; None: none was named."""
+    """The Python for a job; None: none was given."""
     own = {"jaxtune": sys.executable, "trl": given.trl or sys.executable}
     return own | {"tunix": given.tunix, "easydel": given.easydel, "unsloth": given.unsloth}
 
 
 def run(side: Side, job: dict, python: str) -> dict:
-    """One process from start to end: what it says of its steps, and what it took; or `error`, its last line."""
+    """One process from start to end: its reported steps and measured cost; or `error`, its last line."""
     with tempfile.TemporaryDirectory() as work:
         argument = json.dumps(job | {"work": work})
         with open(Path(work, "log"), "w+") as log:
@@ -137,8 +137,8 @@ def _gpu() -> str:
 
 
 def flops_per_token(config: dict, length: int) -> float:
-    """Of the model in LoRA training, recomputation not counted: 2 a matrix element forwards, 2 backwards (a frozen matrix has no gradient
-    of its own), and causal attention's two products, of which the backward pass takes four."""
+    """FLOPs per token of LoRA training without recomputation: 2 per matrix element forward, 2 backward (a frozen matrix has no gradient),
+    and causal attention's two products, of which the backward pass takes four."""
     D, F, L = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     H, K = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
     h = config.get("head_dim") or D // H
@@ -159,7 +159,7 @@ def peak_flops(device: str) -> float | None:
 
 
 def table(suite: str, results: list[dict], command: str) -> str:
-    """The medians of all rounds of each side, as a Markdown table, with the command that gives its row."""
+    """The medians of all rounds of each side, as a Markdown table, with the command for each row."""
     gpu = suite == "gpu"
     columns = ["", "steps, tokens/s", "MFU"] if gpu else ["", "job, tokens/s", "per CPU second", "steps, tokens/s", "start"]
     columns += ["peak memory", "loss, first and last step", "`--only`"]
@@ -220,12 +220,12 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(given: argparse.Namespace, work: Path) -> tuple[str, str]:
-    """Where the model and the rows are, made up for gpu."""
+    """The locations of the model and the rows, which are generated for gpu."""
     if given.suite != "gpu":
         (work / "rows.jsonl").write_text("\n".join(Path(given.file).read_text().splitlines()[: given.rows]) + "\n")
         return given.model, str(work / "rows.jsonl")
     sizes = ["--rows", str(given.rows), "--length", str(given.length or 2048)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the GPU is for those who are measured
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the GPU is reserved for the measured jobs
     subprocess.run([sys.executable, str(JOBS / "synthetic.py"), given.model, str(work), *sizes], check=True, env=environment)
     return str(work / "model"), str(work / "rows.jsonl")
 
@@ -260,7 +260,7 @@ def in_words(found: dict) -> str:
 
 
 def command(given: argparse.Namespace) -> str:
-    """What was called, without this machine's paths."""
+    """The command line, without local paths."""
     of = {"--trl": given.trl, "--tunix": given.tunix, "--easydel": given.easydel, "--unsloth": given.unsloth}
     numbers = [f"--{name} {value}" for name in ("rows", "batch", "length") if (value := getattr(given, name)) is not None]
     named = [f"{option} PYTHON" for option, value in of.items() if value]

@@ -1,13 +1,14 @@
-"""The same LoRA DPO steps by TRL and by jaxtune: same pairs in the same order, same initial adapter, float32; loss, margins, accuracies.
+"""Take the same LoRA DPO steps with TRL and with jaxtune: same pairs in the same order, same initial adapter, float32; compare loss,
+margins, accuracies.
 
     python tools/compare_dpo.py MODEL_FOLDER PAIRS.json --out docs/dpo_curve      (needs the [oracle] extra; writes .png and .json)
-    python tools/compare_dpo.py MODEL_FOLDER PAIRS.json --speed --max-length 512  (real tokens per second alone)
+    python tools/compare_dpo.py MODEL_FOLDER PAIRS.json --speed --max-length 512  (tokens per second only)
 
-With `--speed` each takes one epoch over the same 32 pairs as its users would: TRL four padded pairs a step, jaxtune two packed rows.
+With `--speed` each trains one epoch on the same 32 pairs as its users would: TRL four padded pairs per step, jaxtune two packed rows.
 
-TRL is given jaxtune's token ids: by itself it would also train on the line break that ChatML writes after an answer's end token. Pairs that
-are longer than `--max-length` are left out of both. Seconds are taken in the same process tree, and tokens counted as TRL sees them, each
-answer with its prompt, so that their ratio is the ratio of the work done per second.
+TRL gets jaxtune's token ids: by itself it would also train on the newline that ChatML writes after an answer's end token. Pairs longer than
+`--max-length` are excluded from both. Times are measured in the same process tree, and tokens are counted as in TRL, each answer with its
+prompt, so that their ratio is the ratio of work done per second.
 """
 
 import argparse
@@ -28,7 +29,7 @@ NAMES = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 
 
 class Case(NamedTuple):
-    """What is compared: the same steps of one pair each, or (`speed`) an epoch over the same pairs."""
+    """What is compared: the same steps of one pair each, or (`speed`) an epoch on the same pairs."""
 
     model: str
     file: str
@@ -47,7 +48,7 @@ class Case(NamedTuple):
         return 8 if self.speed else 20
 
     def config(self, cached: bool = False) -> dict:
-        """jaxtune's config; cached: with log-probabilities of the reference from the cache, computed where they are not there."""
+        """jaxtune's config; cached: with cached log-probabilities of the reference, which are computed if missing."""
         data = {"max_length": self.max_length, "length_policy": "drop", "cache_dir": f"{self.work}/cache"}
         train = {"path": self.file, "limit": self.rows * self.steps} if self.speed else self.file
         return {
@@ -72,7 +73,7 @@ class Case(NamedTuple):
 
 
 def pairs(case: Case) -> list[dict]:
-    """jaxtune's token ids of the pairs that are trained on, up to each answer's end token, under TRL's names."""
+    """jaxtune's token ids of the training pairs, up to each answer's end token, under TRL's names."""
     source, rows = case.source(), []
     for unit in range(case.steps * case.rows):
         (chosen, chosen_mask), (rejected, rejected_mask) = source.documents[2 * unit], source.documents[2 * unit + 1]
@@ -86,7 +87,7 @@ def pairs(case: Case) -> list[dict]:
 
 
 def tokens_of_steps(case: Case) -> tuple[list[int], list[int]]:
-    """Tokens of each of TRL's and of jaxtune's steps, each answer counted with its prompt."""
+    """Tokens of each of TRL's and jaxtune's steps, counting each answer with its prompt."""
     counts = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs(case)]
     theirs = np.reshape(counts, (case.steps, case.rows)).sum(1).tolist()
     source = case.source()
@@ -97,7 +98,7 @@ def tokens_of_steps(case: Case) -> tuple[list[int], list[int]]:
 
 
 def trl(case: Case) -> None:
-    """TRL's run: saves the initial adapter to `work/init`, then trains; what it logged to `work/trl.json`."""
+    """TRL's run: saves the initial adapter to `work/init`, then trains; logs to `work/trl.json`."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -106,7 +107,7 @@ def trl(case: Case) -> None:
     from trl import DPOConfig, DPOTrainer
 
     class Tokenised(DPOTrainer):
-        """Takes token ids as they are, in the order they have."""
+        """Passes token ids through unchanged and in order."""
 
         def _prepare_dataset(self, dataset, *_):
             return dataset
@@ -140,13 +141,13 @@ def trl(case: Case) -> None:
 
 
 def jaxtune(case: Case) -> None:
-    """jaxtune's runs from the same initial adapter; what they logged to `work/jaxtune.json` and `work/cached.json`."""
+    """jaxtune's runs from the same initial adapter; logged to `work/jaxtune.json` and `work/cached.json`."""
     import jaxtune as jt
     from jaxtune import loop
     from jaxtune.runlog import RunLog, read_metrics
 
     class Timed(RunLog):
-        """Takes the time whenever a step's metrics are there."""
+        """Records the time whenever a step's metrics are available."""
 
         def write(self, step, metrics):
             times.append(now())
@@ -160,12 +161,12 @@ def jaxtune(case: Case) -> None:
 
 
 def now() -> tuple[float, float]:
-    """The clock's seconds, and those the processors have worked for this process."""
+    """Wall-clock seconds, and processor seconds of this process."""
     return time.monotonic(), time.process_time()
 
 
 def write(path: Path, logs: list[dict], times: list[tuple[float, float]]) -> None:
-    """The compared numbers of each step, and its seconds; the first step's are those of all that went before it, too."""
+    """The compared numbers of each step, and its seconds; the first step's include everything before it."""
     record = {ours: [row[name] for row in logs] for name, ours in NAMES.items()}
     wall, processors = np.diff(times, axis=0).T.tolist()
     path.write_text(json.dumps(record | {"seconds": wall, "processor_seconds": processors}))
@@ -211,7 +212,7 @@ def main() -> None:
         case = Case(given.model, given.pairs, work, given.max_length, given.speed)
         if given.only:
             return {"trl": trl, "jaxtune": jaxtune}[given.only](case)
-        for side in ("trl", "jaxtune"):  # a process each: neither library's threads are in the other's way
+        for side in ("trl", "jaxtune"):  # a process each, so that the libraries' threads do not interfere
             if not Path(work, f"{side}.json").exists():
                 subprocess.run([sys.executable, *sys.argv, "--only", side, "--work", work], check=True)
         runs = {name: json.loads(Path(work, f"{name}.json").read_text()) for name in ("trl", "jaxtune", "cached")}
@@ -231,7 +232,7 @@ def main() -> None:
 
 
 def curves(runs: dict[str, dict], speeds: dict, out: Path) -> None:
-    """The picture, the numbers, and how far they are apart."""
+    """The plot, the numbers, and their differences."""
     theirs, ours, cached = (runs[name] for name in ("trl", "jaxtune", "cached"))
     largest = {
         name: max(abs(a - b) for run in (ours, cached) for a, b in zip(run[name], theirs[name], strict=True)) for name in NAMES.values()

@@ -1,10 +1,10 @@
-"""LoRA GRPO by TRL and by jaxtune, as their users would run it: same model, prompts, reward, answers a step, learning rate, float32.
+"""Run LoRA GRPO with TRL and with jaxtune, as their users would: same model, prompts, reward, answers per step, learning rate, float32.
 
     python tools/compare_grpo.py MODEL_FOLDER PROMPTS.jsonl --steps 12 --completions 16       (needs the [oracle] extra)
 
-The reward is whether the answer's last number is the row's `answer` (jaxtune's numeric_match, given to both). Answers are drawn at random
-by both, and so are not the same: rewards are shown beside each other, times are what is compared. One process after the other, on the same
-cores; the first two steps, which compile, are left out of the seconds of a step and counted in the whole.
+The reward is whether the answer's last number is the row's `answer` (jaxtune's numeric_match, given to both). Both sample their answers at
+random, so these differ: rewards are shown next to each other, and times are compared. One process runs after the other, on the same cores;
+the first two steps, which compile, are excluded from the seconds per step and included in the total.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def by_jaxtune(job: dict) -> None:
 
 
 def main() -> None:
-    """Both, and a line for each."""
+    """Run both, and print a line for each."""
     if sys.argv[1:2] == ["--job"]:
         job = json.loads(sys.argv[2])
         return {"trl": by_trl, "jaxtune": by_jaxtune}[job["by"]](job)
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _processor() -> float:
-    """Seconds that processors have worked for the jobs so far, which other work on the machine disturbs less than the clock."""
+    """Processor seconds of the jobs so far, which other jobs on the machine disturb less than wall time."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

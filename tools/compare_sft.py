@@ -1,9 +1,10 @@
-"""The same LoRA SFT steps by TRL and by jaxtune: same rows in the same order, same initial adapter, float32; per-step losses side by side.
+"""Take the same LoRA SFT steps with TRL and with jaxtune: same rows in the same order, same initial adapter, float32; compare the losses
+step by step.
 
     python tools/compare_sft.py MODEL_FOLDER ROWS.jsonl --out docs/sft_curve      (needs the [oracle] extra; writes .png and .json)
 
-ROWS.jsonl has `question` and `answer` (gsm8k). Both train on the answer and its EOS, rows padded to the longest of a batch, AdamW,
-linear schedule. Prints the largest relative difference of a step's loss and, timed in the same process tree, real tokens per second.
+ROWS.jsonl has `question` and `answer` (gsm8k). Both train on the answer and its EOS, with rows padded to the longest of a batch, AdamW and
+a linear schedule. Prints the largest relative difference of a step's loss and, timed in the same process tree, tokens per second.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def main() -> None:
         {"trl": trl, "jaxtune": jaxtune}[given.only](given.model, given.rows, given.work)
         return
     with tempfile.TemporaryDirectory() as work:
-        for side in ("trl", "jaxtune"):  # a process each: neither library's threads are in the other's way
+        for side in ("trl", "jaxtune"):  # a process each, so that the libraries' threads do not interfere
             subprocess.run([sys.executable, __file__, given.model, given.rows, "--only", side, "--work", work], check=True)
         theirs, ours = (json.loads(Path(work, f"{side}.json").read_text()) for side in ("trl", "jaxtune"))
     difference = max(differences(ours, theirs))

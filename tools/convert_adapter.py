@@ -1,8 +1,8 @@
-"""PEFT adapters checked against their base and written again; several become one, their weighted sum.
+"""Check PEFT adapters against their base and write them again; several become one, their weighted sum.
 
     python tools/convert_adapter.py MODEL OUT ADAPTER [ADAPTER=WEIGHT ...]
 
-The sum is exact: ranks are laid side by side, so the result's rank is the sum of theirs.
+The sum is exact: ranks are concatenated, so the result's rank is the sum of theirs.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How much memory a conversion needs: a random Llama is merged with an adapter, disk to disk, and packed to NF4 while it is loaded.
+"""Measure the memory of conversions: merging an adapter into a random Llama, disk to disk, and quantising it to NF4 while loading.
 
     python tools/convert_memory.py [FOLDER] [--layers 14]
 
-Writes a float32 model of 3 GB (with the default 14 layers) into FOLDER, then runs each conversion in a process of its own and prints its
-peak resident memory above what it had after the imports.
+Writes a float32 model of 3 GB (with the default 14 layers) into FOLDER, then runs each conversion in its own process and prints its peak
+resident memory above that after the imports.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """python tools/data_speed.py MODEL ROWS.jsonl [--rows 100000] [--form plain|chat|text] [--data key=value ...]
 
-Time and memory of `jaxtune.data.load`: ROWS (prompt and answer, under the columns --columns names) are written out again and again, each
-under a number of its own, until there are --rows of them; then they are tokenised, packed and planned, once with an empty cache and once
-from it, each in a process of its own. CPU seconds are those of all threads; memory is what the process holds itself (RssAnon), since
-the pages of the memory-mapped cache are the system's to take back.
+Measure time and memory of `jaxtune.data.load`. ROWS (prompt and answer, under the columns that --columns names) are repeated, each with its
+own number, until there are --rows of them; then they are tokenised, packed and planned, once with an empty cache and once from it, each in
+its own process. CPU seconds include all threads; memory is the process's own (RssAnon), since the system can reclaim the pages of the
+memory-mapped cache.
 """
 
 import argparse

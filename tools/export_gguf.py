@@ -1,4 +1,4 @@
-"""A run's result, or any model, as a GGUF file with a Modelfile; the same as `jaxtune export RUN OUT --format gguf`.
+"""Export a run's result, or any model, as a GGUF file with a Modelfile; the same as `jaxtune export RUN OUT --format gguf`.
 
 python tools/export_gguf.py RUN OUT [--type q8_0]
 """

@@ -1,4 +1,4 @@
-"""A run's result as a model folder: base and adapter in one, checked; the same as `jaxtune export RUN OUT --merge`.
+"""Export a run's result as a merged and verified model folder; the same as `jaxtune export RUN OUT --merge`.
 
 python tools/export_hf.py RUN OUT [--dtype bfloat16]
 """

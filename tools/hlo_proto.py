@@ -1,9 +1,9 @@
-"""The instructions of a compiled program from its serialised form, for programs that XLA cannot print.
+"""Read the instructions of a compiled program from its serialised form, for programs that XLA cannot print.
 
-`Compiled.as_text()` takes the program apart and puts it together again, and refuses what it does not know (jax 0.10.2: the asynchronous
-collectives of a v5p). The serialised executable holds the same program as an `HloModuleProto`; here its few fields that matter
-are read as they lie in the bytes (protobuf.dev/programming-guides/encoding, xla/service/hlo.proto, xla/xla_data.proto), which are
-one record of a Riegeli file (github.com/google/riegeli, doc/riegeli_records_file_format.md), with a header every 64 KiB:
+`Compiled.as_text()` reconstructs the program and fails on what it does not know (jax 0.10.2: the asynchronous collectives of a v5p). The
+serialised executable contains the same program as an `HloModuleProto`; its few relevant fields are decoded here from the bytes
+(protobuf.dev/programming-guides/encoding, xla/service/hlo.proto, xla/xla_data.proto), which are one record of a Riegeli file
+(github.com/google/riegeli, doc/riegeli_records_file_format.md), with a header every 64 KiB:
 
     HloModuleProto       3 computations, 6 entry_computation_id
     HloComputationProto  2 instructions, 5 id
@@ -20,7 +20,7 @@ SIGNATURE, BLOCK, HEADER = bytes.fromhex("83af70d10d884a3f"), 1 << 16, 24  # of 
 
 
 class Instruction(NamedTuple):
-    """An opcode, the bytes of each array of the result, and whether it runs in a loop (or else once)."""
+    """An opcode, the bytes of each array of the result, and whether it runs in a loop."""
 
     opcode: str
     sizes: list[int]
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 
 def instructions(executable: bytes, module: str) -> Iterator[Instruction]:
-    """All instructions of the compiled module of that name (`jit_step`). ValueError where there is none."""
+    """All instructions of the compiled module of that name (`jit_step`). ValueError if there is none."""
     executable = _without_block_headers(executable)
     start = executable.find(b"\x0a" + bytes([len(module)]) + module.encode() + b"\x12")
     if start < 0:
@@ -42,7 +42,7 @@ def instructions(executable: bytes, module: str) -> Iterator[Instruction]:
             entry = value
             break
     once, new = set(), {entry}
-    while new:  # what the entry calls, fusions and the bodies of asynchronous operations too, but not the bodies of loops
+    while new:  # what the entry calls, including fusions and asynchronous operations but not the bodies of loops
         once |= new
         calls = (one for number in new for one in computations[number] if one[2] != b"while")
         new = {called for one in calls for called in _packed(one.get(38, b""))} - once
@@ -58,7 +58,7 @@ def _without_block_headers(data: bytes) -> bytes:
 
 
 def _sizes(shape: bytes) -> Iterator[int]:
-    """Bytes of each array of a shape, tuples taken apart."""
+    """Bytes of each array of a shape, with tuples flattened."""
     kind, dimensions = 0, []
     for number, value in _fields(shape):
         if number == 2:
@@ -72,7 +72,7 @@ def _sizes(shape: bytes) -> Iterator[int]:
 
 
 def _packed(data: bytes | int) -> list[int]:
-    """Numbers of a repeated field: side by side, or (where there is one) alone."""
+    """Numbers of a repeated field: packed, or a single one."""
     if isinstance(data, int):
         return [data]
     values, at = [], 0
@@ -83,7 +83,7 @@ def _packed(data: bytes | int) -> list[int]:
 
 
 def _fields(data: bytes, at: int = 0) -> Iterator[tuple[int, int | bytes]]:
-    """`(number, value)` of each field of a message: int of a varint, bytes of all else."""
+    """`(number, value)` of each field of a message: int for a varint, bytes for anything else."""
     while at < len(data):
         tag, at = _varint(data, at)
         match tag & 7:

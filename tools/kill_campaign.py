@@ -1,10 +1,11 @@
-"""SIGKILL a run at random moments and resume it until it ends; its result must be that of a run nobody disturbed, bit for bit.
+"""SIGKILL a run at random moments and resume it until it finishes; its result must equal that of an undisturbed run, bit for bit.
 
     python tools/kill_campaign.py CONFIG.yaml [key=value ...] --trials 25 --seed 0
 
-Each trial starts the run in a fresh folder, kills the process at a moment drawn at random, resumes, kills again, up to `--kills` times,
-then lets it end. A moment is told by what the run has written so far (`MOMENTS`), and the kill comes a random few milliseconds after
-it, so none comes after the end. Prints one line a trial, with what each kill hit, and exits 1 if any result differs or a trial had no kill.
+Each trial starts the run in a fresh folder, kills the process at a random moment, resumes it, kills it again, up to `--kills` times, and
+then lets it finish. A moment is defined by what the run has written so far (`MOMENTS`), and the kill comes a random few milliseconds after
+it, so none comes after the end. Prints one line per trial, with what each kill hit, and exits with 1 if any result differs or a trial had
+no kill.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def run_to_end(argv: list[str]) -> float:
 
 
 def partial(folder: Path) -> set[str]:
-    """Checkpoints that are being written, or that a kill has left half-written: Orbax renames a folder when it is whole."""
+    """Checkpoints being written, or left incomplete by a kill: Orbax renames a folder when it is complete."""
     return {path.name for path in (folder / "checkpoints").glob("*tmp*")}
 
 
@@ -57,11 +58,11 @@ def lines(folder: Path) -> int:
 
 
 def whole(folder: Path) -> list[int]:
-    """Steps of the checkpoints that are whole."""
+    """Steps of the complete checkpoints."""
     return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
 
 
-# name -> is it now? (folder, half-written checkpoints before the start, lines of the log before it, a random number of 1 to 25)
+# name -> is it now? (folder, incomplete checkpoints before the start, log lines before it, a random number from 1 to 25)
 MOMENTS = {
     "start-up": lambda folder, before, logged, some: True,
     "the folder's first files": lambda folder, before, logged, some: (folder / "config.yaml").exists(),
@@ -73,7 +74,7 @@ MOMENTS = {
 
 
 def kill(argv: list[str], folder: Path, rng: random.Random) -> str | None:
-    """Kill the run at a random moment; what it hit, or None where the run had ended before that moment came."""
+    """Kill the run at a random moment; returns what it hit, or None if the run had finished before."""
     moment, before, logged, some = rng.choice(list(MOMENTS)), partial(folder), lines(folder), rng.randint(1, 25)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not MOMENTS[moment](folder, before, logged, some):
@@ -130,7 +131,7 @@ def main() -> None:
             elif hits:
                 break  # it has ended
             else:
-                shutil.rmtree(folder)  # the moment was missed: once more
+                shutil.rmtree(folder)  # the moment was missed: try again
         run_to_end(command(given.config, given.overrides, folder, (folder / "config.yaml").is_file()))
         same = bool(hits) and digest(folder) == expected
         wrong += not same

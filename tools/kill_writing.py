@@ -1,13 +1,13 @@
-"""SIGKILL while a cache or a result is written; the next run must leave the bytes of an undisturbed one, and nothing half-written in sight.
+"""SIGKILL while a cache or a result is written; the next run must leave the same bytes as an undisturbed one, and no incomplete files.
 
     python tools/kill_writing.py [data programs export] --trials 10 --seed 0
 
 data      `jaxtune.data` while rows are tokenised: the documents in `data.cache_dir`
-programs  `jaxtune.train` while compiled programs are kept: the adapter, and no word of a damaged program at the next start
-export    `jaxtune.export --merge` while the merged model is written and checked: the model folder
+programs  `jaxtune.train` while compiled programs are cached: the adapter, and no message about a damaged program at the next start
+export    `jaxtune.export --merge` while the merged model is written and verified: the model folder
 
-Each trial waits for the first sign of writing, lets a random time pass, kills, and starts the same command again. Prints one line a
-trial and exits 1 if anything differs. (Kills in a whole training run: tools/kill_campaign.py.)
+Each trial waits for the first sign of writing, lets a random time pass, kills, and starts the same command again. Prints one line per trial
+and exits with 1 if anything differs. (Kills during whole training runs: tools/kill_campaign.py.)
 """
 
 import argparse
@@ -27,7 +27,7 @@ from kill_campaign import command, run_to_end, tiny_run
 
 
 class Writer(NamedTuple):
-    """A command that writes: what has it begun by, which files are to have the same bytes, the most seconds until the kill."""
+    """A command that writes: the sign that it has begun, the files that must have the same bytes, the longest time until the kill."""
 
     argv: list[str]
     begun: Callable[[], bool]
@@ -69,7 +69,7 @@ def digest(files: list[Path]) -> str | None:
 
 
 def kill(writer: Writer, rng: random.Random) -> float | None:
-    """Seconds after the first sign of writing at which the command was killed; None where it ended before."""
+    """Seconds after the first sign of writing at which the command was killed; None if it finished before."""
     process = subprocess.Popen(writer.argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not writer.begun():
         time.sleep(0.0002)
@@ -80,7 +80,7 @@ def kill(writer: Writer, rng: random.Random) -> float | None:
 
 
 def one_trial(writer: Writer, trial: Path, expected: str | None, rng: random.Random) -> tuple[str, bool]:
-    """What happened, and whether all is as it should be."""
+    """What happened, and whether everything is as it should be."""
     waited = None
     while waited is None:
         shutil.rmtree(trial, ignore_errors=True)
@@ -89,7 +89,7 @@ def one_trial(writer: Writer, trial: Path, expected: str | None, rng: random.Ran
     said = f"killed after {waited:.3f} s"
     if (seen := digest(writer.files())) not in (None, expected):
         return f"{said}: half a result in sight", False
-    shutil.rmtree(trial / "run", ignore_errors=True)  # else it would have to be resumed
+    shutil.rmtree(trial / "run", ignore_errors=True)  # otherwise it would have to be resumed
     if seen is None:
         done = subprocess.run(writer.argv, capture_output=True, text=True)
         if done.returncode or "persistent compilation cache" in done.stderr or "Traceback" in done.stderr:

@@ -47,11 +47,11 @@ def read_embeddings(
     for name in sorted({"embed", "head"} & rows.keys()):
         module = names(name, rows[name])[0]
         stem = f"{PREFIX}{module}"
-        if f"{stem}.base_layer.weight" in left and _is_own(path, model, checkpoint, f"{stem}.base_layer.weight", name) is False:
+        if f"{stem}.base_layer.weight" in left and _is_own(model, checkpoint, f"{stem}.base_layer.weight", name) is False:
             raise ModelError(
                 f"{path}: {stem}.base_layer.weight is not the matrix of this model; the adapter was trained over another, or resized, one"
             )
-        if f"{stem}.weight" in left and not _is_own(path, model, checkpoint, f"{stem}.weight", name):
+        if f"{stem}.weight" in left and not _is_own(model, checkpoint, f"{stem}.weight", name):
             found[name] = jnp.asarray(checkpoint.read(f"{stem}.weight").astype(np.float32))
             config = dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), module.rpartition(".")[2]))
         left -= {f"{stem}{end}" for end in (".weight", ".base_layer.weight", ".modules_to_save.weight", ".original_module.weight")}
@@ -65,7 +65,7 @@ def read_embeddings(
     return wholes + tuple(map(Whole, found)), config
 
 
-def _is_own(path: Path, model: Model, checkpoint: Checkpoint, tensor: str, name: str) -> bool | None:
+def _is_own(model: Model, checkpoint: Checkpoint, tensor: str, name: str) -> bool | None:
     """Whether a tensor of the file equals the model's matrix, up to rounding to a shorter dtype; None if the model's has not been read."""
     if not model.params:
         return None  # opened for a conversion: its tensors are read when they are merged

@@ -22,7 +22,6 @@ class Method(NamedTuple):
 
     kind: Kind | None
     quantization: str | None = None
-    summary: str = ""
 
     def init(self, key: jax.Array, model_config: Any, base: dict, config: Any, tokenizer: Any = None) -> Any:
         """The initial trainable part of a run with this config."""
@@ -52,21 +51,21 @@ def _init_full(model_config: Any, base: dict, config: Any) -> dict:
 
 
 METHODS = {
-    "full": Method(None, summary="every parameter"),
-    "lora": Method(lora.KIND, summary="low-rank pairs beside frozen matrices"),
-    "qlora": Method(lora.KIND, quantization="nf4-dq", summary="LoRA over a 4-bit base"),
-    "ia3": Method(ia3.KIND, summary="one number for each input or output of a matrix"),
-    "loha": Method(loha.KIND, summary="the element-wise product of two low-rank matrices"),
-    "lokr": Method(lokr.KIND, summary="a Kronecker product"),
-    "vera": Method(vera.KIND, summary="two vectors around one random pair that all matrices share"),
-    "adalora": Method(adalora.KIND, summary="singular values, the least of which training takes away"),
-    "oft": Method(oft.KIND, summary="inputs turned block by block"),
-    "boft": Method(oft.BOFT, summary="inputs turned block by block, outputs scaled"),
-    "bitfit": Method(biases.KIND, summary="biases"),
-    "ln_tuning": Method(norms.KIND, summary="norms"),
-    "prompt_tuning": Method(prompts.PROMPT, summary="embeddings of virtual tokens before each document"),
-    "p_tuning": Method(prompts.ENCODER, summary="such embeddings, made by a small network"),
-    "prefix_tuning": Method(prompts.PREFIX, summary="keys and values of virtual tokens in every layer"),
+    "full": Method(None),  # every parameter
+    "lora": Method(lora.KIND),  # low-rank pairs beside frozen matrices
+    "qlora": Method(lora.KIND, quantization="nf4-dq"),  # LoRA over a 4-bit base
+    "ia3": Method(ia3.KIND),  # one factor for each input or output of a matrix
+    "loha": Method(loha.KIND),  # the element-wise product of two low-rank matrices
+    "lokr": Method(lokr.KIND),  # a Kronecker product
+    "vera": Method(vera.KIND),  # two vectors around one random pair shared by all matrices
+    "adalora": Method(adalora.KIND),  # singular values, the least important of which are removed
+    "oft": Method(oft.KIND),  # inputs rotated block by block
+    "boft": Method(oft.BOFT),  # inputs rotated block by block, outputs scaled
+    "bitfit": Method(biases.KIND),  # offsets of biases
+    "ln_tuning": Method(norms.KIND),  # norms
+    "prompt_tuning": Method(prompts.PROMPT),  # embeddings of virtual tokens before each document
+    "p_tuning": Method(prompts.ENCODER),  # such embeddings, produced by a small network
+    "prefix_tuning": Method(prompts.PREFIX),  # keys and values of virtual tokens in every layer
 }
 KINDS: dict[type, Kind] = {method.kind.config: method.kind for method in METHODS.values() if method.kind}
 
