@@ -59,7 +59,7 @@ def set_config(folder, name="config.json", **changes):
         (dict(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}), "model_type 'mine' is not supported"),
         (dict(architectures=[3], vocab_size=7), "shape [339, 32], but config.json asks for [7, 32]"),
         (dict(quantization_config="nf4"), "quantization_config='nf4'"),
-        (dict(quantization_config={"quant_method": "gptq"}), "packed as gptq, 4 bits, but all of them are plain"),
+        (dict(quantization_config={"quant_method": "gptq"}), "quantised as gptq, 4 bits, but none of them is"),
         (dict(quantization_config={"load_in_4bit": True, "llm_int8_skip_modules": ["a("]}), "llm_int8_skip_modules=['a(']"),
         (dict(quantization_config={"load_in_4bit": True}), "tensors are quantised by bitsandbytes, but none of them is"),
         (dict(num_key_value_heads="2"), "num_key_value_heads='2'"),

@@ -44,8 +44,8 @@ FILES = {
     ),
     "list in jsonl": ("rows.jsonl", "[" + json.dumps(GOOD) + ",\n", "line 1: not valid JSON.*rename it to .json"),
     "lines in json": ("rows.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "line 2: not valid JSON, Extra data.*name it .jsonl"),
-    "a key twice": ("rows.jsonl", '{"text": "a", "text": "b"}\n', "line 1: the row cannot be read: the key 'text' stands twice"),
-    "a key twice in json": ("rows.json", '[{"text": "a", "text": "b"}]', "line 1: not valid JSON, the key 'text' stands twice"),
+    "a key twice": ("rows.jsonl", '{"text": "a", "text": "b"}\n', "line 1: the row cannot be read: the key 'text' occurs twice"),
+    "a key twice in json": ("rows.json", '[{"text": "a", "text": "b"}]', "line 1: not valid JSON, the key 'text' occurs twice"),
     "a parquet column twice": ("rows.parquet", parquet(["a"], ["b"]), "rows.parquet: the header names 'text' twice"),
     "not an object": ("rows.jsonl", '"text"\n', "line 1: a row must be a JSON object.*this is a string"),
     "not a list": ("rows.json", '"text"', "must hold a list of objects, this is a string"),
@@ -247,7 +247,7 @@ def test_a_damaged_cache_is_made_again(name, damage, config, tokenizers, tmp_pat
     file.unlink() if content is None else file.write_bytes(content)
     again = data.load(made, tokenizers["chatml"]).train
     assert again.fingerprint == fingerprint and np.array_equal(again.batch_at(0).tokens, tokens)
-    assert "is damaged, so the rows are made tokens of again" in caplog.text
+    assert "is damaged, so the rows are tokenised again" in caplog.text
 
 
 def test_an_empty_path(config, tokenizers):

@@ -101,7 +101,7 @@ def test_command(tmp_path):
 def test_mistakes(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     source = str(tmp_path / "in.jsonl")
-    with pytest.raises(ConfigError, match="--to sharegtp is no format to write"):
+    with pytest.raises(ConfigError, match="--to sharegtp cannot be written"):
         convert(source, tmp_path / "out.jsonl", "sharegtp")
     with pytest.raises(ConfigError, match="rows are written to"):
         convert(source, tmp_path / "out.txt", "messages")

@@ -138,7 +138,7 @@ def test_labels_may_be_numbers_and_others_are_refused_by_row(config, tokenizers,
 
 def test_answers_of_one_kind_alone_are_told(config, tokenizers, caplog):
     load(config, tokenizers, [row | {"label": False} for row in LABELLED], {"objective": "kto"})
-    assert "all 9 answers are labelled bad: without good ones the loss does not tell them apart" in caplog.text
+    assert "all 9 answers are labelled bad: without good ones the loss cannot tell them apart" in caplog.text
 
 
 def test_steps_are_numbered_with_their_labels(config, tokenizers):
