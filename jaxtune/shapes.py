@@ -101,8 +101,7 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
     model_config = how_to_compute(config, model_config, mesh)
     params = abstract_params(model_config, param_dtypes(config, model_config), config.quantization)
     params = _with_shardings(params, parallel.param_shardings(mesh, model_config, params))
-    begun = beginnings.widest(config)
-    trainable = jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, begun), params)
+    trainable = abstract_trainable(config, model_config, params)
     own = parallel.trainable_shardings(mesh, model_config, trainable)
     optimizer = optim.optimizer(config, _steps(config, rows))
     state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
@@ -116,6 +115,12 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
     if config.teacher is not None:
         base = base | {TEACHER: _abstract_teacher(config, mesh)}
     return (state, base, abstract_batch(config, mesh, rows)), model_config
+
+
+def abstract_trainable(config: Config, model_config: ModelConfig, params: dict) -> Any:
+    """What is trained of `params`, as shapes. ConfigError where the method finds nothing to train."""
+    begun = beginnings.widest(config)
+    return jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, begun), params)
 
 
 def _steps(config: Config, rows: data.Source | None) -> int:

@@ -27,7 +27,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS, beginnings, kind_of, lora, param_dtypes
 from jaxtune.peft.adapter import Adapter
-from jaxtune.shapes import abstract_arguments
+from jaxtune.shapes import abstract_arguments, abstract_params, abstract_trainable
 from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
 from jaxtune.tree import count, nbytes
 
@@ -66,6 +66,21 @@ def _say_rows(rows: data.Source, total_steps: int) -> None:
         log.info("data: answers share their prompts, which saves %s tokens (%.1f %%)", f"{saved:,}", share)
 
 
+def check_method(config: Config, opened: Opened) -> None:
+    """Say what is wrong with the method's own keys before rows are tokenised and memory is taken. Raises ConfigError for targets that the
+    model has not."""
+    if config.init_adapter:
+        return
+    model_config = _headed(config, opened)
+    abstract_trainable(config, model_config, abstract_params(model_config, param_dtypes(config, model_config), config.quantization))
+    if METHODS[config.method].kind is lora.KIND:
+        lora.tell_rank(model_config, config.lora)
+
+
+def _headed(config: Config, opened: Opened) -> ModelConfig:
+    return heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
+
+
 def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
     """The model on the mesh, ready to train, and a fresh trainable part."""
     return begin(config, opened, read_weights(config, opened, mesh), None, mesh)
@@ -102,8 +117,6 @@ def begin(
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
         if beginnings.in_a_run(config):
             model, trainable = _begun(config, opened, model, trainable, rows, mesh)
-        if METHODS[config.method].kind is lora.KIND:
-            lora.tell_rank(model.config, config.lora)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
@@ -158,8 +171,7 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
         return
     if beginnings.in_a_run(config) == "eva":  # whose ranks depend on the rows
         return
-    model_config = heads.valued(config, heads.headed(opened.config, heads.head_of(config), opened.tokenizer))
-    arguments, model_config = abstract_arguments(config, model_config, mesh, rows)
+    arguments, model_config = abstract_arguments(config, _headed(config, opened), mesh, rows)
     step, _ = programs(config, model_config, total_steps, arguments[0], mesh)
     _say_memory(costs.peak(step.lower(*arguments).compile()), model_config, mesh)
 

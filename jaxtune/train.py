@@ -107,6 +107,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     opened = open_model(_base(config))
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
+    start.check_method(config, opened)
     with Background(lambda: start.read_weights(config, opened, mesh)) as weights:
         rows, total_steps = start.read_rows(config, opened, mesh)
         teacher = open_teacher(config, opened, rows, mesh)

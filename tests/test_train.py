@@ -16,7 +16,7 @@ import yaml
 import jaxtune as jt
 from jaxtune import runfolder
 from jaxtune.config import load_config
-from jaxtune.errors import CheckpointError, ConfigError, JaxtuneError, explain
+from jaxtune.errors import CheckpointError, ConfigError, DataError, JaxtuneError, explain
 from jaxtune.runlog import RunLog
 from jaxtune.train import train
 
@@ -251,6 +251,17 @@ def test_unknown_names_are_refused(config):
         train(config(lora={"r": 4, "target_modules": ["query"]}))
     with pytest.raises(ConfigError, match="metric exact is not known"):  # before the run, which needs it at its end
         train(config(evaluate={"metric": "exact"}, data={"eval": 0.2, "train": "nowhere.jsonl"}))
+
+
+def test_the_method_is_judged_before_rows_are_read(config, caplog):
+    nowhere = {"data": {"train": "nowhere.jsonl"}}
+    with pytest.raises(ConfigError, match="lora.target_modules: q_porj matches no linear layer"):
+        train(config(lora={"target_modules": ["q_porj"]}, **nowhere))
+    with pytest.raises(ConfigError, match="trainable_parameters: 'nothing' matches none"):
+        train(config(method="full", trainable_parameters=["nothing"], **nowhere))
+    with pytest.raises(DataError, match="nowhere.jsonl"):
+        train(config(lora={"r": 100_000}, **nowhere))
+    assert "lora.r=100000 is more than the rank" in caplog.text
 
 
 def test_one_compilation_serves_the_run(config, steps_compiled):

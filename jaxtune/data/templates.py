@@ -7,6 +7,7 @@ empty answer, text that the template rewrites) is found as the difference betwee
 be prefixes of the whole.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,7 @@ class Template:
         added = tokenizer.added_tokens_decoder.values()
         self._asks: str | None = None
         self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
+        self._end = re.compile(f"(?:{self._special.pattern})*?{re.escape(tokenizer.eos_token)}") if tokenizer.eos_token else self._special
         self.control = _any_of({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
 
     def render(self, row: Row, chat: Chat, messages: list[dict] | None = None, generation: bool = False) -> str:
@@ -191,6 +193,8 @@ class Template:
         if content:  # the template writes something of its own before the answer, which the model will have to write too
             return Turn(number, "assistant", len(prompt), content[1], self._stop(text, content[1]))
         if not (text.startswith(prompt) and text.startswith(upto)):
+            if shorter := self._without_thought(row, chat, text, number, upto):
+                return shorter
             raise row.fail(
                 f"the chat template rewrites message {number + 1} (assistant) when later messages follow, so what would be trained is not "
                 "what was said; use train_on: last, or one row per answer",
@@ -207,9 +211,24 @@ class Template:
             return Turn(number, "assistant", len(prompt), last.start(), last.end())
         return Turn(number, "assistant", len(prompt), end, end)
 
+    def _without_thought(self, row: Row, chat: Chat, text: str, number: int, upto: str) -> Turn | None:
+        """A turn that has more in front while it is the last one, an empty thought say (Qwen 3's calls): what both texts end it with."""
+        before = self.render(row, chat, chat.messages[:number])
+        last = max(self._special.finditer(upto, len(before)), key=re.Match.start, default=None)
+        at = text.find(last.group(), len(before)) if last and text.startswith(before) else -1
+        if last is None or at < 0 or upto[last.end() :].strip():
+            return None
+        start = at - len(os.path.commonprefix([upto[: last.start()][::-1], text[:at][::-1]]))
+        start = at - len(text[start:at].lstrip())
+        message = chat.messages[number]
+        said = [_content(message), *(call["function"]["name"] for call in message.get("tool_calls") or [])]
+        if start <= len(before) or not all(squeeze(part) in squeeze(text[start:at]) for part in said):
+            return None
+        return Turn(number, "assistant", start, at, at + len(last.group()))
+
     def _stop(self, text: str, end: int) -> int:
-        """Where the token that ends a turn ends; `end` if there is none."""
-        match = self._special.match(text, end)
+        """Where the token that ends a turn ends, of several in a row the tokenizer's EOS (Command R7B); `end` if there is none."""
+        match = self._end.match(text, end) or self._special.match(text, end)
         return match.end() if match else end
 
 

@@ -246,7 +246,9 @@ def _on_policy(d: Drawn, log_ratio_BN: jax.Array, threshold: float) -> jax.Array
 def _uncertain(d: Drawn, quantile: float) -> jax.Array:
     """1 for tokens whose prediction has an entropy at or above that quantile of the micro-batch's (arXiv 2506.01939)."""
     there = d.mask_BN > 0
-    least = jnp.nanquantile(jnp.where(there, d.entropy_BN, jnp.nan), quantile)
+    # "higher" takes the tokens that the quantile itself does, but for its rounding: that may lie above equal entropies on both sides of it,
+    # which the first tokens of all answers to a prompt have
+    least = jnp.nanquantile(jnp.where(there, d.entropy_BN, jnp.nan), quantile, method="higher")
     return (there & (d.entropy_BN >= least)).astype(jnp.float32)
 
 

@@ -17,6 +17,7 @@ THINKING = (
     "{{ '<|im_start|>assistant\\n' }}{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' if '</think>' not in m.content }}"
     "{{ m.content }}{% else %}{{ said }}{% endif %}{{ '<|im_end|>\\n' }}{% else %}" + TURN + "{% endif %}{% endfor %}" + ASK
 )
+TURNS = "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
 NO_SYSTEM = "{% for m in messages %}{% if m.role != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ASK
 NO_STOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 SWITCHED = "{% for m in messages %}" + TURN.replace("m.content", "m.content.replace('/no_think', '').rstrip()") + "{% endfor %}" + ASK
@@ -107,6 +108,23 @@ def test_tool_calls_are_trained_whole(encode, underlined, templated):
     ], "tools": row["tools"]}  # fmt: skip
     assert encode(templated(TOOLS), sharegpt)[0] == encode(templated(TOOLS), row)[0]
     assert underlined(templated(TOOLS), row, train_on="last") == "It is one.<|im_end|>"
+
+
+def test_a_call_that_loses_its_empty_thought_once_others_follow(encode, underlined, templated):
+    """Qwen 3's habit again."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"messages": [*turns, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "It is one."}]}
+    thought = "('<think>\\n\\n</think>\\n\\n' if loop.last and m.role == 'assistant' else '')"
+    said = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|><think>\n\n</think>\n\nIt is one.<|im_end|>'
+    assert underlined(templated(TOOLS.replace("+ m.content", f"+ {thought} + m.content")), row) == said
+    with pytest.raises(DataError, match="rewrites message 2"):  # what is lost is not before it
+        encode(templated(TOOLS.replace("'</tool_call>'", "('.' if m == messages[-1] else '') + '</tool_call>'")), row)
+
+
+def test_a_turn_that_ends_with_two_tokens_is_trained_to_the_eos(underlined, templated):
+    """Command R7B's."""
+    assert underlined(templated(TURNS.replace("<|im_end|>", "<|endoftext|><|im_end|>")), chat("One", "Two")) == "Two<|endoftext|><|im_end|>"
 
 
 def test_an_empty_answer_is_its_stop_token_and_is_counted(underlined, templated, tokenizers):

@@ -123,6 +123,19 @@ def test_a_step_without_answers_teaches_nothing(loss_type):
     assert loss.total / loss.weight == 0
 
 
+def test_equal_entropies_at_the_quantile_are_above_it():
+    """As the first tokens of answers to one prompt are; the quantile itself, in float32, may lie a rounding above these."""
+    entropy = jnp.array([[10.0] * 10 + [10.698092] * 4 + [11.0] * 5], jnp.float32)
+    one = jnp.ones((1, 1))
+
+    def loss(logp):
+        made = Drawn(logp, entropy, jnp.ones((1, 1, 19), bool), one, one, 19 * one)
+        return grpo_loss(run(top_entropy_quantile=0.4), made).total
+
+    taught = jax.jit(jax.grad(loss))(-entropy)[0] != 0
+    np.testing.assert_array_equal(taught, [False] * 10 + [True] * 9)
+
+
 def test_equal_rewards_teach_nothing(model):
     rewards = np.full((8, 1), 0.7)
     found = ADVANTAGES["grpo"](run(), rewards, np.ones(1), 4)
