@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer made here, and the chat templates of three families."""
+"""A small byte-level tokenizer, and the chat templates of three families."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -33,7 +33,7 @@ TEXT = [
 
 
 def make_tokenizer(family: str, template: str | None = None, prefix: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 entries with the special tokens and template of `family`, adding BOS to plain text where that family does."""
+    """Byte-level BPE of 400 entries with the special tokens and template of `family`, adding BOS to plain text if that family does."""
     chat_template, bos, eos, special = SPECIAL[family]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

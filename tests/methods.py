@@ -1,4 +1,4 @@
-"""One adapter of each kind and shape that the methods have, for the laws and for PEFT."""
+"""One adapter of each kind and shape, for the laws and for PEFT."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ from jaxtune.peft.sites import adaptable
 
 
 class Case(NamedTuple):
-    method: str  # as METHODS has it
-    name: str  # of the class of its config, here and in PEFT
+    method: str  # as in METHODS
+    name: str  # of its config class, here and in PEFT
     settings: dict[str, Any]
     model: str = "llama"
 
@@ -72,7 +72,7 @@ CASES = {
 
 
 def stir(adapter, model, seed=0, size=0.1):
-    """Noise in all that is trained, in the ranks that a layer has."""
+    """Noise in everything that is trained, within the ranks that a layer has."""
     rng, kind, rows, params = np.random.default_rng(seed), kind_of(adapter.config), adaptable(model.config), {}
 
     def noisy(leaf):

@@ -1,6 +1,6 @@
-"""Random drawn answers and every loss over them: what the goldens, TRL's own code and jaxtune are given alike.
+"""Random sampled answers and every loss on them: the shared input of the goldens, TRL's own code and jaxtune.
 
-An answer's tokens are laid out as TRL has them, `[n, T]`, padded on the right; jaxtune gets them four to a row.
+An answer's tokens have TRL's layout, `[n, T]`, padded on the right; jaxtune gets them four per row.
 """
 
 import jax
@@ -46,7 +46,7 @@ def given(name):
     lengths = rng.integers(1, T + 1, N)
     lengths[:2] = 1, T
     mask = np.arange(T)[None] < lengths[:, None]
-    if name.startswith("masked"):  # an answer that was cut off, and is left out
+    if name.startswith("masked"):  # a truncated answer, which is masked
         mask[2] = False
     logps = -rng.gamma(1.0, 1.0, (N, T)) - 0.02
     off = 0.0 if name == "on_policy" else 0.1 if name.startswith("rloo") else 0.3
@@ -99,7 +99,7 @@ def group_config(name):
 
 
 def group_rewards(name):
-    """float64 `[12, 2]`, NaN where a reward does not judge."""
+    """float64 `[12, 2]`, NaN where a reward gives no score."""
     rng = np.random.default_rng(sum(map(ord, name)))
     rewards = rng.normal(0, 1, (3 * SIZE, 2))
     if "unjudged" in name:

@@ -1,4 +1,4 @@
-"""Random drawn answers, and PPO's losses and advantages of their tokens: what the goldens, TRL's code and jaxtune are given alike."""
+"""Random sampled answers, with PPO's losses and advantages per token: the shared input of the goldens, TRL's code and jaxtune."""
 
 import jax
 import jax.numpy as jnp

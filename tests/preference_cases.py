@@ -1,7 +1,7 @@
-"""Random answers with random log-probabilities, and every loss over them: what the goldens, TRL's own code and jaxtune are given alike.
+"""Random answers with random log-probabilities, and every loss on them: the shared input of the goldens, TRL's own code and jaxtune.
 
-An answer's tokens are laid out as TRL has them, `[2n, T]`: n chosen answers, then n rejected ones, padded on the right. The first
-tokens of each row are its prompt.
+An answer's tokens have TRL's layout, `[2n, T]`: n chosen answers, then n rejected ones, padded on the right. The first tokens of each row
+are its prompt.
 """
 
 import jax
@@ -66,7 +66,7 @@ def given(name):
     """float64: `logps`, `collision`, `mean_logits` of tokens `[2n, T]`, `ref` of answers `[2n]`; bool: `mask` of tokens, `labels`."""
     rng = np.random.default_rng(sum(map(ord, name)))
     lengths = rng.integers(1, T - PROMPT + 1, 2 * N)
-    lengths[0], lengths[N] = 1, T - PROMPT  # the shortest and the longest there are
+    lengths[0], lengths[N] = 1, T - PROMPT  # the shortest and the longest possible
     place = np.arange(T)[None]
     mask = (place >= PROMPT) & (place < PROMPT + lengths[:, None])
     logps = -rng.gamma(1.0, 1.5, (2 * N, T)) - 0.02
@@ -80,7 +80,7 @@ def given(name):
 
 
 def rows(x, kto=False):
-    """`[2n, ...]` in TRL's order as two rows of eight answers by jaxtune's numbering, the second row with four of its places empty."""
+    """`[2n, ...]` in TRL's order as two rows of eight answers in jaxtune's numbering, with four places of the second row empty."""
     if kto:
         order = np.arange(2 * N)
     else:
@@ -92,7 +92,7 @@ def ours(name, arrays=None):
     """(mean loss, its gradient to `logps`, metrics) by jaxtune, in float32."""
     run, arrays = config(name), arrays or given(name)
     kto = run.objective == "kto"
-    # KTO: own answers are the even ones of the arrays, the odd ones stand for answers to other prompts
+    # KTO: own answers have even numbers, the odd ones stand for answers to other prompts
     trained = np.arange(T)[None] < PROMPT + arrays["mask"].sum(1)[:, None]
     places = rows(arrays["logps"], kto)
     numbers, weights, source = np.zeros((2, 8 * T), np.int32), np.zeros((2, 8 * T), np.float32), np.zeros((2, 8 * T), np.int32)

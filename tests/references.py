@@ -1,4 +1,4 @@
-"""Tiny models with known logits (tests/goldens, written by tools/make_goldens.py), and the ways to lay their documents out in a batch."""
+"""Tiny models with known logits (tests/goldens, written by tools/make_goldens.py), and ways to lay out their documents in a batch."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
 
 GOLDENS = Path(__file__).parent / "goldens"
-# names beside a language model, and of those within
+# names beside a language model, and within it
 BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|embed_vision|vision_embedder)\.")
 PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
-# their text families have cases of their own
+# their text families have separate cases
 NESTED = {"gemma3_nested", "gemma4_nested", "gemma4_unified", "llama4_nested",
           "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
           "qwen3_vl_moe"}  # fmt: skip
@@ -26,7 +26,7 @@ TEXT = [case for case in CASES if case not in NESTED]
 class Golden(NamedTuple):
     """A golden file: both spellings of config.json, the language model's tensors by Hugging Face name, documents, logits by layout.
 
-    `files` are all tensors as the file names them: those of a checkpoint of several modalities have a prefix, and others are beside them.
+    `files` are all tensors under the file's names: those of a multimodal checkpoint have a prefix, and there are others.
     """
 
     config: dict
@@ -47,14 +47,14 @@ def load(case: str) -> Golden:
 
 
 def language_model(config: dict, files: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a file's language model, named as in a file that holds nothing else."""
+    """The tensors of a file's language model, named as in a file with nothing else."""
     if "vision_config" not in config:
         return files
     return {PREFIX.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
 
 
 def tree(config, tensors: dict[str, np.ndarray]) -> dict:
-    """The parameter tree of Hugging Face's tensors, through the row table; every tensor is used once."""
+    """The parameter tree from Hugging Face's tensors, through the row table; every tensor is used once."""
     left, flat = dict(tensors), {}
     for path, row in spec(config).items():
         parts = [of_file(row, tensors[name]) for name in row.hf_names()]
@@ -66,13 +66,13 @@ def tree(config, tensors: dict[str, np.ndarray]) -> dict:
 
 
 def of_file(row, tensor: np.ndarray) -> np.ndarray:
-    """A file's tensor as a row has it: turned, and of experts that lie in one tensor the row's own outputs."""
+    """A file's tensor in its row's form: transposed, or for experts in one tensor the row's own outputs."""
     tensor = tensor.swapaxes(-1, -2) if row.transposed else tensor
     return tensor if row.part is None else tensor[:, row.part.outputs(row.shape[2])]
 
 
 class Layout(NamedTuple):
-    """A batch: int32 `[B, T]` each, and where each document lies in it, (row, slice)."""
+    """A batch: int32 `[B, T]` each, and the place of each document in it, (row, slice)."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -84,9 +84,9 @@ class Layout(NamedTuple):
 
 
 def layout(documents: list[np.ndarray], kind: str, alike: bool = False) -> Layout:
-    """ "alone": the first document; "right", "left": a row each, padded; "packed": one row, padded at its end.
+    """"alone": the first document; "right", "left": one row each, padded; "packed": one row, padded at its end.
 
-    `alike`: of one shape for all kinds, with more padding.
+    `alike`: the same shape for all kinds, with more padding.
     """
     documents = documents[:1] if kind == "alone" else documents
     lengths = [len(document) for document in documents]

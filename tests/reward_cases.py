@@ -1,4 +1,4 @@
-"""Random scores of texts, and every loss over them: what the goldens, TRL's and transformers' own code and jaxtune are given alike."""
+"""Random scores of texts, and every loss on them: the shared input of the goldens, TRL's and transformers' own code and jaxtune."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What Python callers get wrong: arguments in another order, a model for its parameters."""
+"""Mistakes of Python callers: arguments in the wrong order, a model instead of its parameters."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Work beside the main thread: its result, its error, and its end when nobody waits for it."""
+"""Background work: its result, its error, and its end if its result is not needed."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from jaxtune.background import Background, go_on
 def test_what_it_returns_and_raises():
     with jax.enable_x64(True), Background(lambda: (threading.current_thread(), jnp.arange(2.0).dtype)) as work:
         thread, dtype = work.result()
-    assert thread is not threading.main_thread() and dtype == jnp.float32  # x64 is of each thread; what is read is in 32 bits
+    assert thread is not threading.main_thread() and dtype == jnp.float32  # x64 is set per thread; what is read has 32 bits
     with Background(lambda: 1 / 0) as work, pytest.raises(ZeroDivisionError):
         work.result()
 
@@ -34,7 +34,7 @@ def test_it_ends_when_the_block_is_left():
     with pytest.raises(ValueError, match="a bad row"), Background(read):
         raise ValueError("a bad row")
     assert ended and count
-    go_on()  # the main thread goes on
+    go_on()  # the main thread continues
 
 
 def test_of_several_processes_it_is_done_when_asked_for(monkeypatch):

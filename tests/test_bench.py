@@ -1,4 +1,4 @@
-"""tools/bench.py: what it counts and writes. Its jobs are other people's libraries and are not run here."""
+"""tools/bench.py: what it counts and writes. Its jobs use other libraries and are not run here."""
 
 import importlib.util
 from pathlib import Path
@@ -53,6 +53,6 @@ def test_flops_of_a_token_are_those_of_its_matrices_and_of_causal_attention():
     config |= {"vocab_size": 32}
     q_and_o, k_and_v, feed_forward, head = 2 * 8 * 8, 2 * 8 * 4, 3 * 8 * 16, 32 * 8
     matrices = 3 * (q_and_o + k_and_v + feed_forward) + head
-    scores = 10 / 2  # a token of a row of ten sees half of it on average
+    scores = 10 / 2  # a token of a row of ten attends to half of it on average
     attention = 3 * 2 * (2 * 2 * scores * 4)  # layers, heads; two products of head size 4
     assert bench.flops_per_token(config, 10) == 2 * 2 * matrices + 3 * attention

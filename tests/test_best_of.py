@@ -1,4 +1,4 @@
-"""Best-of-n: the best answer is chosen, by models and by functions, in Python and on the command line."""
+"""Best-of-n: models and functions choose the best answer, in Python and on the command line."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Checkpoints: proven, the newest whole one, never the last good one deleted, onto another mesh."""
+"""Checkpoints: verified, the newest complete one, never deleting the last good one, onto another mesh."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory):
 
 
 def make_state(folder, fsdp):
-    """(model, a state of random numbers, the same for any mesh) over that many ways of fsdp."""
+    """(model, a state of random numbers that is the same for any mesh) over that many devices of fsdp."""
     mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
     model = read_model(open_model(folder), mesh=mesh)
     adapter = peft.init_adapter(jax.random.key(0), model, LoraConfig(r=4))
@@ -51,7 +51,7 @@ def same(left, right):
 
 
 def test_notes_are_those_of_the_moment_they_are_saved_at(model_folder, tmp_path, monkeypatch):
-    """They are written in the background, while the run changes its own."""
+    """They are written in the background, while the run changes its own copy."""
     _, state = make_state(model_folder, 1)
     checkpoints, notes, late = Checkpoints(tmp_path), {"losses": [1.0]}, []
     save = checkpoints.manager.save
@@ -66,7 +66,7 @@ def test_notes_are_those_of_the_moment_they_are_saved_at(model_folder, tmp_path,
 
 
 def test_onto_another_mesh_and_the_same_bytes(model_folder, tmp_path):
-    """One device -> eight -> one: the state is the same, and so are the adapter's bytes and the arrays that the checkpoints hold."""
+    """One device -> eight -> one: the state is the same, and so are the adapter's bytes and the arrays in the checkpoints."""
     digests, arrays = set(), []
     model, state = make_state(model_folder, 1)
     for number, following in enumerate((8, 1, 1)):
@@ -100,7 +100,7 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path):
 
 
 def damage(folder, share=0.5):
-    """Flip bytes of the largest file of a checkpoint, from that share of it on."""
+    """Flip bytes of a checkpoint's largest file, from that fraction of it on."""
     file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data = bytearray(file.read_bytes())
     start = int(share * len(data))
@@ -142,7 +142,7 @@ def test_notes_that_were_changed(model_folder, tmp_path, change):
 
 
 def test_damage_anywhere_is_seen_or_harmless(model_folder, tmp_path):
-    """Orbax answers with many kinds of exceptions, after where the bytes are."""
+    """Orbax raises many kinds of exceptions, depending on where the bytes are."""
     _, state = make_state(model_folder, 1)
     saved = Checkpoints(tmp_path / "run")
     saved.save(1, state, NOTES)

@@ -1,4 +1,4 @@
-"""Compiled programs that a killed run has half written in the cache are compiled again, and kept."""
+"""Compiled programs that a killed run has written incompletely to the cache are compiled again, and cached."""
 
 import os
 
@@ -12,7 +12,7 @@ from jaxtune.compilation import remove_damaged
 
 @pytest.fixture
 def cache(tmp_path):
-    """An empty folder, in which jax keeps every program."""
+    """An empty folder, in which jax caches every program."""
     keys = {
         "jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -30,7 +30,7 @@ def cache(tmp_path):
 
 
 def compile_anew():
-    """A program that this process has not compiled, as far as it knows."""
+    """Compile a program that this process has not compiled, as far as it knows."""
     assert jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).shape == (4, 4)
 
 
@@ -42,7 +42,7 @@ def test_a_half_written_program_is_compiled_and_kept_again(cache, size):
     damaged.write_bytes(whole[damaged.name][:size])
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
         compile_anew()
-    assert len(damaged.read_bytes()) < len(whole[damaged.name])  # jax leaves it there for ever
+    assert len(damaged.read_bytes()) < len(whole[damaged.name])  # jax leaves it there forever
     remove_damaged(cache)
     assert {entry.name for entry in cache.glob("*-cache")} == whole.keys() - {damaged.name}
     compile_anew()  # a warning is an error

@@ -40,7 +40,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(kind, capsys):
 
 @pytest.mark.parametrize("own", [None, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
 def test_commands_are_granted_most_of_a_gpu(capsys, monkeypatch, own):
-    """As the planner counts; what the environment says goes first. (jax refuses both names at one time.)"""
+    """As the planner counts; the environment takes precedence. (jax refuses both names at the same time.)"""
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.setenv(name, "0.5") if name == own else monkeypatch.delenv(name, raising=False)
     exit_of(lambda: None, capsys)
@@ -68,7 +68,7 @@ def test_interrupt_exits_130(capsys):
 
 
 def test_an_interrupted_command_ends_without_pythons_own_end():
-    """Which, where a compilation was interrupted, is a segmentation fault."""
+    """A normal exit is a segmentation fault if a compilation was interrupted."""
     program = """if True:
     import atexit, sys
     from jaxtune import errors
@@ -87,7 +87,7 @@ def test_ctrl_c_while_modules_are_imported(command, tmp_path):
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", command, "train"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a worker of xdist hears none
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # an xdist worker receives none
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -163,8 +163,8 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_an_interrupt_that_python_ignores_comes_again(capsys):
-    """In a callback of the garbage collector it is swallowed. One that comes between Python's last look and the wait is heard at the wait's
-    end, so the waits are short."""
+    """In a garbage-collector callback it is swallowed. One that arrives between Python's last check and the wait is noticed at the end of
+    the wait, so the waits are short."""
 
     def callback(phase, info):
         if phase == "stop":
@@ -177,7 +177,7 @@ def test_an_interrupt_that_python_ignores_comes_again(capsys):
         while time.monotonic() - started < 30:
             time.sleep(0.05)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of xdist hears none
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # an xdist worker receives none
     started = time.monotonic()
     try:
         code, _ = exit_of(main, capsys)

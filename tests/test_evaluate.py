@@ -1,4 +1,4 @@
-"""Evaluation: base beside tuned on the same rows, its numbers against a reading of the logits, its JSON, its files, its errors."""
+"""Evaluation: base and tuned on the same rows, its numbers recomputed from the logits, its JSON, its files, its errors."""
 
 import io
 import json
@@ -21,7 +21,7 @@ ROWS = [{"messages": [{"role": role, "content": content} for role, content in tu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, an adapter that changes it, a whole tuned model, and rows."""
+    """A model, an adapter with an effect, a whole tuned model, and rows."""
     folder = tmp_path_factory.mktemp("evaluate")
     tiny.write_chat_model(folder / "model")
     tiny.write_chat_model(folder / "tuned", seed=5)
@@ -40,7 +40,7 @@ def report(folder):
 
 
 def token_numbers(model, params):
-    """Loss and accuracy of the answers' tokens, by one forward pass over unpacked rows."""
+    """Loss and accuracy of the answers' tokens, from one forward pass over unpacked rows."""
     render, nll, right, count = model.tokenizer.apply_chat_template, 0.0, 0, 0
     prompts = [render(row["messages"][:2], add_generation_prompt=True, return_dict=False) for row in ROWS]
     texts = [render(row["messages"], tokenize=False).removesuffix("\n") for row in ROWS]
@@ -80,7 +80,7 @@ def test_both_sides_have_the_same_keys_and_answers_are_generates(folder, report)
 
 
 def test_scores_intervals_and_the_change_belong_to_each_other(folder):
-    """A judge of our own, whose scores are known: base answers get 0.25, tuned ones 0.75."""
+    """A metric of our own with known scores: base answers get 0.25, tuned ones 0.75."""
     calls = []
 
     def rise(predictions, references, rows):
@@ -158,7 +158,7 @@ def test_metric_none_measures_text_alone(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_pairs_are_told_by_likelihood_and_by_its_change(folder, tmp_path, monkeypatch, capsys):
-    """Against one forward pass over each answer by itself. The first pair's answers are the same: neither is told."""
+    """Against one forward pass over each answer by itself. The first pair's answers are equal, which is a tie."""
     pairs = [{"prompt": "say", "chosen": f" {word}", "rejected": f" {WORDS[n // 2]}"} for n, word in enumerate(WORDS[:4])]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     arguments = [folder / "model", "--data", tmp_path / "pairs.jsonl", *"--objective dpo --metric none --max-length 32 --json".split()]

@@ -1,4 +1,4 @@
-"""`jaxtune export`: adapters as they are, merged and checked, and as GGUF."""
+"""`jaxtune export`: adapters as they are, merged and verified, and as GGUF."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ LORA = LoraConfig(r=4, lora_alpha=8)
 
 
 def make_run(folder: Path, lora=LORA, hf=tiny.LLAMA, **config) -> Path:
-    """A model and a run folder with an adapter that does something, as `train` leaves them."""
+    """A model and a run folder with an adapter that has an effect, as left by `train`."""
     tiny.write_chat_model(folder / "model", hf)
     model = load(folder / "model")
     adapter = peft.init_adapter(jax.random.key(1), model, lora)
@@ -102,8 +102,8 @@ def test_merged_is_base_and_adapter(run, tmp_path, source, caplog):
     compared = check.compare(wanted, logits(merged.params, merged.config))
     assert compared.difference < 1e-4 and compared.agreement == 1
     assert "merged beside base and adapter: largest logit difference" in caplog.text
-    assert "built-in prompts" not in caplog.text  # the run's own rows were asked
-    assert check.compare(logits(base.params, base.config), wanted).difference > 0.1  # the adapter does something
+    assert "built-in prompts" not in caplog.text  # the run's own rows were used
+    assert check.compare(logits(base.params, base.config), wanted).difference > 0.1  # the adapter has an effect
     assert merged.tokenizer.chat_template == base.tokenizer.chat_template and merged.generation_config == base.generation_config
 
 
@@ -129,8 +129,8 @@ MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "m
     ids=["whole", "experts", "own biases"],
 )  # fmt: skip
 def test_more_than_pairs_is_merged_from_disk_to_disk(tmp_path, lora, hf, format):
-    run = make_run(tmp_path, lora, tiny.LLAMA | hf, dtype="bfloat16")  # to which the run rounded its base, and which the result is not
-    export(run, tmp_path / "out", merge=True, format=format, type="f32", bound=1e-4)  # compares logits before it is done
+    run = make_run(tmp_path, lora, tiny.LLAMA | hf, dtype="bfloat16")  # the dtype to which the run rounded its base, and not the result's
+    export(run, tmp_path / "out", merge=True, format=format, type="f32", bound=1e-4)  # compares logits before it is finished
     merged = load(tmp_path / "out" / "out-f32.gguf" if format == "gguf" else tmp_path / "out")
     base = load(tmp_path / "model")
     wanted = peft.compose(base.params, load_adapter(run / "adapter", base))

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: steps passed over with the state as it was, stops that name the rows, spikes; and what a resume lets pass."""
+"""Numerical faults: skipped steps with an unchanged state, stops that name the rows, spikes; and what a resume allows."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from jaxtune.runlog import RunLog
 from jaxtune.train import _resume, train
 
 WORDS = "one two three hello there fox dog quick brown lazy".split()
-BAD = 6  # the row that says fox
+BAD = 6  # the row that contains fox
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def config(folder, tmp_path):
 
 @pytest.fixture
 def poisoned(folder, monkeypatch):
-    """The SFT loss, no number wherever the batch says fox: once in each epoch of two steps."""
+    """The SFT loss, NaN wherever the batch contains fox: once in each epoch of two steps."""
     sft = OBJECTIVES["sft"]
 
     def loss(config, model_config, params, base, batch, key):
@@ -66,7 +66,7 @@ def arrays(run, step):
     return {name: np.asarray(x) for name, x in state.items() if name != "step"}
 
 
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # `arrays` asks for none
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # `arrays` requests none
 def test_a_bad_step_is_passed_over_and_the_limit_holds(config, poisoned, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "jaxtune"):
         result = train(config(max_skipped_steps=2))
@@ -123,7 +123,7 @@ def test_a_resume_with_other_reward_functions(tmp_path, caplog):
 
 
 def test_what_a_resume_lets_pass(config, tmp_path, caplog):
-    """Drift of keys and rows with resume_allow_drift, said; a metrics.jsonl whose last line was cut short."""
+    """Drift of keys and rows with resume_allow_drift, logged; a metrics.jsonl with a truncated last line."""
     train(config(max_steps=2))
     with pytest.raises(CheckpointError, match="learning_rate: 0.01 -> 0.02.*resume_allow_drift=true"):
         train(config(max_steps=3, learning_rate=0.02, resume=True))
@@ -137,7 +137,7 @@ def test_what_a_resume_lets_pass(config, tmp_path, caplog):
     with pytest.raises(CheckpointError, match=r"another run: data\.max_length: 32 -> 64; data\.train: \[[^;]*\]; lora\.r: 2 -> 4\. Put"):
         train(changed | {"lora": {"r": 4}, "data": changed["data"] | {"max_length": 64}, "resume_allow_drift": False})  # keys, no more
     assert "learning_rate: 0.01 -> 0.02" in caplog.text and "the training rows are not those" in caplog.text and result.step == 3
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3]  # the line that was cut is gone
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3]  # the truncated line is gone
 
 
 def test_a_second_signal_quits(config, tmp_path, monkeypatch):
@@ -157,9 +157,10 @@ def test_a_second_signal_quits(config, tmp_path, monkeypatch):
 
 
 def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
-    """The lock goes with the process that holds it, so a killed run leaves none. (A run of one step, saved at each, ends with one save.)"""
+    """The lock goes away with the process that holds it, so a killed run leaves none. (A run of one step, saved at each, ends with one
+    save.)"""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.yaml.1.partial").touch()  # all that a run leaves that was killed as it began: no reason to refuse the next
+    (tmp_path / "run" / ".config.yaml.1.partial").touch()  # all that a run killed at its start leaves: no reason to refuse the next
     train(config(max_steps=1))
     hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
@@ -172,7 +173,7 @@ def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
 
 
 def test_a_run_goes_on_from_before_a_damaged_checkpoint(config, tmp_path, caplog):
-    """The newest cut short: the one before is taken, that is said, the step is saved again, and the end is the same."""
+    """The newest is truncated: the previous one is used, with a warning, the step is saved again, and the end is the same."""
     whole = train(config()).trainable
     for file in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
         if file.is_file() and file.stat().st_size > 100:

@@ -1,4 +1,4 @@
-"""Cross-validation: every row is evaluated on once, one compilation serves all folds, and a stopped run goes on."""
+"""Cross-validation: every row is evaluated once, one compilation serves all folds, and a stopped run continues."""
 
 import json
 import os

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    """A tiny chat model whose generation config names no stop token, so that its (random) text goes on to the end."""
+    """A tiny chat model whose generation config names no stop token, so that its (random) text continues to the end."""
     return dataclasses.replace(jt.load(folder), generation_config={}, hf_config={})
 
 
@@ -149,7 +149,7 @@ def test_the_loop_ends_with_its_last_row(model, monkeypatch):
     monkeypatch.setattr(batches, "decode", lambda *args: states.append(decode.decode(*args)) or states[-1])
     monkeypatch.setattr(generate, "stop_tokens", lambda model: {row[4] for row in free})
     completions = generate.generate_tokens(model, prompts, max_new_tokens=NEW)
-    assert len(states) == 1  # one call, no word with the host in between
+    assert len(states) == 1  # one call, without host communication in between
     assert int(states[0].step) == max(len(completion.tokens) for completion in completions) <= 5
 
 
@@ -216,7 +216,7 @@ def test_the_cache_is_updated_in_place(model):
 
 
 def test_prompts_that_answers_share_are_read_once(model, monkeypatch):
-    """Answers are those of rows by themselves; the program reads as many prompts as there are."""
+    """Answers equal those of separate rows; the program reads as many prompts as there are."""
     read = []
     prefill = batches.prefill
     monkeypatch.setattr(batches, "prefill", lambda *args: read.append(args[4].shape[0]) or prefill(*args))
@@ -241,7 +241,7 @@ def test_batches_fit_their_memory(model):
 def test_the_module_is_the_verb(model):
     conversation = [{"role": "user", "content": "hello"}]
     texts = jt.generate(model, ["hello", conversation, generate.token_ids(model, "hello", "prompt")], max_new_tokens=8)
-    assert texts == jt.generate(model, "hello", max_new_tokens=8) * 3  # one prompt may stand alone
+    assert texts == jt.generate(model, "hello", max_new_tokens=8) * 3  # a single prompt need not be in a list
     assert jt.generate(model, conversation, max_new_tokens=8) == texts[:1]
     assert jt.generate(model, "hello", chat=False, max_new_tokens=8) != texts[:1]
     assert jt.generate(model, []) == []

@@ -1,4 +1,4 @@
-"""optimizer_in_bwd: the ordinary step's numbers, without its gradients."""
+"""optimizer_in_bwd: the numbers of the ordinary step, without its gradients."""
 
 import jax
 import numpy as np
@@ -20,9 +20,9 @@ IN_BACKWARD = {"optimizer_in_bwd": True, "max_grad_norm": 0.0}
 
 
 def steps(shape: dict, overrides: dict, mesh=None, number: int = 2):
-    """(trainable, optimiser's state, metrics) after some steps."""
+    """(trainable, optimiser state, metrics) after some steps."""
     given = {"model": "m", "method": "full", "data": {"train": "x"}, "max_steps": 10, "learning_rate": 1e-2, "weight_decay": 0.1}
-    given["adam_epsilon"] = 1e-3  # else Adam makes whole steps of gradients that are rounding
+    given["adam_epsilon"] = 1e-3  # otherwise Adam would make whole steps of gradients that are rounding errors
     config = load_config(given | {"max_grad_norm": 0.0, "gradient_checkpointing": "full", "dtype": "float32"} | overrides)
     model_config = how_to_compute(config, from_hf(shape), tiny.mesh_on("cpu"))
     trainable, optimizer = init_params(jax.random.key(0), model_config), optim.optimizer(config, 10)
@@ -41,7 +41,7 @@ def steps(shape: dict, overrides: dict, mesh=None, number: int = 2):
 
 
 def assert_same(plain, fused, others=0.0):
-    """`others`: the share of a leaf's numbers that may differ. A sum in another order may fall on the next level of an 8-bit moment."""
+    """`others`: the fraction of a leaf's numbers that may differ. A sum in another order may fall on the next level of an 8-bit moment."""
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(fused), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         if one.size:
@@ -62,7 +62,7 @@ def test_groups():
 
 
 def test_experts_and_stacks():
-    """Two dense layers and one of experts, twice: stacks that are gone through side by side, in a group of two units."""
+    """Two dense layers and one of experts, twice: stacks processed side by side, in a group of two units."""
     shape = references.load("qwen3_moe").config | {"decoder_sparse_step": 3, "mlp_only_layers": [], "num_hidden_layers": 6}
     assert from_hf(shape).stacks == ((0, 1, 3, 4), (2, 5))
     assert_same(steps(shape, {"gradient_checkpointing": False}), steps(shape, IN_BACKWARD | {"gradient_checkpointing": "groups"}))

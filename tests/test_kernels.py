@@ -1,4 +1,4 @@
-"""Which form of attention a run takes, and that a kernel which is wrong on a chip is not among them."""
+"""Which form of attention a run uses, and that a kernel which is wrong on a chip is never used."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def run(**keys):
     ],
 )
 def test_a_kernel_that_cannot_do_the_run(form, platform, change, words):
-    """Is refused where it is asked for, and `auto` takes plain XLA."""
+    """It is refused if requested, and `auto` uses plain XLA."""
     model, mesh = dataclasses.replace(MODEL, **change), tiny.mesh_on(platform, tensor=2)
     with pytest.raises(ConfigError, match=words):
         kernels.check_attention(run(attention=form), model, mesh)

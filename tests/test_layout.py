@@ -1,4 +1,4 @@
-"""Imports point one way, and importing costs little."""
+"""Imports go one way, and importing costs little."""
 
 import ast
 import subprocess
@@ -20,7 +20,7 @@ LEVELS = (
     {"train", "sweep", "start", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes", "serving", "serve"},
     {"__main__", "__init__"},
 )
-# Folders of one level that may not know of each other, and what the numerical core is made of.
+# Folders of one level that may not import each other, and what the numerical core may import.
 STRANGERS = ({"model", "data"}, {"peft", "objectives"})
 CORE = {"model", "peft", "objectives"}
 CORE_PACKAGES = {"jax", "flax", "optax", "numpy"}
@@ -34,12 +34,12 @@ def level(part: str) -> int:
 
 def part_of(path: Path) -> str:
     relative = path.relative_to(ROOT / "jaxtune")
-    # the commands inside data/ and convert/ stand above the library they are a face of
+    # the commands inside data/ and convert/ are above the library they belong to
     return "__main__" if relative.name == "__main__.py" else relative.parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that the file imports, at any depth of nesting, as a dotted name; `from jaxtune import data` is jaxtune.data."""
+    """Every module that the file imports, at any nesting depth, as a dotted name; `from jaxtune import data` is jaxtune.data."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a killed process has left half-written is taken away, what a living one writes is not."""
+"""What a killed process has left incomplete is removed, what a living one writes is not."""
 
 import errno
 import os

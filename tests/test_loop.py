@@ -1,4 +1,4 @@
-"""The economy of a step: what is compiled, what is moved, and when the host waits."""
+"""The cost of a step: what is compiled, what is transferred, and when the host waits."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder, tmp_path):
-    """The same settings for all, so that they share what is compiled."""
+    """The same settings for all tests, so that they share compiled programs."""
     data = {"train": str(folder / "rows.jsonl"), "max_length": 128, "packing": "group", "eval": 0.2, "cache_dir": str(folder / "cache")}
     return {
         "model": str(folder / "model"), "output_dir": str(tmp_path / "run"), "data": data, "lora": {"r": 2}, "max_steps": 8,
@@ -46,7 +46,7 @@ def config(folder, tmp_path):
 
 @pytest.fixture
 def compiled():
-    """The names of the programs that have been compiled so far."""
+    """The names of the programs compiled so far."""
     names = []
 
     def listen(event, seconds, fun_name="", **_):
@@ -59,7 +59,7 @@ def compiled():
 
 
 def test_a_shape_is_compiled_once_over_a_whole_run(config, tmp_path, monkeypatch, compiled):
-    """Both lengths, part-filled last batches, evaluations, checkpoints and a resumption."""
+    """Both lengths, partly filled last batches, evaluations, checkpoints and a resumption."""
     known, advance = [], RunLog.advance
 
     def count(self, step, *args):
@@ -69,7 +69,7 @@ def test_a_shape_is_compiled_once_over_a_whole_run(config, tmp_path, monkeypatch
     monkeypatch.setattr(RunLog, "advance", count)
     program.train(config)
     assert compiled.count("jit(step)") == 2 and compiled.count("jit(eval_step)") == 1
-    assert known[-1] == known[4]  # with the first evaluation everything has been compiled: nothing small comes later either
+    assert known[-1] == known[4]  # after the first evaluation everything has been compiled, and nothing small follows
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
     assert program.train(config | {"resume": True}).step == 8
     assert compiled.count("jit(step)") == 2 and compiled.count("jit(eval_step)") == 1
@@ -77,7 +77,7 @@ def test_a_shape_is_compiled_once_over_a_whole_run(config, tmp_path, monkeypatch
 
 @contextlib.contextmanager
 def explicit_transfers_only(monkeypatch):
-    """No array goes to the device or comes back but by device_put, device_get or what they are made of."""
+    """Allow transfers to and from the device only through device_put, device_get and the functions they use."""
     asked, array = [0], type(jnp.zeros(()))
 
     def guarded(name):
@@ -100,13 +100,13 @@ def explicit_transfers_only(monkeypatch):
 
     with monkeypatch.context() as patch, jax.transfer_guard_host_to_device("disallow"):
         patch.setattr(jax, "device_get", device_get)
-        for name in ("__float__", "__int__", "__bool__", "__index__", "item", "tolist"):  # np.asarray needs no method of a CPU's array
+        for name in ("__float__", "__int__", "__bool__", "__index__", "item", "tolist"):  # np.asarray needs no method of a CPU array
             patch.setattr(array, name, guarded(name))
         yield
 
 
 def test_the_loop_moves_nothing_that_it_does_not_say(config, monkeypatch):
-    """Neither to the device nor back: a hidden read is a wait for the device in every step."""
+    """Neither to the device nor back: a hidden read would wait for the device in every step."""
     run = Loop._run
 
     def guarded(self, *args):
@@ -114,7 +114,7 @@ def test_the_loop_moves_nothing_that_it_does_not_say(config, monkeypatch):
             return run(self, *args)
 
     monkeypatch.setattr(Loop, "_run", guarded)
-    monkeypatch.setattr(Checkpoints, "prove", lambda self, number, state, *args, **kwargs: state)  # Orbax reads as it likes
+    monkeypatch.setattr(Checkpoints, "prove", lambda self, number, state, *args, **kwargs: state)  # Orbax reads in its own way
     monkeypatch.setattr(Checkpoints, "save", lambda *args: None)
     assert program.train(config).step == 8
 
@@ -132,7 +132,7 @@ def test_the_guard_of_that_test_bites(monkeypatch):
 
 
 def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeypatch):
-    """While the device is at work on step t, the host reads the metrics of t - 1 and puts the batch of t + 1."""
+    """While the device computes step t, the host reads the metrics of t - 1 and transfers the batch of t + 1."""
     order = []
     programs = start.programs
 

@@ -1,4 +1,4 @@
-"""A loss function of the user's own in place of an objective's."""
+"""A user's own loss function in place of an objective's."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def test_a_run_learns_by_it(tmp_path, mine):
     train(run)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
-    # of a model that knows nothing yet the focal loss is nearly the plain one
+    # for an untrained model the focal loss is nearly the plain one
     chance = np.log(json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"])
     assert 0.8 * chance < losses[0] < 1.3 * chance and losses[-1] < losses[0] and 0 < logged[0]["surest"] < 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["function_files"].keys() == {f"{tmp_path}/mine.py"}

@@ -1,4 +1,4 @@
-"""Whole runs of the methods that are not LoRA: over a packed base and a mesh, resumed, merged from disk to disk, and their errors."""
+"""Whole runs of methods other than LoRA: over a quantised base and a mesh, resumed, merged from disk to disk, and their errors."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def tensors(folder):
 
 
 def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path, steps_compiled):
-    """AdaLoRA has the most state: importance of each number, which values live, and a step that it starts from."""
+    """AdaLoRA has the most state: the importance of each number, which values are live, and a step that it starts from."""
     ranks = {"init_r": 4, "target_r": 2, "tfinal": 1, "target_modules": ["q_proj"]}
     run = config(folder, tmp_path / "run", method="adalora", adalora=ranks,
                  quantization="int8",
@@ -70,7 +70,7 @@ def test_ranks_are_allocated_on_a_mesh_and_resumed_bit_for_bit(folder, tmp_path,
 
 @pytest.mark.parametrize("name", ["ia3", "boft of some layers"])
 def test_merged_from_disk_to_disk(folder, tmp_path, name):
-    """What the merged folder holds is compared with base and adapter before it gets its name."""
+    """The merged folder is compared with base and adapter before it gets its name."""
     model = jt.load(folder / "model")
     adapter = stir(jt.init_adapter(jax.random.key(0), model, CASES[name].config()), model)
     jt.save_adapter(adapter, model, tmp_path / "adapter")
@@ -108,7 +108,7 @@ def test_a_config_keeps_the_group_of_its_method():
 
 @pytest.mark.parametrize("name", ["prompt tuning", "prefix tuning"])
 def test_generation_goes_on_from_the_virtual_tokens(folder, name):
-    """Each token is the likeliest after the text so far, read anew without a cache; rows of unlike length share a batch."""
+    """Each token is the most likely one after the text so far, computed again without a cache; rows of different lengths share a batch."""
     model = jt.load(folder / "model")
     adapter = stir(jt.init_adapter(jax.random.key(0), model, CASES[name].config()), model)
     prompts = [[15, 9, 33], [12, 71, 18, 40, 12, 13, 77]]
@@ -130,7 +130,8 @@ def test_adapters_that_are_no_sums_are_not_mixed(folder):
 
 
 def test_a_run_that_begins_with_singular_vectors(folder, tmp_path, steps_compiled):
-    """The base is moved for the run alone: the adapter on disk, of twice the rank, is over the base as it was, which DPO compares with."""
+    """The base is changed for the run only: the adapter on disk, of twice the rank, applies to the original base, which DPO compares with.
+    """
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in ROWS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     run = config(folder, tmp_path / "run", objective="dpo", data={"train": str(tmp_path / "pairs.jsonl"), "max_length": 32}, max_steps=2,
@@ -147,7 +148,7 @@ def test_a_run_that_begins_with_singular_vectors(folder, tmp_path, steps_compile
     assert np.abs(found[0] - found[2]).max() > 1e-3
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if row.get("step") == 1)
-    assert abs(first["loss"] - np.log(2)) < 1e-3  # policy and reference are one model before the first step
+    assert abs(first["loss"] - np.log(2)) < 1e-3  # policy and reference are the same model before the first step
     with pytest.raises(ConfigError, match="moves the base beside the adapter, which jt.train does for a run"):
         jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(init_lora_weights="pissa"))
 
@@ -160,7 +161,7 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("way", BEGINNINGS)
 def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, monkeypatch, caplog, way):
-    """An ordinary adapter, over a base that is beside it where it is another one; a resume takes both (whole runs: tests/test_train.py)."""
+    """An ordinary adapter, with its base beside it if that differs; a resume uses both (whole runs: tests/test_train.py)."""
     keys = config(folder, tmp_path / "run", per_device_train_batch_size=8, **BEGINNINGS[way])
     keys["lora"] = {"target_modules": ["q_proj", "down_proj"]} | keys["lora"]
     run, out, mesh = load_config(keys | {"dtype": "float32"}), tmp_path / "run", parallel.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -192,7 +193,7 @@ def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, monkeypatch, c
         assert sum(ranks) == 2 * 6 and len(set(ranks)) > 1 and max(ranks) <= 4
         assert not any(np.any(adapter.params[site.path]["b"]) for site in adapter.sites)
         jt.load_adapter(out / "adapter", plain)
-        shares = {site.path: [0, *site.ranks[1:]] for site in adapter.sites}  # a layer without rank is no target any more
+        shares = {site.path: [0, *site.ranks[1:]] for site in adapter.sites}  # a layer without rank is no longer a target
         sites = find_sites(model.config, eva.redistributed(adapter, shares, adaptable(model.config)))
         assert {site.path: list(site.ranks) for site in sites} == shares
         return
@@ -211,7 +212,7 @@ def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
         _, (state, base, batch), model_config = abstract_step(run, open_model(run.model).config, mesh)
         return by_cause(run, model_config, state, base, batch, 2**30)["weights"]
 
-    pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers, and a scale of each
+    pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers, each with a scale
     assert weights(init_lora_weights="pissa") - weights() == pairs + 3 * 4
     assert beginnings.widest(load_config({"model": "m", "lora": {"init_lora_weights": "eva", "r": 3}})).lora.r == 6
 

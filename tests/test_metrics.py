@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand, and the hook with a user's own function."""
+"""Metrics against values computed by hand, and the hook with a user's own function."""
 
 import math
 import random

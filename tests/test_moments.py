@@ -1,4 +1,4 @@
-"""Moments in 8 bits: bitsandbytes' levels, the nearest of them, one byte a number, cut over a mesh like the parameters."""
+"""Moments in 8 bits: bitsandbytes' levels, rounding to the nearest, one byte per number, sharded like the parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_every_number_takes_the_nearest_level(signed):
     assert codes.dtype == jnp.uint8 and np.all(absmax == 1)
     best = np.abs(x[:, None] - own).min(1)
     error = np.abs(x - own[np.asarray(codes)])
-    np.testing.assert_allclose(error, best, atol=1e-7)  # but for float32 at a tie
+    np.testing.assert_allclose(error, best, atol=1e-7)  # except for float32 at a tie
     np.testing.assert_array_equal(quantize(jnp.asarray(levels(signed)), signed)[0], np.arange(256))
 
 
@@ -46,7 +46,7 @@ def test_bytes_of_the_moments(optim, copies):
     params = {"layers": {"0": {"q": jnp.zeros((2, 64, 256)), "norm": jnp.zeros((2, 4000))}}}
     state = jax.eval_shape(optimizer(load_config({"model": "m", "method": "full", "optim": optim}), 10).init, params)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    matrix, small = 2 * 64 * 256, 2 * 4000  # a norm of a layer is below 4096, though the stack is not
+    matrix, small = 2 * 64 * 256, 2 * 4000  # a layer's norm is below 4096, although the stack is not
     assert held - copies * (matrix + 4 * matrix // 256 + 4 * small) in (4, 8)  # counts
 
 
@@ -97,17 +97,17 @@ def run_on(sizes, steps, checkpoints=None):
 
 
 def test_packed_moments_over_fsdp_with_zero_1_and_resumed_on_another_mesh(tmp_path):
-    """Each device holds its part, and every mesh computes the same bits, also where one goes on from another's checkpoint."""
+    """Each device has its part, and every mesh computes the same bits, also when it continues from another's checkpoint."""
     alone = run_on((1, 1), 4)
     saved = run_on((4, 2), 2)
     for path, leaf in jax.tree_util.tree_leaves_with_path(saved.opt_state):
         if leaf.ndim:
-            parts = 4 if "absmax" in str(path) and "odd" in str(path) else 8  # blocks that run over rows are cut by layers alone
+            parts = 4 if "absmax" in str(path) and "odd" in str(path) else 8  # blocks that cross rows are sharded by layers only
             assert leaf.addressable_shards[0].data.size == leaf.size // parts, path
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, saved, {})
     checkpoints.wait()
-    for sizes in ((1, 8), (1, 1)):  # a row's blocks do not divide by eight
+    for sizes in ((1, 8), (1, 1)):  # a row's blocks are not divisible by eight
         resumed = run_on(sizes, 4, checkpoints=checkpoints)
         for one, other in zip(jax.tree.leaves(fetch(alone.opt_state)), jax.tree.leaves(fetch(resumed.opt_state)), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -116,7 +116,7 @@ def test_packed_moments_over_fsdp_with_zero_1_and_resumed_on_another_mesh(tmp_pa
 
 
 def test_one_layer_at_a_time_is_in_float32():
-    """The same update and state as all layers at once, from a fraction of the memory (on a v5e that was more than 8 bits save)."""
+    """The same update and state as for all layers at once, with a fraction of the memory (on a v5e that was more than 8 bits save)."""
     shapes = {"layers": {"0": {name: (32, 16, 512) for name in "qk"} | {"norm": (32, 512)}}, "embed": (40, 512)}
     params = jax.tree.map(lambda shape: jax.random.normal(jax.random.key(0), shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
     found = {}

@@ -120,7 +120,7 @@ def test_decay_skips_norms_and_biases_though_stacked():
     want = {"embed": True, "head": True, "norm": False,
             "layers": {"0": {"attn_norm": False, "q": True, "q_bias": False, "q_norm": False}}}  # fmt: skip
     assert decays(TREE) == want
-    # an adapter's paths are one key each; transformers decays a DoRA magnitude, whose name is no norm's
+    # an adapter's paths are one key each; transformers decays a DoRA magnitude, whose name contains no norm
     pair = {"a": jnp.ones((3, 2, 4)), "b": jnp.ones((3, 4, 2)), "magnitude": jnp.ones((3, 4))}
     assert decays({"params": {"layers/0/q": pair}}) == {"params": {"layers/0/q": {"a": True, "b": True, "magnitude": True}}}
 
@@ -184,7 +184,7 @@ def test_every_optimizer_goes_downhill(optim):
 
 
 def test_zero_rows_stay_zero():
-    """Ranks that differ by layer are padded with zero rows and columns; no optimiser may wake them."""
+    """Ranks that differ by layer are padded with zero rows and columns; no optimiser may change them."""
     for optim in OPTIMIZERS:
         tx = optimizer(config(optim=optim, weight_decay=0.1, learning_rate=0.1), 10)
         a = jnp.zeros((2, 3, 4)).at[:, :2].set(1.0).at[1].set(0.0)

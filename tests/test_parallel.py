@@ -1,4 +1,4 @@
-"""Meshes of eight fake devices: the numbers of one device, and a compiled program that lies on the mesh as it was meant to."""
+"""Meshes of eight fake devices: the numbers of one device, and a compiled program with the intended sharding."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ from jaxtune.step import init_state, make_step
 DENSE = tiny.LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 64, "hidden_size": 512, "head_dim": 8}
 DENSE |= {"num_hidden_layers": 2, "attention_bias": False}
 MOE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "architectures": ["MixtralForCausalLM"]}
-# data, fsdp, tensor, sequence. SFT by all methods over meshes of three axes is in tests/laws/test_batches.py; here is what that leaves out.
+# data, fsdp, tensor, sequence. tests/laws/test_batches.py covers SFT with all methods over meshes of three axes; the rest is here.
 CASES = {
     ("dense", "full", "sft"): [(1, 8, 1, 1), (2, 1, 1, 4)],
     ("dense", "qlora", "dpo"): [(1, 8, 1, 1)],
@@ -47,13 +47,14 @@ def mesh_of(sizes):
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for name, hf in (("dense", DENSE), ("moe", MOE)):
-        tensors = {key: x if x.ndim == 1 else x * 0.3 for key, x in tiny.hf_tensors(hf).items()}  # so wide, or rounding grows
+        # this wide, because otherwise rounding grows
+        tensors = {key: x if x.ndim == 1 else x * 0.3 for key, x in tiny.hf_tensors(hf).items()}
         tiny.write(folder / name, hf, tensors)
     return folder
 
 
 def make_batch(rows=8, length=32, answers=False):
-    """Rows of two documents (one pair of answers each), some padding behind."""
+    """Rows of two documents (one pair of answers each), followed by some padding."""
     rng = np.random.default_rng(0)
     batch = Batch.empty((1, rows, length), answers=2 if answers else 0)
     batch.tokens[:] = rng.integers(1, 90, batch.tokens.shape)
@@ -62,7 +63,7 @@ def make_batch(rows=8, length=32, answers=False):
         batch.weights[..., start + 4 : stop] = 1
         if answers:
             batch.answers.numbers[..., start + 4 : stop] = number
-    batch.weights[:, 3, 10:] = 0  # rows of different weight, so that a mean of means shows
+    batch.weights[:, 3, 10:] = 0  # rows of different weight, so that a mean of means would be noticed
     if answers:
         batch = dataclasses.replace(batch, answers=Answers(batch.answers.numbers, batch.answers.values))
     return batch
@@ -70,10 +71,10 @@ def make_batch(rows=8, length=32, answers=False):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """The same code in float64: what says float32 means float64.
+    """The same code in float64: whatever says float32 means float64.
 
-    Rounding grows by a factor of about 1000 from loss to gradient here, so that float32 has 1e-4 between two meshes, and a fault could
-    hide in that; in float64 the same factor leaves 1e-12.
+    Rounding grows by a factor of about 1000 from loss to gradient here, so float32 differs by 1e-4 between two meshes, which could hide a
+    fault; in float64 the same factor leaves 1e-12.
     """
     monkeypatch.setattr(jnp, "float32", jnp.float64)
     with jax.enable_x64(True):
@@ -92,7 +93,7 @@ class Case:
         self.params = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == np.float32 else x, model.params)
         self.model_config = dataclasses.replace(model.config, dtype="float64", remat="full")
         self.trainable = self.params if method == "full" else peft.init_adapter(jax.random.key(0), model, LoraConfig(r=4))
-        rng, size = np.random.default_rng(0), 0.01 if method == "full" else 0.1  # away from where it began, which is DPO's reference
+        rng, size = np.random.default_rng(0), 0.01 if method == "full" else 0.1  # away from its initial value, which is DPO's reference
         self.trainable = jax.tree.map(lambda x: np.asarray(x + size * rng.standard_normal(x.shape)), self.trainable)
         self.one = self.step(None)
 
@@ -107,7 +108,7 @@ class Case:
             return trainable, {TEACHER: Teacher(base, self.model_config)}, batch
         if self.config.method != "full":
             return trainable, base, batch
-        if batch.answers is not None:  # what it began with is computed beforehand, as jaxtune/reference.py does
+        if batch.answers is not None:  # its initial log-probabilities are computed beforehand, as in jaxtune/reference.py
             logps = jax.jit(lambda params, rows: answer_logprobs(self.config, self.model_config, params, rows).logp_BS)
             before = logps(base, jax.tree.map(lambda x: x[0], batch))
             batch = batch.replace(answers=batch.answers.replace(ref_logps=before[None]))
@@ -117,7 +118,7 @@ class Case:
         trainable, base, batch = self.place(mesh)
         step = jax.jit(make_step(self.config, self.model_config, OBJECTIVES[self.config.objective], optax.sgd(1.0), mesh=mesh))
         state = init_state(trainable, optax.sgd(1.0), 0)
-        whole = mesh is not None and mesh.shape["fsdp"] == mesh.size  # whose program is looked at; the others need not be good ones
+        whole = mesh is not None and mesh.shape["fsdp"] == mesh.size  # whose program is examined; the others need not be good ones
         compiled = step.lower(state, base, batch).compile(compiler_options=tiny.OF_USERS if whole else QUICKLY)
         self.text = compiled.as_text()
         after, metrics = compiled(state, base, batch)
@@ -139,7 +140,8 @@ def test_a_mesh_computes_what_one_device_does(folders, case, float64):
 
 
 def check_program(text, method):
-    """Over eight ways of fsdp: rows apart everywhere, weights brought together a layer at a time, packed ones as they are packed."""
+    """With fsdp over eight devices: rows are sharded everywhere, weights are gathered one layer at a time, quantised ones in quantised
+    form."""
     assert not re.search(r"f64\[8,32,(512|64)\]", text)  # the hidden states of all rows, on one device
     gathers = [(where, shape) for where, kind, shape in collectives(text) if kind == "all-gather"]
     stacks = [shape for _, shape in gathers if re.match(r"\w+\[2,\d+,\d+\]", shape)]
@@ -169,7 +171,7 @@ def test_a_dimension_that_does_not_divide_names_the_choices(folders):
 
 @pytest.mark.parametrize("quantization", [None, "nf4-dq", "int8"])
 def test_weights_read_by_shards_are_the_weights(folders, quantization):
-    """Each device's part, read and packed by itself, is the same bytes as the whole matrix cut."""
+    """Each device's part, read and quantised by itself, has the same bytes as the whole matrix split."""
     whole = load(folders / "moe", quantization=quantization)
     parts = read_model(open_model(folders / "moe"), quantization=quantization, mesh=mesh_of((1, 4, 2, 1)))
     assert jax.tree.structure(whole.params) == jax.tree.structure(parts.params)

@@ -1,4 +1,4 @@
-"""Pictures are PNG files, written whole."""
+"""Plots are PNG files, written atomically."""
 
 from jaxtune import picture
 from jaxtune.picture import draw_loss, draw_runs
@@ -37,7 +37,7 @@ def test_the_legend_covers_no_line_and_tells_a_best_that_is_not_the_last(tmp_pat
 
 
 def test_runs_in_one_picture(tmp_path):
-    """A run without numbers has no line, and without any there is no picture."""
+    """A run without numbers has no line, and without any there is no plot."""
     path = tmp_path / "runs.png"
     draw_runs({"a": [], "b": [{"step": 1, "loss": None}]}, path)
     assert not path.exists()

@@ -1,4 +1,4 @@
-"""What a plan says: the batch is that of a run, the bytes are those of the arrays, what does not fit is answered by what does."""
+"""What a plan reports: the batch is that of a run, the bytes are those of the arrays, and if it does not fit, settings that do."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from jaxtune.planned import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.train import train
 
-OWN = {"compilation_cache": False}  # what is compiled here is kept from other tests
+OWN = {"compilation_cache": False}  # programs compiled here are not shared with other tests
 PAIR = {"prompt": "one two", "chosen": " three", "rejected": " four"}
 ROWS = {
     "sft": {"prompt": "one", "completion": " two"}, "kto": {"prompt": "one", "completion": " two", "label": True},
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_answered_by_what_does(model_folder, monkeypatch):
 
 
 def needs(config, model_config, mesh, rows):
-    """In place of the compiler: bytes by a formula."""
+    """Replaces the compiler: bytes by a formula."""
     each = {True: 1, "full": 1, "offload": 0.5}.get(config.gradient_checkpointing, 4)
     weights = {"full": 8000, "lora": 4000, "qlora": 1000}[config.method] // mesh.shape["fsdp"]
     causes = dict.fromkeys(("weights", "scales", "trainable", "optimizer", "activations"), 1)
@@ -198,7 +198,7 @@ def test_room_that_is_left_is_told(model_folder, monkeypatch):
 
 
 def test_the_products_that_are_kept(tmp_path):
-    """What a step needs more where it keeps them, as counted and as compiled."""
+    """What a step needs in addition if it keeps them, as counted and as compiled."""
     (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA | {"num_hidden_layers": 12}))
     data = {"train": "x.jsonl", "max_length": 256}
     kept, again = (plan(run(tmp_path, method="lora", lora={"r": 1}, data=data, gradient_checkpointing=remat)) for remat in ("dots", True))
@@ -207,7 +207,7 @@ def test_the_products_that_are_kept(tmp_path):
 
 
 def test_methods_side_by_side(model_folder, monkeypatch, capsys):
-    """One does not fit and the others do; what cannot be used says why, in its row's place."""
+    """One does not fit and the others do; an unusable one says why, in its row."""
     config = run(model_folder, method="lora", learning_rate=1e-3)
     alone = jax.devices()[:1]
     monkeypatch.setattr("jaxtune.plan.find_target", small(1, alone))
@@ -218,7 +218,7 @@ def test_methods_side_by_side(model_folder, monkeypatch, capsys):
     mesh = parallel.make_mesh(MeshConfig(), alone)
     _, (state, base, _), _ = abstract_step(run(model_folder, method="qlora"), open_config(model_folder), mesh)
     held, adapter = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (base, state.trainable))
-    found = plans["qlora"].bytes  # of arguments: what the shapes of the trees hold
+    found = plans["qlora"].bytes  # of arguments: the content of the trees' shapes
     assert found["weights"] + found["scales"] == held and found["trainable"] == adapter
     assert 2 * adapter <= found["optimizer"] <= 2 * adapter + 64
     side_by_side(plans, Console())
@@ -232,7 +232,7 @@ def test_methods_side_by_side(model_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("method", "remat"), [("lora", False), ("lora", True), ("full", True)])
 def test_operations_are_about_those_that_xla_counts(tmp_path, method, remat):
-    """XLA counts the loops over layers once, as if there were one layer; what grows with more layers is the optimiser, no product."""
+    """XLA counts the loops over layers once, as if there were one layer; with more layers only the optimiser grows, not the products."""
 
     def step_of(layers: int):
         wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "vocab_size": 1024, "num_key_value_heads": 4}
@@ -250,7 +250,7 @@ def test_operations_are_about_those_that_xla_counts(tmp_path, method, remat):
 
 
 class Seen(Exception):
-    """The step that a run begins with."""
+    """The step that a run starts with."""
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ class Seen(Exception):
     ids=lambda keys: keys.get("objective", "sft"),
 )  # fmt: skip
 def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, keys):
-    """Letter for letter, so that its bytes are those of the run and its compilation serves both."""
+    """Exactly equal, so that its bytes are those of the run and one compilation serves both."""
     row = PAIR if keys.get("objective") in ("dpo", "reward") else {"prompt": "one", "completion": " two three"}
     keys = keys | ({"teacher": str(folder)} if keys.get("objective") == "distill" else {})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"one {n}"}) + "\n" for n in range(20)))
@@ -290,7 +290,7 @@ def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, k
     jitted = start.programs
     monkeypatch.setattr("jaxtune.plan._needs", lowered)
     monkeypatch.setattr(start, "programs", programs)
-    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)  # which has shapes too, and not the run's arrays
+    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)  # which also has shapes, but not the run's arrays
     plan(config)
     with pytest.raises(Seen):
         train(config)
@@ -306,7 +306,7 @@ def test_steps_and_shapes_are_those_of_the_rows_where_they_are_here(folder, tmp_
     config = run(folder, data=settings, per_device_train_batch_size=2, num_train_epochs=2, mesh={"data": 2})
     found = plan(config, target="small")
     real = data.load(config, open_tokenizer(folder), 2)
-    assert found.steps == data.total_steps(config, real.train) == 6  # 11 rows, 4 a step, twice
+    assert found.steps == data.total_steps(config, real.train) == 6  # 11 rows, 4 per step, twice
     assert found.rows == found.rows | {"documents": 11, "rows": 11, "length": 64, "steps_per_epoch": 3}
     assert found.hours_at_least == pytest.approx(6 * found.seconds_at_least / 3600)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:2])
@@ -333,7 +333,7 @@ def test_steps_and_shapes_are_those_of_the_rows_where_they_are_here(folder, tmp_
     ],
 )  # fmt: skip
 def test_a_packed_checkpoint_is_planned_as_it_is(tmp_path, settings, kind):
-    """Whatever the config of the run says, as `train` reads it."""
+    """Whatever the run's config says, as `train` reads it."""
     hf = tiny.LLAMA | {"quantization_config": {"quant_method": "bitsandbytes"} | settings}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     (tmp_path / "plain").mkdir()
@@ -351,7 +351,7 @@ def test_the_machine_at_hand_says_how_much_memory_it_has():
 
 
 class Card:
-    """A device that may not tell its memory."""
+    """A device that may not report its memory."""
 
     platform = "gpu"
 
@@ -407,7 +407,7 @@ def test_a_target_that_is_none_says_what_to_write(name, said):
 
 
 def test_the_compiler_to_install_is_that_of_jaxs_version(monkeypatch):
-    monkeypatch.setattr(topologies, "get_topology_desc", None)  # as where no plugin is installed, an error
+    monkeypatch.setattr(topologies, "get_topology_desc", None)  # as without a plugin, an error
     with pytest.raises(ConfigError, match="jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} ".format(re.escape(jax.__version__))):
         targets.find_target("h100")
 
@@ -418,5 +418,5 @@ def test_gpus_of_several_hosts_are_as_many_as_were_asked_for(monkeypatch, count,
     monkeypatch.setattr(targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
     found = targets.find_target(f"{count}xh100")
     assert asked["topology"] == f"1x{hosts}x{count // hosts}"
-    with found.lowering():  # jax 0.12 lowers a kernel for the chip that the context names, and for none without
+    with found.lowering():  # jax 0.12 lowers a kernel for the context's chip, and fails without one
         assert jax.sharding.get_abstract_mesh().abstract_device.device_kind == "NVIDIA H100"

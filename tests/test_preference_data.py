@@ -1,4 +1,4 @@
-"""The preference set: made again byte for byte, held out as it says, and not to be told by length or words alone."""
+"""The preference set: reproducible byte for byte, held out as documented, and not separable by length or words alone."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_a_linear_model_of_the_words_is_well_below_what_can_be_reached(rows):
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
 def test_the_configs_read_the_set_and_other_pairs(tmp_path, monkeypatch, objective):
-    """As they are; and LLaMA-Factory's demo pairs, where those are at hand."""
+    """As they are; and LLaMA-Factory's demo pairs, if available."""
     monkeypatch.chdir(ROOT)
     here = {"data.cache_dir": str(tmp_path), "data.max_length": 4096}  # a small tokenizer makes many tokens
     overrides = [f"{key}={value}" for key, value in here.items()]

@@ -1,4 +1,5 @@
-"""The quickstart's rows: made again byte for byte, right by a reading of their own, and with test phrasings that no training row shares."""
+"""The quickstart's rows: reproducible byte for byte, correct according to an independent reading, and with test phrasings that do not occur
+in training."""
 
 import json
 import random
@@ -31,7 +32,7 @@ def test_the_generator_writes_the_files_that_are_shipped(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_000_000
 
 
-# What is a value of a schedule, whatever the generator thinks: digits, number words, names of days and months, the hour's words.
+# Values of a schedule, whatever the generator says: digits, number words, names of days and months, the hour's words.
 DAY = r"(?:(?:sun|mon|tues|wednes|thurs|fri|satur)day|sun|mon|tue|wed|thu|fri|sat)s?|week ?days?|week ?ends?|(?:working|business) days?"
 MONTH = r"january|february|march|april|may|june|july|august|september|october|november|december"
 WORD = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|fourth|other"
@@ -40,7 +41,7 @@ VALUE = re.compile(rf"\b(?:\d+(?::\d\d)?(?:st|nd|rd|th)?(?: ?[ap]\.?m\b\.?)?|{DA
 
 
 def masked(english: str) -> str:
-    """The phrasing: values as #, lists, ranges and runs of values as one #, no letter case, no punctuation."""
+    """The phrasing: values as #, lists, ranges and runs of values as one #, without case and punctuation."""
     text = VALUE.sub("#", english.lower())
     text = re.sub(r"[^\w#]+", " ", text)
     return re.sub(r"#(?: (?:and |to |through |until )?#)+", "#", text).strip()
@@ -102,7 +103,7 @@ def read_times(text: str) -> list[tuple[int, int]]:
 
 
 def read_days(text: str) -> str | None:
-    """The weekday field, where the text names weekdays."""
+    """The weekday field, if the text names weekdays."""
     if re.search(r"\bmonday to friday|mon-fri|week ?days?\b|(working|business) days?|work week", text):
         return "1-5"
     if re.search(r"week ?ends?", text):

@@ -1,4 +1,4 @@
-"""Where the reference model comes from, what it costs, and when what was computed of it is found again."""
+"""Where the reference model comes from, what it costs, and when cached log-probabilities are found again."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def test_computed_beforehand_is_the_same_and_found_again(run, opened, model, ada
     assert base is model.params and rows.train.ref_logps is not None
     each_step = run(**keys)
     now = loss(each_step, model, adapter, model.params, data.load(each_step, opened.tokenizer))
-    nothing = model.params | {answers.REFERENCE: {}}  # a reference that could not be asked
+    nothing = model.params | {answers.REFERENCE: {}}  # a reference that cannot be evaluated
     assert loss(config, model, adapter, nothing, rows) == pytest.approx(now, rel=1e-5)
     monkeypatch.setattr(reference, "answer_logprobs", None)  # nothing may be computed again
     _, again = prepare(run(**keys, precompute_ref_log_probs=True, seed=7, gradient_accumulation_steps=2), opened, model, adapter)
@@ -216,7 +216,7 @@ def test_sharing_prompts_costs_fewer_flops(run, model, costs):
 
 
 def test_the_reference_follows_every_few_steps(run, model):
-    """TR-DPO: after steps 2, 4, ... `(1 - alpha) reference + alpha policy`; between them it stands still."""
+    """TR-DPO: after steps 2, 4, ... `(1 - alpha) reference + alpha policy`; unchanged in between."""
     config = run(method="full", sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=2)
     batch = data.load(config, model.tokenizer).train.batch_at(0)
     step = jax.jit(make_step(config, model.config, OBJECTIVES["dpo"], optax.sgd(0.1)))

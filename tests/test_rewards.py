@@ -1,4 +1,4 @@
-"""Reward functions: TRL's signature, the table, and one clear error for everything that goes wrong in them."""
+"""Reward functions: TRL's signature, the table, and one clear error for each failure."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def config(**keys):
 
 
 def judged(spec, **keys):
-    """What one reward says: a name, or a function."""
+    """What one reward returns: given by name, or as a function."""
     names = {"reward_funcs": [spec]} if isinstance(spec, str) else {}
     (reward,) = find_rewards(config(**names, **keys), () if isinstance(spec, str) else [spec])
     told: dict = {}
@@ -112,7 +112,7 @@ def test_weights_and_names():
 
 
 def test_the_config_of_the_guide():
-    """The one that is shown for gsm8k is a config, and what the shipped one names is there."""
+    """The config shown for gsm8k is valid, and what the shipped one names exists."""
     root = Path(__file__).parent.parent
     shown = (root / "docs" / "rlhf.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     (found,) = find_rewards(load_config(yaml.safe_load(shown)))

@@ -1,4 +1,4 @@
-"""Runs of grpo, rloo and ppo: drawn answers, exact resume, devices, what teaches nothing, prompts that cannot be used."""
+"""Runs of grpo, rloo and ppo: sampled answers, exact resume, devices, uninformative groups, unusable prompts."""
 
 import json
 import os
@@ -32,7 +32,7 @@ WORDS = "one two three hello there fox dog quick".split()
 
 
 def low(completion_ids):
-    """More for tokens of the vocabulary's first half: what a few steps can teach."""
+    """Higher for tokens of the vocabulary's first half: something that a few steps can teach."""
     return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder, tmp_path):
-    """Make a config: LoRA, eight answers a step, two to a prompt."""
+    """Make a config: LoRA, eight answers per step, two per prompt."""
 
     def make(**changes):
         rows = {"train": str(folder / "rows.jsonl"), "max_length": 32, "cache_dir": str(folder / "cache")} | changes.pop("data", {})
@@ -81,7 +81,7 @@ def test_a_run_raises_the_reward_and_leaves_its_folder(config, folder, tmp_path)
     told = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert len(told) == 25 * 32 and told[0]["step"] == 1 and told[-1].keys() == {"step", "prompt", "completion", "rewards", "advantage"}
     assert {"adapter", "reward.png", "loss.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
-    assert not (tmp_path / "run" / "rollouts").exists()  # one step a rollout: nothing has to be kept
+    assert not (tmp_path / "run" / "rollouts").exists()  # one step per rollout: nothing needs to be kept
 
 
 def test_the_loss_log_holds_no_text(config, tmp_path):
@@ -102,15 +102,15 @@ def _leaves(tree):
 @pytest.mark.parametrize(
     ("after", "keys"),
     [
-        # two slices of a rollout, each taken twice: stopped where the answers are those of weights that are gone
+        # two slices of a rollout, each used twice: stopped when the weights that sampled the answers are gone
         (2, {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "max_steps": 6}),
         (1, {"objective": "rloo", "method": "full", "data": {"shared_prompts": False}}),  # a rollout for each step
-        # mini-batches that are others each time
+        # mini-batches that differ each time
         (3, {"objective": "ppo", "lora": {"r": 4, "lora_dropout": 0.2}, "num_ppo_epochs": 2, "max_steps": 6} | TWO_MINI_BATCHES),
     ],
 )
 def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after, keys):
-    """Law 5, where batches depend on weights."""
+    """Law 5, for batches that depend on weights."""
     settings = config(**keys)
     whole = train(settings | {"output_dir": str(tmp_path / "whole")}, reward_funcs=[low])
     advance = RunLog.advance
@@ -132,7 +132,7 @@ def test_a_signal_saves_and_resume_is_exact(config, tmp_path, monkeypatch, after
     assert timeless[0] == timeless[1]
     assert max(row["grad_norm"] for row in logs[0]) > 0
     kept = [int(path.stem) for path in (tmp_path / "whole" / "rollouts").glob("*.npz")]
-    assert all(number >= settings["max_steps"] // 4 for number in kept)  # of the last checkpoint's time, and not those before it
+    assert all(number >= settings["max_steps"] // 4 for number in kept)  # from the last checkpoint on, and not those before it
 
 
 # ---- a rollout by itself ----
@@ -151,7 +151,7 @@ def rollouts(folder, mesh, rewards=(low,), **keys):
 
 
 def test_devices_draw_and_judge_the_same(config, folder):
-    """Law 4: eight devices of one answer, and one device of eight."""
+    """Law 4: eight devices with one answer each, and one device with eight."""
     found = []
     for devices, each in ((1, 8), (8, 1)):
         mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:devices])
@@ -165,7 +165,7 @@ def test_devices_draw_and_judge_the_same(config, folder):
     (one, said, change, measured), (many, same, other, again) = found
     assert max(np.abs(x).max() for x in jax.tree.leaves(change)) > 1e-3
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), change, other)
-    assert measured.pop("tokens") < again.pop("tokens")  # prompts that are shared are computed once
+    assert measured.pop("tokens") < again.pop("tokens")  # shared prompts are computed once
     assert measured == pytest.approx(again, abs=1e-4)
     assert one.tokens.shape[-2] == 4 and many.tokens.shape[-2] == 8  # two answers share a prompt's row, or each has its own
     assert said == pytest.approx(same)
@@ -178,7 +178,7 @@ def test_devices_draw_and_judge_the_same(config, folder):
 
 
 def test_rloo_takes_the_reference_into_the_reward(config, folder):
-    """`advantage = r - beta log(p / p_ref)` less the mean of that over the other answers; on the base itself there is no difference."""
+    """`advantage = r - beta log(p / p_ref)` minus the mean of that over the other answers; on the base itself there is no difference."""
     mesh = parallel.make_mesh(MeshConfig(), jax.devices()[:1])
     made, state, base = rollouts(folder, mesh, **config(objective="rloo", beta=0.5, per_device_train_batch_size=8))
     moved = state.replace(trainable=jax.tree.map(lambda x: x + 0.1, state.trainable))
@@ -196,7 +196,7 @@ def test_rloo_takes_the_reference_into_the_reward(config, folder):
 
 
 def test_weights_cut_over_devices_draw_the_same(config, folder):
-    """Eight answers by one device, and by eight in a mesh with every axis that rows and weights may lie along."""
+    """Eight answers on one device, and on a mesh of eight with every axis that rows and weights may be sharded over."""
     drawn = []
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
         devices = jax.devices()[:1] if mesh == MeshConfig() else jax.devices()

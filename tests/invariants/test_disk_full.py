@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is written: one clear error, no traceback, and the last whole checkpoint stays."""
+"""A disk that fills up while a checkpoint is written: one clear error, no traceback, and the last complete checkpoint stays."""
 
 import json
 import os

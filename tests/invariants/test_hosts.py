@@ -1,4 +1,5 @@
-"""Several processes, one run, by the real command: the losses of one process; one lost or told to stop, all stop; resumed, the same end.
+"""Several processes, one run, with the real command: the losses of one process; if one is lost or told to stop, all stop; resumed, the same
+end.
 
 JAXTUNE_PROCESSES=4 pytest -s ... for four of them, two devices each.
 """
@@ -18,7 +19,7 @@ import tiny
 import yaml
 
 WORDS = "one two three hello there fox dog quick".split()
-# Parts of 64 columns: each process packs blocks of its own, and both exchange the scales.
+# Parts of 64 columns: each process quantises its own blocks, and both exchange the scales.
 SHAPE = tiny.LLAMA | {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 SHAPE |= {"intermediate_size": 64}
 PROCESSES = int(os.environ.get("JAXTUNE_PROCESSES", 2))
@@ -79,11 +80,11 @@ def test_processes_are_one_run(config, tmp_path):
     folders = {count: tmp_path / f"run-{count}" for count in (1, PROCESSES)}
     for count, folder in folders.items():
         said = end(start(config, count, f"output_dir={folder}"))
-        assert all(f"step {STEPS}/{STEPS}" not in out for out, _ in said[1:])  # process 0 alone writes the log
+        assert all(f"step {STEPS}/{STEPS}" not in out for out, _ in said[1:])  # only process 0 writes the log
     one, several = (losses(folder) for folder in folders.values())
     assert [row[:2] for row in one] == [row[:2] for row in several] and len(one) == 3 * STEPS + 1
     apart = [abs(left[2] / right[2] - 1) for left, right in zip(one, several, strict=True)]
-    assert max(apart) < 1e-4, apart  # a higher learning_rate makes more of the rounding, step by step
+    assert max(apart) < 1e-4, apart  # a higher learning_rate amplifies rounding, step by step
     print(f"losses and gradient norms of one process and of {PROCESSES}: at most {max(apart):.1e} apart")
     result = Path("adapter") / "adapter_model.safetensors"
     whole, folder = (folders[PROCESSES] / result).read_bytes(), tmp_path / "lost"
@@ -95,7 +96,7 @@ def test_processes_are_one_run(config, tmp_path):
     said = [process.communicate(timeout=60)[1] for process in lost]
     print(f"one killed: all stopped in {time.monotonic() - killed:.1f} s: {said[0].splitlines()[-1][:160]}")
     assert time.monotonic() - killed < 60 and lost[-1].returncode == -signal.SIGKILL
-    if lost[0].returncode != 0:  # else it was at its end already, and there is nothing to go on with
+    if lost[0].returncode != 0:  # otherwise it had already finished, and there is nothing to continue
         assert all("another process" in text or "distributed service" in text for text in said[:-1]), said
         assert not (folder / result).exists()
 

@@ -1,4 +1,4 @@
-"""The converter scripts: a model and an adapter go through all of them, and what comes out says what went in."""
+"""The converter scripts: a model and an adapter pass through all of them unchanged."""
 
 import runpy
 import sys

@@ -34,7 +34,7 @@ VARIANTS = {
     "tokens": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices=(3, 9, 60)),
     "tokens of the head": LoraConfig(r=4, target_modules=("q_proj",), trainable_token_indices={"lm_head": (3, 9, 60)}),
 }
-MOE = {  # with a dense layer among those of experts
+MOE = {  # with a dense layer among the expert layers
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
     "mlp_only_layers": [1],
 }  # fmt: skip
@@ -48,7 +48,7 @@ EXPERTS = {
 
 
 BASES = {"dense": None, "nf4-dq": "nf4-dq", "int8": "int8"}
-# every variant over a dense base; over packed ones those that use the base in another way
+# every variant over a dense base; over quantised bases those that use the base differently
 EACH = [("dense", name) for name in VARIANTS] + [(base, name) for base in ("nf4-dq", "int8") for name in ("all-linear", "DoRA")]
 EACH += [("experts", name) for name in EXPERTS] + [("experts nf4", "all-linear of experts")]
 VARIANTS |= EXPERTS
@@ -72,7 +72,7 @@ logits = jax.jit(forward, static_argnums=0)
 
 
 def trained(adapter, seed=1):
-    """The adapter with noise wherever training could have put some: not in ranks a layer does not have."""
+    """The adapter with noise wherever training could have changed it, but not in ranks that a layer lacks."""
     params, rng = {}, np.random.default_rng(seed)
     for site in adapter.sites:
         live = np.arange(max(site.ranks)) < np.asarray(site.ranks)[:, None]
@@ -92,9 +92,9 @@ def test_fresh_adapter_changes_nothing(models, base_name, name):
     adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS[name])
     base = logits(model.config, model.params, TOKENS)
     composed = logits(model.config, peft.compose(model.params, adapter), TOKENS)
-    if "DoRA" in name:  # divides by a norm computed anew: equal to rounding
+    if "DoRA" in name:  # divides by a norm that is computed again: equal to rounding
         np.testing.assert_allclose(composed, base, atol=1e-4)
-    elif name == "tokens of the head":  # their logits are a product of their own, summed in another order
+    elif name == "tokens of the head":  # their logits come from a separate product, summed in another order
         np.testing.assert_allclose(composed, base, atol=2e-6)
     else:
         np.testing.assert_array_equal(composed, base)
@@ -108,7 +108,7 @@ def test_merged_equals_composed(models, base_name, name):
     merged_tree = peft.merge(model.params, adapter)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged_tree))
     merged = logits(model.config, merged_tree, TOKENS)
-    assert np.abs(composed - logits(model.config, model.params, TOKENS)).max() > 1e-2  # the adapter does something
+    assert np.abs(composed - logits(model.config, model.params, TOKENS)).max() > 1e-2  # the adapter has an effect
     np.testing.assert_allclose(merged, composed, atol=2e-4)
 
 

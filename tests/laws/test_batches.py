@@ -1,4 +1,4 @@
-"""Laws 3 and 4: packing, accumulation, devices and meshes cannot change the loss or the gradient."""
+"""Laws 3 and 4: packing, accumulation, devices and meshes do not change the loss or the gradient."""
 
 import json
 
@@ -17,7 +17,7 @@ from jaxtune.objectives.logprobs import token_logprobs
 from jaxtune.step import init_state, make_step
 
 WORDS = "the quick brown fox jumps over lazy dog then it says hello there".split()
-# seven, so that eight devices or micro-batches have one without a row
+# seven, so that eight devices or micro-batches include one without a row
 PROMPTS = [(" ".join(WORDS[i : i + 1 + i % 4]), " ".join(WORDS[i : i + 2 + i % 5])) for i in range(7)]
 
 
@@ -40,7 +40,7 @@ def setup(request, tmp_path_factory):
 
 
 def gradient_step(setup, config, mesh=None, **batch_at):
-    """(metrics, gradient) of one step of plain gradient descent with rate 1 and no clipping: the gradient is the change."""
+    """(metrics, gradient) of one step of plain gradient descent with rate 1 and no clipping, where the gradient is the change."""
     run, model, tokenizer, trainable, base = setup
     config = run.replace(max_grad_norm=0.0, **config)
     rows = data.load(config, tokenizer).train
@@ -97,7 +97,7 @@ def test_mesh(setup, whole, sizes):
 
 
 def test_packed_rows_equal_rows_alone(setup):
-    """Per token: two documents in a row, padding behind, against each document alone and behind left padding."""
+    """Per token: two documents in a row, followed by padding, against each document alone and after left padding."""
     _, model, _, trainable, base = setup
     params = peft.compose(base, trainable)
     rng = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_packed_rows_equal_rows_alone(setup):
 
 
 def test_pmap_is_the_same_step(setup, padded):
-    """The step under `jax.pmap` with an axis name: each device its rows, the sums added up before they are divided."""
+    """The step under `jax.pmap` with an axis name: each device has its rows, and the sums are added before they are divided."""
     run, model, tokenizer, trainable, base = setup
     config = run.replace(max_grad_norm=0.0, **unpacked(setup))
     batch = data.load(config, tokenizer).train.batch_at(0)

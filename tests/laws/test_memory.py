@@ -1,4 +1,4 @@
-"""Law 8: dequantised weights are never live across layers. By the compiler's own account of the train step's temporaries."""
+"""Law 8: dequantised weights are never live across layers, according to the compiler's count of the step's temporaries."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -32,14 +32,14 @@ EXPERTS = SHAPE | {
     "intermediate_size": 64,
 }  # fmt: skip
 LORA = LoraConfig(r=2)
-METHODS = [LoHaConfig(r=2), OFTConfig(oft_block_size=4)]  # whose leaves make large things for a product
-TOKENS = 8  # few, so that weights are what takes memory
+METHODS = [LoHaConfig(r=2), OFTConfig(oft_block_size=4)]  # whose leaves create large arrays for a product
+TOKENS = 8  # few, so that weights dominate the memory
 
 
 def temporaries(
     layers: int, remat: str, quantization: str | None, shape: dict, tokens: int = TOKENS, adapter=LORA, **how
 ) -> int:
-    """Bytes of temporaries of one adapter's step on a model of so many layers."""
+    """Bytes of temporaries of one adapter's step on a model with that many layers."""
     config = dataclasses.replace(from_hf(shape | {"num_hidden_layers": layers}), remat=remat, **how)
     loop = dict(max_grad_norm=1.0, max_skipped_steps=0, optimizer_in_bwd=False)
     run = SimpleNamespace(**loop, neftune_noise_alpha=None, router_aux_loss_coef=0.001, loss_type=None)
@@ -82,7 +82,7 @@ def test_no_method_leaves_a_dense_copy(adapter):
 
 
 def test_a_long_row_takes_memory_by_its_length():
-    """Twice the tokens, twice the bytes, and of the feed-forward part (here 16 times the width) one chunk only."""
+    """Twice the tokens take twice the bytes, and only one chunk of the feed-forward part (here 16 times the width)."""
     shape = SHAPE | {"intermediate_size": 2048}
     chunked, longer = (temporaries(1, "full", None, shape, tokens, mlp_chunk=256, logits_chunk=128) for tokens in (2048, 4096))
     assert longer < 2.1 * chunked
@@ -91,11 +91,11 @@ def test_a_long_row_takes_memory_by_its_length():
 
 
 def test_experts_leave_no_dense_copy():
-    assert growth("none", shape=EXPERTS) < 0.2  # 0.99 where autodiff keeps what it multiplied by
+    assert growth("none", shape=EXPERTS) < 0.2  # 0.99 if autodiff keeps the matrices
 
 
 def test_the_measure_sees_a_dense_copy(monkeypatch):
-    """Autodiff through the plain product keeps what it multiplied by: this law's failure, made on purpose."""
+    """Autodiff through the plain product keeps the matrices: this law's failure, made on purpose."""
     monkeypatch.setattr(quant.NF4, "apply", Weight.apply)
     monkeypatch.setattr(lora, "adapted", lambda base, x, dropped, a, b, scale: linear(base, x) + linear(b, linear(a, x)) * scale)
     assert growth("none") > 0.9
@@ -108,7 +108,7 @@ def test_the_default_keeps_products_on_a_cpu_and_nothing_elsewhere():
 
 
 def test_what_is_kept_changes_no_number():
-    """Gradients are the same bits or nearly, whatever the backward pass computes again, keeps, or has the host keep."""
+    """Gradients are bit-identical or nearly, whatever the backward pass recomputes, keeps or offloads."""
     config = from_hf(SHAPE | {"num_hidden_layers": 5})  # groups of 2, 2 and 1
     keys = iter(jax.random.split(jax.random.key(0), 100))
     params = unflatten({path: 0.05 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()})
@@ -127,7 +127,7 @@ def test_what_is_kept_changes_no_number():
 
 @pytest.mark.parametrize("remat", ["full", "groups"])
 def test_what_routers_are_asked_for_comes_through(remat):
-    """The load balancing loss has the same gradient where layers are computed again."""
+    """The load-balancing loss has the same gradient if layers are recomputed."""
     config = from_hf(EXPERTS | {"num_hidden_layers": 3})  # groups of 2 and 1
     keys = iter(jax.random.split(jax.random.key(0), 100))
     params = unflatten({path: 0.05 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()})
@@ -142,7 +142,7 @@ def test_what_routers_are_asked_for_comes_through(remat):
 
 
 def test_chunks_take_no_product_twice_more():
-    """Gate and up are computed again in the backward pass, as they are without chunks, and nothing else."""
+    """Gate and up are computed again in the backward pass, as without chunks, and nothing else is."""
     width = 112  # of no other matrix
     config = from_hf(SHAPE | {"intermediate_size": width})
     params = unflatten({path: jax.ShapeDtypeStruct(row.shape, jnp.float32) for path, row in spec(config).items()})
@@ -158,6 +158,6 @@ def test_chunks_take_no_product_twice_more():
         chosen = dataclasses.replace(config, **how)
         tokens = jnp.zeros((1, 32), jnp.int32)
         whole = jax.make_jaxpr(jax.grad(lambda params: forward(chosen, params, tokens).sum()))(params).jaxpr
-        return products(partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))[0])  # what nobody reads XLA leaves out too
+        return products(partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))[0])  # XLA omits unused results too
 
     assert of(remat="full", mlp_chunk=8) == of(remat="full") == of(remat="none") + 2

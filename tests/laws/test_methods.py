@@ -1,5 +1,5 @@
 """The laws of adapters over every row of METHODS: a fresh one changes nothing, merged equals composed, only what is trained gets a
-gradient, save and load give the same, and what stands before a document is the same wherever the document stands."""
+gradient, save and load round-trip, and a document's result does not depend on what precedes it in its row."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.model.decoder import forward, hidden
 
 TOKENS = np.asarray([[5, 9, 33, 2, 71, 8, 40], [1, 3, 3, 60, 4, 9, 12]], np.int32)
-FIRST = {case.method: name for name, case in reversed(CASES.items())}  # one case of each method
+FIRST = {case.method: name for name, case in reversed(CASES.items())}  # one case per method
 PROMPTS = [name for name, case in CASES.items() if not case.merges]
 logits = jax.jit(forward, static_argnums=0)
 
@@ -67,7 +67,7 @@ def test_fresh_and_merged_and_written(models, tmp_path, name, caplog):
 
 @pytest.mark.parametrize("method", [method for method in FIRST if method != "p_tuning"])  # whose network is outside the model
 def test_gradients_over_a_packed_base(models, method):
-    """Every array of the adapter gets one, in layers that are adapted alone, through the hand-written backward pass of the stack."""
+    """Every array of the adapter gets one, also in layers that are adapted alone, through the stack's hand-written backward pass."""
     model, case = models["packed"], CASES[FIRST[method]]
     adapter = stir(peft.init_adapter(jax.random.key(0), model, case.config()), model)
 
@@ -76,7 +76,7 @@ def test_gradients_over_a_packed_base(models, method):
         return jax.jit(jax.grad(lambda a: jnp.square(forward(how, peft.compose(model.params, a), TOKENS)).mean()))(adapter)
 
     grads = gradient("full")
-    if method in ("loha", "prefix_tuning"):  # one computes again what is in a layer that is computed again, one has another kind of leaf
+    if method in ("loha", "prefix_tuning"):  # one recomputes inside a recomputed layer, one has another kind of leaf
         for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(gradient("none")), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * float(jnp.abs(other).max()))
     ranks = {site.path: site.ranks for site in adapter.sites}
@@ -90,7 +90,7 @@ def test_gradients_over_a_packed_base(models, method):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_virtual_tokens_are_each_documents_own(models, name):
-    """Law 3: documents packed into a row, one of them a prompt with an answer that goes on from it, are what they are alone."""
+    """Law 3: documents packed into a row, one of them a prompt with an answer that continues it, get the same results as alone."""
     case = CASES[name]
     model = models[case.model]
     params = peft.compose(model.params, stir(peft.init_adapter(jax.random.key(0), model, case.config()), model))

@@ -1,4 +1,4 @@
-"""Law 6: Hugging Face in -> Hugging Face out is the same bytes, for every family and the dtypes files are in."""
+"""Law 6: Hugging Face in -> Hugging Face out gives the same bytes, for every family and every dtype of files."""
 
 import dataclasses
 
