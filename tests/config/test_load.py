@@ -130,7 +130,7 @@ def test_a_missing_file_and_bad_overrides(tmp_path):
         load_config({"model": "m"}, ["run_name=\udcc3\udca9"])
 
 
-# a value that each alias takes, where 1 will not do
+# a value that each alias accepts, if 1 does not work
 EXAMPLES = {
     "bool": True, "str": "x", "finetuning_type": "lora", "adapter": "qlora", "stage": "sft", "rl": "dpo", "lr_scheduler": "cosine",
     "scheduler": "cosine", "optimizer": "adamw_torch_fused", "evaluation_strategy": "no", "warmup_ratio": 0.1, "torch_dtype": "float32",
@@ -325,7 +325,7 @@ def test_what_lora_cannot_combine():
 
 
 def test_every_key_is_read_by_somebody():
-    """A key that is accepted and then ignored is a lie. Keys of one objective are its own tests' business."""
+    """A key that is accepted and then ignored is a lie. Keys of one objective are covered by its own tests."""
     root = Path(__file__).parents[2] / "jaxtune"
     readers = [path for path in root.rglob("*.py") if path.parent.name != "config"] + [root / "config" / "adapters.py"]  # has formulas
     source = "\n".join(path.read_text() for path in readers)

@@ -14,13 +14,13 @@ from jaxtune.data.ledger import Ledger
 
 @pytest.fixture(scope="session")
 def tokenizers():
-    """One tokenizer for each family."""
+    """One tokenizer per family."""
     return {family: make_tokenizer(family) for family in SPECIAL}
 
 
 @pytest.fixture
 def config(tmp_path):
-    """Make a config over rows or a file; the cache is the test's own."""
+    """Make a config over rows or a file; the test has its own cache."""
 
     def make(train, top=None, **data):
         if isinstance(train, list) and isinstance(train[0], dict) and "path" not in train[0]:

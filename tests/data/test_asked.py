@@ -1,4 +1,4 @@
-"""Prompts of grpo and rloo: what the model reads, what rewards see, which prompts a step asks."""
+"""Prompts of grpo and rloo: what the model reads, what rewards see, which prompts a step uses."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_long_prompts(load, tokenizer):
 
 
 def test_a_tokenizer_that_ends_every_text(tmp_path):
-    """An answer does not follow the end of the text."""
+    """An answer does not follow the token that ends a text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer("chatml")

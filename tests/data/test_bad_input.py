@@ -267,7 +267,7 @@ def test_a_model_without_a_tokenizer(config):
 
 
 def test_a_token_that_the_model_has_not(config, tokenizers):
-    """Of rows that are used: the first here is kept for evaluation."""
+    """In used rows: the first one here is held out for evaluation."""
     rows, tokenizer = [{"text": "zebra"}, {"text": "a"}, {"text": "the zebra"}], tokenizers["chatml"]
     largest = [max(tokenizer(row["text"])["input_ids"]) for row in rows]
     source = data.load(config(rows), tokenizer).train
@@ -279,7 +279,7 @@ def test_a_token_that_the_model_has_not(config, tokenizers):
 
 
 def test_a_row_longer_than_a_table_of_positions(config, tokenizers, caplog):
-    """Beyond it the last position would be taken again and again; positions that turn are new to the model, which is said once."""
+    """Beyond it the last position would be used repeatedly; rotary positions beyond the context only cause one warning."""
     source = data.load(config([{"text": "a " * 20}]), tokenizers["chatml"]).train
     most = source.units.longest
     for ropes, positions in (((), most), (("any",), most), (("any",), most - 1)):

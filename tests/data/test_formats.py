@@ -1,4 +1,4 @@
-"""Every format people have, read into what it means."""
+"""Every common format, read into its meaning."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The gates and the order of questions, with a writer that is a table; the model itself is tested with jaxtune.generate."""
+"""The filters and the order of prompts, with a table as the writer; the model itself is tested with jaxtune.generate."""
 
 import json
 from argparse import Namespace
@@ -81,7 +81,7 @@ def test_save_appends(tmp_path):
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    """The command after a kill: rows in OUT are done, the cut one is taken away."""
+    """The command after a kill: rows in OUT are done, the truncated one is removed."""
     out = tmp_path / "out.jsonl"
     save([{"prompt": "Sing of the \u2028 sea.", "completion": "b"}, {"prompt": "One?", "completion": "x"}], out)
     out.write_text(out.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")

@@ -18,7 +18,7 @@ VALUES = st.recursive(
 
 
 def values(text, block):
-    """What the reader makes of a text, some characters at a time."""
+    """What the reader makes of a text, a few characters at a time."""
     jsonfile.BLOCK = block
     try:
         return list(jsonfile.read("rows.json", lambda path: io.StringIO(text, newline="")))
@@ -56,7 +56,7 @@ def test_damage_is_found_where_the_json_module_finds_it(rows, data):
 
 
 def test_a_long_list_takes_the_memory_of_a_block(tmp_path):
-    """40 MB in one line; what is held at one time is a few blocks of a million characters."""
+    """40 MB in one line; only a few blocks of a million characters are held at a time."""
     row = json.dumps({"text": "word " * 2000})
     with open(tmp_path / "rows.json", "w") as stream:
         stream.write("[" + row)

@@ -1,4 +1,4 @@
-"""Criticism, revision and judgement by a scripted writer: order, refusals, both orders of a pair, and a run that is taken up again."""
+"""Criticism, revision and judgement with a scripted writer: order, refusals, both orders of a pair, and a resumed run."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ FRESH = [PROMPTS[n] for n in (0, 1, 2, 5)]
 
 
 class Script(Writer):
-    """Answers by what is asked; counts the calls."""
+    """Answers by the content of the prompt; counts the calls."""
 
     def __init__(self, judge=lambda asked: "Reasons.\nVerdict: A", batch=2):
         super().__init__(generate=None, batch=batch)

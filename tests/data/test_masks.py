@@ -15,7 +15,7 @@ FAMILIES = sorted(STOP)
 MODES = ["completion", "assistant", "last", "all"]
 
 WORDS = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Co"), blacklist_characters="<>|"), min_size=1, max_size=12)
-# Ends in white space as people's text does; begins with none (a header's line break may merge with it: see the seam test).
+# Ends in white space, as people's text does; does not begin with it (a header's newline may merge with it: see the seam test).
 SAID = st.builds(
     lambda words, end: " ".join(words).lstrip() + end, st.lists(WORDS, min_size=1, max_size=5), st.sampled_from(["", " ", "\n"])
 )
@@ -97,7 +97,7 @@ def test_train_flags_beat_the_mode(underlined, tokenizers, family, turns, data):
     ]
     numbers = [n for n, flag in enumerate(flags) if (turns[n]["role"] == "assistant" if flag is None else flag)]
     if family == "gemma" and turns[0]["role"] == "system" and numbers[0] == 0:
-        return  # the template writes the system text into the user's turn: it has no stop token of its own
+        return  # the template writes the system text into the user's turn, so it has no stop token
     assert underlined(tokenizers[family], {"messages": marked}) == expected(family, turns, numbers)
 
 
@@ -123,7 +123,7 @@ def test_text(underlined, tokenizers, family, text):
 
 
 def ends_texts(tokenizer):
-    """The tokenizer, putting EOS after every text (`add_eos_token`)."""
+    """The tokenizer, appending EOS to every text (`add_eos_token`)."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=special)
@@ -145,7 +145,7 @@ def test_text_has_no_turns(encode, tokenizers, mode):
 
 
 def test_a_token_over_the_seam_belongs_to_the_completion(encode, tokenizers):
-    """The vocabulary has `ello` and ` there` whole; the prompt ends inside one of them."""
+    """The vocabulary contains `ello` and ` there`; the prompt ends inside one of them."""
     tokenizer = tokenizers["chatml"]
     ids, mask = encode(tokenizer, {"prompt": "hello th", "completion": "ere!"})
     assert ids[:-1] == tokenizer("hello there!")["input_ids"], "tokenised once, as it will be read"
@@ -153,7 +153,7 @@ def test_a_token_over_the_seam_belongs_to_the_completion(encode, tokenizers):
 
 
 def test_header_that_merges_with_the_answer(underlined, tokenizers):
-    """ChatML's line break and one that opens the answer are one token: it is trained."""
+    """ChatML's newline and one at the beginning of the answer are one token, which is trained."""
     turns = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "\n\nYes"}]
     assert underlined(tokenizers["chatml"], {"messages": turns}).lstrip("\n") == "Yes<|im_end|>"
 

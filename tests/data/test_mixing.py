@@ -24,7 +24,7 @@ def sources(tmp_path):
 
 
 def counts(source, epochs=1):
-    """How often each row of each source comes in each epoch."""
+    """How often each row of each source occurs in each epoch."""
     found = []
     for epoch in range(epochs):
         seen = collections.Counter()
@@ -88,7 +88,7 @@ def test_a_step_of_a_far_epoch_is_a_pure_function(config, tokenizers, sources):
 
 
 def test_rows_grouped_by_length_keep_to_the_mixture(config, tokenizers, tmp_path):
-    """Quotas are exact in every epoch, each has the same number of steps, and no epoch asks for a shape of its own."""
+    """Quotas are exact in every epoch, each has the same number of steps, and no epoch needs its own shape."""
     paths = []
     for name, size in (("a", 60), ("b", 25)):
         path = tmp_path / f"{name}.jsonl"

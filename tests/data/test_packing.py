@@ -22,7 +22,7 @@ def test_every_document_is_packed_once_and_no_row_overflows(lengths, seed, packe
 
 @given(LENGTHS)
 def test_packing_is_best_fit_decreasing(lengths):
-    """The same rooms as the textbook's quadratic algorithm."""
+    """The same remaining room as with the textbook's quadratic algorithm."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -42,7 +42,7 @@ def test_the_better_packing_is_taken(lengths):
 
 
 def test_rows_of_a_few_documents_are_filled():
-    """Lengths as chats have them, four or five to a row: best-fit-decreasing uses the short ones up too early."""
+    """Typical lengths of chats, four or five per row: best-fit decreasing uses up the short ones too early."""
     lengths = (150 + 80 * np.random.Generator(np.random.Philox(0)).gamma(1.5, size=5000)).astype(int)
     lengths = lengths[lengths <= 1024]
     before, after = (lengths.sum() / 1024 / len(packed(lengths, 1024, 0, packer)) for packer in (best_fit_decreasing, pack))
@@ -76,7 +76,7 @@ def test_buckets_pad_least(lengths):
 
 
 def test_permutation_is_pinned():
-    """A run resumed under another numpy must see the rows in the same order."""
+    """A run resumed under another numpy version must see the rows in the same order."""
     assert permutation(8, 0, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
     assert permutation(8, 0, 1).tolist() != [0, 3, 7, 5, 1, 2, 6, 4]
     assert sorted(permutation(1000, 3)) == list(range(1000))

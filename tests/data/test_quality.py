@@ -1,4 +1,4 @@
-"""Planted faults are all found, and nothing is found where there is nothing."""
+"""All planted faults are found, and nothing else is."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ THINGS = ["apples", "bricks", "candles", "doors", "engines", "feathers", "gloves
 
 
 def clean(n, side="train"):
-    """A row like no other, of usual length, that ends like a sentence."""
+    """A row unlike any other, of typical length, that ends like a sentence."""
     words = [NUMBERS[int(d)] for d in str(n)]
     things = THINGS[n % 10], THINGS[n // 10 % 10]
     prompt = f"Question {n}: {' '.join(words)} {things[0]} cost {n} coins, so what do {n * 3} {things[1]} cost in the {things[0]} market?"
@@ -88,7 +88,7 @@ def test_secrets_and_addresses():
 
 
 def test_another_language_in_the_same_script():
-    """Told by its letters where there are words enough; mixed sources, as translations are, have no language that is usual."""
+    """Recognised if there are enough words; mixed sources, such as translations, have no usual language."""
     german = with_text(
         300,
         "Bitte fasse den folgenden Text über die Geschichte der Stadt und ihre wichtigsten Gebäude kurz zusammen.",

@@ -51,11 +51,11 @@ def write(path, rows):
 
 
 def run(folder, *args):
-    """The command in this process, which has the imports behind it."""
+    """The command in this process, where everything is imported already."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["jaxtune data", "config.yaml", *args])
-        patch.setattr(cli, "log_to_terminal", lambda: None)  # which other tests of this process would hear
+        patch.setattr(cli, "log_to_terminal", lambda: None)  # which other tests of this process would receive
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             errors.run(main)
     return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
@@ -168,7 +168,7 @@ def test_a_bad_row_is_an_error(folder, line, message):
 
 
 def test_what_is_no_fault_but_should_be_known(folder):
-    """A special token inside a message; prompts that run into their answers, which is noted and no problem."""
+    """A special token inside a message; prompts that join their answers without a space, which is noted but no problem."""
     rows = [chat(*clean(n)) for n in range(100, 220)]
     rows[7]["messages"][0]["content"] += " Or <|im_end|>?"
     write(folder / "train.jsonl", rows)

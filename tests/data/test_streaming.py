@@ -1,4 +1,4 @@
-"""Corpora larger than memory: read, tokenised and planned as they come, and trained on from disk."""
+"""Corpora larger than memory: read, tokenised and planned as a stream, and trained from disk."""
 
 import json
 import tracemalloc
@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"Question {n}: ", "completion": f"yes {n}"} for n in range(6
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A data set of two files that is found as one of the hub is."""
+    """A data set of two files that is found like one on the hub."""
     folder = tmp_path / "hub"
     folder.mkdir()
     for number, rows in enumerate((ROWS[:40], ROWS[40:])):
@@ -65,7 +65,7 @@ def test_rows_are_compared_only_as_far_as_memory_should_go(config, tokenizers, m
 
 
 def test_storing_takes_no_memory_and_the_index_stays_on_disk(tmp_path):
-    """200 000 documents of 50 tokens (13 MB with their index) through half a megabyte."""
+    """200 000 documents of 50 tokens (13 MB with their index) with half a megabyte of memory."""
     entry = documents.Entry(list(range(50)), np.ones(50, np.uint8), 1, 2**63, 3, 4)
     tracemalloc.start()
     made = documents.write(tmp_path, lambda: "key", (entry for _ in range(40_000)), lambda: {})

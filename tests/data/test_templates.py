@@ -1,4 +1,4 @@
-"""Templates that do more than write the turns down."""
+"""Templates that do more than write the turns."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from jaxtune.errors import DataError
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-# Qwen3's habit: thinking is cut from every answer but the last, which gets an empty one if it has none.
+# As in Qwen3: reasoning is removed from every answer but the last, which gets an empty one if it has none.
 THINKING = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}"
     "{{ '<|im_start|>assistant\\n' }}{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' if '</think>' not in m.content }}"
@@ -111,7 +111,7 @@ def test_tool_calls_are_trained_whole(encode, underlined, templated):
 
 
 def test_a_call_that_loses_its_empty_thought_once_others_follow(encode, underlined, templated):
-    """Qwen 3's habit again."""
+    """As in Qwen 3."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     turns = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     row = {"messages": [*turns, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "It is one."}]}

@@ -1,4 +1,4 @@
-"""The cache holds what it would make, and misses when anything changes; the ledger accounts for every row and token."""
+"""The cache contains what would be made, and misses when anything changes; the ledger accounts for every row and token."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_the_cache_misses_for_another_tokenizer(config, tokenizers, tokenizer_wi
 
 
 def test_every_module_that_makes_rows_is_part_of_the_key():
-    """Whatever data/tokenised.py imports from beside it, at any distance, has a say in the tokens."""
+    """Whatever data/tokenised.py imports from its package, directly or indirectly, affects the tokens."""
     folder, seen, todo = Path(tokenised.__file__).parent, set(), ["tokenised"]
     while todo:
         name = todo.pop()
@@ -159,7 +159,7 @@ def test_a_ledger_is_plain_json(config, tokenizers):
 
 
 def test_a_refused_answer_leaves_the_other_rows_their_own_tokens(config, tokenizers):
-    """The chosen answer of the second pair begins with BOS twice, for which its row is dropped; the third is still the third."""
+    """The chosen answer of the second pair begins with BOS twice, for which its row is dropped; the third row stays the third."""
     pairs = [{"prompt": f"Question {n}: ", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
     pairs[1]["prompt"] = "<|begin_of_text|>Question 1: "
     settings = config(pairs, {"objective": "dpo"}, quality={"double_bos": "drop"})

@@ -1,4 +1,4 @@
-"""How pairs, labelled answers and steps lie in rows."""
+"""How pairs, labelled answers and steps are arranged in rows."""
 
 import json
 
@@ -202,7 +202,7 @@ def test_last_steps_and_long_answers(config, tokenizers):
     last = load(config, tokenizers, rows, top | {"train_on_last_step_only": True})
     assert last.batch_at(0).answers.values[0, 0].tolist() == [0.0] and last.trained_tokens == 1
     whole = config(rows, TOP | top | {"train_on_last_step_only": True}, eval=str(config(rows, TOP | top).data.train[0].path))
-    assert data.load(whole, tokenizers["llama3"]).eval.answers == [3]  # of evaluation every step counts
+    assert data.load(whole, tokenizers["llama3"]).eval.answers == [3]  # for evaluation every step counts
     cut = data.load(config(rows, TOP | top | {"max_completion_length": 8}), tokenizers["llama3"])
     batch = cut.train.batch_at(0)
     assert batch.answers.values[0, 0].tolist() == [1.0] and list(cut.ledger["train"][0]["cut"].values()) == [9]

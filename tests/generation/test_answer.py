@@ -12,7 +12,7 @@ def tokenizer():
 
 
 def _grow(reader, tokens, pieces, step=1):
-    """An answer that is shown `step` tokens more at a time."""
+    """An answer that sees `step` more tokens at a time."""
     answer = Answer(reader, len(tokens), pieces.append)
     for end in [*range(step, len(tokens), step), len(tokens)]:
         answer.update(tokens[:end])
@@ -36,7 +36,7 @@ def test_a_character_that_stays_incomplete_is_shown_at_the_end(tokenizer):
 
 
 def test_a_stop_token_ends_the_answer_and_is_not_in_the_text(tokenizer):
-    stop = tokenizer("s")["input_ids"][0]  # an ordinary token, which skip_special_tokens would leave in
+    stop = tokenizer("s")["input_ids"][0]  # an ordinary token, which skip_special_tokens would keep
     tokens = tokenizer("yes")["input_ids"][:-1] + [stop]
     answer = _grow(Reader(tokenizer, frozenset({stop})), tokens, [])
     assert answer.finish_reason == "stop" and answer.tokens == tokens and answer.text == tokenizer.decode(tokens[:-1])

@@ -70,7 +70,7 @@ def test_filters_are_applied_in_transformers_order():
         steps.append(narrow(steps[-1]))
     assert np.allclose(result, steps[-1], rtol=1e-6)
     kept = [int(np.isfinite(step).sum()) for step in steps]
-    assert kept == sorted(set(kept), reverse=True)  # every filter had something to do
+    assert kept == sorted(set(kept), reverse=True)  # every filter had an effect
 
 
 def test_greedy_takes_the_first_of_the_largest():
@@ -100,7 +100,7 @@ def test_a_draw_depends_on_its_own_key_only():
 
 
 def test_rows_of_a_batch_have_settings_of_their_own():
-    """Each is drawn as by itself, bit for bit, greedy ones among them."""
+    """Each is sampled as by itself, bit for bit, including greedy ones."""
     settings = [(), (0.7, 5), (1.3, 0, 0.8), (0.9, 0, 1, 0.1), (0, 0, 1, 0, 1.5)]
     each = [Sampling.create(*one) for one in settings]
     logits, keys, seen = _logits(scale=0.5), jax.random.split(jax.random.key(2), 5), _logits(seed=1) > 2.0
@@ -109,7 +109,7 @@ def test_rows_of_a_batch_have_settings_of_their_own():
     for n, one in enumerate(each):
         assert np.array_equal(rows[n : n + 1], filtered(one, logits[n : n + 1], seen[n : n + 1]))
         assert choose(together, logits, keys, seen)[n] == choose(one, logits[n : n + 1], keys[n : n + 1], seen[n : n + 1])[0]
-    assert Sampling.of_rows(each[:1] * 3) == Sampling()  # nothing that no row asks for
+    assert Sampling.of_rows(each[:1] * 3) == Sampling()  # nothing that no row uses
 
 
 def test_numbers_change_without_compiling_again():

@@ -1,4 +1,4 @@
-"""Distillation: the loss and its gradients from all logits at once, and a run whose student comes to say what its teacher says."""
+"""Distillation: the loss and its gradients from all logits at once, and a run whose student learns to agree with its teacher."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def plain(config, student, teacher):
 
 
 def test_loss_and_gradients_are_those_of_all_logits():
-    """A teacher of another shape, whose embedding is not padded, and which none of it moves.
+    """A teacher of another shape, whose embedding is not padded, and which gets no gradient.
 
     (Every beta: tests/oracle/test_distill.py.)
     """
@@ -101,7 +101,7 @@ def test_a_run_comes_nearer_to_its_teacher(folder, tmp_path):
 
 
 def test_answers_that_are_drawn_are_drawn_again(folder, tmp_path):
-    """What a step learns from is a function of the step and the weights; whoever answers, prompts and shapes are the rows'."""
+    """What a step learns from is a function of the step and the weights; whoever answers, prompts and shapes are those of the rows."""
     config = load_config(run(folder, tmp_path, lmbda=0.5, seq_kd=True, max_completion_length=12, per_device_train_batch_size=4, seed=1))
     student, teacher = load(folder / "student"), load(folder / "teacher")
     rows, mesh = data.load(config, student.tokenizer).train, parallel.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -90,7 +90,7 @@ def test_shared_prompts_change_nothing(model):
 
 @pytest.fixture(scope="module")
 def policy_gradient(model):
-    """`sum_i c_i sum_t grad log p(y_it)`, each document in a row of its own, at a temperature of 0.7."""
+    """`sum_i c_i sum_t grad log p(y_it)`, each document in its own row, at temperature 0.7."""
     documents = [PROMPTS[number // 4] + answer for number, answer in enumerate(ANSWERS)]
     tokens = np.array([document + [0] * (9 - len(document)) for document in documents])
     mask = np.array([[len(d) - len(a) <= t < len(d) for t in range(9)] for d, a in zip(documents, ANSWERS, strict=True)])
@@ -124,7 +124,7 @@ def test_a_step_without_answers_teaches_nothing(loss_type):
 
 
 def test_equal_entropies_at_the_quantile_are_above_it():
-    """As the first tokens of answers to one prompt are; the quantile itself, in float32, may lie a rounding above these."""
+    """As for the first tokens of answers to one prompt; the quantile itself, in float32, may be a rounding error above these."""
     entropy = jnp.array([[10.0] * 10 + [10.698092] * 4 + [11.0] * 5], jnp.float32)
     one = jnp.ones((1, 1))
 
@@ -145,7 +145,7 @@ def test_equal_rewards_teach_nothing(model):
 
 
 def test_the_kl_term_is_that_of_the_reference(model):
-    """With no advantage the loss is beta times the KL estimate; log-probabilities computed beforehand give the same."""
+    """Without advantages the loss is beta times the KL estimate; log-probabilities computed beforehand give the same."""
     config, reference = run(beta=0.5, loss_type="grpo"), init_params(jax.random.key(1), model[0])
     batch = batch_of(config, np.zeros(8))
     value, gradient = value_and_gradient(config, model, batch, reference)
@@ -160,7 +160,7 @@ def test_the_kl_term_is_that_of_the_reference(model):
 
 
 def test_the_kl_of_rloo_is_in_the_reward_alone(model):
-    """A batch that has the reference's log-probabilities gives the same loss and gradient as one without."""
+    """A batch with the reference's log-probabilities gives the same loss and gradient as one without."""
     batch = batch_of(run(objective="rloo"))
     old = jnp.where(batch.weights > 0, -4.5, 0.0)
     (a, grad), (b, other) = (

@@ -1,4 +1,4 @@
-"""Log-probabilities by chunks against all logits at once: values, and gradients to hidden states, head and embedding."""
+"""Log-probabilities in chunks against all logits at once: values, and gradients to hidden states, head and embedding."""
 
 import dataclasses
 
@@ -88,7 +88,7 @@ def test_bfloat16_is_summed_in_float32(model):
 
 
 def test_logits_of_untrained_places_are_never_made(model):
-    """The compiled program holds no array of all positions by the vocabulary, and the capacity bounds the products."""
+    """The compiled program contains no array of all positions by the vocabulary, and the capacity bounds the products."""
     config, params = model
     config = dataclasses.replace(config, logits_chunk=3)
     text = jax.jit(lambda p, b: token_logprobs(config, p, b).logp_BN).lower(params, BATCH.replace(capacity=5)).as_text()

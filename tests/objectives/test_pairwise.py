@@ -1,4 +1,4 @@
-"""The table of losses: TRL's numbers (goldens), the formulas in float64, and what holds at the edges."""
+"""The table of losses: TRL's numbers (goldens), the formulas in float64, and edge cases."""
 
 from pathlib import Path
 from types import SimpleNamespace

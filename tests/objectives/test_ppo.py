@@ -1,4 +1,4 @@
-"""PPO: TRL's numbers (goldens), advantages of tokens by their definition, and rows in which answers share a prompt."""
+"""PPO: TRL's numbers (goldens), token advantages by definition, and rows in which answers share a prompt."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def run(**keys):
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.9, "lam": 0.7}, {"lam": 0.0}, {"lam": 1.0, "kl_coef": 0.5}])
 def test_advantages_are_sums_of_what_was_not_expected(keys):
-    """`sum_k (gamma lam)^k (r_t+k + gamma V_t+k+1 - V_t+k)`, written out; with lam 1 the return is the sum of the rewards to come."""
+    """`sum_k (gamma lam)^k (r_t+k + gamma V_t+k+1 - V_t+k)`, written out; for lam 1 the return is the sum of the future rewards."""
     config, x = run(**keys), cases.given("k1")
     lengths = x["mask"].sum(1)
     found = ppo(config, x["scores"], lengths, x["old"], x["ref"], x["values"])
@@ -66,7 +66,7 @@ ANSWERS = [[11, 12, 2], [13, 2], [14, 15, 16, 17], [18], [19, 20], [21, 22, 23, 
 
 
 def test_answers_that_share_a_prompt_are_learnt_from_as_documents_apart():
-    """Loss and gradient of rows of four answers are those written out document by document, at a temperature of 0.7."""
+    """Loss and gradient of rows of four answers equal those computed document by document, at temperature 0.7."""
     config = run(per_device_train_batch_size=8, temperature=0.7, vf_coef=0.3, kl_coef=0.0)
     model_config = from_hf(tiny.LLAMA | {"num_hidden_layers": 1})
     model_config = model_config.__class__(**vars(model_config) | {"value_head": True})
@@ -75,7 +75,7 @@ def test_answers_that_share_a_prompt_are_learnt_from_as_documents_apart():
     batch = Layout(config, 1).batches(PROMPTS, ANSWERS, np.zeros(8), np.ones(8, bool), 5)
     batch = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), batch)
     rng, there = np.random.default_rng(0), np.asarray(batch.answers.numbers) > 0
-    of_tokens = rng.normal(0, 1, (4, there.sum())).astype(np.float32)  # log-ratio to the drawing policy, advantage, return, old value
+    of_tokens = rng.normal(0, 1, (4, there.sum())).astype(np.float32)  # log-ratio to the sampling policy, advantage, return, old value
 
     documents = [PROMPTS[number // 4] + answer for number, answer in enumerate(ANSWERS)]
     tokens = jnp.asarray([document + [0] * (9 - len(document)) for document in documents])
@@ -119,7 +119,7 @@ def test_answers_that_share_a_prompt_are_learnt_from_as_documents_apart():
     [(8, 1, 1, (1, 1, 8)), (8, 1, 2, (2, 1, 4)), (2, 4, 2, (2, 2, 2)), (4, 2, 4, (4, 1, 2)), (8, 3, 2, (2, 3, 4))],
 )
 def test_a_drawing_is_cut_into_mini_batches(each, accumulation, mini_batches, shape):
-    """TRL's batch is what is drawn, whatever it is cut into: each * accumulation answers."""
+    """TRL's batch is the rollout, whatever it is split into: each * accumulation answers."""
     config = run(per_device_train_batch_size=each, gradient_accumulation_steps=accumulation, num_mini_batches=mini_batches)
     layout = Layout(config, 1)
     assert layout.prompts * 4 == each * accumulation and layout.repeats == 4 * mini_batches

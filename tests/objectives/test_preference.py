@@ -1,4 +1,5 @@
-"""Preference objectives over a model: how pairs lie in rows, micro-batches and devices changes nothing; every method trains with each."""
+"""Preference objectives with a model: the arrangement of pairs in rows, micro-batches and devices changes nothing; every method trains with
+each."""
 
 import json
 
@@ -27,7 +28,7 @@ ROWS = [
     }
     for n in range(8)
 ]  # fmt: skip
-ODD = [  # rows that are counted and trained on all the same: equal answers, an empty answer, no prompt
+ODD = [  # rows that are counted and trained on nevertheless: equal answers, an empty answer, no prompt
     {"prompt": "the fox", "chosen": " says", "rejected": " says"}, {"prompt": "the dog", "chosen": "", "rejected": " jumps"},
     {"prompt": "", "chosen": "hello there", "rejected": "over"},
 ]  # fmt: skip
@@ -115,7 +116,7 @@ def assert_same(left, right, but=()):
 
 
 def test_shared_answers_have_the_log_probabilities_they_have_alone(run, model, adapter):
-    """Against each document in a row of its own, through all its logits."""
+    """Against each document in its own row, through all its logits."""
     config = run()
     params = peft.compose(model.params, adapter)
     rows = data.load(config, model.tokenizer).train
@@ -168,7 +169,7 @@ def test_accumulation_and_packing(run, gradient, keys):
 
 @pytest.mark.parametrize("keys", BY_MICRO_BATCH[1:], ids=str)
 def test_mesh(run, gradient, keys):
-    """Also of the losses that are taken over a micro-batch, which is over all devices."""
+    """Also for the losses computed per micro-batch, which spans all devices."""
     assert_same(gradient(run(keys)), gradient(run(keys), parallel.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))))
 
 
@@ -178,7 +179,7 @@ def test_rows_of_padding_count_for_nothing(run, gradient, keys):
 
 
 def padded(batch):
-    """The same rows with two empty ones behind, their answers' values anything."""
+    """The same rows followed by two empty ones, whose answers have arbitrary values."""
 
     def pad(x, fill=0):
         return np.concatenate([x, np.full_like(x[:, :2], fill)], axis=1)
@@ -208,8 +209,8 @@ def started(run):
 
 @pytest.mark.parametrize("number", range(len(OBJECTIVE_KEYS)))
 def test_every_objective_trains_by_every_method_on_rows_that_are_odd_too(run, home, model, started, number):
-    """Each objective's value is traced with all three methods; with one of them three steps are taken, and the loss falls (not of
-    simpo, which is cpo's function). Every other objective shares prompts (which changes no number: above)."""
+    """Each objective's value is traced with all three methods; with one of them three steps are taken, and the loss falls (not for simpo,
+    which is cpo's function). Every other objective shares prompts (which changes no number: above)."""
     share = number % 2 == 0
     config = run(OBJECTIVE_KEYS[number], data={"train": str(home / "odd.jsonl"), "shared_prompts": share})
     config = config.replace(max_grad_norm=1.0, per_device_train_batch_size=16)

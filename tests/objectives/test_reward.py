@@ -1,4 +1,4 @@
-"""Reward and classification losses: TRL's and transformers' numbers (goldens), where a text is scored, and what padding counts for."""
+"""Reward and classification losses: TRL's and transformers' numbers (goldens), where a text is scored, and that padding does not count."""
 
 import json
 from pathlib import Path
@@ -50,12 +50,12 @@ PAIRS = [
         "margin": n / 5,
     }
     for n in range(7)
-] + [{"prompt": "one two three", "chosen": "", "rejected": " four", "margin": 0.0}]  # an answer of nothing but its end
+] + [{"prompt": "one two three", "chosen": "", "rejected": " four", "margin": 0.0}]  # an answer of nothing but its end token
 
 
 @pytest.fixture(scope="module", params=["pads with another token", "pads with EOS"])
 def scorer(request, tmp_path_factory):
-    """A reward model; transformers scores an answer's EOS, or the token before it where texts are padded with EOS."""
+    """A reward model; transformers scores an answer's EOS, or the token before it if texts are padded with EOS."""
     folder = tmp_path_factory.mktemp("reward") / "model"
     tokenizer = tiny.write_chat_model(folder, tiny.LLAMA | {"num_hidden_layers": 2})
     if request.param == "pads with EOS":
@@ -88,7 +88,7 @@ def scores_and_gradient(model, tmp_path, **keys):
 
 
 def test_a_text_has_one_score_however_it_lies_in_rows(scorer, tmp_path):
-    """Alone (as transformers scores it: tests/oracle), beside the other answer to its prompt, packed, and with its prompt by itself."""
+    """Alone (as in transformers: tests/oracle), beside the other answer to its prompt, packed, and with its own prompt."""
     alone = jt.score(scorer, [(row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")])
     (scores, loss, gradient), *others = (
         scores_and_gradient(scorer, tmp_path, packing=packing, shared_prompts=share)

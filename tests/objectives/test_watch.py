@@ -1,4 +1,4 @@
-"""Known failures of preference tuning, each planted into a log, and a healthy run that is let alone."""
+"""Known failures of preference tuning, each planted into a log, and a healthy run without warnings."""
 
 import math
 
@@ -13,7 +13,7 @@ def config(**keys):
 
 
 def series(steps=30, **metrics):
-    """A healthy DPO run, with the named metrics instead: numbers, or functions of how far the run is, from 0 to 1."""
+    """A healthy DPO run, with the named metrics replaced: by numbers, or by functions of the run's progress from 0 to 1."""
     healthy = {
         "loss": lambda t: math.log(2) * (1 - 0.7 * t), "rewards/chosen": lambda t: 0.5 * t, "rewards/rejected": lambda t: -1.5 * t,
         "rewards/margins": lambda t: 2 * t, "rewards/accuracies": lambda t: 0.5 + 0.4 * t, "logps/chosen": lambda t: -60 + 5 * t,

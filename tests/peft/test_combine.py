@@ -46,7 +46,7 @@ def strong(model, config, seed=0):
 
 
 def alone(model, adapters, choice):
-    """Logits under a choice, by the plain sum of merged differences: no code of combine.py."""
+    """Logits under a choice, by the plain sum of merged differences: without the code of combine.py."""
     base = peft.merge(model.params)
     base.setdefault("head", base["embed"])
     total = base
@@ -105,7 +105,7 @@ def test_what_cannot_be_mixed_or_added(model, adapters):
 
 
 def test_no_dense_sum_is_made(model, adapters):
-    """Rows of different adapters share the base's product: what a layer adds is of the size of the ranks."""
+    """Rows of different adapters share the base's product: what a layer adds has the size of the ranks."""
     mixed = peft.compose(model.params, jt.mix(adapters, ["a", "b"]))
     leaf = mixed["layers"]["0"]["q"]
     assert leaf.base is model.params["layers"]["0"]["q"] and leaf.gate.shape == (3, 2, 9)

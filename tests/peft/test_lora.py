@@ -1,4 +1,4 @@
-"""LoRA's own backward pass against autodiff through the two products."""
+"""LoRA's hand-written backward pass against autodiff through the two products."""
 
 import jax
 import jax.numpy as jnp

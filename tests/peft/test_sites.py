@@ -1,4 +1,4 @@
-"""What a LoraConfig names in a model, and the mistakes it can hold. What it should name is tests/oracle/test_peft.py's."""
+"""What a LoraConfig names in a model, and possible mistakes. tests/oracle/test_peft.py checks what it should name."""
 
 import jax
 import numpy as np

@@ -33,7 +33,7 @@ def adapter(model):
 
 
 class Client:
-    """One connection for each request, as simple as it can be."""
+    """One connection per request, as simple as possible."""
 
     def __init__(self, server):
         self.server = server
@@ -90,7 +90,7 @@ def ask(start):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds what is being decoded after its first token: `gate.opened.set()` lets it go on, `gate.reached` says that it stands there."""
+    """Holds what is being decoded after its first token: `gate.opened.set()` lets it continue, `gate.reached` tells that it has arrived."""
     gate = SimpleNamespace(opened=threading.Event(), reached=threading.Event())
     decode = batches.decode
 

@@ -1,4 +1,4 @@
-"""What is answered does not depend on what is answered beside it."""
+"""An answer does not depend on what it is batched with."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ NEW = 16
 
 
 def _assert_logprobs(model, prompt, tokens, told):
-    """Those of the model itself, whatever the row is drawn with."""
+    """Those of the model itself, however the row is sampled."""
     logits_TV = jax.jit(decoder.forward, static_argnums=0)(model.config, model.params, np.asarray([prompt + tokens]))[0]
     logps_NV = np.asarray(jax.nn.log_softmax(logits_TV))[len(prompt) - 1 : -1]
     np.testing.assert_allclose(told["token_logprobs"], logps_NV[np.arange(len(tokens)), tokens], atol=1e-4)
@@ -25,7 +25,7 @@ def _assert_logprobs(model, prompt, tokens, told):
 
 
 def test_requests_that_wait_are_one_batch_and_each_is_answered_as_generate_does(ask, model, adapter, monkeypatch):
-    """Greedy and drawn, of many settings, with stop strings, of both models: all at once, and token for token those of `generate`."""
+    """Greedy and sampled, with many settings, with stop strings, for both models: all at once, and token for token those of `generate`."""
     greedy = generate.generate_tokens(model, [HELLO, "one two", "The quick brown fox"], max_new_tokens=NEW, chat=False)
     drawn = generate.generate_tokens(model, [HELLO], temperature=1.2, top_p=0.9, seed=7, num_return_sequences=2, max_new_tokens=NEW)
     tuned = generate.generate_tokens(model, [HELLO], adapter, max_new_tokens=NEW)

@@ -1,4 +1,4 @@
-"""Law 8 on chips that are not here: what a QLoRA step needs of a TPU v5e and of an H100, by their own compilers.
+"""Law 8 on chips that are not present: the memory of a QLoRA step on a TPU v5e and on an H100, according to their own compilers.
 
 Needs libtpu, jax-cuda13-plugin and jax-cuda13-pjrt (the last two with `pip install --no-deps`); no chip.
 """
@@ -19,7 +19,7 @@ from jaxtune.model import nf4_kernel, quant
 from jaxtune.targets import find_target
 
 pytestmark = pytest.mark.usefixtures("all_optimizations")
-# One worker for each target: what it has compiled for one test serves the next.
+# One worker per target: what it has compiled for one test serves the next.
 TPU, GPU = (pytest.param(target, marks=pytest.mark.xdist_group(target)) for target in ("v5e-1", "h100"))
 SHAPE = tiny.LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 DENSE = 2 * (4 * 512 * 512 + 3 * 512 * 2048)  # bytes of a layer's matrices in bfloat16
@@ -28,7 +28,7 @@ ROW = 256
 
 @pytest.fixture(scope="module")
 def peak(tmp_path_factory):
-    """`peak(target, layers, **keys)`: bytes of the step, without what has to be there: weights, adapter, moments."""
+    """`peak(target, layers, **keys)`: bytes of the step, without what is always there: weights, adapter, moments."""
     known = {}
 
     def measure(target, layers, **keys):
@@ -48,7 +48,7 @@ def peak(tmp_path_factory):
 
 @pytest.mark.parametrize("target", [TPU, GPU])
 def test_a_layer_leaves_its_input_and_its_gradients(peak, target):
-    """Not its unpacked matrices, nor a copy of its codes in another order (a quarter of them)."""
+    """Not its dequantised matrices, nor a copy of its codes in another order (a quarter of them)."""
     growth = (peak(target, 12) - peak(target, 4)) / 8
     residual, gradients = ROW * 512 * 2, 4 * 4 * (4 * 1024 + 3 * 2560)
     assert growth < 1.25 * (residual + gradients) < 0.1 * DENSE
@@ -62,7 +62,7 @@ def test_offload_leaves_the_gradients(peak, target):
 
 @pytest.mark.xdist_group("h100")
 def test_a_step_in_the_backward_pass_leaves_one_layers_gradients(peak):
-    """Full tuning: the float32 gradients of the others are not there. (On a TPU, which compiles for two minutes, it is the same.)"""
+    """Full tuning: the float32 gradients of the others do not exist. (On a TPU, which compiles for two minutes, it is the same.)"""
     keys = {"method": "full", "max_grad_norm": 0.0, "gradient_checkpointing": "full"}
     saved = peak("h100", 12, **keys) - peak("h100", 12, **keys, optimizer_in_bwd=True)
     print(saved / 2 / DENSE)
@@ -71,7 +71,7 @@ def test_a_step_in_the_backward_pass_leaves_one_layers_gradients(peak):
 
 @pytest.mark.parametrize("target", [TPU, GPU])
 def test_groups_leave_the_inputs_of_groups(peak, target):
-    """Of 12 layers 4 groups of 3: 4 inputs, and 3 of the group at hand, instead of 12."""
+    """For 12 layers 4 groups of 3: 4 inputs, and 3 of the current group, instead of 12."""
     tokens = 2048 if target == "v5e-1" else ROW  # shorter rows, and splash's, are in a v5e's VMEM
     row = {} if tokens == ROW else {"attention": "xla", "data": {"train": "x.jsonl", "max_length": tokens}}
     saved = peak(target, 12, **row) - peak(target, 12, gradient_checkpointing="groups", **row)
@@ -80,7 +80,7 @@ def test_groups_leave_the_inputs_of_groups(peak, target):
 
 @pytest.mark.xdist_group("h100")
 def test_a_long_row_leaves_its_residual_stream_and_a_few_more_of_its_size(peak):
-    """Neither scores (`8 T^2` of them, 256 MiB in bfloat16) nor the feed-forward part's `[T, F]` of all tokens."""
+    """Neither scores (`8 T^2` of them, 256 MiB in bfloat16) nor the feed-forward part's `[T, F]` for all tokens."""
     tokens = 4096
     long = peak("h100", 4, data={"train": "x.jsonl", "max_length": tokens}, mlp_chunk_size=512)
     assert long < (4 + 16) * tokens * 512 * 2  # 18.5 of that size; the whole `[T, F]` would add some 9
@@ -95,7 +95,7 @@ def test_a_kernel_compiles_and_takes_no_more_memory(peak, target):
 @pytest.mark.xdist_group("v5e-1")
 @pytest.mark.parametrize("back", [False, True])
 def test_a_tpu_product_leaves_nothing_in_its_memory(back):
-    """The kernel takes a layer's codes from their stack: neither a dense matrix nor a copy of them; cut out first, they are copied."""
+    """The kernel reads a layer's codes from their stack: neither a dense matrix nor a copy of them; if cut out first, they are copied."""
     layers, out, width, tokens = 4, 28672, 8192, 256  # larger than a TPU's VMEM, which would hide them
     place = SingleDeviceSharding(find_target("v5e-1").devices[0])
     leaf = quant.abstract("nf4", (out, width))

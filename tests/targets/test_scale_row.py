@@ -1,4 +1,5 @@
-"""Collectives read from a serialised TPU program are those of the same program printed (tools/hlo_proto.py reads what XLA cannot print)."""
+"""Collectives read from a serialised TPU program equal those of the same program printed (tools/hlo_proto.py reads what XLA cannot print).
+"""
 
 import importlib
 import sys
