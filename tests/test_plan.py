@@ -362,7 +362,7 @@ class Card:
 @pytest.mark.parametrize(
     ("card", "memory", "rates_of", "said"),
     [
-        (Card("NVIDIA H100 80GB HBM3", 70 * 2**30), 70 * 2**30, "h100", "grants; rates are the pub"),
+        (Card("NVIDIA H100 80GB HBM3", 70 * 2**30), 70 * 2**30, "h100", "reports; rates are the pub"),
         (Card("NVIDIA A100-SXM4-40GB"), 36 * 2**30, "a100-40", "does not report its memory.* published one; rates are the pub"),
         (Card("TPU v5 lite"), int(15.75 * 2**30), "v5e", "published"), (Card("TPU v5"), 95 * 2**30, "v5p", "published"),
         (Card("NVIDIA L40", 48 * 2**30), 48 * 2**30, None, "rates are not known"), (Card("NVIDIA GB200"), None, None, "are not known"),
