@@ -88,7 +88,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_a_bar_on_a_terminal_and_the_log_above_it(tmp_path):
-    """In a child whose stdout rich takes for a terminal."""
+    """In a child process whose stdout rich takes for a terminal."""
     program = f"""
 import logging, pathlib
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -121,7 +121,7 @@ def test_a_terminal_that_has_gone_ends_no_run(tmp_path):
     """
     ours, theirs = pty.openpty()
     waits, ready = os.pipe()
-    tty.setraw(theirs)  # else the child blocks on what nobody reads
+    tty.setraw(theirs)  # otherwise the child blocks on output that nobody reads
     arguments = dict(stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[waits])
     child = subprocess.Popen([sys.executable, "-c", program, str(waits)], **arguments)
     os.close(theirs)

@@ -1,4 +1,4 @@
-"""Scoring texts: what may be given, in which order it comes back, the command."""
+"""Scoring texts: accepted inputs, their order, the command."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ STEPS = {"prompt": "one two", "completions": ["three", "four five"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`lm`, a language model, and scorers made of it: `reward`, `classes`, `steps`."""
+    """`lm`, a language model, and scorers made from it: `reward`, `classes`, `steps`."""
     folder = tmp_path_factory.mktemp("score")
     tiny.write_chat_model(folder / "lm", tiny.LLAMA | {"num_hidden_layers": 2})
     for name, head in {

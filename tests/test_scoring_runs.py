@@ -1,4 +1,4 @@
-"""Runs that train a scoring head: what they leave, and what `evaluate` says of it beside the base."""
+"""Runs that train a scoring head: their results, and how `evaluate` compares them with the base."""
 
 import json
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command(monkeypatch, capsys, folder, tmp_path, number):
-    """It says where it listens, serves base and adapter under their names, and ends by itself when it is told to."""
+    """It prints its address, serves base and adapter under their names, and exits when told to."""
     model = jt.load(folder)
     jt.save_adapter(jt.init_adapter(jax.random.key(0), model, LoraConfig(r=2, target_modules=("q_proj",))), model, tmp_path / "adapter")
     asked, opened = [], serve.open_server

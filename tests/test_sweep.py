@@ -1,4 +1,4 @@
-"""A run for each combination; what is done is left, what fails is told; and runs side by side."""
+"""One run per combination; finished runs are skipped, failures are reported; and the comparison of runs."""
 
 import json
 

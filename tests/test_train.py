@@ -1,4 +1,4 @@
-"""The training run: its folder, its results, resume, best checkpoint, early stopping, errors."""
+"""A training run: its folder, its results, resume, best checkpoint, early stopping, errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder, tmp_path):
-    """Make a config: LoRA, two rows a step on each device, six steps."""
+    """Make a config: LoRA, two rows per step on each device, six steps."""
 
     def make(**changes):
         data = {"train": str(folder / "rows.jsonl"), "max_length": 32} | changes.pop("data", {})
@@ -66,7 +66,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_folder(config, folder, tmp_path, m
     record = json.loads((run / "run.json").read_text())
     assert record["versions"]["jax"] == jax.__version__ and record["model"]["sha256"]["model.safetensors"]
     assert ended.step == 8 and ended.metrics["loss"] == rows[-1]["loss"]
-    if method == "lora":  # what lies on disk is what was trained
+    if method == "lora":  # what is on disk is what was trained
         model = jt.load(folder / "model")
         tokens = np.asarray([[5, 6, 7, 8, 9]], np.int32)
         adapters = ended.trainable, jt.load_adapter(run / "adapter", model)
@@ -82,7 +82,7 @@ BEGINNINGS = {
 
 @pytest.fixture
 def hangup():
-    """SIGHUP is heard, also where the tests run under nohup, whose wish jaxtune respects."""
+    """SIGHUP is received, even if the tests run under nohup, which jaxtune respects."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -95,7 +95,7 @@ def test_a_signal_saves_and_resume_is_exact(config, folder, tmp_path, monkeypatc
     of = {"lora": {"lora": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]} | BEGINNINGS[after]},
           "full": {"optim": "adamw_8bit"}}  # whose moments are codes and scales  # fmt: skip
     of["lora"] |= {"quantization": "nf4"} if after == 4 else {}
-    some = ["layers.2.", "lm_head"] if (method, after) == ("full", 4) else []  # a part of the model, beside what is frozen
+    some = ["layers.2.", "lm_head"] if (method, after) == ("full", 4) else []  # a part of the model, in addition to what is frozen
     settings = config(method=method, save_steps=100, trainable_parameters=some, **of[method])
     whole = train(settings | {"output_dir": str(tmp_path / "whole")})
     advance = RunLog.advance
@@ -122,7 +122,7 @@ def test_a_signal_saves_and_resume_is_exact(config, folder, tmp_path, monkeypatc
 
 
 def test_what_is_trained_whole_is_trained_saved_and_resumed(config, folder, tmp_path):
-    """Biases, whole modules and tokens beside the pairs: over a mesh, in checkpoints, in PEFT's folder."""
+    """Biases, whole modules and tokens in addition to the pairs: over a mesh, in checkpoints, in PEFT's folder."""
     model = jt.load(folder / "model")
     tokens = sorted({*model.tokenizer("one two hello")["input_ids"]})
     lora = {"r": 2, "target_modules": ["q_proj", "lm_head"], "bias": "lora_only", "modules_to_save": ["norm", "layers.1.mlp"],
@@ -142,7 +142,7 @@ def test_what_is_trained_whole_is_trained_saved_and_resumed(config, folder, tmp_
 
 
 def test_resume_of_a_finished_run_changes_nothing(config):
-    """In a thread beside the main one, as a notebook's or a server's, where no signal can be handled; and with x64 on."""
+    """In a thread other than the main one, as in a notebook or a server, where no signal can be handled; and with x64 on."""
     first = train(config())
 
     def resume():
@@ -172,7 +172,7 @@ def test_a_disk_with_too_little_room_is_told_before_the_first_step(tmp_path, mon
 
 
 def test_a_run_that_has_taken_no_step_is_begun_anew(tmp_path):
-    """Where memory did not suffice, say: there is nothing to resume, and nothing to lose."""
+    """For example after running out of memory: there is nothing to resume, and nothing to lose."""
     config = load_config({"model": "m", "output_dir": str(tmp_path)})
     (tmp_path / "config.yaml").write_text("of mine")
     with pytest.raises(CheckpointError, match="not empty"):
@@ -222,7 +222,7 @@ def test_resume_needs_a_run_and_the_same_settings(config, tmp_path):
 
 
 def test_the_best_model_is_kept_and_loaded(config, tmp_path):
-    """With a learning rate that diverges the first evaluation is the best one; its checkpoint outlives the limit."""
+    """With a learning rate that diverges, the first evaluation is the best one; its checkpoint is kept beyond the limit."""
     settings = config(learning_rate=3.0, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, data={"eval": 0.3})
     result = train(settings | {"load_best_model_at_end": True})
     evals = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}

@@ -30,7 +30,7 @@ LLAMA = {
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
-# Options of a compilation: the code generator that users have (see conftest.py), for programs that are looked at.
+# Compilation options: the default code generator (see conftest.py), for programs that are examined.
 OF_USERS = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -50,7 +50,7 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
 
 
 def mesh_on(platform, tensor=1):
-    """What is asked of a mesh of devices that are not here."""
+    """The interface of a mesh, for devices that are not present."""
     return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"tensor": tensor})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of several modalities: the language model is read and written, what is beside it comes out as it went in."""
+"""Multimodal checkpoints: the language model is read and written, the other tensors come out unchanged."""
 
 import dataclasses
 import json

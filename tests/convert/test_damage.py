@@ -1,4 +1,4 @@
-"""Files as an adversary leaves them: each is one error that names the file and what is wrong with it, and none a traceback."""
+"""Damaged files: each is one error that names the file and the damage, and never a traceback."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PAIR = f"base_model.model.{Q}.lora_"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A model, an adapter and a GGUF file that are sound."""
+    """An undamaged model, adapter and GGUF file."""
     root = tmp_path_factory.mktemp("sound")
     tiny.write_chat_model(root / "model", tiny.LLAMA | {"num_hidden_layers": 2})
     model = jt.load(root / "model")
@@ -40,7 +40,7 @@ def folder(made, tmp_path):
 
 
 def message(function, *arguments):
-    """What a command would print; an error that is none of ours fails the test."""
+    """What a command would print; any error that is not ours fails the test."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever is raised has to be explained
         function(*arguments)
     text = errors.explain(caught.value)
@@ -231,7 +231,7 @@ def test_stop_tokens_that_are_none(folder, ends):
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(folder):
-    """A token beyond the embedding would otherwise be its last row."""
+    """A token beyond the embedding would otherwise become its last row."""
     tensors = load_file(folder / "model.safetensors")
     save_file({name: x[:80].copy() if len(x) == 339 else x for name, x in tensors.items()}, folder / "model.safetensors")
     set_config(folder, vocab_size=80)

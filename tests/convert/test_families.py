@@ -1,4 +1,4 @@
-"""The other layouts that families' files come in. In and out is the same bytes: tests/laws/test_model_files.py."""
+"""Other layouts of families' files. In and out gives the same bytes: tests/laws/test_model_files.py."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_experts_stacked_as_transformers_5_can_write_them(tmp_path, case):
 
 
 def test_mxfp4_is_read_as_the_numbers_it_stands_for(tmp_path):
-    """Every code and many scales, as gpt-oss comes: codes side by side in 32 numbers of one scale; by hand, number by number."""
+    """Every code and many scales, in gpt-oss's layout: codes packed for 32 numbers with one scale; by hand, number by number."""
     config = references.load("gpt_oss").config | {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
     tensors, rng = tiny.hf_tensors(config, "bfloat16"), np.random.default_rng(0)
     packed, values = dict(tensors), [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]

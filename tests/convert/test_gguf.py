@@ -1,4 +1,4 @@
-"""GGUF files in and out: containers, layouts, metadata; the `gguf` package is the other side."""
+"""GGUF files in and out: containers, layouts, metadata; compared with the `gguf` package."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ ENCODED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]
 
 
 def write_llama(path, hf_config=tiny.LLAMA, tensors=None, drop=(), **metadata):
-    """A file as llama.cpp's converter writes it: q and k interleaved, with `GGUFWriter` alone."""
+    """A file like those of llama.cpp's converter: q and k interleaved, with `GGUFWriter` alone."""
     tensors = tiny.hf_tensors(hf_config) if tensors is None else tensors
     writer = GGUFWriter(path, "llama")
     c = from_hf(hf_config)
@@ -180,7 +180,7 @@ def test_what_is_refused(tmp_path, drop, metadata, message):
 
 
 def test_numbers_of_layers_that_are_damaged(tmp_path):
-    """Apertus's activations are metadata there."""
+    """Apertus's activations are stored as metadata."""
     config = from_hf(references.load("apertus").config)
     save_gguf(config, references.tree(config, references.load("apertus").tensors), tmp_path / "m.gguf", type="f32")
     file = GGUFFile(tmp_path / "m.gguf")
@@ -205,7 +205,7 @@ LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 
 
 def test_rope_frequencies_are_known_again_or_kept(tmp_path):
-    """llama.cpp keeps Llama 3's scheme as divisors; others' divisors have no name and stay numbers."""
+    """llama.cpp stores Llama 3's scheme as divisors; other divisors have no name and stay numbers."""
     theta = {"rope_theta": 500000.0, "head_dim": 64}
     divisors = llama3_divisors(500000.0, 32, LLAMA3)
     wanted = from_hf(tiny.LLAMA | theta | {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}})
@@ -253,7 +253,7 @@ def test_every_token_that_ends_a_turn_is_in_the_generation_config(tmp_path):
 
 # ---- out ----
 
-# what llama.cpp runs of each family (checked with it, see docs/decisions.md), where the golden model is not like that; "": not said
+# what llama.cpp supports of each family (checked with it, see docs/decisions.md), if the golden model differs; "": unspecified
 LIKE_LLAMA_CPP = {
     "apertus": dict(),
     "arcee": dict(mlp_bias=False),
@@ -297,11 +297,11 @@ LIKE_LLAMA_CPP = {
 FAMILIES = ["ernie4_5_moe", "falcon_one_head", "gemma", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "granitemoe"]
 FAMILIES += ["granitemoeshared", "hunyuan", "linear", "llama", "llama3", "ministral", "ministral3", "mistral", "mixtral", "olmo"]
 FAMILIES += ["phi3", "phi4_mini", "qwen3", "stablelm", "starcoder2", *LIKE_LLAMA_CPP]
-# what a file does not say, or says in other words: compared by hand, or of no account for what the model computes
+# what a file lacks, or expresses differently: compared by hand, or irrelevant for the computation
 UNSAID = {"model_type", "ropes", "moe", "hidden_act", "padding_idx", "initializer_range", "max_position_embeddings", "hf_json"}
 
 
-# families that are another's files there
+# families stored as another's files
 READ_AS = {"ministral": "mistral", "glm4_moe_lite": "deepseek_v3", "granitemoehybrid": "granite"}
 
 
@@ -312,7 +312,7 @@ def family_config(case):
 
 
 def assert_same_config(found, wanted):
-    """What the two compute is the same."""
+    """Both compute the same."""
     assert found.model_type in (wanted.model_type, READ_AS.get(wanted.model_type))
     for field in dataclasses.fields(wanted):
         if field.name not in UNSAID:
@@ -333,7 +333,7 @@ def assert_same_config(found, wanted):
 
 
 def known_names(architecture):
-    """The tensors and the metadata that the gguf package knows of an architecture."""
+    """The tensors and metadata that the gguf package knows for an architecture."""
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     keys = [vars(group) for group in vars(gguf.Keys).values() if isinstance(group, type)]
     return {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number]}, {key for group in keys for key in group.values()}
@@ -347,7 +347,7 @@ def test_out_and_in_is_the_same_model(tmp_path, case):
     again, file = load(tmp_path / "m.gguf"), GGUFFile(tmp_path / "m.gguf")
     found = flatten(again.params)
     for path, leaf in flatten(params).items():
-        # a norm stored with one added, a decay as what it is the logarithm of: these round
+        # a norm stored plus one, a decay stored as its logarithm's argument: these are rounded
         rounds = config.norm.endswith("_offset") and path.endswith("norm") or path.endswith("a_log")
         if again.config.model_type == "granite" and path.endswith("gate_up"):  # which are two matrices there
             found[path] = np.concatenate([found[path.replace("gate_up", name)] for name in ("gate", "up")], axis=1)

@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF: base and pairs, as llama.cpp adds them, are the merged model's file."""
+"""LoRA adapters as GGUF: base and pairs, added as in llama.cpp, equal the merged model's file."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from jaxtune.tree import flatten, unflatten
 
 
 def make(hf, **fields):
-    """A model and an adapter that does something."""
+    """A model and an adapter with an effect."""
     config, rng = from_hf(hf), np.random.default_rng(0)
     model = Model(config, references.tree(config, tiny.hf_tensors(hf)))
     own = LoraConfig(r=2, lora_alpha=6, **{"target_modules": "all-linear"} | fields)
@@ -44,14 +44,14 @@ def merged(params, adapter):
 
 
 def added(file, name):
-    """What llama.cpp adds to a tensor (src/llama-adapter.cpp); of an embedding, it looks `lora_a` up by the token."""
+    """What llama.cpp adds to a tensor (src/llama-adapter.cpp); for an embedding, it looks up `lora_a` by the token."""
     a, b = file.read(f"{name}.lora_a").astype(np.float32), file.read(f"{name}.lora_b").astype(np.float32)
     return file.metadata["adapter.lora.alpha"] / b.shape[-1] * ((b @ a.T).T if name == "token_embd.weight" else b @ a)
 
 
 TARGETS = r".*(layers\.[01]\..*(q_proj|k_proj|up_proj)|embed_tokens|lm_head)"
 PATTERNS = dict(use_rslora=True, rank_pattern={"1.self_attn.q_proj": 3}, alpha_pattern={"up_proj": 9}, target_modules=TARGETS)
-# golden model, what is otherwise, so that llama.cpp runs it, the adapter
+# golden model, changes that llama.cpp needs, the adapter
 CASES = [
     ("llama", dict(tie_word_embeddings=False), PATTERNS),
     ("falcon", dict(bias=False), {}),

@@ -1,4 +1,4 @@
-"""K-quants: the gguf package reads the blocks, and they are as near to the numbers as llama.cpp's own."""
+"""K-quants: the gguf package reads the blocks, and they are as accurate as llama.cpp's own."""
 
 import gguf
 import numpy as np
@@ -7,8 +7,8 @@ from gguf import GGMLQuantizationType
 
 from jaxtune.convert.gguf_kquants import KINDS, quantize
 
-# of `drawn()`, what llama.cpp's `ggml_quantize_chunk` loses without an importance matrix (llama-cpp-python 0.3.36): the root mean square
-# of the error over that of the numbers
+# the error of llama.cpp's `ggml_quantize_chunk` on `drawn()`, without an importance matrix (llama-cpp-python 0.3.36): its root mean square
+# relative to that of the numbers
 REFERENCE = {"Q2_K": 0.33249, "Q3_K": 0.17701, "Q4_K": 0.08254, "Q5_K": 0.04221, "Q6_K": 0.02144}
 
 
@@ -30,7 +30,7 @@ def test_errors_beside_llama_cpps(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_numbers_that_have_a_code_keep_it(kind):
-    """Zeros, one number alone, and what was packed before: nothing to divide by, or nothing to lose."""
+    """Zeros, a single number, and previously quantised values: nothing to divide by, or nothing to lose."""
     zeros = np.zeros((2, 256), np.float32)
     np.testing.assert_array_equal(gguf.dequantize(quantize(zeros, kind), kind), zeros)
     for value in (zeros + 0.3, zeros - 0.3, np.eye(2, 256, dtype=np.float32)):

@@ -1,4 +1,4 @@
-"""Tokenizers through GGUF: what a file's metadata says becomes the tokenizer it was written from."""
+"""Tokenizers through GGUF: a file's metadata gives the tokenizer from which it was written."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def assert_same(found, wanted, texts=TEXTS):
 
 
 def with_rule(tokenizer, splitting):
-    """The small tokenizer, cutting text by another rule."""
+    """The small tokenizer with another splitting rule."""
     backend = tokenizer.backend_tokenizer
     steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.words))
@@ -72,7 +72,7 @@ def test_every_splitting_rule(tmp_path, name):
 
 
 def test_rules_in_other_words(tmp_path):
-    """Falcon's steps are of several kinds; OLMo 2 and others throw away what their pattern, which matches all, does not match."""
+    """Falcon's steps are of several kinds; OLMo 2 and others discard what their pattern, which matches everything, does not match."""
     tokenizer = make_tokenizer("chatml")
     tokenizer.backend_tokenizer.pre_tokenizer = SEQUENCES["falcon"]
     described = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -82,13 +82,13 @@ def test_rules_in_other_words(tmp_path):
     described = json.loads(with_rule(tokenizer, SPLITTINGS["dbrx"]).backend_tokenizer.to_str())
     described["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
     assert splitting_name(described) == "dbrx"
-    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+"  # which leaves something out
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+"  # which omits something
     with pytest.raises(ModelError, match="has no name for that we know"):
         splitting_name(described)
 
 
 def test_digits_are_cut_off_before_spaces_are_counted(tmp_path):
-    """SmolLM's rule, which llama.cpp calls smollm: two spaces before a digit stay together. GPT-2's own rule gives one to the digit."""
+    """SmolLM's rule, named smollm in llama.cpp: two spaces before a digit stay together. GPT-2's own rule gives one to the digit."""
     cut = {}
     for name in ("smollm", "gpt-2"):
         tokenizer = through_gguf(with_rule(make_tokenizer("chatml"), SPLITTINGS[name]), tmp_path / f"{name}.gguf")
@@ -147,7 +147,7 @@ def test_unknown_rules_and_kinds_are_refused(tmp_path):
         gguf_tokenizer(metadata | {"tokenizer.ggml.tokens": ["a"] * len(tokenizer)}, "m.gguf")
     assert gguf_tokenizer({}, "m.gguf") is None
     bytes_, other = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel(add_prefix_space=True)
-    for steps in (  # each was taken for the rule without it
+    for steps in (  # each was mistaken for the rule without it
         [pre_tokenizers.Whitespace()], [pre_tokenizers.Split("-", "isolated"), bytes_], [pre_tokenizers.Digits(), bytes_], [other],
         [pre_tokenizers.Split(Regex(r"\p{N}"), "removed"), bytes_],
     ):  # fmt: skip

@@ -149,7 +149,7 @@ def test_packed_while_loading_is_packed_layer_by_layer(tmp_path, kind):
 
 
 def test_experts_are_packed_too(tmp_path):
-    """In memory; bitsandbytes has no packed experts, so they are written as what they stand for."""
+    """In memory; bitsandbytes has no quantised experts, so they are written dense."""
     golden = references.load("mixtral")
     tiny.write(tmp_path / "in", golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     model = load(tmp_path / "in", quantization="nf4")
@@ -162,7 +162,7 @@ def test_experts_are_packed_too(tmp_path):
 
 
 def test_layers_that_are_left_dense(tmp_path):
-    """As in checkpoints that pack some modules of some layers (`llm_int8_skip_modules`): layers that are packed alike are a stack."""
+    """As in checkpoints that quantise some modules of some layers (`llm_int8_skip_modules`): layers quantised alike form a stack."""
     tiny.write(tmp_path / "in", tiny.LLAMA | {"hidden_size": 64})
     config = dataclasses.replace(open_model(tmp_path / "in").config, cuts=(1, 2))
     pack = lambda path, w: quant.quantize(w, "nf4") if "/q" in path and "/1/" not in path and w.ndim == 2 else w  # noqa: E731

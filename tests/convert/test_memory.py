@@ -1,4 +1,4 @@
-"""A conversion needs memory for a matrix, not for the model (tools/convert_memory.py shows it at 3 GB)."""
+"""A conversion needs memory for one matrix, not for the model (tools/convert_memory.py shows this at 3 GB)."""
 
 import importlib.util
 import json

@@ -96,7 +96,7 @@ def test_tensors_that_do_not_fit(model, saved):
 
 
 def test_embeddings_that_peft_writes_beside_an_adapter(model, saved, tmp_path):
-    """Where the vocabulary was resized, PEFT saves embedding and head whole, and those that it trains whole three times."""
+    """If the vocabulary was resized, PEFT saves embedding and head whole, and those that it trains whole three times."""
     file, stems = saved / "adapter_model.safetensors", {"embed": "base_model.model.model.embed_tokens", "head": "base_model.model.lm_head"}
     new = np.asarray(model.params["embed"]) + 1
     more = {f"{stems['embed']}.weight": new, f"{stems['head']}.weight": np.asarray(model.params["head"]),
@@ -119,7 +119,7 @@ def test_no_adapter_there(model, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["embed_out"]}, {"target_modules": ["dense"], "modules_to_save": ["embed_out"]}])
 def test_the_head_of_gpt_neox_by_both_its_names(tmp_path, settings):
-    """transformers 4 (and the files) call it embed_out, transformers 5 lm_head."""
+    """transformers 4 (and the files) name it embed_out, transformers 5 lm_head."""
     golden = references.load("gpt_neox")
     tiny.write(tmp_path / "model", golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.tensors.items()})
     model = load(tmp_path / "model")

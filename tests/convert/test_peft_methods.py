@@ -1,4 +1,4 @@
-"""Adapters of every method as PEFT wrote them open here with its logits (tools/make_adapter_goldens.py); and what is wrong with a file."""
+"""Adapters of every method written by PEFT open here with its logits (tools/make_adapter_goldens.py); and errors in a file."""
 
 import json
 

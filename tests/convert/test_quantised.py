@@ -1,5 +1,5 @@
-"""Checkpoints that other tools have quantised, read as the numbers they stand for: packed here by hand, number by number, and as the tools
-themselves have packed them (tests/goldens/quantised.safetensors)."""
+"""Checkpoints quantised by other tools, read as the numbers they stand for: quantised here by hand, number by number, and by the tools
+themselves (tests/goldens/quantised.safetensors)."""
 
 import json
 import logging
@@ -29,13 +29,13 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def words(codes, bits):
-    """Codes as the digits of one large number, the first the lowest."""
+    """Codes as the digits of one large number, lowest first."""
     number = sum(int(code) << bits * place for place, code in enumerate(codes))
     return np.frombuffer(number.to_bytes(-(-len(codes) * bits // 32) * 4, "little"), np.int32)
 
 
 def spread(blocks, block, shape):
-    """One number for each block as one for each place."""
+    """One number per block expanded to one per element."""
     return np.kron(np.asarray(blocks, np.float32), np.ones(block, np.float32))[: shape[0], : shape[1]]
 
 
@@ -101,7 +101,7 @@ def gptq(name, shape, rng, bits=4, group=16, stored="less one", order=True):
     of = rng.permutation(of) if order else of
     parts = {"qweight": np.stack([words(column, bits) for column in codes.T], axis=1)}
     parts |= {"qzeros": np.stack([words(row, bits) for row in kept]), "scales": scales}
-    parts |= {"g_idx": of.astype(np.int32)} if order is not None else {"bias": np.zeros(out, np.float16)}  # as old files have it
+    parts |= {"g_idx": of.astype(np.int32)} if order is not None else {"bias": np.zeros(out, np.float16)}  # as in old files
     return {stem + end: part for end, part in parts.items()}, ((codes - zeros[of]).astype(np.float32) * scales.astype(np.float32)[of]).T
 
 
@@ -119,7 +119,8 @@ def awq(name, shape, rng, group=16):
 
 def compressed(format, targets=("Linear",), **weights):
     group = {"targets": list(targets), "weights": weights, "input_activations": None}
-    other = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}, "format": "int-quantized"}  # of no module that is here
+    # of a module that does not exist here
+    other = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}, "format": "int-quantized"}
     groups = {"group_0": other, "group_1": group} if targets != ("Linear",) else {"group_0": group}
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
 
@@ -189,7 +190,7 @@ def test_numbers(tmp_path, case, caplog):
     ("family", "case"), [("qwen3_moe", "fp8"), ("qwen3_moe", "gptq, no order"), ("granitemoe", "fp8"), ("granitemoe", "fp8, rows")]
 )
 def test_experts(tmp_path, family, case):
-    """Each by itself, and a layer's together in one tensor."""
+    """Separately, and a layer's together in one tensor."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     config = references.load(family).config | sizes
     write_both(tmp_path, case, config)
@@ -197,7 +198,7 @@ def test_experts(tmp_path, family, case):
 
 
 def test_a_dense_model_is_saved(tmp_path):
-    """In the dtype of the plain tensors, and config.json does not say any more that it is packed; packed anew, and onto a mesh."""
+    """In the dtype of the unquantised tensors, and config.json no longer says that it is quantised; quantised again, and onto a mesh."""
     dense = write_both(tmp_path, "fp8")
     model = load(tmp_path / "packed", "auto")
     assert model.config.dtype == "bfloat16" and {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"bfloat16"}
@@ -213,7 +214,7 @@ def test_a_dense_model_is_saved(tmp_path):
 
 @pytest.mark.parametrize("family", ["mistral3", "qwen3_vl_moe"])
 def test_models_that_see(tmp_path, family):
-    """The language model, the tower beside it and experts that lie `[E, in, out]` are packed; config.json says so in `text_config`."""
+    """The language model, the tower and experts stored as `[E, in, out]` are quantised; config.json says so in `text_config`."""
     golden, rng, stored = references.load(family), np.random.default_rng(0), {}
     dense = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in golden.files.items()}
     for name, tensor in list(dense.items()):
@@ -313,7 +314,7 @@ GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}
     ],
 )  # fmt: skip
 def test_what_is_not_read(tmp_path, settings, said):
-    """Said of config.json alone, by which `plan` knows a model."""
+    """Judged by config.json alone, which is all that `plan` has."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": settings}))
     with pytest.raises(ModelError, match=f"config.json says {said}"):
         open_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Attention by blocks against one plain softmax over all scores: values and gradients, whatever hides a key."""
+"""Blockwise attention against one plain softmax over all scores: values and gradients, whatever hides a key."""
 
 import functools
 
@@ -30,7 +30,7 @@ CASES = {
 
 
 def plain(q, k, v, window=0, cap=0.0, parents=None, sinks=None):
-    """Every score at once, by loops over what the docstring of `Keys` says; zeros where a query sees nothing."""
+    """All scores at once, by loops that follow the docstring of `Keys`; zeros where a query sees nothing."""
     seen = np.zeros((B, T, T), bool)
     for b in range(B):
         for t in range(T):
@@ -49,7 +49,7 @@ def plain(q, k, v, window=0, cap=0.0, parents=None, sinks=None):
 
 
 def test_chunks_of_positions():
-    """What is seen, by hand; the kernels' tables say the same, and no block is left out that somebody sees some of."""
+    """What is seen, by hand; the kernels' tables agree, and no block is skipped that is partly seen."""
     keys, chunk = Keys(SLOTS, POSITIONS, SEGMENTS), 6
     seen = np.asarray(attention.visible(keys, keys, -chunk))
     for b, t, s in np.ndindex(B, T, T):
@@ -70,8 +70,8 @@ def ours(q, k, v, window=0, cap=0.0, parents=None, sinks=None, tile=attention.TI
 
 @pytest.fixture(params=[(128, 8, 1024), (8, 8, 64), (8, 2, 64), (8, 8, 16), (8, 8, 8)], ids=str)
 def tile(request, monkeypatch):
-    """One block; a span for each block; spans of several blocks, the last one not full; blocks of keys, too: larger than those of queries,
-    and as large."""
+    """One block; one span per block; spans of several blocks, the last one not full; also blocks of keys: larger than those of queries, and
+    equal."""
     queries, spans, keys = request.param
     monkeypatch.setattr(attention, "SPANS", spans)
     return Tile(queries, keys)
@@ -136,7 +136,7 @@ def test_scores_are_never_all_there():
 
 
 def test_blocks_of_keys_that_nobody_sees_are_left_out():
-    """Of four blocks of keys, those of the third document's queries alone; with its parent, from that one's first on."""
+    """Of four blocks of keys, only those of the third document's queries; with its parent, from that one's first on."""
     tile = Tile(keys=15)
     keys = Keys(*(x[:1] for x in (SLOTS, POSITIONS, SEGMENTS)))
     last = jax.tree.map(lambda x: x[:, 35:40], keys)

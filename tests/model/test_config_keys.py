@@ -1,4 +1,4 @@
-"""Every key of transformers' config class of a family changes what is built here, or is refused: none is passed over in silence."""
+"""Every key of transformers' config class of a family changes what is built here, or is refused: none is ignored silently."""
 
 import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from jaxtune.errors import ModelError
 from jaxtune.model.families import FAMILIES, from_hf
 
-# Keys that change no logits: of training, of the tokenizer, of caches and of heads for other tasks.
+# Keys that change no logits: for training, the tokenizer, caches and heads for other tasks.
 NO_LOGITS = {
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "classifier_dropout", "bos_token_id", "eos_token_id",
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
@@ -14,11 +14,11 @@ NO_LOGITS = {
     "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size", "chunk_size",
     "num_logits_to_keep", "sep_token_id", "embedding_initializer_range",
 }  # fmt: skip
-# Keys that count only beside another, which the class's own defaults leave out or overrule: layer_types says the layers' windows.
+# Keys that count only together with another, which the class's own defaults omit or override: layer_types determines the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
                   "sliding_window_pattern", "num_kv_heads", "num_ln_in_parallel_attn", "full_attn_idxs",
                   "interleave_moe_layer_step", "mamba_expand", "global_attn_every_n_layers"}  # fmt: skip
-# keys beside which others count, or that the class has no default for
+# keys together with which others count, or for which the class has no default
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
           "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
@@ -36,13 +36,13 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                          "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
                          "time_step_limit", "time_step_max", "use_mamba_kernels"},
-          **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"rope_parameters"}),  # whose base layer_rope_theta overrules
+          **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"rope_parameters"}),  # whose base is overridden by layer_rope_theta
           # transformers reads them nowhere
           **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), {"head_dim", "qk_head_dim"})}
 
 
 def others(value):
-    """Values of the same kind that mean something else."""
+    """Values of the same type with another meaning."""
     if value is None:
         return [1]
     if isinstance(value, bool):

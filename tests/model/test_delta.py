@@ -1,4 +1,4 @@
-"""The gated delta rule by chunks against the recurrence token by token, and what carries a state from call to call."""
+"""The chunked gated delta rule against the recurrence token by token, and carrying the state from call to call."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ B, K, H, WIDTH, VALUE = 2, 2, 4, 8, 6
 def inputs(T, seed=0):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((B, T, heads, width)) for heads, width in ((K, WIDTH), (K, WIDTH), (H, VALUE)))
-    k[:, : T // 2] = k[:, :1]  # the same key again and again: the hardest triangular system
+    k[:, : T // 2] = k[:, :1]  # the same key repeatedly: the hardest triangular system
     g, beta = -rng.exponential(0.2, (B, T, H)), rng.uniform(0, 1, (B, T, H))
     begins = rng.uniform(size=(B, T)) < 0.02
     state = rng.standard_normal((B, H, WIDTH, VALUE))
@@ -68,7 +68,7 @@ def test_chunks_are_the_recurrence(monkeypatch, erases):
 
 
 def test_a_state_and_a_tail_go_on():
-    """A row in pieces is the row, for the rule and for the convolution."""
+    """A row in pieces equals the row, for the rule and for the convolution."""
     parts, begins, state = inputs(100)
     w, x = jnp.asarray(np.random.default_rng(2).standard_normal((5, 4))), parts[0][..., 0, :5]
 
@@ -106,7 +106,7 @@ def test_layers_that_are_given_something_have_no_virtual_tokens():
 
 
 def test_what_a_state_rules_out():
-    """A text that goes on from another segment: never computed, and not laid out."""
+    """A text that continues from another segment: never computed, and never laid out."""
     config, other = (from_hf(references.load(name).config) for name in ("qwen3_5", "qwen3"))
     run = load_config({"model": "m", "objective": "dpo", "data": {"train": "x"}})
     assert run.data.shared_prompts and unshared(run, other) is run and not unshared(run, config).data.shared_prompts

@@ -68,14 +68,14 @@ def decode(config, params, batch, steps) -> list[np.ndarray]:
 
 
 def remembered(c) -> tuple:
-    """What tells one model's memory of a text, and what layers read of it, from another's."""
+    """What distinguishes one model's memory of a text, and what layers read of it, from another's."""
     of_layers = ((np.sign(c.layer_windows[i]), c.layer_ropes[i], c.at(i) is c, c.kv_source(i) == i) for i in c.attending)
     recurrent = c.recurrent and (type(c.recurrent), c.recurrent.beside)
     return frozenset(of_layers), recurrent, c.latent is None, bool(c.feeding), c.qk_norm_last, c.bare_norms, c.query_growth.still
 
 
 FIRST = {remembered(from_hf(references.load(name).config)): name for name in reversed(references.TEXT)}
-# in the first, frequencies change as the text grows, and keys in the cache keep those of their time: not equal, there as here
+# in the first, frequencies change as the text grows, and keys in the cache keep the earlier ones: not equal, as in transformers
 DECODED = sorted({*FIRST.values(), "gpt2", "opt"} - {"dynamic", "phi4_mini"})
 
 
@@ -114,7 +114,7 @@ def test_row_table_gives_back_the_files_tensors(case):
 
 @pytest.mark.parametrize("name", ["dynamic", "phi4_mini"])
 def test_prompts_of_different_length_each_have_their_own_frequencies(name):
-    """Read together and decoded on, over the length where the frequencies change, as each one alone; transformers takes the longest's."""
+    """Read together and decoded, across the length at which the frequencies change, as each one alone; transformers uses the longest's."""
     golden = references.load(name)
     config = from_hf(golden.config)
     params = references.tree(config, golden.tensors)

@@ -1,4 +1,4 @@
-"""config.json: what is refused, by name, and what is not worth a word."""
+"""config.json: what is refused, by name, and what is ignored."""
 
 import contextlib
 import dataclasses
@@ -142,7 +142,7 @@ def test_a_value_of_another_kind_is_no_traceback():
 @pytest.mark.parametrize(
     ("model_type", "change", "same"),
     [
-        # transformers' AutoConfig takes a Mistral with layer_types for a Ministral
+        # transformers' AutoConfig treats a Mistral with layer_types as a Ministral
         ("mistral", dict(layer_types=["full_attention", "sliding_attention"] * 2), dict(model_type="ministral")),
         ("mixtral", dict(num_experts=5), dict(num_local_experts=5, num_experts=None)),
         ("gpt2", dict(max_position_embeddings=16), dict(n_positions=16)),
@@ -158,7 +158,7 @@ def test_two_spellings_of_one_model(model_type, change, same):
 
 def test_an_original_length_beside_schemes_by_kind_of_layer_is_not_read():
     scaled = FIRST["olmo3"] | dict(rope_scaling=dict(rope_type="yarn", factor=4.0))
-    assert from_hf(scaled | dict(original_max_position_embeddings=8)) == from_hf(scaled)  # transformers reads it inside alone
+    assert from_hf(scaled | dict(original_max_position_embeddings=8)) == from_hf(scaled)  # transformers reads it inside only
 
 
 def test_a_missing_key_is_named():
@@ -220,12 +220,12 @@ def test_a_nested_config_is_that_of_its_language_model():
         assert dataclasses.replace(from_hf(hub), outer="", together=False) == alone and alone.model_type in FAMILIES
         assert from_hf(hub).outer == name
     said = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, model_type="gemma3_text", sliding_window=1024)
-    gemma = from_hf(dict(model_type="gemma3", text_config=said))  # as the hub has 4b
+    gemma = from_hf(dict(model_type="gemma3", text_config=said))  # as in the hub's 4b
     assert (gemma.vocab_size, gemma.num_heads, gemma.num_kv_heads, gemma.head_dim) == (262208, 8, 4, 256) and gemma.tie_word_embeddings
     layer_types = dict(text_config=FIRST["mistral3"]["text_config"] | dict(layer_types=["full_attention"]))
     assert from_hf(FIRST["mistral3"] | layer_types) == from_hf(FIRST["mistral3"])  # a Mistral within: no Ministral
     mistral = FIRST["mistral3"] | dict(tie_word_embeddings=True)
-    assert from_hf(mistral).tie_word_embeddings  # what the whole says, since that is where transformers looks
+    assert from_hf(mistral).tie_word_embeddings  # the outer value, which transformers reads
 
 
 def test_an_untied_copy_has_a_head_row():

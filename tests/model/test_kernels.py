@@ -1,6 +1,7 @@
-"""The kernels for GPU and TPU, interpreted on a CPU, against the XLA form and transformers: values and gradients, whatever hides a key.
+"""The kernels for GPU and TPU, interpreted on a CPU, against the XLA implementation and transformers: values and gradients, whatever hides
+a key.
 
-That they compile for chips is in tests/targets/test_bytes.py.
+tests/targets/test_bytes.py tests that they compile for chips.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jaxtune.model.block import Place
 from jaxtune.model.families import from_hf
 
 B, T, H, K = 2, 45, 6, 2
-# two documents that go on from the first; one that fills its blocks alone, one, and padding that is no whole block
+# two documents that continue the first; one that fills its blocks alone, one, and padding that is not a whole block
 SEGMENTS = np.stack([np.repeat([1, 2, 3], 15), np.repeat([1, 2, 0], [16, 14, 15])]).astype(np.int32)
 SLOTS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
 POSITIONS = SLOTS - np.stack([np.repeat([0, 15, 30], 15), np.repeat([0, 16, 30], [16, 14, 15])]).astype(np.int32)
@@ -30,7 +31,7 @@ CASES = {"segments": (0, 0.0, None), "all": (12, 1.5, PARENTS)}
 
 @pytest.fixture(params=["flash", "splash"])
 def form(request, monkeypatch):
-    """A kernel, interpreted, with tiles so small that a row has many, and one size for a block's queries and another for its keys."""
+    """A kernel, interpreted, with tiles so small that a row has many, and different sizes for a block's queries and its keys."""
     module = {"flash": flash, "splash": splash}[request.param]
     monkeypatch.setattr(module, "INTERPRET", True)
     monkeypatch.setattr(module, "BLOCK", 16)
@@ -47,7 +48,7 @@ def arrays(h):
 
 
 def computed(form, q, k, v, out, window, cap, parents):  # with sinks where all else is there too
-    """The result, and the derivatives of its product with `out`; the window is traced, as a layer's is."""
+    """The result, and the derivatives of its product with `out`; the window is traced, as in a layer."""
     queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
 
     sinks = None if parents is None else jnp.linspace(-1.0, 2.0, H)
@@ -66,14 +67,14 @@ def computed(form, q, k, v, out, window, cap, parents):  # with sinks where all 
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(form, case):
-    given = *arrays(12 if case == "all" else 16), *CASES[case]  # 12: filled up to 16 where a tile has to be a power of two wide
+    given = *arrays(12 if case == "all" else 16), *CASES[case]  # 12: padded to 16 if a tile must have a power of two as its width
     for found, wanted in zip(computed(form, *given), computed("xla", *given), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
         assert np.all(found[1, 30:] == 0)  # padding
 
 
 def test_a_query_that_is_no_number_gives_none(form):
-    """And those of other heads and tokens are as they were."""
+    """And those of other heads and tokens are unchanged."""
     q, k, v, _ = arrays(16)
     tokens = Keys(SLOTS, POSITIONS, SEGMENTS)
     result = jax.jit(lambda q, form: attend(q, k, v, tokens, tokens, scale=0.3, form=form), static_argnums=1)

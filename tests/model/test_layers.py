@@ -13,7 +13,7 @@ def normalized(x, eps):
     return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(eps))
 
 
-# What transformers does in bfloat16: Llama rounds before it multiplies by the scale, Gemma and OLMo 2 after.
+# In bfloat16, transformers' Llama rounds before it multiplies by the scale, Gemma and OLMo 2 after.
 FORMULAS = {
     "rms": lambda x, w: (normalized(x, 1e-5).astype(BF16) * w).astype(BF16),
     "rms_float32": lambda x, w: (normalized(x, 1e-5) * w.astype(np.float32)).astype(BF16),

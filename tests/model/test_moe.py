@@ -49,7 +49,7 @@ def test_each_token_goes_through_its_likeliest_experts(normalize):
 
 def test_load_balancing_loss_is_least_for_equal_shares():
     even = RouterSums(jnp.full(4, 10.0), jnp.full(4, 5.0), jnp.asarray(20.0))
-    assert float(load_balancing_loss(even)) == pytest.approx(2.0)  # two experts a token
+    assert float(load_balancing_loss(even)) == pytest.approx(2.0)  # two experts per token
     uneven = RouterSums(jnp.asarray([20.0, 20.0, 0.0, 0.0]), jnp.asarray([10.0, 10.0, 0.0, 0.0]), jnp.asarray(20.0))
     assert float(load_balancing_loss(uneven)) == pytest.approx(4.0)
 
@@ -82,7 +82,7 @@ def test_many_stacks_keep_their_order():
     """As dictionary keys "10" comes before "2"."""
     golden = references.load("qwen3_moe")
     config = from_hf(golden.config | {"num_hidden_layers": 12, "mlp_only_layers": []})
-    assert config.stacks == (tuple(range(0, 12, 2)), tuple(range(1, 12, 2)))  # a pattern that repeats: side by side
+    assert config.stacks == (tuple(range(0, 12, 2)), tuple(range(1, 12, 2)))  # a repeating pattern: side by side
     config = dataclasses.replace(config, cuts=tuple(range(1, 12)))
     assert config.stacks == tuple((layer,) for layer in range(12))
     rng = np.random.default_rng(0)

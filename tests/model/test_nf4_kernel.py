@@ -1,4 +1,4 @@
-"""Products of 4-bit matrices by the TPU's kernel, interpreted: the numbers of `NF4.dense`, forward and backward, alone and in a model."""
+"""Products with 4-bit matrices by the TPU kernel, interpreted: the numbers of `NF4.dense`, forward and backward, alone and in a model."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from jaxtune.tree import unflatten
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """The kernel interpreted; which products it was asked for."""
+    """The kernel interpreted; records which products it computed."""
     asked, kernel = [], nf4_kernel.product
 
     def interpreted(x, codes, scales, number, **how):
@@ -35,7 +35,7 @@ def calls(monkeypatch):
 
 
 def stack(out, width, kind, block_size=64, layers=2):
-    """Layers of one random matrix each, packed and stacked, and the function that gives a layer's leaf its place in the stack."""
+    """Layers of one random matrix each, quantised and stacked, and the function that gives a layer's leaf its place in the stack."""
     w = np.random.default_rng(0).standard_normal((layers, out, width)).astype(np.float32)
     leaves = [quant.quantize(one, kind, block_size) for one in w]
     rest, put = nf4_kernel.hold(jax.tree.map(lambda *x: jnp.stack(x), *leaves))
@@ -44,7 +44,7 @@ def stack(out, width, kind, block_size=64, layers=2):
 
 @pytest.mark.parametrize(("kind", "block_size", "dtype"), [("nf4-dq", 64, "bfloat16"), ("fp4", 128, "float32")])
 def test_an_unpacked_tile_is_the_dense_matrix_bit_for_bit(kind, block_size, dtype):
-    """Times the identity, whose sums are of zeros and one number."""
+    """Times the identity, whose sums consist of zeros and one number."""
     leaves, held = stack(384, 128, kind, block_size)
     dense = jax.jit(lambda leaf: leaf.dense(jnp.dtype(dtype)))(leaves[1])
     np.testing.assert_array_equal(held(1).product(jnp.eye(128, dtype=dtype)), dense.T)
@@ -55,7 +55,7 @@ def test_an_unpacked_tile_is_the_dense_matrix_bit_for_bit(kind, block_size, dtyp
     ("tokens", "out", "width"),
     [
         (1100, 128, 192),  # two tiles of tokens; inputs taken whole forward, two tiles of them, the last half full, backward
-        (40, 512, 640),  # tiles of inputs that go beyond the scales
+        (40, 512, 640),  # tiles of inputs that extend beyond the scales
     ],
 )
 def test_products_and_gradients(calls, tokens, out, width):
@@ -74,7 +74,7 @@ def test_products_and_gradients(calls, tokens, out, width):
 
 @pytest.mark.parametrize(("out", "width", "block_size"), [(96, 128, 64), (128, 96, 64), (128, 128, 32), (128, 1088, 64)])
 def test_what_has_no_tiles_goes_the_other_way(calls, out, width, block_size):
-    """A side below 128, blocks that do not end with the rows, small blocks, a summed side that nothing divides."""
+    """A side below 128, blocks that do not end with the rows, small blocks, a summed side without a divisor."""
     leaves, held = stack(out, width, "nf4", block_size)
     x = jnp.ones((2, width), jnp.bfloat16)
     np.testing.assert_array_equal(held(1).product(x), leaves[1].product(x))
@@ -83,7 +83,7 @@ def test_what_has_no_tiles_goes_the_other_way(calls, out, width, block_size):
 
 
 def gradients(sizes, kernel):
-    """Loss and gradients of a LoRA adapter over a packed model of two layers, on a mesh of (data, fsdp, tensor, sequence)."""
+    """Loss and gradients of a LoRA adapter over a quantised model of two layers, on a mesh of (data, fsdp, tensor, sequence)."""
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     mesh = parallel.make_mesh(MeshConfig(**dict(zip(parallel.AXES, sizes, strict=True))), jax.devices()[: int(np.prod(sizes))])
     config = from_hf(tiny.LLAMA | shape | {"num_hidden_layers": 2, "attention_bias": False})
@@ -92,7 +92,7 @@ def gradients(sizes, kernel):
     params = {path: 0.1 * jax.random.normal(next(keys), row.shape) for path, row in spec(config).items()}
     pack = functools.partial(quant._quantize_4bit, kind="nf4", nested=False, block_size=64)
     for path in spec(config):
-        if path.endswith(("/q", "/down")):  # two of seven, for the compiler's time
+        if path.endswith(("/q", "/down")):  # two of seven, to save compilation time
             params[path] = jax.tree.map(lambda *x: jnp.stack(x), *[pack(w) for w in params[path]])
     params = unflatten(params)
     params = jax.device_put(params, parallel.param_shardings(mesh, config, params))
@@ -108,7 +108,7 @@ def gradients(sizes, kernel):
 
 
 def test_a_model_by_the_kernel(calls):
-    """One device, and tokens cut over four, two of which hold parts of each matrix."""
+    """One device, and tokens split over four, two of which hold parts of each matrix."""
     expected = gradients((1, 1, 1, 1), "xla")
     assert not calls
     for sizes, layers in (((1, 1, 1, 1), 2), ((1, 2, 1, 2), 1)):

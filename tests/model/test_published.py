@@ -1,4 +1,4 @@
-"""Every family at the size it is published in: parameter counts as on the model cards, and the forward pass by shape alone."""
+"""Every family at its published size: parameter counts as on the model cards, and the forward pass by shape alone."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ PUBLISHED = {
         | size(1536, 6144, 35, 8),
         4628569379,
     ),
-    # the language model of each: what is beside it is not counted
+    # the language model of each, without the other parts of its checkpoint
     "gemma-3-4b-it": (nested("gemma3", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34), 3880263168),
     "gemma-3-12b-it": (nested("gemma3", num_key_value_heads=8, **size(3840, 15360, 48, 16)), 11766034176),
     "gemma-3-27b-it": (
@@ -131,7 +131,7 @@ PUBLISHED = {
         | {"tie_word_embeddings": False},
         30532122624,
     ),
-    # without the head for further tokens (mtp), which is carried along
+    # without the head for further tokens (mtp), which is kept as it is
     "Qwen3.5-0.8B": (
         nested("qwen3_5", **QWEN3_5 | dict(num_key_value_heads=2, linear_num_value_heads=16, **size(1024, 3584, 24, 8)))
         | dict(tie_word_embeddings=True),

@@ -1,4 +1,4 @@
-"""Packed matrices: round trips, bitsandbytes' edge cases, and a product whose gradient is that of the dense matrix."""
+"""Quantised matrices: round trips, bitsandbytes' edge cases, and a product whose gradient is that of the dense matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def unpack(codes):
 @pytest.mark.parametrize("shape", [(8, 128), (6, 96), (5, 7), (1, 1)])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits_are_the_nearest_value_of_their_block(shape, block_size, kind):
-    """Against a search over all 16 values; ties and the order of FP4's two zeros aside, which the values do not show."""
+    """Against a search over all 16 values; except for ties and the order of FP4's two zeros, which do not affect the values."""
     w = matrix(*shape)
     leaf = quant.quantize(w, kind, block_size)
     flat = np.pad(w.reshape(-1), (0, -w.size % block_size)).reshape(-1, block_size)
@@ -44,7 +44,7 @@ def test_packing_puts_the_first_half_low_and_ties_go_down():
 
 
 def test_selecting_is_looking_up():
-    """The TPU's way, which no test machine takes."""
+    """The TPU's way, which no test machine uses."""
     codes = jnp.arange(16, dtype=jnp.uint8)
     for kind, values in quant.CODES.items():
         np.testing.assert_array_equal(quant._select(codes, values), np.asarray(values, np.float32), err_msg=kind)
@@ -117,7 +117,7 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(kind, shape):
 
 @pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
 def test_second_derivatives_are_right_or_an_error(kind):
-    """Of a loop over layers, where jax loses its way among the residuals of a 4-bit matrix."""
+    """Of a loop over layers, where jax confuses the residuals of a 4-bit matrix."""
     stack, x = jax.tree.map(lambda leaf: leaf[None], quant.quantize(matrix(64, 64), kind)), jnp.asarray(matrix(2, 64))
 
     def second(stack):

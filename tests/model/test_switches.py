@@ -1,6 +1,7 @@
-"""Switching off any one thing that makes a family what it is must show in its logits: no golden is blind to a switch.
+"""Switching off any feature of a family must change its logits: no golden is blind to a switch.
 
-That is a matter of the golden, so cases whose switches others have too are looked at when one is made: JAXTUNE_TEST_SWITCHES=all pytest ...
+This depends on the golden only, so cases whose switches others have too are checked when a golden is made: JAXTUNE_TEST_SWITCHES=all pytest
+...
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jaxtune.tree import flatten, unflatten
 
 TOLERANCE = 1e-4
 forward = jax.jit(decoder.forward, static_argnums=0)
-PLAIN = {  # what a field is in a model that has nothing special about it
+PLAIN = {  # the value of a field in a model without special features
     "attention_softcap": 0.0,
     "logits_softcap": 0.0,
     "logits_scaling": 1.0,
@@ -41,7 +42,7 @@ OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_nor
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The config with one switch off, or turned the other way, for every switch that it has on."""
+    """The config with one switch off or inverted, for every switch that it has on."""
     layers, head_dim = config.num_layers, config.head_dim
     fields = {name: plain for name, plain in PLAIN.items() if getattr(config, name) != plain}
     if config.attention_scale != head_dim**-0.5:
@@ -50,7 +51,7 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
         fields["layer_windows"] = (0,) * layers
     if -1 in config.layer_ropes and config.ropes:
         fields["layer_ropes"] = (0,) * layers
-    if config.norm != "rms_float32":  # differs from "rms" in low precision alone: tests/model/test_layers.py
+    if config.norm != "rms_float32":  # differs from "rms" only in low precision: tests/model/test_layers.py
         fields["norm"] = "rms_offset" if config.norm == "rms" else "rms"
     fields["hidden_act"] = "gelu" if config.hidden_act in ("gelu_pytorch_tanh", "gelu_new") else "relu"
     fields["norm_eps"] = 0.1
@@ -85,7 +86,7 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def lacking(params: dict) -> dict[str, dict]:
-    """The tree without the rows of one optional part (biases: zero, since a LayerNorm always has one)."""
+    """The tree without the rows of one optional part (for biases: zeros, since a LayerNorm always has one)."""
     leaves = flatten(params)
     found = {}
     for part in OPTIONAL:
@@ -96,8 +97,8 @@ def lacking(params: dict) -> dict[str, dict]:
     return found
 
 
-GENERIC = {"norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"}  # every model has them: tried where they are listed
-# what makes each case more than a plain Llama; complete but for the generic ones
+GENERIC = {"norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"}  # every model has them: tested where they are listed
+# what makes each case more than a plain Llama; complete except for the generic switches
 SWITCHES = {
     "apertus": {"_bias", "q_norm", "k_norm", "hidden_act", "rope 0 kind", "rope 0 theta"},
     "arcee": {"_bias", "hidden_act"},
@@ -186,12 +187,12 @@ SWITCHES = {
 # whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's; minimax_m2: olmoe's and lfm2_moe's)
 KIN = {"cwm", "dots1", "exaone", "flex_olmo", "glm4_moe_lite", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense",
        "hunyuan_moe", "internlm3", "jais2", "lfm2_moe", "minicpm3", "minimax_m2", "qwen3_next", "vaultgemma", "youtu"}
-# whose switches were each looked at once (docs/decisions.md): a program for each takes a second
+# whose switches were each checked once (docs/decisions.md): a program for each takes a second
 SEEN = {"afmoe", "falcon_h1", "granite_swa", "hyperclovax", "llama4", "nemotron_h", "phimoe"}
 
 
 def asked() -> list[str]:
-    """The cases that have a switch which none before them has, or all."""
+    """The cases that have a switch which no earlier case has, or all."""
     cases, found, chosen = [case for case in references.TEXT if case not in KIN | SEEN], set(), []
     for case in cases:
         chosen += [case] if SWITCHES[case] - found else []
@@ -220,7 +221,7 @@ def test_every_switch_shows(case):
 
 
 def features(case: str) -> set:
-    """What a case's backward pass consists of: its rows, and what is done with them."""
+    """The features of a case's backward pass: its rows, and their computation."""
     config = from_hf(references.load(case).config)
     ways = {(name, getattr(config, name)) for name in ("norm", "attention_softcap", "parallel_residual", "interleaved", "hidden_act")}
     ways |= {(name, getattr(config.moe, name)) for name in ("sigmoid", "clamp") if config.moe}
@@ -229,7 +230,7 @@ def features(case: str) -> set:
 
 
 def with_all_features() -> list[str]:
-    """The cases that have something which none before them has."""
+    """The cases that have a feature which no earlier case has."""
     seen, chosen = set(), []
     for case in references.TEXT:
         chosen += [case] if features(case) - seen else []
