@@ -21,10 +21,10 @@ from jaxtune.convert.names import is_float
 from jaxtune.convert.peft_config import PREFIX, config_json, names_of_today, naming_config, read_config
 from jaxtune.convert.peft_embeddings import check_vocabulary, read_embeddings
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
+from jaxtune.convert.peft_packed import check_packed
 from jaxtune.convert.tensors import Checkpoint, Plan, Safetensors, read_json, write_file, write_json
 from jaxtune.errors import ModelError, check_argument
 from jaxtune.model.families import heads
-from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.row import Row
 from jaxtune.peft import kind_of, prompts
 from jaxtune.peft.adapter import Adapter, Constant, Part
@@ -43,7 +43,6 @@ from jaxtune.peft.sites import (
     targeted,
     whole_rows,
 )
-from jaxtune.tree import flatten
 
 log = logging.getLogger("jaxtune")
 
@@ -185,7 +184,7 @@ def _load(path: Path, model: Model) -> Adapter:
     config = kind.settle(model.config, config) if not isinstance(config, LoraConfig) else config
     check_vocabulary(path, model, checkpoint)
     params, sites = _read_pairs(path, checkpoint, left, model, config)
-    _check_packed(path, model, config, sites)
+    check_packed(path, model, config, sites)
     shared = _read_shared(path, checkpoint, left, model, config, sites)
     if not model.config.num_labels and any(name.removeprefix(PREFIX).split(".")[0] in HEADS for name in left):
         raise ModelError(f"{path} has a scoring head, and this is a language model; open the two with jt.load_scorer({str(path)!r})")
@@ -211,20 +210,6 @@ def _read_prompt(path: Path, checkpoint: Checkpoint, model: Model, kind: PromptK
     if value.shape != wanted:
         raise ModelError(f"{path}: {name} is {value.shape}, but this model and its config ask for {wanted}")
     return Adapter({prompts.PATH: {"embeddings": jnp.asarray(value)}}, (), config)
-
-
-def _check_packed(path: Path, model: Model, config: AnyConfig, sites: tuple[Site, ...]) -> None:
-    """Pairs that compensate for quantisation (LoftQ) need a base quantised in the same way; a base opened for a conversion is not checked.
-    """
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != "loftq" or not model.params:
-        return
-    bits, leaves = config.loftq_config.loftq_bits, flatten(model.params)
-    if not all(isinstance(leaves[site.path], Int8 if bits == 8 else NF4) for site in sites):
-        wanted = "quantization: int8" if bits == 8 else "quantization: nf4-dq or nf4, as the run had"
-        raise ModelError(
-            f"{path} was begun with LoftQ: it makes up for what a base loses in {bits} bits, and this one is not packed so; open the base "
-            f"with {wanted}"
-        )
 
 
 def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[Site, ...]) -> None:

@@ -63,6 +63,14 @@ def test_names_and_config_are_pefts(model, saved):
     assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_a_base_that_was_packed_in_training_is_told(model, saved, caplog):
+    (saved.parent / "config.yaml").write_text("quantization: nf4\n")
+    load_adapter(saved, load(model.source, quantization="nf4"))
+    assert not caplog.text
+    load_adapter(saved, model)
+    assert "over a base packed as nf4, and this one is not" in caplog.text
+
+
 def test_a_folder_in_use_is_left_alone(model, saved):
     with pytest.raises(ModelError, match="not empty"):
         save_adapter(load_adapter(saved, model), model, saved)
