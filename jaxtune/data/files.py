@@ -5,7 +5,7 @@ import csv
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def read_hub(path: str, name: str | None, split: str | None, streaming: bool = F
     with _from_hub(path):
         found = datasets.load_dataset(path, name, split=split or "train", streaming=streaming)
     for number, fields in enumerate(found, 1):
-        yield Row(path, number, "row", dict(fields), number)
+        yield Row(path, number, "row", _without_filling(fields), number)
 
 
 def _kind(path: Path) -> str | None:
@@ -254,7 +254,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield number, fields
+                    yield number, _without_filling(fields)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's error, not Arrow's for malformed bytes
             raise
@@ -280,7 +280,18 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
             f"{path}: holds the splits {', '.join(map(str, rows))}; name one of their folders, like {path / str(next(iter(rows)))}"
         )
     for number, fields in enumerate(rows, 1):
-        yield number, dict(fields)
+        yield number, _without_filling(fields)
+
+
+def _without_filling(fields: Mapping) -> dict:
+    """A row of Arrow's, whose structs have every key that any row's has: one that is None was not there (arguments of another tool)."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: own(part) for name, part in value.items() if part is not None}
+        return [own(part) for part in value] if isinstance(value, list) else value
+
+    return {name: own(value) for name, value in fields.items()}
 
 
 def _text(path: Path) -> Iterator[tuple[int, dict]]:

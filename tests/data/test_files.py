@@ -15,7 +15,7 @@ ROWS = [{"prompt": f"Question {n}, “naïve”\u2028: ", "completion": "yes,\ni
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
 
-def save(path):
+def save(path, rows=ROWS):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(JSONL))
     elif path.suffix == ".zst":
@@ -34,14 +34,14 @@ def save(path):
     else:
         import datasets
 
-        rows = datasets.Dataset.from_list(ROWS)
+        table = datasets.Dataset.from_list(rows)
         if path.suffix == ".parquet":
-            rows.to_parquet(str(path))
+            table.to_parquet(str(path))
         elif path.suffix == ".arrow":
-            rows.save_to_disk(str(path.parent / "saved"))
+            table.save_to_disk(str(path.parent / "saved"))
             (path.parent / "saved" / "data-00000-of-00001.arrow").rename(path)
         else:
-            rows.save_to_disk(str(path))
+            table.save_to_disk(str(path))
 
 
 NAMES = ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.json", "r.csv", "r.tsv", "r.parquet", "r.arrow", "folder"]
@@ -54,6 +54,15 @@ def test_every_kind_holds_the_same_rows(name, tmp_path):
     assert [row.fields for row in rows] == ROWS
     assert [row.index for row in rows] == list(range(1, 31))
     assert rows[0].unit == ("line" if name.endswith(("jsonl", "gz", "zst", "csv", "tsv")) else "row")
+
+
+@pytest.mark.parametrize("name", ["r.parquet", "r.arrow", "folder"])
+def test_arguments_of_other_tools_are_not_there(name, tmp_path):
+    """Arrow gives all structs of a column the same keys."""
+    given = {"add": {"a": 1, "b": 2}, "weather": {"city": "Rome"}}
+    calls = [{"tool_calls": [{"name": tool, "arguments": arguments}]} for tool, arguments in given.items()]
+    save(tmp_path / name, calls)
+    assert [row.fields for row in read(find(str(tmp_path / name)))] == calls
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.parquet"])
