@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     tiny.write_chat_model(folder / "model")
     tiny.write_chat_model(folder / "tuned", seed=5)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     model = jt.load(folder / "model")
     adapter = jt.init_adapter(jax.random.key(0), model, jt.LoraConfig(r=4))
     adapter = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, adapter)

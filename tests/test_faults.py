@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     tokenizer = tiny.write_chat_model(folder / "model")
     rows = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in WORDS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(folder, rows)
     return folder, tokenizer(" fox")["input_ids"][-1]
 
 

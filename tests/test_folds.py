@@ -21,7 +21,7 @@ ROWS = [{"prompt": f"Say {n}.", "completion": f" {n}" * (1 + n % 9)} for n in ra
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
     tiny.write_chat_model(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     return folder
 
 

@@ -1,7 +1,6 @@
 """The cost of a step: what is compiled, what is transferred, and when the host waits."""
 
 import contextlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     tiny.write_chat_model(folder / "model", tiny.LLAMA | {"num_hidden_layers": 1})
     rows = [{"prompt": f"Say {word} {n}.", "completion": f" {word}" * (2 if n % 2 else 20)} for n in range(11) for word in WORDS[:8]]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(folder, rows)
     return folder
 
 

@@ -55,7 +55,7 @@ def mine(tmp_path):
 def test_a_run_learns_by_it(tmp_path, mine):
     tiny.write_chat_model(tmp_path / "model")
     rows = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in "one two three hello".split()]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(tmp_path, rows)
     spec = f"{tmp_path}/mine.py:focal"
     run = {
         "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"), "loss_function": spec, "max_steps": 3, "logging_steps": 1,

@@ -31,7 +31,7 @@ ROWS = [{"prompt": f"Say {word}.", "completion": f" {word} {word}"} for word in 
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     tiny.write_chat_model(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     return folder
 
 

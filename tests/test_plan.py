@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES.keys() - {*POLICY, "distill"}))
 def test_the_planned_batch_is_that_of_a_run(folder, tmp_path, objective):
     rows = [ROWS.get(objective, PAIR) | {"id": n} for n in range(2 if objective == "kto" else 1)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(tmp_path, rows)
     settings = {"train": str(tmp_path / "rows.jsonl"), "max_length": 16, "cache_dir": str(tmp_path / "cache"), "packing": False}
     config = load_config({"model": str(folder), "objective": objective, "data": settings} | KEYS.get(objective, {}))
     mesh = parallel.make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -29,7 +29,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     for number, name in enumerate(("model", "other")):
         tiny.write_chat_model(folder / name, tiny.LLAMA, seed=number)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     model = read_model(open_model(str(folder / "model")))
     peft_files.save_adapter(trained(model, 0), model, folder / "adapter")
     return folder

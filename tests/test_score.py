@@ -93,7 +93,7 @@ def test_language_models_do_not_score_and_scorers_do_not_write(folder, reward):
 
 def test_the_command(folder, reward, tmp_path):
     rows = [{"messages": CHAT, "id": 7}, {"prompt": "one", "completion": " two"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(tmp_path, rows)
     command = [sys.executable, "-m", "jaxtune.score", str(folder / "reward"), "--data", str(tmp_path / "rows.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

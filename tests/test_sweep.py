@@ -1,6 +1,5 @@
 """One run per combination; finished runs are skipped, failures are reported; and the comparison of runs."""
 
-import json
 
 import pytest
 import tiny
@@ -73,7 +72,7 @@ def test_a_run_that_memory_does_not_suffice_for_leaves_the_others_their_turn(mon
 def test_a_sweep(tmp_path, caplog):
     tiny.write_chat_model(tmp_path / "model", tiny.LLAMA | {"num_hidden_layers": 1})
     rows = [{"prompt": f"Say {word}.", "completion": f" {word}"} for word in "one two three fox dog lazy".split()]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(tmp_path, rows)
     config = {
         "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "runs"), "max_steps": 2, "logging_steps": 1, "lora": {"r": 2},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32, "eval": 0.3}, "report_to": "none", "max_grad_norm": 0.0,

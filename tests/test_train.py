@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     """A model folder and a data file."""
     folder = tmp_path_factory.mktemp("train")
     tiny.write_chat_model(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -83,3 +84,8 @@ def assert_same_bytes(found, wanted):
     for name, array in wanted.items():
         assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
         assert found[name].tobytes() == array.tobytes(), name
+
+
+def write_rows(folder: Path, rows) -> None:
+    """`rows.jsonl` in the folder."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,9 +16,10 @@ sentences are met there alone. The same seed writes the same bytes.
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
+
+from jaxtune.disk import write_text
 
 SYSTEM = "Answer a customer of the shop."
 SIZES = {"train": 480, "eval": 160}
@@ -179,12 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent.parent / "configs" / "preference")
     folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
     for split, size in SIZES.items():
         rows = make(split, size)
-        scratch = folder / f".{split}.jsonl.tmp"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(scratch, folder / f"{split}.jsonl")
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{folder / f'{split}.jsonl'}: {len(rows)} rows")
 
 

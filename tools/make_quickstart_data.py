@@ -9,9 +9,10 @@ clock time in eight is met in the test alone. The same seed writes the same byte
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
+
+from jaxtune.disk import write_text
 
 SYSTEM = "Answer with a cron line."
 SIZES = {"train": 1500, "eval": 64, "test": 200}
@@ -312,9 +313,7 @@ def main() -> None:
     folder, seen = parser.parse_args().folder, set()
     for split, size in SIZES.items():
         rows = make(split, size, seen)
-        scratch = folder / f".{split}.jsonl.tmp"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(scratch, folder / f"{split}.jsonl")
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{folder / f'{split}.jsonl'}: {len(rows)} rows")
 
 

@@ -7,8 +7,9 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
+
+from jaxtune.disk import write_text
 
 OUT = Path(__file__).parent.parent / "configs" / "sums"
 
@@ -26,11 +27,8 @@ def rows() -> dict[str, list[dict]]:
 def main() -> None:
     """Write both files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
     for side, made in rows().items():
-        scratch = OUT / f".{side}.{os.getpid()}.jsonl"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-        os.replace(scratch, OUT / f"{side}.jsonl")
+        write_text(OUT / f"{side}.jsonl", "".join(json.dumps(row) + "\n" for row in made))
         print(f"{OUT / side}.jsonl: {len(made)} rows")
 
 

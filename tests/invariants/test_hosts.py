@@ -31,7 +31,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     tiny.write_chat_model(folder / "model", SHAPE)
     rows = [{"prompt": f"Say {a} {b}.", "completion": f" {a} {b}"} for a in WORDS for b in WORDS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_rows(folder, rows)
     settings = {
         "model": str(folder / "model"), "method": "qlora",
         "data": {"train": str(folder / "rows.jsonl"), "eval": 0.1, "max_length": 32, "cache_dir": str(folder / "cache")},

@@ -50,7 +50,7 @@ def home(tmp_path_factory):
     """A folder with a tiny model, whose window is shorter than the rows, and rows."""
     folder = tmp_path_factory.mktemp("preference")
     tiny.write_chat_model(folder / "model", SHAPE)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny.write_rows(folder, ROWS)
     (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5] + ODD))
     return folder
 

@@ -1,6 +1,5 @@
 """Reward and classification losses: TRL's and transformers' numbers (goldens), where a text is scored, and that padding does not count."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -69,7 +68,7 @@ def scorer(request, tmp_path_factory):
 
 def scores_and_gradient(model, tmp_path, **keys):
     """Scores of every answer in the order of the rows, the loss, and its gradient, over one epoch of one micro-batch."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    tiny.write_rows(tmp_path, PAIRS)
     rows = {"train": str(tmp_path / "rows.jsonl"), "max_length": 64, "cache_dir": str(tmp_path / "cache"), "shuffle": False} | keys
     config = load_config({"model": "m", "objective": "reward", "per_device_train_batch_size": 8, "data": rows, "max_grad_norm": 0})
     source = data.load(config, model.tokenizer).train
