@@ -93,9 +93,9 @@ def _check(config: ModelConfig, adapter: Adapter) -> None:
     paths = [site.path for site in adapter.sites]
     if config.tie_word_embeddings and (tied := [path for path in paths if path in ("embed", "head")]):
         raise ModelError(f"llama.cpp has one matrix for this model's embedding and head; this adapter is on its {tied[0]} alone; {_MERGE}")
-    unread = ("q", "q_a", "q_b", "kv_a", "kv_b", "head") if config.latent else ()
+    unread = ("q", "q_a", "q_b", "kv_a", "kv_b", "head") if config.latent else ("latent_in", "latent_out")
     if passed := [path for path in paths if path.rpartition("/")[2] in unread]:
         raise ModelError(
-            f"llama.cpp adds no pairs to latent attention's projections, nor to the head of such a model; this adapter has {passed[0]}; "
-            f"{_MERGE}"
+            f"llama.cpp adds no pairs to the projections of latent attention and of latent experts, nor to the head of a model with the "
+            f"first; this adapter has {passed[0]}; {_MERGE}"
         )

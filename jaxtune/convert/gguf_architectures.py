@@ -8,6 +8,7 @@ from jaxtune.convert import gguf_readers as readers
 from jaxtune.convert.gguf_file import Metadata
 from jaxtune.convert.gguf_keys import (
     COMMON,
+    INNER,
     LEADING,
     LOGIT_SCALE,
     MULTIPLIERS,
@@ -19,6 +20,8 @@ from jaxtune.convert.gguf_keys import (
     Architecture,
     Key,
     experts,
+    moe,
+    state,
     window,
 )
 from jaxtune.convert.gguf_rope import rope_keys, rope_parameters
@@ -33,6 +36,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
     found = ARCHITECTURES[config.model_type]
     if found is _HYBRID and not config.mamba:  # attention only: its predecessors compute the same
         found = ARCHITECTURES["granitemoeshared" if config.moe else "granite"]
+    if found is _NEMOTRON_H and config.moe:
+        found = found._replace(name="nemotron_h_moe")
     limits.check(config, found)
     return found
 
@@ -55,15 +60,16 @@ def config_of(m: Metadata) -> dict[str, Any]:
     model_type = _SHARED_BY[m.architecture](m) if m.architecture in _SHARED_BY else MODEL_TYPES[m.architecture]
     a = ARCHITECTURES[model_type]
     norm = next((key for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon") if m.get(f"attention.{key}") is not None), None)
-    hf = {key.hf: _read(m, key) for key in COMMON}
+    own = {key.gguf for key in a.keys}
+    hf = {key.hf: _read(m, key) for key in COMMON if key.gguf not in own}
     hf["num_hidden_layers"] -= m.get("nextn_predict_layers", 0)
-    hf["num_key_value_heads"] = hf["num_key_value_heads"] or hf["num_attention_heads"]
     hf["head_dim"] = readers.head_dim(m)
     hf["vocab_size"] = m.file.tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = not m.has("output.weight")
     hf["rope_parameters"] = rope_parameters(m, hf["head_dim"])
     hf |= {a.eps: m(f"attention.{norm or 'layer_norm_rms_epsilon'}")} if a.eps else {}
     hf |= {key.hf: _read(m, key) for key in a.keys if key.hf}
+    hf["num_key_value_heads"] = hf.get("num_key_value_heads") or hf["num_attention_heads"]
     hf = {a.renamed.get(key, key): value for key, value in hf.items()}
     return {"model_type": model_type} | hf | a.hf | a.read(m)
 
@@ -79,6 +85,7 @@ def _which_llama(m: Metadata) -> str:
 # general.architecture, if several families share it -> which of them a file contains
 _SHARED_BY: dict[str, Callable[[Metadata], str]] = {
     "llama": _which_llama,
+    "gemma4": lambda m: "gemma4_text",
     "olmo2": lambda m: "olmo3" if m.get("attention.sliding_window") else "olmo2",
     "granitemoe": lambda m: "granitemoeshared" if m.get("expert_shared_feed_forward_length") else "granitemoe",
     "deepseek2": lambda m: "deepseek_v3" if m.has(f"blk.{m.get('leading_dense_block_count', 0)}.exp_probs_b.bias") else "deepseek_v2",
@@ -144,14 +151,38 @@ _HYBRID = _GRANITE._replace(
     name="granitehybrid",
     keys=(
         *MULTIPLIERS, RECURRENT, *(key._replace(missing=0) for key in experts("num_local_experts", inner=None)), SHARED._replace(hf=""),
-        Key("ssm.conv_kernel", "mamba_d_conv", lambda c: c.mamba and c.mamba.kernel),
-        Key("ssm.state_size", "mamba_d_state", lambda c: c.mamba and c.mamba.state_dim),
-        Key("ssm.group_count", "mamba_n_groups", lambda c: c.mamba and c.mamba.groups),
-        Key("ssm.time_step_rank", "mamba_n_heads", lambda c: c.mamba and c.mamba.heads),
-        Key("ssm.inner_size", "", lambda c: c.mamba and c.mamba.width),
+        *state("mamba_d_conv", "mamba_d_state", "mamba_n_groups", "mamba_n_heads"),
         Key("rope.scaling.finetuned", "", lambda c: bool(c.ropes)),
     ),
     read=readers.granite_hybrid, check=limits.granite_hybrid, biases=("out",), normalize=True, dense=True,
+)  # fmt: skip
+_GEMMA4 = Architecture(
+    "gemma4",
+    (
+        window(), PATTERN, *(key._replace(missing=None) for key in experts("num_experts", "top_k_experts")),
+        Key("final_logit_softcapping", "final_logit_softcapping", lambda c: c.logits_softcap or None, None),
+        Key("feed_forward_length", "", limits.gemma4_widths),
+        Key("attention.head_count_kv", "", lambda c: [c.at(layer).num_kv_heads for layer in range(c.num_layers)]),
+        Key("attention.key_length", "", lambda c: c.wide and c.wide.head_dim), Key("attention.key_length_swa", "", lambda c: c.head_dim),
+        Key("attention.value_length", "", lambda c: c.wide and c.wide.head_dim),
+        Key("attention.value_length_swa", "", lambda c: c.head_dim),
+        Key("attention.shared_kv_layers", "num_kv_shared_layers", lambda c: c.kv_sharing, 0),
+        Key("embedding_length_per_layer_input", "hidden_size_per_layer_input", lambda c: c.layer_inputs[1], 0),
+        Key("rope.freq_base_swa", "", lambda c: c.ropes[1].theta), Key("rope.dimension_count_swa", "", lambda c: c.ropes[1].dim),
+    ),
+    read=readers.gemma4, check=limits.gemma4, activation=_TANH, period=None, dense=True, normalize=True, scaled=True,
+)  # fmt: skip
+_NEMOTRON_H = Architecture(
+    "nemotron_h",
+    (
+        RECURRENT, Key("feed_forward_length", "", limits.nemotron_h_widths), Key("attention.layer_norm_epsilon", "", lambda c: c.norm_eps),
+        *state("conv_kernel", "ssm_state_size", "n_groups", "mamba_num_heads"),
+        *(key._replace(hf="") for key in (*experts(""), SHARED)), *(key for key in ROUTING if key.gguf != "expert_gating_func"),
+        Key("expert_shared_count", "", lambda c: 1 if c.moe else None),
+        Key("moe_latent_size", "moe_latent_size", lambda c: (c.moe and c.moe.latent_size) or None, None),
+    ),
+    {"mlp_hidden_act": "relu2", "time_step_min": 0.0}, readers.nemotron_h, limits.nemotron_h, eps="layer_norm_epsilon", activation="relu2",
+    biases=("mlp",), head=True, dense=True,
 )  # fmt: skip
 _LLAMA = Architecture("llama", read=readers.LLAMA_BIASES, biases=("out", "mlp"), frequencies=_OWN)
 _MISTRAL = _LLAMA._replace(keys=(window(None),), read=lambda m: {}, limited=True)
@@ -170,6 +201,16 @@ _GEMMA2 = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "afmoe": Architecture(
+        "afmoe",
+        (
+            *experts("num_experts"), LEADING._replace(hf="num_dense_layers"), window(),
+            Key("expert_shared_count", "num_shared_experts", lambda c: c.moe and c.moe.shared_intermediate_size // c.moe.intermediate_size),
+            Key("expert_weights_scale", "route_scale", moe("scale"), 1.0), Key("expert_weights_norm", "", moe("normalize")),
+            Key("expert_gating_func", "", lambda c: 2),
+        ),
+        {"mup_enabled": True, "global_attn_every_n_layers": 4}, check=limits.afmoe, period=4, leading=True,
+    ),
     "apertus": Architecture(
         "apertus", read=readers.ATTENTION_BIAS, activation="xielu", biases=("out",), head=True, frequencies=_OWN, hf={"hidden_act": "xielu"}
     ),
@@ -205,10 +246,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         read=readers.ernie_moe, leading=True, normalize=True,
     ),
+    "exaone": Architecture("exaone", frequencies=_OWN),
     "exaone4": Architecture(
         "exaone4", (window(None), PATTERN), read=readers.layer_types, check=limits.exaone4, shares=True, period=None, frequencies=_OWN
     ),
     "falcon": Architecture("falcon", read=readers.falcon, check=limits.falcon, eps="layer_norm_epsilon", activation="gelu", shares=True),
+    "falcon_h1": Architecture(
+        "falcon-h1", state("mamba_d_conv", "mamba_d_state", "mamba_n_groups", "mamba_n_heads", "mamba_d_ssm"),
+        {"mamba_norm_before_gate": False, "mamba_d_head": None}, readers.falcon_h1, limits.falcon_h1, head=True,
+    ),
     "gemma": Architecture("gemma", activation=_TANH),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2._replace(
@@ -220,6 +266,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         read=readers.gemma3, check=limits.gemma3, period=6,
     ),
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
     "glm": Architecture("chatglm", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m), shares=True),
     "glm4": Architecture("glm4", read=lambda m: readers.partial(m) | readers.ATTENTION_BIAS(m)),
     "glm4_moe_lite": _DEEPSEEK,
@@ -253,6 +301,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoehybrid": _HYBRID,
     "granitemoeshared": _GRANITEMOE._replace(keys=(*_GRANITEMOE.keys, SHARED._replace(hf="shared_intermediate_size"))),
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "hunyuan_v1_moe": Architecture(
+        "hunyuan-moe", (*experts("num_experts", inner=None), INNER, SHARED._replace(hf="")), normalize=True, frequencies=_OWN
+    ),
+    "internlm3": _LLAMA,
+    "jais2": Architecture(
+        "jais2", hf={"attention_bias": True, "mlp_bias": True}, check=limits.all_biases, eps="layer_norm_eps", activation="relu2",
+        biases=("out", "mlp"),
+    ),
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2._replace(
         name="lfm2moe",
@@ -263,6 +319,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         hf={"routed_scaling_factor": 1.0, "norm_topk_prob": True}, check=limits.lfm2_moe, leading=True, normalize=True,
     ),
     "llama": _LLAMA,
+    "llama4_text": Architecture(
+        "llama4",
+        (
+            *experts("num_local_experts"),
+            Key("interleave_moe_layer_step", "interleave_moe_layer_step", lambda c: c.moe.layers[0] + 1 if c.moe else None),
+        ),
+        limits.LLAMA4, lambda m: {"use_qk_norm": m("expert_count") != 128}, limits.llama4,
+        renamed={"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size"}, frequencies=_OWN, every=True,
+        period=4, normalize=False,
+    ),
+    "minimax_m2": Architecture(
+        "minimax-m2", (*experts("num_local_experts", inner=None), INNER, Key("expert_gating_func", "", lambda c: 2)), read=readers.partial,
+        head=True, normalize=True,
+    ),
     "ministral": _MISTRAL,
     "ministral3": Architecture(
         "mistral3",
@@ -280,6 +350,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "nemotron", read=lambda m: readers.partial(m) | readers.LLAMA_BIASES(m), eps="norm_eps", activation="relu2",
         biases=("out", "mlp"), head=True, shares=True,
     ),
+    "nemotron_h": _NEMOTRON_H,
     "olmo": Architecture(
         "olmo", (Key("attention.clamp_kqv", "clip_qkv", lambda c: c.qkv_clip or None, None),), eps="", shares=True
     ),
@@ -322,4 +393,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }  # fmt: skip
 # general.architecture -> the family of a file, if no other shares it
-MODEL_TYPES = {architecture.name: model_type for model_type, architecture in ARCHITECTURES.items()}
+MODEL_TYPES = {architecture.name: model_type for model_type, architecture in ARCHITECTURES.items()} | {"nemotron_h_moe": "nemotron_h"}

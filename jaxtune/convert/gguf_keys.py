@@ -40,6 +40,7 @@ class Architecture(NamedTuple):
     frequencies  the rope_types whose own frequencies it reads
     truncate     whether YaRN's limits are rounded
     leading      the first layers may lack experts
+    every        experts may be in every n-th layer only
     dense        it may lack experts, although its keys count them
     normalize    whether the chosen experts' weights are normalised to sum to one; None: its keys say
     scaled       its keys, or its check, contain the attention scale; otherwise that is head_dim ** -0.5
@@ -61,6 +62,7 @@ class Architecture(NamedTuple):
     frequencies: tuple[str, ...] = ()
     truncate: bool = True
     leading: bool = False
+    every: bool = False
     dense: bool = False
     normalize: bool | None = None
     scaled: bool = False
@@ -102,9 +104,21 @@ MULTIPLIERS = (
     Key("residual_scale", "residual_multiplier", lambda c: c.residual_multiplier, 1.0),
     Key("logit_scale", "logits_scaling", lambda c: c.logits_scaling, 1.0),
 )
+INNER = Key("expert_feed_forward_length", "", moe("intermediate_size"))  # where it is the same as feed_forward_length
 SHARED = Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size", moe("shared_intermediate_size"))
 LEADING = Key("leading_dense_block_count", "first_k_dense_replace", lambda c: c.moe.layers[0] if c.moe else None, 0)
 LOGIT_SCALE = Key("logit_scale", "logit_scale", lambda c: 1 / c.logits_scaling)
+
+
+def state(conv_kernel: str, state_size: str, group_count: str, time_step_rank: str, inner_size: str = "") -> tuple[Key, ...]:
+    """The sizes of Mamba-2; the names are config.json's."""
+    return (
+        Key("ssm.conv_kernel", conv_kernel, lambda c: c.mamba and c.mamba.kernel),
+        Key("ssm.state_size", state_size, lambda c: c.mamba and c.mamba.state_dim),
+        Key("ssm.group_count", group_count, lambda c: c.mamba and c.mamba.groups),
+        Key("ssm.time_step_rank", time_step_rank, lambda c: c.mamba and c.mamba.heads),
+        Key("ssm.inner_size", inner_size, lambda c: c.mamba and c.mamba.width),
+    )
 
 
 def _groups(c: ModelConfig) -> tuple[int | None, int | None]:
@@ -123,8 +137,9 @@ ROUTING = (
 
 def _kv_heads(c: ModelConfig) -> list[int] | None:
     """Per layer, 0 without attention; None if all layers have it."""
-    without = c.recurrent.layers if c.recurrent else ()
-    return [0 if layer in without else c.num_kv_heads for layer in range(c.num_layers)] if without else None
+    if len(c.attending) == c.num_layers:
+        return None
+    return [c.num_kv_heads if layer in c.attending else 0 for layer in range(c.num_layers)]
 
 
-RECURRENT = Key("attention.head_count_kv", "", lambda c: _kv_heads(c) or c.num_kv_heads)
+RECURRENT = Key("attention.head_count_kv", "num_key_value_heads", lambda c: _kv_heads(c) or c.num_kv_heads)

@@ -6,8 +6,8 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.row import Row
 
 # If llama.cpp rotates neighbouring pairs of dimensions and Hugging Face halves of a head, files have the rows of q and k interleaved.
-INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "llama", "ministral", "ministral3", "mistral",
-               "mixtral", "olmo", "smollm3")  # fmt: skip
+INTERLEAVED = ("arcee", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "internlm3", "llama", "ministral", "ministral3",
+               "mistral", "mixtral", "olmo", "smollm3")  # fmt: skip
 # one Hugging Face tensor that becomes two
 _DIVIDED = {
     "kv_b": ("attn_k_b", "attn_v_b"), "shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp"), "in_qkvz": ("attn_qkv", "attn_gate"),
@@ -46,6 +46,8 @@ def to_gguf(config: ModelConfig, path: str, row: Row, value: np.ndarray) -> tupl
         return tuple(value[rows] for rows in _divided_rows(config, name, len(value)))
     if name == "a_log":
         value = -np.exp(value)
+    if (by := _multiplier(config, name)) is not None:
+        value = (value * by).astype(value.dtype)
     value = value + one if _is_offset(config, name, row) else value.T if row.transposed else value
     order = _order(config, name, value.shape)
     value = value if order is None else np.take(value, order[1], order[0])
@@ -69,6 +71,8 @@ def to_hf(config: ModelConfig, path: str, row: Row, values: tuple[np.ndarray, ..
 
 def pairs(config: ModelConfig, path: str, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """A LoRA pair, `b a` of shape `[out, in]`, as the pairs of the tensors of `names`; an embedding's is looked up by its tokens."""
+    if (by := _multiplier(config, _name(path))) is not None:
+        b = b * by
     if path == "embed":
         return ((b, a.T),)
     if _is_divided(config, _name(path)):
@@ -105,7 +109,7 @@ def _flat(config: ModelConfig, path: str, row: Row, shape: tuple[int, ...]) -> t
         return (*shape, 1)
     if config.mamba and _name(path) == "state_norm":
         return config.mamba.groups, shape[0] // config.mamba.groups
-    return shape if row.is_experts else tuple(size for size in shape if size != 1)
+    return shape if row.is_experts or row.is_apart else tuple(size for size in shape if size != 1) or (1,)
 
 
 def _divided_rows(config: ModelConfig, name: str, count: int) -> list[np.ndarray]:
@@ -118,6 +122,20 @@ def _divided_rows(config: ModelConfig, name: str, count: int) -> list[np.ndarray
     value = d.value_heads // d.key_heads * d.value_dim
     parts = np.split(np.arange(count).reshape(d.key_heads, -1), [d.key_dim, 2 * d.key_dim, 2 * d.key_dim + value], axis=1)
     return [np.concatenate([part.ravel() for part in parts[:3]]), parts[3].ravel()]
+
+
+def _multiplier(config: ModelConfig, name: str) -> np.ndarray | None:
+    """What a matrix of Falcon H1 is multiplied by in llama.cpp's files, row by row; None: nothing."""
+    if config.model_type != "falcon_h1" or config.mamba is None:
+        return None
+    by, m = config.multipliers, config.mamba
+    of_group = m.groups * m.state_dim
+    numbers = {
+        "q": by.attention_in, "k": by.attention_in * by.key, "v": by.attention_in, "o": by.attention_out, "gate": by.gate, "down": by.down,
+        "out": by.mamba_out, "embed": config.embedding_multiplier, "head": 1 / config.logits_scaling,
+        "in_gudt": by.mamba_in * np.repeat(by.mamba, [m.width, m.width, of_group, of_group, m.heads])[:, None],
+    }  # fmt: skip
+    return np.asarray(numbers[name], np.float32) if name in numbers else None
 
 
 def _is_offset(config: ModelConfig, name: str, row: Row) -> bool:

@@ -27,7 +27,7 @@ def check(c: ModelConfig, a: Architecture) -> None:
         raise ModelError(f"llama.cpp wants {'a head of its own' if a.head else 'no head but the embedding'} in a {a.name} model")
     if not a.scaled and not math.isclose(c.attention_scale, c.head_dim**-0.5, rel_tol=1e-6):
         raise ModelError(f"llama.cpp scales the attention of a {a.name} model by head_dim ** -0.5; this one has {c.attention_scale:g}")
-    if not c.ropes and a.name not in ("gpt2", "starcoder", "granitehybrid"):
+    if not c.ropes and a.name not in ("gpt2", "starcoder", "granitehybrid", "nemotron_h", "nemotron_h_moe"):
         raise ModelError(f"llama.cpp turns queries and keys in a {a.name} model; this one has no rotary positions")
     own = [rope.kind for rope in c.ropes if rope.kind in ("llama3", "divisors", "longrope") and rope.kind not in a.frequencies]
     if own:
@@ -48,8 +48,10 @@ def _check_windows(c: ModelConfig, a: Architecture) -> None:
 def _check_experts(c: ModelConfig, a: Architecture) -> None:
     if not any(key.gguf == "expert_count" for key in a.keys) or c.moe is None and a.dense:
         return
-    if c.moe is None or list(c.moe.layers) != list(range(c.moe.layers[0] if a.leading else 0, c.num_layers)):
-        where = "the last layers" if a.leading else "every layer"
+    where = "layers of one step" if a.every else "the last layers" if a.leading else "every layer"
+    first, step = (c.moe.layers[0] if c.moe and (a.leading or a.every) else 0), (c.moe.layers[0] + 1 if c.moe and a.every else 1)
+    known = c.feeding or range(first, c.num_layers, step)
+    if c.moe is None or list(c.moe.layers) != list(known):
         raise ModelError(f"llama.cpp runs {c.model_type} with experts in {where}; this model differs")
     if a.normalize is not None and c.moe.normalize is not a.normalize:
         raise ModelError(f"llama.cpp runs {c.model_type} {'with' if a.normalize else 'without'} norm_topk_prob only; this model differs")
@@ -98,6 +100,20 @@ def gemma3(c: ModelConfig) -> None:
     gemma2(c)
     if c.ropes[1].kind != "default":
         raise ModelError("llama.cpp has no rotary scaling for the sliding layers of Gemma 3; this model has")
+
+
+def gemma4_widths(c: ModelConfig) -> list[int]:
+    """How wide the feed-forward part of each layer is."""
+    return [c.intermediate_size * (1 if c.kv_source(layer) == layer else c.kv_sharing_mlp) for layer in range(c.num_layers)]
+
+
+def gemma4(c: ModelConfig) -> None:
+    """Biases, windows, and how each kind of layer turns."""
+    if c.qkv_bias or not any(c.layer_windows) or [(rope.kind, rope.factor) for rope in c.ropes] != [("proportional", 1), ("default", 1)]:
+        raise ModelError(
+            "llama.cpp runs Gemma 4 without attention_bias, with windows, and rotary positions that are proportional in full layers and "
+            "plain in the others; this model differs"
+        )
 
 
 def smollm3(c: ModelConfig) -> None:
@@ -217,3 +233,52 @@ def ministral3(c: ModelConfig) -> None:
         raise ModelError("llama.cpp lets Ministral 3's queries grow by yarn's original_max_position_embeddings; this model differs")
     if rope.kind == "yarn" and not math.isclose(rope.attention_factor, 1, rel_tol=1e-6):
         raise ModelError("llama.cpp runs Ministral 3 with mscale and mscale_all_dim of 1; this model's differ")
+
+
+def afmoe(c: ModelConfig) -> None:
+    """The embedding's scale; the expert that all tokens share."""
+    if not math.isclose(c.embedding_multiplier, c.hidden_size**0.5, rel_tol=1e-6):
+        raise ModelError("llama.cpp runs AFMoE with mup_enabled; this model has it off")
+    if c.moe and not c.moe.shared_intermediate_size:
+        raise ModelError("llama.cpp runs AFMoE with shared experts; this model has none (num_shared_experts)")
+
+
+def falcon_h1(c: ModelConfig) -> None:
+    """Where the norm of the Mamba part stands, and biases."""
+    assert c.mamba is not None
+    if c.mamba.norm == "before" or c.mamba.out_bias or c.qkv_bias:
+        raise ModelError("llama.cpp runs Falcon H1 without biases, its norm after the gate (mamba_norm_before_gate); this model differs")
+
+
+# what llama.cpp's graph of Llama 4 has in itself
+LLAMA4 = {
+    "attention_chunk_size": 8192, "no_rope_layer_interval": 4, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1,
+}  # fmt: skip
+
+
+def llama4(c: ModelConfig) -> None:
+    """Chunks, layers without rotation, how queries grow, norms, and how wide experts are."""
+    assert c.moe is not None
+    turning = [bool((layer + 1) % 4) for layer in range(c.num_layers)]
+    growth = c.query_growth == (LLAMA4["attn_scale"], LLAMA4["floor_scale"], 1, True)
+    if [rope >= 0 for rope in c.layer_ropes] != turning or list(c.layer_windows) != [-8192 * turns for turns in turning] or not growth:
+        raise ModelError(
+            "llama.cpp runs Llama 4 in chunks of 8192, every fourth layer without rotation, where queries grow by attn_scale 0.1 and "
+            "floor_scale 8192; this model differs"
+        )
+    if bool(c.bare_norms) is (c.moe.num_experts == 128):
+        raise ModelError("llama.cpp runs Llama 4 with use_qk_norm, but for models of 128 experts; this model differs")
+
+
+def nemotron_h_widths(c: ModelConfig) -> list[int]:
+    """How wide the feed-forward part of each layer is; 0: it has none."""
+    inner = c.moe.intermediate_size if c.moe else c.intermediate_size
+    return [inner if layer in c.feeding else 0 for layer in range(c.num_layers)]
+
+
+def nemotron_h(c: ModelConfig) -> None:
+    """Biases beside experts; time steps."""
+    if c.mamba is None or c.moe and (c.mlp_bias or not c.moe.shared_intermediate_size):
+        raise ModelError("llama.cpp runs Nemotron H with Mamba-2 layers, its mixtures without mlp_bias and with a shared expert")
+    if c.mamba.least_step:
+        log.warning("llama.cpp lets time steps be less than time_step_min=%g: its logits may be a little others", c.mamba.least_step)

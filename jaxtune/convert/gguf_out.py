@@ -136,7 +136,7 @@ def _value(
     config: ModelConfig, path: str, row: Row, names: list[str], number: int, make: Callable[[str], np.ndarray]
 ) -> np.ndarray:
     """One tensor, from the Hugging Face tensors `names`."""
-    if row.is_experts:
+    if row.is_experts or row.is_apart:
         return np.stack([make(name) for name in names])
     return gguf_layout.to_gguf(config, path, row, make(names[0]))[number]
 

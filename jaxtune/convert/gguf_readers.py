@@ -52,6 +52,25 @@ def gemma3(m: Metadata) -> dict[str, Any]:
     return {"query_pre_attn_scalar": scalar(m, "gemma3_text"), "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 
+def gemma4(m: Metadata) -> dict[str, Any]:
+    """What differs between full layers and those with windows; which layers have keys as values; experts."""
+    kinds, (full, sliding) = layer_types(m)["layer_types"], (m.get("rope.freq_base", 1e6), m.get("rope.freq_base_swa", 1e4))
+    first = {kind: kinds.index(kind) for kind in set(kinds)}
+    heads, widths = (of if isinstance(of := m.get(key), list) else [of] for key in ("attention.head_count_kv", "feed_forward_length"))
+    size = m("attention.key_length")
+    turning = 2 * int((m.file.read("rope_freqs.weight") < 2).sum()) if m.has("rope_freqs.weight") else size
+    ropes = {"full_attention": {"rope_type": "proportional", "rope_theta": full, "partial_rotary_factor": partial_factor(turning, size)}}
+    return {
+        "layer_types": kinds, "rope_parameters": ropes | {"sliding_attention": {"rope_type": "default", "rope_theta": sliding}},
+        "intermediate_size": widths[0], "use_double_wide_mlp": widths[-1] != widths[0],
+        "head_dim": m("attention.key_length_swa"), "global_head_dim": size,
+        "num_key_value_heads": heads[first.get("sliding_attention", 0) % len(heads)],
+        "num_global_key_value_heads": heads[first.get("full_attention", 0) % len(heads)],
+        "attention_k_eq_v": not m.has(f"blk.{first.get('full_attention', 0)}.attn_v.weight"),
+        "enable_moe_block": bool(m.get("expert_count")), "vocab_size_per_layer_input": m.file.tensors["token_embd.weight"].shape[0],
+    }  # fmt: skip
+
+
 def olmo3(m: Metadata) -> dict[str, Any]:
     """The kinds of layers, and a rotary scheme for each."""
     full = rope_parameters(m, head_dim(m))
@@ -100,7 +119,7 @@ def phi3(m: Metadata) -> dict[str, Any]:
 def stablelm(m: Metadata) -> dict[str, Any]:
     """Flags that follow from the tensors."""
     flags = {"use_qkv_bias": m.has("blk.0.attn_q.bias"), "use_parallel_residual": not m.has("blk.0.ffn_norm.weight")}
-    return partial(m) | flags
+    return partial(m) | flags | {"qk_layernorm": m.has("blk.0.attn_q_norm.weight")}
 
 
 def ernie_moe(m: Metadata) -> dict[str, Any]:
@@ -135,3 +154,24 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
         "mamba_d_head": inner // m("ssm.time_step_rank"), "mamba_expand": inner // m("embedding_length"),
         "mamba_conv_bias": m.has(*(f"blk.{layer}.ssm_conv1d.bias" for layer in range(len(kinds)))),
     } | ATTENTION_BIAS(m)  # fmt: skip
+
+
+def falcon_h1(m: Metadata) -> dict[str, Any]:
+    """Norms and biases of its Mamba part; what files call multipliers is in the matrices here."""
+    return {"mamba_rms_norm": m.has("blk.0.ssm_norm.weight"), "mamba_conv_bias": m.has("blk.0.ssm_conv1d.bias")}
+
+
+def nemotron_h(m: Metadata) -> dict[str, Any]:
+    """What each layer is: it attends where it has heads of keys, is a feed-forward part where that has a width, and else Mamba-2."""
+    layers, widths = m("block_count"), m.get("feed_forward_length")
+    widths = widths if isinstance(widths, list) else [widths] * layers
+    fed, inner = "moe" if m.get("expert_count") else "mlp", "intermediate_size"
+    experts = {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count", f"moe_{inner}": "expert_feed_forward_length"}
+    experts[f"moe_shared_expert_{inner}"] = "expert_shared_feed_forward_length"
+    kinds = [fed if width else kind for kind, width in zip(_attending(m, "linear_attention"), widths, strict=True)]
+    return {
+        "layers_block_type": kinds, "intermediate_size": max(widths) or 1, "num_hidden_layers": layers,
+        "mamba_head_dim": m("ssm.inner_size") // m("ssm.time_step_rank"),
+        "use_conv_bias": m.has(*(f"blk.{layer}.ssm_conv1d.bias" for layer in range(layers))),
+        "mlp_bias": m.has(*(f"blk.{layer}.ffn_up.bias" for layer in range(layers))),
+    } | ({key: m(said) for key, said in experts.items()} if fed == "moe" else {})  # fmt: skip

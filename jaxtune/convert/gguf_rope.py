@@ -18,7 +18,8 @@ def llama3_divisors(theta: float, size: int, rope: dict[str, Any]) -> np.ndarray
     """llama.cpp's form of a llama3 scheme: a divisor per frequency, float32 `[size]`."""
     wavelength = 2 * np.pi * theta ** (np.arange(size) / size)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
+    with np.errstate(divide="ignore"):  # Llama 4 has one number for both: no scheme between those that turn slower and the others
+        smooth = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
@@ -98,7 +99,7 @@ def rope_keys(rope: Rope, truncate: bool = True) -> dict[str, Any]:
         }
         own = rope.attention_factor / mscale(rope.factor)
         return keys if math.isclose(own, 1, rel_tol=1e-6) else keys | {"rope.scaling.attn_factor": own}
-    if rope.kind not in ("default", "llama3", "divisors"):
+    if rope.kind not in ("default", "llama3", "divisors", "proportional"):
         raise ModelError(f"rope_type {rope.kind!r} cannot be written as GGUF; llama.cpp has no word for it")
     return keys
 
@@ -112,6 +113,9 @@ def rope_tensors(c: ModelConfig) -> dict[str, np.ndarray]:
         settings = {"factor": rope.factor, "low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
         settings["original_max_position_embeddings"] = rope.original_max
         return {"rope_freqs.weight": llama3_divisors(rope.theta, rope.pairs, settings)}
+    if rope.kind == "proportional":  # pairs that do not turn
+        still = np.arange(rope.pairs) >= int(rope.dim * rope.partial_rotary_factor / 2)
+        return {"rope_freqs.weight": np.where(still, 1e30, 1.0).astype(np.float32)}
     if rope.kind == "divisors":
         return {"rope_freqs.weight": np.asarray(rope.divisors, np.float32)}
     if rope.kind == "longrope":

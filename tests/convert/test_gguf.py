@@ -17,14 +17,16 @@ from jaxtune.convert import hf
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_architectures import ARCHITECTURES, MODEL_TYPES
 from jaxtune.convert.gguf_file import GGUFFile
+from jaxtune.convert.gguf_layout import pairs
 from jaxtune.convert.gguf_out import save_gguf
 from jaxtune.convert.gguf_rope import llama3_divisors
 from jaxtune.convert.gguf_types import TYPES
 from jaxtune.convert.load import load, open_model
 from jaxtune.errors import ModelError
 from jaxtune.model.families import from_hf
+from jaxtune.model.families.factors import Multipliers
 from jaxtune.model.layers import ACTIVATIONS
-from jaxtune.model.spec import abstract
+from jaxtune.model.spec import abstract, spec
 from jaxtune.tree import flatten
 
 DECODED = [kind for kind in GGMLQuantizationType if kind in gguf.quants._type_traits]
@@ -293,16 +295,27 @@ LIKE_LLAMA_CPP = {
     "phi": dict(qk_layernorm=False),
     "seed_oss": dict(attention_out_bias=False),
     "smollm3": dict(layer_types="", no_rope_layers=""),
+    "afmoe": dict(num_hidden_layers=5, layer_types="", global_attn_every_n_layers=4),
+    "falcon_h1": dict(projectors_bias=False, mamba_norm_before_gate=False)
+    | dict.fromkeys(("key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "ssm_in_multiplier"), 1.0)
+    | dict.fromkeys(("ssm_out_multiplier", "embedding_multiplier", "lm_head_multiplier"), 1.0)
+    | dict(mlp_multipliers=None, ssm_multipliers=None),
+    "llama4": dict(num_hidden_layers=4, layer_types="", no_rope_layers="", no_rope_layer_interval=4, moe_layers="")
+    | dict(attention_chunk_size=8192, floor_scale=8192, attn_scale=0.1),
+    "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "moe"], hybrid_override_pattern="")
+    | dict(mlp_bias=False, time_step_min=0.0, intermediate_size=12),
 }
 FAMILIES = ["ernie4_5_moe", "falcon_one_head", "gemma", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "granitemoe"]
 FAMILIES += ["granitemoeshared", "hunyuan", "linear", "llama", "llama3", "ministral", "ministral3", "mistral", "mixtral", "olmo"]
 FAMILIES += ["phi3", "phi4_mini", "qwen3", "stablelm", "starcoder2", *LIKE_LLAMA_CPP]
+FAMILIES += ["exaone", "gemma4", "gemma4_nested", "gemma4_unified", "hunyuan_moe", "internlm3", "jais2", "minimax_m2"]
 # what a file lacks, or expresses differently: compared by hand, or irrelevant for the computation
 UNSAID = {"model_type", "ropes", "moe", "hidden_act", "padding_idx", "initializer_range", "max_position_embeddings", "hf_json"}
 
 
 # families stored as another's files
-READ_AS = {"ministral": "mistral", "glm4_moe_lite": "deepseek_v3", "granitemoehybrid": "granite"}
+READ_AS = {"ministral": "mistral", "glm4_moe_lite": "deepseek_v3", "granitemoehybrid": "granite", "internlm3": "llama",
+           "gemma4_unified_text": "gemma4_text"}  # fmt: skip
 
 
 def family_config(case):
@@ -355,7 +368,9 @@ def test_out_and_in_is_the_same_model(tmp_path, case):
     assert_same_config(again.config, config)
     architecture = file.metadata["general.architecture"]
     tensors, keys = known_names(architecture)
-    stems = {re.sub(r"^blk\.\d+", "blk.{bid}", name).removesuffix(".weight").removesuffix(".bias") for name in file.tensors}
+    stems = {re.sub(r"\.(weight|bias|scale)$", "", re.sub(r"^blk\.\d+", "blk.{bid}", name)) for name in file.tensors}
+    if architecture == "gemma4":  # its loader takes them apart too, as all others do
+        tensors |= {"blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"}
     assert stems <= tensors | {"rope_freqs", "rope_factors_long", "rope_factors_short"}
     assert {key.replace(architecture + ".", "{arch}.", 1) for key in file.metadata} <= keys
 
@@ -376,6 +391,9 @@ def test_other_arithmetic_than_llama_cpps_is_refused(tmp_path):
     ("case", "message"),
     [
         ("opt", "a model of type opt cannot be written as GGUF"),
+        ("llama4", "a full layer every 4"),
+        ("nemotron_h", "experts in every layer"),
+        ("falcon_h1", "knows no|without biases, its norm after the gate"),
         ("gpt_oss", "swiglu_limit 7"),
         ("arcee", "no biases of the feed-forward part"),
         ("cohere", "use_qk_norm if it has 64 layers"),
@@ -445,4 +463,21 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
 
 def test_every_architecture_goes_both_ways():
     assert {from_hf(family_config(case)).model_type for case in FAMILIES} == set(ARCHITECTURES)
-    assert {architecture.name for architecture in ARCHITECTURES.values()} == set(MODEL_TYPES)
+    assert {architecture.name for architecture in ARCHITECTURES.values()} | {"nemotron_h_moe"} == set(MODEL_TYPES)
+
+
+def test_falcon_h1s_multipliers_are_in_the_matrices(tmp_path):
+    """Of a pair of LoRA too, by the same numbers."""
+    hf_config = references.load("falcon_h1").config | dict(projectors_bias=False, mamba_norm_before_gate=False)
+    config = from_hf(hf_config)
+    params = references.tree(config, tiny.hf_tensors(hf_config))
+    save_gguf(config, params, tmp_path / "m.gguf", type="f32")
+    again = load(tmp_path / "m.gguf")
+    assert again.config.multipliers == Multipliers() and again.config.embedding_multiplier == again.config.logits_scaling == 1
+    before, after = (flatten(tree) for tree in (params, again.params))
+    parts = 1.2 * np.repeat([0.5, 1.5, 0.7, 1.3, 2.0], [24, 24, 12, 12, 6])[:, None]
+    layer = {"q": 1.5, "k": 4.5, "v": 1.5, "o": 0.6, "gate": 0.7, "up": 1.0, "down": 1.6, "in_gudt": parts, "out": 2.0}
+    for path, by in {"embed": 5.0, "head": 1.5, **{f"layers/0/{name}": by for name, by in layer.items()}}.items():
+        np.testing.assert_allclose(after[path], before[path] * by, rtol=1e-6, err_msg=path)
+    ((_, b),) = pairs(config, "layers/0/in_gudt", spec(config)["layers/0/in_gudt"], np.ones((1, 16)), before["layers/0/in_gudt"][0])
+    np.testing.assert_allclose(b, after["layers/0/in_gudt"][0], rtol=1e-6)

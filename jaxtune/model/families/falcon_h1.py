@@ -46,7 +46,8 @@ def _layer(c: ModelConfig, layer: int) -> Rows:
     yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
     yield from attention(c)
     yield from mamba_rows(c, c.mamba)
-    yield from norm(c, "mlp_norm", "pre_ff_layernorm", "ffn_norm")
+    for name, row in norm(c, "mlp_norm", "pre_ff_layernorm", "ffn_norm"):
+        yield name, row._replace(gguf="ffn_norm")  # so in llama.cpp's files, without a .weight
     yield from mlp(c, hf="feed_forward")
 
 
