@@ -96,6 +96,6 @@ def _check(config: ModelConfig, adapter: Adapter) -> None:
     unread = ("q", "q_a", "q_b", "kv_a", "kv_b", "head") if config.latent else ("latent_in", "latent_out")
     if passed := [path for path in paths if path.rpartition("/")[2] in unread]:
         raise ModelError(
-            f"llama.cpp adds no pairs to the projections of latent attention and of latent experts, nor to the head of a model with the "
-            f"first; this adapter has {passed[0]}; {_MERGE}"
+            f"llama.cpp adds no pairs to latent attention's projections (nor to the head of such a model) or to latent experts'; this "
+            f"adapter has {passed[0]}; {_MERGE}"
         )

@@ -96,7 +96,7 @@ COMMON = (
     Key("attention.head_count_kv", "num_key_value_heads", lambda c: c.num_kv_heads, None),
     Key("attention.key_length", "head_dim", lambda c: c.head_dim, None),
 )
-# read by `gguf_architectures.layer_types`
+# read by `gguf_readers.layer_types`
 PATTERN = Key("attention.sliding_window_pattern", "", lambda c: [bool(size) for size in c.layer_windows] if any(c.layer_windows) else None)
 MULTIPLIERS = (
     Key("attention.scale", "attention_multiplier", lambda c: c.attention_scale),

@@ -162,7 +162,7 @@ def test_other_files_and_versions(tmp_path):
         (("blk.1.ffn_up.weight",), {}, "tensor model.layers.1.mlp.up_proj.weight is missing"),
         (("block_count",), {}, "the metadata lacks llama.block_count"),
         (("token_embd.weight",), {}, "tensor token_embd.weight is missing"),
-        ((), {"general__architecture": "mamba"}, "architecture 'mamba' is not supported; supported are apertus, arcee, "),
+        ((), {"general__architecture": "mamba"}, "architecture 'mamba' is not supported; supported are afmoe, apertus, arcee, "),
         ((), {"llama__rope__scaling__type": "su"}, "rope.scaling.type 'su' is not supported"),
         ((), {"tokenizer__ggml__model": "t5"}, "a tokenizer of kind 't5' is not supported"),
         ((), {"general__type": "adapter"}, "is an adapter, which llama.cpp adds to its base"),
