@@ -93,9 +93,9 @@ def _check(config: ModelConfig, adapter: Adapter) -> None:
     paths = [site.path for site in adapter.sites]
     if config.tie_word_embeddings and (tied := [path for path in paths if path in ("embed", "head")]):
         raise ModelError(f"llama.cpp has one matrix for this model's embedding and head; this adapter is on its {tied[0]} alone; {_MERGE}")
-    unread = ("q", "q_a", "q_b", "kv_a", "kv_b", "head") if config.latent else ("latent_in", "latent_out")
+    unread = ("q", "q_a", "q_b", "kv_a", "kv_b", "head") if config.latent else ("latent_in", "latent_out", "projection")
     if passed := [path for path in paths if path.rpartition("/")[2] in unread]:
         raise ModelError(
-            f"llama.cpp adds no pairs to latent attention's projections (nor to the head of such a model) or to latent experts'; this "
-            f"adapter has {passed[0]}; {_MERGE}"
+            f"llama.cpp adds no pairs to latent attention's projections (nor to the head of such a model), nor to those of latent experts "
+            f"and layer inputs; this adapter has {passed[0]}; {_MERGE}"
         )

@@ -106,6 +106,7 @@ def test_other_methods_and_latents_are_refused(tmp_path):
     ia3 = Adapter({}, (), IA3Config())
     with pytest.raises(ModelError, match="of method ia3; merge it"):
         save_gguf_adapter(model.config, ia3, tmp_path / "lora.gguf")
-    model, adapter = make(references.load("deepseek_v3").config | dict(attention_bias=False))
-    with pytest.raises(ModelError, match="adds no pairs to latent attention"):
-        save_gguf_adapter(model.config, adapter, tmp_path / "lora.gguf")
+    for config in (references.load("deepseek_v3").config | dict(attention_bias=False), references.load("gemma4").config):
+        model, adapter = make(config)
+        with pytest.raises(ModelError, match="adds no pairs to latent attention"):
+            save_gguf_adapter(model.config, adapter, tmp_path / "lora.gguf")
