@@ -206,6 +206,10 @@ def test_few_programs_are_compiled(model, endless):
     assert (decode.prefill._cache_size(), decode.decode._cache_size()) == (2, 2)  # greedy, and drawn
 
 
+def test_prompts_are_padded_by_a_quarter_at_most():
+    assert [batches.length(n) for n in (1, 16, 17, 57, 142, 257, 1000)] == [16, 16, 20, 64, 160, 320, 1024]
+
+
 def test_the_cache_is_updated_in_place(model):
     rows = decode.Rows(np.full(4, 16, np.int32), jax.random.split(jax.random.key(0), 4), np.asarray([2], np.int32))
     prompts = np.zeros((4, 16), np.int32)

@@ -13,6 +13,7 @@ from jaxtune.generation.answer import Answer
 from jaxtune.generation.decode import NAN, NONE, Rows, State, decode, prefill, row_keys, with_slots
 from jaxtune.generation.sampling import Sampling
 from jaxtune.model import decoder, virtual
+from jaxtune.model.attention import CACHE_BLOCK
 from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
 from jaxtune.tree import nbytes
@@ -60,7 +61,7 @@ class Run(NamedTuple):
     def batch(self, rows: list[Row], size: int, devices: int = 1) -> None:
         """Answer a batch of prompts, padded with empty rows to a power of two, at most `size`."""
         B = -(-min(bucket(len(rows)), size) // devices) * devices
-        T = bucket(max(len(row.ids) for row in rows), LEAST_TOKENS)
+        T = length(max(len(row.ids) for row in rows))
         lengths_B, prompt_B = np.zeros(B, np.int32), None
         lengths_B[: len(rows)] = [len(row.ids) for row in rows]
         asked, own = [row.ids for row in rows], {tuple(row.ids): row.ids for row in rows}
@@ -86,12 +87,12 @@ class Run(NamedTuple):
             if all(ended):
                 return
             done_B = np.asarray(ended + [True] * (B - len(rows)))
-            # The cache doubles as the answers grow, never beyond what max_new_tokens needs; the newest token needs no slot.
+            # The cache doubles, in whole blocks, as the answers grow, at most to what max_new_tokens needs; the newest token needs no slot.
             slots = state.cache.positions.shape[1]
             if step == slots - T + 1:
-                slots = min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1)
+                slots = -(-min(max(LEAST_SLOTS, 2 * slots), T + self.new - 1) // CACHE_BLOCK) * CACHE_BLOCK
                 state = with_slots(state, slots)
-            until = min(slots - T + 1, step + self.chunk if self.chunk else self.new)
+            until = min(slots - T + 1, step + (self.chunk or self.new), self.new)
             state = decode(self.config, params, sampling, shared, state.replace(done_B=self._place(done_B)), until)
 
     def _look(self, rows: list[Row], state: State) -> None:
@@ -116,9 +117,16 @@ def bucket(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def length(n: int) -> int:
+    """The padded length of prompts: the next of 16, 20, 24, 28, 32, 40, ..., four to each doubling; a padded token costs as much as a real
+    one."""
+    quarter = bucket(n, LEAST_TOKENS) // 8
+    return max(LEAST_TOKENS, -(-n // quarter) * quarter)
+
+
 def fitting_rows(config: Any, prompt: int, new: int) -> tuple[int, int]:
     """How many rows' caches, and attention scores while prompts are read, fit in `MOST_BYTES`; and the bytes of one row's cache."""
-    prompt = bucket(prompt, LEAST_TOKENS)
+    prompt = length(prompt)
     cache = nbytes(jax.eval_shape(lambda: decoder.init_cache(config, 1, prompt + new).memory))
     scores = 2 * 4 * config.num_heads * min(prompt, 1024) * prompt
     return max(1, min(MOST_ROWS, MOST_BYTES // (cache + scores))), cache

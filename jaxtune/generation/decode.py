@@ -157,5 +157,5 @@ def with_slots(state: State, size: int) -> State:
         return jnp.pad(x, [(0, extra if n == axis else 0) for n in range(x.ndim)])
 
     c = state.cache
-    memory = c.memory._replace(k=tuple(grow(k, 2) for k in c.memory.k), v=tuple(grow(v, 2) for v in c.memory.v))
+    memory = c.memory._replace(k=tuple(grow(k, 3) for k in c.memory.k), v=tuple(grow(v, 3) for v in c.memory.v))
     return state.replace(cache=c.replace(memory=memory, positions=grow(c.positions, 1), segments=grow(c.segments, 1)))

@@ -8,6 +8,7 @@ again from what the forward pass kept: queries, keys, values, the result, and th
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Tile(NamedTuple):
 
 
 TILE, CPU_TILE = Tile(), Tile(64, 64)
+CACHE_BLOCK = 64  # slots of a cache that a CPU reads at a time
 
 
 class Keys(NamedTuple):
@@ -86,9 +88,41 @@ def attend(
         k, v, keys = (_whole(x, _kernel(form).block(S), S) for x in (k, v, keys))
     elif T > tile.queries and S > tile.keys:
         k, v, keys = (_whole(x, tile.keys, S) for x in (k, v, keys))
-    sinks = None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(K, H // K)
+    sinks = _by_group(sinks_H, K)
     out: Any = _attend(_How(scale, cap, form, tile), q, k, v, sinks, queries, keys, jnp.asarray(window))
     return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def attend_cached(
+    q_BTHh, k_LBKSh, v_LBKSh, layer: jax.Array, queries: Keys, keys: Keys, *, scale: float, window: jax.Array | int = 0, cap: float = 0.0,
+    sinks_H: jax.Array | None = None,
+):  # fmt: skip
+    """`attend` over the keys and values of one layer of a cache, without derivatives.
+
+    On a CPU by blocks of slots, if they divide the cache: those that no query sees (not filled yet, before a window) take no time, and no
+    copy of all that a layer keeps is written first.
+    """
+    B, T, H, h = q_BTHh.shape
+    K, S = k_LBKSh.shape[2:4]
+    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    block = CACHE_BLOCK if jax.default_backend() == "cpu" and S % CACHE_BLOCK == 0 else S
+
+    def slots(i) -> Any:
+        at = (layer, 0, 0, i * block, 0)
+        k, v = (jax.lax.dynamic_slice(x, at, (1, B, K, block, h))[0] for x in (k_LBKSh, v_LBKSh))
+        return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1), keys)
+
+    how = _How(scale, cap, "xla", TILE)
+    if block == S:
+        out, logz = _finished(q.dtype, *_part(how, window, q, queries, *slots(0)))
+    else:
+        out, logz = _folded(how, window, q, queries, _needed(block, queries, keys, window), slots)
+    out, _ = _with_sinks(out, logz, _by_group(sinks_H, K))
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def _by_group(sinks_H, K: int):
+    return None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(K, -1)
 
 
 def _whole(tree: Any, block: int, length: int) -> Any:
@@ -127,11 +161,16 @@ def _attend(how, q, k, v, sinks, queries, keys, window):
 def _attend_fwd(how, q, k, v, sinks, queries, keys, window):
     forward = _forward if how.form == "xla" else _kernel(how.form).forward
     out, logz = forward(how, q, k, v, queries, keys, window)
-    if sinks is not None:  # [K, G]: one more term of each sum
-        both = jnp.logaddexp(logz, sinks[:, :, None])
-        out, logz = (out * jnp.exp(logz - both)[..., None]).astype(out.dtype), both
+    out, logz = _with_sinks(out, logz, sinks)
     out, logz = checkpoint_name(out, "attention"), checkpoint_name(logz, "attention")
     return out, (q, k, v, sinks, queries, keys, window, out, logz)
+
+
+def _with_sinks(out, logz, sinks):
+    if sinks is None:
+        return out, logz
+    both = jnp.logaddexp(logz, sinks[:, :, None])  # [K, G]: one more term of each sum
+    return (out * jnp.exp(logz - both)[..., None]).astype(out.dtype), both
 
 
 def _attend_bwd(how, residuals, dout):
@@ -187,20 +226,29 @@ def _bias(queries, keys, window):
 
 
 def _block(how, window, q, queries, k, v, keys):
-    """Result and logz of one block of queries: over all keys at once, or block by block (online softmax, arXiv 1805.02867)."""
+    """Result and logz of one block of queries: over all keys at once, or block by block."""
     if _at_once(how.tile, k):
-        out, top, total = _part(how, window, q, queries, k, v, keys)
-    else:
+        return _finished(q.dtype, *_part(how, window, q, queries, k, v, keys))
+    needed = _needed(how.tile.keys, queries, keys, window)
+    return _folded(how, window, q, queries, needed, lambda i: _key_block(how.tile, i, k, v, keys))
 
-        def fold(i, sums):
-            return _joined(sums, _part(how, window, q, queries, *_key_block(how.tile, i, k, v, keys)))
 
-        nothing = jnp.full((*q.shape[:-1], 1), UNSEEN)
-        sums = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
-        out, top, total = jax.lax.fori_loop(*_needed(how.tile, queries, keys, window), fold, sums)
+def _folded(how, window, q, queries, needed: tuple[jax.Array, jax.Array], block_of: Callable):
+    """Result and logz over some blocks of keys, one after the other (online softmax, arXiv 1805.02867)."""
+
+    def fold(i, sums):
+        return _joined(sums, _part(how, window, q, queries, *block_of(i)))
+
+    nothing = jnp.full((*q.shape[:-1], 1), UNSEEN)
+    out, top, total = jax.lax.fori_loop(*needed, fold, (jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)))
+    return _finished(q.dtype, out, top, total)
+
+
+def _finished(dtype, out, top, total):
+    """Result and logz of sums; zeros for a query that saw nothing."""
     unseen = (top <= UNSEEN) & ~jnp.isnan(total)  # on CPUs a maximum ignores NaN, which must be propagated
     total = jnp.where(unseen, 1, total)
-    return jnp.where(unseen, 0, out / total).astype(q.dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
+    return jnp.where(unseen, 0, out / total).astype(dtype), jnp.where(unseen, 0, top + jnp.log(total))[..., 0]
 
 
 def _part(how, window, q, queries, k, v, keys):
@@ -235,7 +283,7 @@ def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, tota
         here = (jax.lax.dynamic_slice(total, at, part.shape) + part for total, part in zip(totals, parts, strict=True))
         return dq + dq_i, *(jax.lax.dynamic_update_slice(total, part, at) for total, part in zip(totals, here, strict=True))
 
-    dq, *totals = jax.lax.fori_loop(*_needed(how.tile, queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
+    dq, *totals = jax.lax.fori_loop(*_needed(how.tile.keys, queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
     return dq.astype(q.dtype), *totals
 
 
@@ -306,9 +354,9 @@ def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax
     return seen & (least_seen(q_least(queries.positions), window) <= k_most(keys.positions))
 
 
-def _needed(tile: Tile, queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
+def _needed(block: int, queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
     """The first block of keys that any of these queries may see, in any row, and the one after the last."""
-    any_K = needed(queries, keys, window, queries.slots.shape[1], tile.keys).any((0, 1))
+    any_K = needed(queries, keys, window, queries.slots.shape[1], block).any((0, 1))
     numbers = jnp.arange(any_K.shape[0])
     return jnp.where(any_K, numbers, _MANY).min(), jnp.where(any_K, numbers + 1, 0).max()
 

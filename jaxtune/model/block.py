@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxtune.model import virtual
-from jaxtune.model.attention import attend
+from jaxtune.model.attention import attend, attend_cached
 from jaxtune.model.convolution import short_convolution
 from jaxtune.model.delta import delta_net
 from jaxtune.model.families import ModelConfig
@@ -85,19 +85,30 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     q = _grown(config.query_growth, q, place)
     if "prefix" in w:
         k, v = virtual.put_in(w["prefix"], k, v)
-    if kv is not None:
-        start = (place.number, 0, place.queries.slots[0, 0], 0, 0)
-        group = place.group
-        cached = [jax.lax.dynamic_update_slice(of[group], new[None], start) for of, new in zip(kv[:2], (k, v), strict=True)]
-        kept = [(*of[:group], new, *of[group + 1 :]) for of, new in zip(kv[:2], cached, strict=True)]
-        kv = kv._replace(k=kept[0], v=kept[1])
-        k, v = (jax.lax.dynamic_index_in_dim(x, place.number, keepdims=False) for x in cached)
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
-    mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
+    if kv is not None:
+        kv = _kept(kv, k, v, place)
+    if kv is None or k.shape[1] == place.keys.slots.shape[1]:  # tokens that fill the cache see nothing else
+        mixed = _attend(config, q, k, v, w.get("sinks"), place, config.attention if kv is None else "xla")
+    else:
+        how = {"scale": config.attention_scale, "window": place.window, "cap": config.attention_softcap, "sinks_H": w.get("sinks")}
+        mixed = attend_cached(q, kv.k[place.group], kv.v[place.group], place.number, place.queries, place.keys, **how)
     mixed = mixed if config.latent is None else mixed[..., : config.latent.value]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return scaled(linear(w["o"], mixed.reshape(*x_BTD.shape[:2], -1), w.get("o_bias")), m.attention_out), kv
+
+
+def _kept(kv: Memory, k_BTKh: jax.Array, v_BTKh: jax.Array, place: Place) -> Memory:
+    """The memory with a layer's keys and values of these tokens."""
+    at = (place.number, 0, 0, place.queries.slots[0, 0], 0)
+
+    def put(all_layers: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        whole = jax.lax.dynamic_update_slice(all_layers[place.group], new.swapaxes(1, 2)[None], at)
+        return (*all_layers[: place.group], whole, *all_layers[place.group + 1 :])
+
+    # Behind a barrier: written again where it is read, XLA would need the cache as it was, and copy it for each layer.
+    return jax.lax.optimization_barrier(kv._replace(k=put(kv.k, k_BTKh), v=put(kv.v, v_BTKh)))
 
 
 def _grown(growth: Growth, q_BTHh: jax.Array, place: Place) -> jax.Array:

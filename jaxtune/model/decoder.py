@@ -38,7 +38,7 @@ class Cache(struct.PyTreeNode):
 
 def init_cache(config: ModelConfig, batch: int, size: int) -> Cache:
     """An empty cache for `batch` rows of up to `size` tokens."""
-    shapes = [(len(own), batch, size, at.num_kv_heads, at.head_dim) for own in config.memories for at in [config.at(own[0])]]
+    shapes = [(len(own), batch, at.num_kv_heads, size, at.head_dim) for own in config.memories for at in [config.at(own[0])]]
     kv = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
     state = tail = None
     if (r := config.recurrent) is not None:

@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is kept of the tokens so far: for attention layers their keys and values, `[L, B, S, K, h]` for each of `ModelConfig.memories`;
+    """What is kept of the tokens so far: for attention layers their keys and values, `[L, B, K, S, h]` for each of `ModelConfig.memories`;
     for those of `ModelConfig.recurrent` the last tokens of the convolution, `[L, B, W - 1, C]`, and possibly a state, float32 `[L, B, H, k,
     v]`. None for nothing."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune.model import attention, tiles
-from jaxtune.model.attention import Keys, Tile, attend
+from jaxtune.model.attention import Keys, Tile, attend, attend_cached
 
 B, T, H, K, h = 2, 45, 6, 2, 8
 RNG = np.random.default_rng(0)
@@ -107,8 +107,8 @@ def test_padding_is_zero_and_gives_no_gradient(tile):
     assert all(np.all(np.asarray(g)[SEGMENTS == 0] == 0) and np.all(np.isfinite(g)) for g in grads)
 
 
-def test_more_slots_than_queries(tile):
-    """As with a cache: the queries are the last tokens, and slots after them are empty."""
+def test_more_slots_than_queries(tile, monkeypatch):
+    """As with a cache: the queries are the last tokens, and slots after them are empty. In a cache of layers their block is not read."""
     whole = ours(Q, *KV)
     k, v = (np.concatenate([x, np.full((B, 5, K, h), 7, np.float32)], 1) for x in KV)
 
@@ -118,6 +118,11 @@ def test_more_slots_than_queries(tile):
     keys = Keys(np.broadcast_to(np.arange(T + 5), (B, T + 5)), empty(POSITIONS), empty(SEGMENTS))
     queries = Keys(*(x[:, 10:] for x in (SLOTS, POSITIONS, SEGMENTS)))
     np.testing.assert_allclose(attend(Q[:, 10:], k, v, queries, keys, scale=0.3, tile=tile), whole[:, 10:], atol=2e-6)
+    for block, rest in ((64, 7), (5, np.nan)):
+        monkeypatch.setattr(attention, "CACHE_BLOCK", block)
+        k[:, T:], v[:, T:] = rest, rest
+        layers = (np.stack([np.full_like(x, np.nan), x]).swapaxes(2, 3) for x in (k, v))
+        np.testing.assert_allclose(attend_cached(Q[:, 10:], *layers, 1, queries, keys, scale=0.3), whole[:, 10:], atol=2e-6)
 
 
 def test_scores_are_never_all_there():
@@ -137,14 +142,14 @@ def test_scores_are_never_all_there():
 
 def test_blocks_of_keys_that_nobody_sees_are_left_out():
     """Of four blocks of keys, only those of the third document's queries; with its parent, from that one's first on."""
-    tile = Tile(keys=15)
+    block = 15
     keys = Keys(*(x[:1] for x in (SLOTS, POSITIONS, SEGMENTS)))
     last = jax.tree.map(lambda x: x[:, 35:40], keys)
-    assert [int(x) for x in attention._needed(tile, last, keys, 0)] == [2, 3]
-    assert [int(x) for x in attention._needed(tile, last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
+    assert [int(x) for x in attention._needed(block, last, keys, 0)] == [2, 3]
+    assert [int(x) for x in attention._needed(block, last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
     padding = last._replace(segments=jnp.zeros((1, 5), jnp.int32))
-    first, end = attention._needed(tile, padding, keys, 0)
+    first, end = attention._needed(block, padding, keys, 0)
     assert int(first) >= int(end)
     alone = keys._replace(segments=jnp.ones_like(keys.segments), positions=keys.slots)
-    assert [int(x) for x in attention._needed(tile, jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
-    assert [int(x) for x in attention._needed(tile, jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
+    assert [int(x) for x in attention._needed(block, jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
+    assert [int(x) for x in attention._needed(block, jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
