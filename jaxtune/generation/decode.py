@@ -148,8 +148,8 @@ def _write_logps(logps: Logps, logits_BV: jax.Array, tokens_B: jax.Array, step: 
 def with_slots(state: State, size: int) -> State:
     """The same state with its cache grown to `size` slots.
 
-    A step costs as much as the cache has slots, filled or not, so every answer that ends early would pay for a cache made for
-    `max_new_tokens` at once.
+    Except on CPUs, a step costs as much as the cache has slots, filled or not, so every answer that ends early would pay for a cache made
+    for `max_new_tokens` at once; everywhere it would take the memory.
     """
     extra = size - state.cache.positions.shape[1]
 
