@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import ModelError
+from jaxtune.model import ragged
 from jaxtune.model.weight import Weight
 
 NF4_CODE = (
@@ -174,16 +175,16 @@ _packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)
 
 @jax.custom_vjp
 def _packed_grouped(w, x, sizes):
-    return Weight.grouped(w, x, sizes)
+    return ragged.product(w, x, sizes, lambda w: w.dense(x.dtype))
 
 
 def _packed_grouped_fwd(w, x, sizes):
-    return Weight.grouped(w, x, sizes), (w, sizes)
+    return _packed_grouped(w, x, sizes), (w, sizes)
 
 
 def _packed_grouped_bwd(residuals, dy):
     (w, sizes), dy = jax.lax.optimization_barrier((residuals, dy))  # otherwise the forward pass's dense experts would be kept for this
-    return None, jax.lax.ragged_dot(dy, jax.vmap(lambda w: w.dense(dy.dtype))(w), sizes), None
+    return None, ragged.product(w, dy, sizes, lambda w: w.dense(dy.dtype), back=True), None
 
 
 _packed_grouped.defvjp(_packed_grouped_fwd, _packed_grouped_bwd)

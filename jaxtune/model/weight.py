@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.model.ragged import ragged
+
 
 class Weight(struct.PyTreeNode):
     """A matrix `[out, in]` that is not stored as one array.
@@ -29,7 +31,7 @@ class Weight(struct.PyTreeNode):
 
     def grouped(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """The leaf stands for experts `[E, out, in]`; x `[N, in]` is sorted by expert, `sizes [E]` rows each: `[N, out]`."""
-        return _ragged(x, jax.vmap(lambda w: w.dense(x.dtype))(self), sizes)
+        return ragged(x, jax.vmap(lambda w: w.dense(x.dtype))(self), sizes)
 
     def rows(self, ids: jax.Array, dtype) -> jax.Array:
         """Rows `ids` of the matrix, `[..., in]`."""
@@ -44,10 +46,6 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x, w.swapaxes(1, 2), sizes)
-
-
 def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`x [..., in] -> x W^T + bias [..., out]` in x's dtype, for any leaf."""
     y = checkpoint_name(w.apply(x) if isinstance(w, Weight) else matmul(x, w.astype(x.dtype)), "linear")
@@ -56,7 +54,7 @@ def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
 
 def grouped(w: Matrix, x: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows sorted by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`, for any leaf."""
-    return checkpoint_name(w.grouped(x, sizes) if isinstance(w, Weight) else _ragged(x, w.astype(x.dtype), sizes), "linear")
+    return checkpoint_name(w.grouped(x, sizes) if isinstance(w, Weight) else ragged(x, w.astype(x.dtype), sizes), "linear")
 
 
 def dense(w: Matrix, dtype=None) -> jax.Array:
