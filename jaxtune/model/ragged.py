@@ -5,13 +5,16 @@ XLA has an operation for this, `ragged_dot`, which is used on TPUs. On CPUs and 
 goes through the blocks that exist, several at a time if their matrices are small.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-AT_ONCE = 2**25  # bytes of matrices that one turn of the loop copies from the stack of experts
+# Bytes of matrices that one turn of the loop copies from the stack of experts: what a CPU's cache holds; on a GPU, where each turn costs
+# the host a look at the loop's condition, many.
+CACHED, MANY = 2**19, 2**25
 
 
 class _Blocks(NamedTuple):
@@ -24,11 +27,11 @@ class _Blocks(NamedTuple):
     place_N: jax.Array  # where in `[M * g * b]` each row is
 
 
-def _cut(sizes_E: jax.Array, N: int, matrix_bytes: int) -> _Blocks:
+def _cut(sizes_E: jax.Array, N: int, most_blocks: int) -> _Blocks:
     E = len(sizes_E)
     b = min(256, max(8, 1 << max(0, N // (2 * E) - 1).bit_length()))  # about half of an expert's mean share: a quarter more rows on average
     most = max(1, (N + min(E, N) * (b - 1)) // b)
-    g = min(most, max(1, AT_ONCE // matrix_bytes))
+    g = min(most, max(1, most_blocks))
     ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // b)
     starts_E, lasts_E = ends_E - sizes_E, jnp.cumsum(blocks_E)
     firsts_E = lasts_E - blocks_E
@@ -57,8 +60,8 @@ def product(w: Any, x_NI: jax.Array, sizes_E: jax.Array, dense: Callable[[Any], 
         contract = jax.lax.RaggedDotDimensionNumbers((((1,), (axis + 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
         return jax.lax.ragged_dot_general(x_NI, jax.vmap(dense)(w), sizes_E, contract)
 
-    def in_blocks(w, x_NI, sizes_E):
-        cut = _cut(sizes_E, N, shape.size * shape.dtype.itemsize)
+    def in_blocks(w, x_NI, sizes_E, at_once):
+        cut = _cut(sizes_E, N, at_once // (shape.size * shape.dtype.itemsize))
 
         def turn(number, y_Mgbo):
             w_gOI = jax.vmap(dense)(jax.tree.map(lambda leaf: leaf[cut.experts_Mg[number]], w))
@@ -69,7 +72,7 @@ def product(w: Any, x_NI: jax.Array, sizes_E: jax.Array, dense: Callable[[Any], 
         y_Mgbo = jax.lax.fori_loop(0, cut.turns, turn, y_Mgbo)
         return y_Mgbo.reshape(-1, y_Mgbo.shape[-1])[cut.place_N]
 
-    return jax.lax.platform_dependent(w, x_NI, sizes_E, tpu=native, default=in_blocks)
+    return _by_platform(native, in_blocks, w, x_NI, sizes_E)
 
 
 def outer(dy_NO: jax.Array, x_NI: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -80,8 +83,8 @@ def outer(dy_NO: jax.Array, x_NI: jax.Array, sizes_E: jax.Array) -> jax.Array:
         contract = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
         return jax.lax.ragged_dot_general(dy_NO, x_NI, sizes_E, contract, preferred_element_type=jnp.float32)
 
-    def in_blocks(dy_NO, x_NI, sizes_E):
-        cut = _cut(sizes_E, N, 4 * shape[1] * shape[2])
+    def in_blocks(dy_NO, x_NI, sizes_E, at_once):
+        cut = _cut(sizes_E, N, at_once // (4 * shape[1] * shape[2]))
 
         def turn(number, w_EOI):
             rows_gb, live_gb = cut.rows_Mgb[number], cut.live_Mgb[number]
@@ -91,7 +94,12 @@ def outer(dy_NO: jax.Array, x_NI: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
         return jax.lax.fori_loop(0, cut.turns, turn, jnp.zeros(shape, jnp.float32))
 
-    return jax.lax.platform_dependent(dy_NO, x_NI, sizes_E, tpu=native, default=in_blocks)
+    return _by_platform(native, in_blocks, dy_NO, x_NI, sizes_E)
+
+
+def _by_platform(native: Callable, in_blocks: Callable, *operands: Any) -> jax.Array:
+    cpu, others = (functools.partial(in_blocks, at_once=size) for size in (CACHED, MANY))
+    return jax.lax.platform_dependent(*operands, tpu=native, cpu=cpu, default=others)
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ SIZES = {"uneven": [3, 0, 60, 1, 0, 36], "one": [0, 0, 40, 0], "few rows": [0, 1
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_values_and_gradients(sizes, monkeypatch):
-    monkeypatch.setattr("jaxtune.model.ragged.AT_ONCE", 3 * 4 * 8 * 12)  # three matrices a turn
+    monkeypatch.setattr("jaxtune.model.ragged.CACHED", 3 * 4 * 8 * 12)  # three matrices a turn
     rng, E, N = np.random.default_rng(0), len(sizes), sum(sizes)
     x_NI, w_EOI, dy_NO = (rng.standard_normal(shape).astype(np.float32) for shape in ((N, 8), (E, 12, 8), (N, 12)))
     expert_N = np.repeat(np.arange(E), sizes)
@@ -31,7 +31,7 @@ def test_values_and_gradients(sizes, monkeypatch):
 def test_packed_experts_are_unpacked_where_they_are_used(monkeypatch):
     """Neither all at once, nor with a copy of the rows for each expert; forward and backward."""
     E, N, width = 64, 512, 128
-    monkeypatch.setattr("jaxtune.model.ragged.AT_ONCE", 4 * 4 * width * width)  # four dense matrices
+    monkeypatch.setattr("jaxtune.model.ragged.CACHED", 4 * 4 * width * width)  # four dense matrices
     stack = jax.vmap(lambda w: quant.quantize(w, "nf4"))(jax.random.normal(jax.random.key(0), (E, width, width)))
     x_NI, sizes_E = jnp.ones((N, width)), jnp.full(E, N // E)
 
