@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from jaxtune.config.checks import PROMPTS
 from jaxtune.errors import ConfigError
-from jaxtune.model.attention import Keys, attend
+from jaxtune.model.attention import attend
+from jaxtune.model.visible import Keys
 
 log = logging.getLogger("jaxtune")
 

@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
 from jaxtune.model.layers import softcap
+from jaxtune.model.visible import Keys, needed_blocks, visible
 
 SPANS = 8  # a shorter row is cut into at most this many spans of blocks; the products of a span omit the keys after its end
-_MANY = 2**30
 UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is not NaN
 
 
@@ -33,38 +33,6 @@ class Tile(NamedTuple):
 
 TILE, CPU_TILE = Tile(), Tile(64, 64)
 CACHE_BLOCK = 64  # slots of a cache that a CPU reads at a time
-
-
-class Keys(NamedTuple):
-    """The places of keys (or queries): slot in the row, position in the document, segment; int32 `[B, T]`.
-
-    `parents`, if given, is the segment that a token's own segment continues (0: none): a prompt that several answers share. `common`, for
-    keys: bool, whether every segment sees it (virtual tokens).
-    """
-
-    slots: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-    parents: jax.Array | None = None
-    common: jax.Array | None = None
-
-
-def least_seen(positions: jax.Array, window: jax.Array | int) -> jax.Array:
-    """The least position that a token at each of these positions sees. `window` includes the token itself; 0 is no window, and -n means
-    chunks of n positions, of which a token sees its own."""
-    start = jnp.where(window > 0, positions - window + 1, positions - positions % jnp.maximum(-jnp.asarray(window), 1))
-    return jnp.where(window == 0, -_MANY, start)
-
-
-def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
-    """bool `[B, T, S]`: whether a query may see a key; `window` as in `least_seen`."""
-    same = queries.segments[:, :, None] == keys.segments[:, None, :]
-    if queries.parents is not None:
-        same |= queries.parents[:, :, None] == keys.segments[:, None, :]
-    if keys.common is not None:
-        same |= keys.common[:, None, :]
-    seen = same & (keys.segments[:, None, :] > 0) & (queries.slots[:, :, None] >= keys.slots[:, None, :])
-    return seen & (keys.positions[:, None, :] >= least_seen(queries.positions, window)[:, :, None])
 
 
 def attend(
@@ -116,7 +84,7 @@ def attend_cached(
     if block == S:
         out, logz = _finished(q.dtype, *_part(how, window, q, queries, *slots(0)))
     else:
-        out, logz = _folded(how, window, q, queries, _needed(block, queries, keys, window), slots)
+        out, logz = _folded(how, window, q, queries, needed_blocks(block, queries, keys, window), slots)
     out, _ = _with_sinks(out, logz, _by_group(sinks_H, K))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
@@ -229,7 +197,7 @@ def _block(how, window, q, queries, k, v, keys):
     """Result and logz of one block of queries: over all keys at once, or block by block."""
     if _at_once(how.tile, k):
         return _finished(q.dtype, *_part(how, window, q, queries, k, v, keys))
-    needed = _needed(how.tile.keys, queries, keys, window)
+    needed = needed_blocks(how.tile.keys, queries, keys, window)
     return _folded(how, window, q, queries, needed, lambda i: _key_block(how.tile, i, k, v, keys))
 
 
@@ -283,7 +251,7 @@ def _block_gradient(how, window, q, queries, dout, logz, delta, k, v, keys, tota
         here = (jax.lax.dynamic_slice(total, at, part.shape) + part for total, part in zip(totals, parts, strict=True))
         return dq + dq_i, *(jax.lax.dynamic_update_slice(total, part, at) for total, part in zip(totals, here, strict=True))
 
-    dq, *totals = jax.lax.fori_loop(*_needed(how.tile.keys, queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
+    dq, *totals = jax.lax.fori_loop(*needed_blocks(how.tile.keys, queries, keys, window), fold, (jnp.zeros(q.shape, jnp.float32), *totals))
     return dq.astype(q.dtype), *totals
 
 
@@ -314,7 +282,7 @@ def _product(a, b, a_axis, b_axis):
 
 def _spans(tile: Tile, T: int, S: int) -> list[tuple[slice, int]]:
     """Where a row of T queries is cut, and how many keys each span may see: all, unless queries and keys are the same tokens. Rows with
-    more keys than a block are not cut: each block of queries skips the blocks of keys that it does not need (`_needed`)."""
+    more keys than a block are not cut: each block of queries skips the blocks of keys that it does not need (`needed_blocks`)."""
     if T != S or S > tile.keys:
         return [(slice(0, T), S)]
     length = tile.queries * -(-T // (tile.queries * SPANS))
@@ -330,35 +298,6 @@ def _key_block(tile: Tile, i, k, v, keys: Keys):
     """Block i of the keys and values."""
     k, v = (jax.lax.dynamic_slice_in_dim(x, i * tile.keys, tile.keys, axis=2) for x in (k, v))
     return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile.keys, tile.keys, axis=1), keys)
-
-
-def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:
-    """bool `[B, Q, K]`: whether any query of a block may see any key of another, judged by the least and largest slot, segment and position
-    of each block: documents elsewhere in the row, and later tokens, take no time."""
-
-    def least(x, live, block):
-        return jnp.where(live, x, _MANY).reshape(x.shape[0], -1, block).min(-1)
-
-    def most(x, live, block):
-        return jnp.where(live, x, -1).reshape(x.shape[0], -1, block).max(-1)
-
-    own, ours, theirs = queries.segments, queries.segments > 0, keys.segments > 0
-    parents = own if queries.parents is None else jnp.where(queries.parents > 0, queries.parents, own)
-    q_least, q_most = ((lambda x, f=f: f(x, ours, q_block)[:, :, None]) for f in (least, most))
-    k_least, k_most = ((lambda x, f=f: f(x, theirs, k_block)[:, None]) for f in (least, most))
-    seen = k_most(keys.segments) >= q_least(jnp.minimum(own, parents))
-    seen &= k_least(keys.segments) <= q_most(jnp.maximum(own, parents))
-    if keys.common is not None:
-        seen |= keys.common.reshape(keys.common.shape[0], 1, -1, k_block).any(-1)
-    seen &= k_least(keys.slots) <= q_most(queries.slots)
-    return seen & (least_seen(q_least(queries.positions), window) <= k_most(keys.positions))
-
-
-def _needed(block: int, queries: Keys, keys: Keys, window) -> tuple[jax.Array, jax.Array]:
-    """The first block of keys that any of these queries may see, in any row, and the one after the last."""
-    any_K = needed(queries, keys, window, queries.slots.shape[1], block).any((0, 1))
-    numbers = jnp.arange(any_K.shape[0])
-    return jnp.where(any_K, numbers, _MANY).min(), jnp.where(any_K, numbers + 1, 0).max()
 
 
 def _slots(keys: Keys, part: slice) -> Keys:

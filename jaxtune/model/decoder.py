@@ -12,7 +12,6 @@ from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
 from jaxtune.model import virtual
-from jaxtune.model.attention import Keys
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
@@ -24,6 +23,7 @@ from jaxtune.model.memory import Memory
 from jaxtune.model.moe import RouterSums
 from jaxtune.model.rope import cos_sin
 from jaxtune.model.stack import run
+from jaxtune.model.visible import Keys
 from jaxtune.model.weight import linear, rows
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtune.model.attention import Keys
+from jaxtune.model.visible import Keys
 
 
 class Place(NamedTuple):

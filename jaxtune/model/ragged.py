@@ -53,6 +53,7 @@ def product(w: Any, x_NI: jax.Array, sizes_E: jax.Array, dense: Callable[[Any], 
     dense     makes one expert's matrix `[out, in]`, in x's dtype, from its part of `w`; called where the matrix is used, and not kept
     sizes_E   the number of rows of each expert, in the order of the rows; they sum to N
     """
+    w, x_NI = jax.tree.map(jnp.asarray, (w, x_NI))  # numpy arrays cannot be indexed inside the loop
     shape = jax.eval_shape(lambda w: dense(jax.tree.map(lambda leaf: leaf[0], w)), w)
     N, axis = len(x_NI), 0 if back else 1
 

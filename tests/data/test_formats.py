@@ -94,7 +94,7 @@ WRONG = {
     "a system column beside plain text": ({"prompt": "hi", "completion": "yes", "system": "be brief"}, "column 'system', and its"),
     "a system column beside plain answers": ({"prompt": "hi", "chosen": "yes", "rejected": "no", "system": "be brief"}, "column 'system'"),
     "a system column beside a plain prompt": ({"prompt": "hi", "system": "be brief"}, "column 'system'"),
-    "unknown speaker": ({"conversations": [{"from": "Bob", "value": "hi"}]}, "who is 'Bob'"),
+    "unknown speaker": ({"conversations": [{"from": "Bob", "value": "hi"}]}, "unknown speaker 'Bob'"),
     "call that is not JSON": ({"conversations": [{"from": "function_call", "value": "add"}]}, "not valid JSON"),
     "call without a name": ({"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}, "a tool call must be like"),
     "arguments that are not JSON": (

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtune.model import attention, tiles
-from jaxtune.model.attention import Keys, Tile, attend, attend_cached
+from jaxtune.model.attention import TILE, Tile, attend, attend_cached
+from jaxtune.model.visible import Keys, needed, needed_blocks, visible
 
 B, T, H, K, h = 2, 45, 6, 2, 8
 RNG = np.random.default_rng(0)
@@ -51,19 +52,19 @@ def plain(q, k, v, window=0, cap=0.0, parents=None, sinks=None):
 def test_chunks_of_positions():
     """What is seen, by hand; the kernels' tables agree, and no block is skipped that is partly seen."""
     keys, chunk = Keys(SLOTS, POSITIONS, SEGMENTS), 6
-    seen = np.asarray(attention.visible(keys, keys, -chunk))
+    seen = np.asarray(visible(keys, keys, -chunk))
     for b, t, s in np.ndindex(B, T, T):
         own = SEGMENTS[b, t] == SEGMENTS[b, s] > 0 and POSITIONS[b, t] // chunk == POSITIONS[b, s] // chunk
         assert seen[b, t, s] == (s <= t and own)
     queries, of_keys = (tiles.Place(*table.swapaxes(0, 1)[:3]) for table in tiles.tables(keys, keys, -chunk))
     columns = tiles.Place(*(x[:, :, None] for x in queries[:3]))
     np.testing.assert_array_equal(tiles.seen(columns, tiles.Place(*(x[:, None] for x in of_keys[:3]))), seen)
-    needed = np.asarray(attention.needed(keys, keys, -chunk, 5, 3))
+    possible = np.asarray(needed(keys, keys, -chunk, 5, 3))
     blocks = seen.reshape(B, T // 5, 5, T // 3, 3).any((2, 4))
-    assert (needed >= blocks).all() and needed.mean() < 0.4
+    assert (possible >= blocks).all() and possible.mean() < 0.4
 
 
-def ours(q, k, v, window=0, cap=0.0, parents=None, sinks=None, tile=attention.TILE):
+def ours(q, k, v, window=0, cap=0.0, parents=None, sinks=None, tile=TILE):
     queries = Keys(SLOTS, POSITIONS, SEGMENTS, parents)
     return attend(q, k, v, queries, queries._replace(parents=None), scale=0.3, window=window, cap=cap, tile=tile, sinks_H=sinks)
 
@@ -145,11 +146,11 @@ def test_blocks_of_keys_that_nobody_sees_are_left_out():
     block = 15
     keys = Keys(*(x[:1] for x in (SLOTS, POSITIONS, SEGMENTS)))
     last = jax.tree.map(lambda x: x[:, 35:40], keys)
-    assert [int(x) for x in attention._needed(block, last, keys, 0)] == [2, 3]
-    assert [int(x) for x in attention._needed(block, last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
+    assert [int(x) for x in needed_blocks(block, last, keys, 0)] == [2, 3]
+    assert [int(x) for x in needed_blocks(block, last._replace(parents=jnp.ones((1, 5), jnp.int32)), keys, 0)] == [0, 3]
     padding = last._replace(segments=jnp.zeros((1, 5), jnp.int32))
-    first, end = attention._needed(block, padding, keys, 0)
+    first, end = needed_blocks(block, padding, keys, 0)
     assert int(first) >= int(end)
     alone = keys._replace(segments=jnp.ones_like(keys.segments), positions=keys.slots)
-    assert [int(x) for x in attention._needed(block, jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
-    assert [int(x) for x in attention._needed(block, jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
+    assert [int(x) for x in needed_blocks(block, jax.tree.map(lambda x: x[:, 16:20], alone), alone, 0)] == [0, 2]
+    assert [int(x) for x in needed_blocks(block, jax.tree.map(lambda x: x[:, 35:40], alone), alone, 4)] == [2, 3]
