@@ -85,10 +85,9 @@ def test_an_interrupted_command_ends_without_pythons_own_end():
 def test_ctrl_c_while_modules_are_imported(command, tmp_path):
     (tmp_path / "jax.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import nothing")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", command, "train"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # an xdist worker receives none
-    )  # fmt: skip
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # an xdist worker's processes ignore it
+    program = f"{heard}; os.execv(sys.executable, [sys.executable, '-m', '{command}', 'train'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 

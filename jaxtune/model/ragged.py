@@ -36,11 +36,11 @@ def _cut(sizes_E: jax.Array, N: int, most_blocks: int) -> _Blocks:
     starts_E, lasts_E = ends_E - sizes_E, jnp.cumsum(blocks_E)
     firsts_E = lasts_E - blocks_E
     number_M = jnp.arange(-(-most // g) * g)
-    experts_M = jnp.minimum(jnp.searchsorted(lasts_E, number_M, side="right"), E - 1)
+    experts_M = jnp.minimum(jnp.searchsorted(lasts_E, number_M, side="right", method="compare_all"), E - 1)
     rows_Mb = (starts_E[experts_M] + (number_M - firsts_E[experts_M]) * b)[:, None] + jnp.arange(b)
     live_Mb = rows_Mb < ends_E[experts_M][:, None]
     number_N = jnp.arange(N)
-    expert_N = jnp.minimum(jnp.searchsorted(ends_E, number_N, side="right"), E - 1)
+    expert_N = jnp.minimum(jnp.searchsorted(ends_E, number_N, side="right", method="compare_all"), E - 1)
     place_N = firsts_E[expert_N] * b + number_N - starts_E[expert_N]
     rows_Mgb, live_Mgb = (x.reshape(-1, g, b) for x in (jnp.minimum(rows_Mb, N - 1), live_Mb))
     return _Blocks(experts_M.reshape(-1, g), rows_Mgb, live_Mgb, -(-lasts_E[-1] // g), place_N)
