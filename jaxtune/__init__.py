@@ -64,8 +64,8 @@ def _interrupts_end() -> None:
         signal.signal(signal.SIGINT, _interrupted)
 
 
-if sys.argv[:1] == ["-m"]:  # `python -m jaxtune.train`, whose modules are imported after this one
-    _interrupts_end()
+if sys.argv[:1] == ["-m"] and any(word.partition(".")[0] in ("jaxtune", "-mjaxtune") for word in sys.orig_argv):
+    _interrupts_end()  # `python -m jaxtune.train`, whose modules are imported after this one; not `python -m` of a user's package
 
 
 def __getattr__(name: str):

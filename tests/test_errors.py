@@ -91,6 +91,17 @@ def test_ctrl_c_while_modules_are_imported(command, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_a_users_package_keeps_its_ctrl_c(tmp_path):
+    """`python -m mine`, whose `__init__` imports jaxtune."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("import jaxtune, signal; print(signal.getsignal(signal.SIGINT) is jaxtune._interrupted)")
+    (tmp_path / "mine/__main__.py").touch()
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, '-m', 'mine'])"
+    done = subprocess.run([sys.executable, "-c", heard], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 def test_ctrl_c_while_python_ends_is_quiet():
     program = "import atexit, os, signal; from jaxtune import errors; atexit.register(os.kill, os.getpid(), signal.SIGINT); errors.run(int)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
