@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxtune.config import Config
 from jaxtune.model import delta
+from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
@@ -85,7 +86,7 @@ def inputs_kept(config: Config, model_config: ModelConfig) -> int:
 
 def products_kept(model_config: ModelConfig) -> int:
     """Values per token of products and attention outputs that the backward pass keeps: with `dots`, and at least these without remat."""
-    if model_config.remat not in ("none", "dots"):
+    if model_config.remat in RECOMPUTED:
         return 0
     chosen = model_config.moe.experts_per_token if model_config.moe else 0
     rows = [row for path, row in spec(model_config).items() if (row.is_matrix or row.is_experts) and not path.endswith("down")]
@@ -161,7 +162,7 @@ def flops(
     tokens = (rows or config.gradient_accumulation_steps * config.per_device_train_batch_size) * length
     own = _products(model_config, length, trained, attended)
     through, ours, head = _shares(config, model_config)
-    again = 0 if model_config.remat in ("none", "dots") else 1
+    again = 1 if model_config.remat in RECOMPUTED else 0
     # the share of layers that groups compute once more
     twice = 1 - sum(number for number, _ in _groups(model_config)) / model_config.num_layers
     forward, backward = own.layers + own.attention, own.layers + 2 * own.attention

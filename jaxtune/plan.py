@@ -35,12 +35,14 @@ from jaxtune.data.asked import Layout, Prompts
 from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.generation.batches import fitting_rows
 from jaxtune.largest import largest
+from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import unshared
 from jaxtune.objectives.distill import TEACHER
 from jaxtune.peft import METHODS, lora
 from jaxtune.planned import Plan, show, side_by_side
 from jaxtune.shapes import abstract_step, check_names
+from jaxtune.step import remat_of
 from jaxtune.targets import Target, errors_bytes, find_target
 
 log = logging.getLogger("jaxtune")
@@ -249,8 +251,9 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
 
 def _least_recomputed(config: Config, model_config: ModelConfig, where: Target, key: str) -> Config:
     """`config` with the value of `key`, `gradient_checkpointing`, that fits and recomputes least; unchanged if none fits."""
-    settings = [value for value in LEAST_FIRST if not (config.optimizer_in_bwd and value in (False, "dots"))]
-    for value in settings:
+    for value in LEAST_FIRST:
+        if config.optimizer_in_bwd and value in (False, "dots"):
+            continue
         tried = _changed(config, {key: value})
         found = _compile(tried, model_config, where)
         log.info("%s=%s: %.2f GiB", key, word(value), found.peak_bytes / 2**30)
@@ -261,8 +264,7 @@ def _least_recomputed(config: Config, model_config: ModelConfig, where: Target, 
 
 def _recomputes(config: Config, devices: Sequence) -> bool:
     """Whether the backward pass recomputes the layers' products."""
-    kept = (False, "dots", "auto") if devices[0].platform == "cpu" else (False, "dots")
-    return config.gradient_checkpointing not in kept
+    return remat_of(config, devices[0].platform) in RECOMPUTED
 
 
 def _candidates(config: Config, devices: Sequence):

@@ -23,6 +23,7 @@ from jaxtune.data.prepare import check_fits
 from jaxtune.errors import ConfigError
 from jaxtune.losses import objective_of
 from jaxtune.model import nf4_kernel
+from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import check_shared_prompts
 from jaxtune.peft import METHODS, beginnings, kind_of, lora, param_dtypes
@@ -182,7 +183,7 @@ def _say_memory(needed: int, model_config: ModelConfig, mesh: Mesh) -> None:
     log.info("step: compiled; it needs %.2f%s GB per device", needed / 1e9, of)
     if granted and needed > granted:
         log.warning("the step does not fit the device; jaxtune plan CONFIG shows what takes the memory and which settings fit")
-    elif granted and needed < granted / 2 and model_config.remat not in ("none", "dots"):
+    elif granted and needed < granted / 2 and model_config.remat in RECOMPUTED:
         log.info("step: %s", costs.ROOM)
 
 
