@@ -100,7 +100,7 @@ def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tup
     outer, entries = NESTED[config.outer], checkpoint.entries
     others = {name: entry for name, entry in entries.items() if name.removeprefix("model.").startswith(outer.beside)}
     own = [name for name in entries if name not in others]
-    stem = next((stem for stem in STEMS if any(name.startswith(stem) for name in own)), outer.stem)
+    stem = next((stem for stem in (outer.modules[0], *STEMS) if any(name.startswith(stem) for name in own)), outer.stem)
     head = HEADS[1] if stem == STEMS[1] else HEADS[0]
     checkpoint.entries = {_text_name(name, stem): entries[name] for name in own}
     turned = frozenset(name for name, entry in checkpoint.entries.items() if outer.together and _lies_turned(name, entry, config))

@@ -28,6 +28,7 @@ class Nested(NamedTuple):
     fixed     values that its code uses whatever text_config says
     modules   transformers 5's names for the language model's modules and its head
     tied_inside  whether text_config's tie_word_embeddings counts if the outer one is false, as in older files
+    tied      the outer tie_word_embeddings if it is missing; None: text_config's counts
     together  whether files store a layer's experts in one tensor, where the family's store each separately and nothing says so
     """
 
@@ -38,13 +39,22 @@ class Nested(NamedTuple):
     fixed: Mapping[str, Any] = {}
     modules: tuple[str, str] = (MODULES, "lm_head")
     tied_inside: bool = False
+    tied: bool | None = None
     together: bool = False
 
 
-_LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector."))
+_LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector.", "image_newline"))
+_IDEFICS = dict(beside=("vision_model.", "connector."), modules=("model.text_model.", "lm_head"), defaults=dict(rms_norm_eps=1e-5))
+_USUAL = {kind: kind for kind in ("llama", "mistral", "qwen2", "qwen3")}  # text_configs whose outer classes compute what the family does
+_PLAIN = dict(logit_scale=1.0)  # the outer class of transformers 5 does not scale logits
+_GLM = dict(num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1e-5, partial_rotary_factor=1.0, pad_token_id=None)
+_GLM_VISION = dict(stem=MODULES, beside=("visual.",))
 _QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80)
 _QWEN3 = dict(rope_theta=5e5, max_position_embeddings=128000)
 NESTED: dict[str, Nested] = {
+    "aya_vision": Nested({"cohere2": "cohere2", "cohere": "cohere"}, **_LLAVA, fixed=_PLAIN, tied=True),
+    "cohere2_vision": Nested({"cohere2": "cohere2"}, **_LLAVA, fixed=_PLAIN, tied=True),
+    "exaone4_5": Nested({"exaone4": "exaone4", "exaone4_5_text": "exaone4"}, MODULES, ("visual.", "mtp."), tied=False),
     "gemma3": Nested(
         {"gemma3_text": "gemma3_text"},
         **_LLAVA,
@@ -54,6 +64,27 @@ NESTED: dict[str, Nested] = {
     "gemma4_unified": Nested(
         {"gemma4_unified_text": "gemma4_unified_text"}, MODULES, ("vision_embedder.", "embed_vision.", "embed_audio.")
     ),
+    "glm46v": Nested({"glm4v_text": "glm4"}, **_GLM_VISION, defaults=_GLM, fixed=dict(attention_bias=True, head_dim=None), tied=False),
+    "glm4v": Nested({"glm4v_text": "glm4"}, **_GLM_VISION, defaults=_GLM, fixed=dict(attention_bias=True, head_dim=None), tied_inside=True),
+    "glm4v_moe": Nested(
+        {"glm4v_moe_text": "glm4_moe"},
+        **_GLM_VISION,
+        defaults=dict(attention_bias=True, max_position_embeddings=65536),
+        fixed=dict(use_qk_norm=False),
+        tied_inside=True,
+    ),
+    "granite4_vision": Nested(
+        {"granite4_vision_text": "granite", "granite": "granite"},
+        MODULES,
+        ("vision_tower.", "image_newline", "layerwise_projectors.", "spatial_projectors."),
+        tied=False,
+    ),
+    "idefics3": Nested({"llama": "llama", "mistral": "mistral"}, "model.text_model.", **_IDEFICS, tied=False),
+    "internvl": Nested({"qwen2": "qwen2"} | _USUAL | {"qwen3_moe": "qwen3_moe"}, **_LLAVA, tied=True),
+    "lfm2_vl": Nested({"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, MODULES, _LLAVA["beside"], tied=True),
+    "llava": Nested(_USUAL, **_LLAVA, tied_inside=True),
+    "llava_next": Nested(_USUAL, **_LLAVA, tied=False),
+    "llava_onevision": Nested({"qwen2": "qwen2"} | _USUAL, **_LLAVA, tied_inside=True),
     "llama4": Nested({"llama4_text": "llama4_text"}, OLDER[0], ("vision_model.", "multi_modal_projector."), modules=OLDER),
     "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
@@ -69,6 +100,19 @@ NESTED: dict[str, Nested] = {
         fixed=dict(use_sliding_window=False, norm_topk_prob=True),
         together=True,
     ),
+    "smolvlm": Nested(_USUAL, "model.text_model.", **_IDEFICS, tied=False),
+}
+# transformers' sizes of a family, which older text_configs leave out
+_SIZES = {
+    family: dict(zip(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes, strict=True))
+    for family, sizes in {
+        "cohere": (256000, 8192, 22528, 40, 64),
+        "cohere2": (256000, 8192, 22528, 40, 64),
+        "llama": (32000, 4096, 11008, 32, 32),
+        "mistral": (32000, 4096, 14336, 32, 32),
+        "qwen2": (151936, 4096, 22016, 32, 32),
+        "qwen3": (151936, 4096, 22016, 32, 32),
+    }.items()
 }
 # families whose files call things otherwise than transformers 5 does: patterns, and what it calls them
 _CALLED = {
@@ -110,7 +154,9 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
     if architecture(hf).endswith("Classification"):
         raise ModelError(f"a scoring head on a {hf['model_type']} model is not supported; that of a {outer.texts[kind]} model is")
-    text = {**outer.defaults, **inner, **outer.fixed, "model_type": outer.texts[kind]}
+    text = {**_SIZES.get(outer.texts[kind], {}), **outer.defaults, **inner, **outer.fixed, "model_type": outer.texts[kind]}
+    if "tie_word_embeddings" not in hf and outer.tied is not None:
+        text["tie_word_embeddings"] = outer.tied
     if hf.get("tie_word_embeddings") or ("tie_word_embeddings" in hf and not outer.tied_inside):
         text["tie_word_embeddings"] = bool(hf["tie_word_embeddings"])  # where transformers looks
     for key in ("rope_scaling", "rope_parameters"):
