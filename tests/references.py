@@ -8,18 +8,22 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.model.families import nested
 from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
 
 GOLDENS = Path(__file__).parent / "goldens"
 # names beside a language model, and within it
-BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|embed_vision|vision_embedder)\.")
-PREFIX = re.compile(r"(model\.language_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")
+BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|connector|visual|embed_vision|vision_embedder)\.")
+PREFIX = re.compile(r"(model\.language_model|model\.text_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 # their text families have separate cases
-NESTED = {"gemma3_nested", "gemma4_nested", "gemma4_unified", "llama4_nested",
-          "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
-          "qwen3_vl_moe"}  # fmt: skip
+NESTED = {"cohere2_vision", "gemma3_nested", "gemma4_nested", "gemma4_unified", "glm4v", "llama4_nested", "llava", "mistral3",
+          "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
+          "qwen3_vl_moe", "smolvlm"}  # fmt: skip
+# multimodal types without a case of their own -> the case of their language model
+ALIKE = {"aya_vision": "cohere2_vision", "exaone4_5": "exaone4", "glm46v": "glm4v", "glm4v_moe": "glm4_moe", "granite4_vision": "granite",
+         "idefics3": "smolvlm", "internvl": "llava", "lfm2_vl": "lfm2", "llava_next": "llava", "llava_onevision": "llava"}  # fmt: skip
 TEXT = [case for case in CASES if case not in NESTED]
 
 
@@ -44,6 +48,13 @@ def load(case: str) -> Golden:
     logits = {kind: [arrays[f"{kind}/{i}"] for i in range(count)] for kind in ("alone", "right", "left")}
     config, hub = json.loads(str(arrays["config"])), json.loads(str(arrays["hub"]))
     return Golden(config, hub, language_model(config, files), files, [arrays[f"tokens/{i}"] for i in range(count)], logits)
+
+
+def alike(outer: str) -> dict:
+    """config.json of a type in `ALIKE`."""
+    text = load(ALIKE[outer]).hub
+    text = text.get("text_config", text)
+    return {"model_type": outer, "text_config": text | {"model_type": next(iter(nested.NESTED[outer].texts))}, "vision_config": {}}
 
 
 def language_model(config: dict, files: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -380,6 +380,35 @@ CASES |= {
         audio_config=None,
         image_token_id=96,
     ),
+    "llava": dict(
+        model_type="llava",
+        text_config={key: value for key, value in SMALL.items() if key != "head_dim"} | dict(model_type="qwen2"),
+        vision_config=TOWER | dict(model_type="siglip_vision_model", vision_use_head=False),
+        image_token_index=96,
+    ),
+    "smolvlm": dict(
+        model_type="smolvlm",
+        text_config=SMALL | dict(model_type="llama"),
+        vision_config=TOWER | dict(model_type="smolvlm_vision"),
+        scale_factor=1,
+        image_token_id=96,
+        tie_word_embeddings=True,
+    ),
+    "glm4v": dict(
+        model_type="glm4v",
+        text_config={key: value for key, value in SMALL.items() if key != "head_dim"}
+        | dict(model_type="glm4v_text", hidden_size=32, rope_scaling=dict(type="default", mrope_section=[1, 1]), partial_rotary_factor=0.5),
+        vision_config=VISUAL | dict(model_type="glm4v_vision", hidden_size=8, out_hidden_size=32, image_size=4),
+        image_token_id=96,
+        video_token_id=97,
+    ),
+    "cohere2_vision": dict(
+        model_type="cohere2_vision",
+        text_config=COHERE | dict(model_type="cohere2", sliding_window=5, sliding_window_pattern=2, hidden_size=16),
+        vision_config=TOWER | dict(model_type="siglip_vision_model", vision_use_head=False),
+        alignment_intermediate_size=8,
+        image_token_id=96,
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

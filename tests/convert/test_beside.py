@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from jaxtune.convert.load import load, open_model
 from jaxtune.convert.peft import load_adapter, save_adapter
 from jaxtune.errors import ModelError
 from jaxtune.export import export
+from jaxtune.model.families import nested
 from jaxtune.model.spec import abstract
 from jaxtune.peft import init_adapter
 
@@ -52,6 +54,37 @@ def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
     said = json.loads((tmp_path / "out/config.json").read_text())
     assert said["tie_word_embeddings"] is said["text_config"]["tie_word_embeddings"] is False
     assert "language_model.lm_head.weight" in tiny.read_all(tmp_path / "out") and "head" in load(tmp_path / "out").params
+
+
+# the hub's names of the language model, and of other tensors, where no golden has them
+NAMES = {
+    "aya_vision": ("language_model.model.", "vision_tower.x", "multi_modal_projector.x"),
+    "exaone4_5": ("model.language_model.", "model.visual.x", "mtp.layers.0.x"),
+    "glm46v": ("model.language_model.", "model.visual.x"),
+    "glm4v_moe": ("model.language_model.", "model.visual.x"),
+    "granite4_vision": ("model.language_model.", "model.vision_tower.x", "model.image_newline", "model.layerwise_projectors.0.x"),
+    "idefics3": ("model.text_model.", "model.vision_model.x", "model.connector.x"),
+    "internvl": ("language_model.model.", "vision_tower.x", "multi_modal_projector.x"),
+    "lfm2_vl": ("model.language_model.", "model.vision_tower.x", "model.multi_modal_projector.x"),
+    "llava_next": ("language_model.model.", "vision_tower.x", "image_newline"),
+    "llava_onevision": ("language_model.model.", "vision_tower.x", "image_newline"),
+}
+
+
+@pytest.mark.parametrize("outer", references.ALIKE)
+def test_names_of_a_type_without_a_golden(tmp_path, outer):
+    stem, *others = NAMES[outer]
+    config = references.alike(outer)
+    text = tiny.hf_tensors(nested.text_config(config))
+    head = "language_model.lm_head." if stem.startswith("language_model") else "lm_head."
+    files = {re.sub(r"^model\.", stem, name).replace("lm_head.", head): a for name, a in text.items()}
+    tiny.write(tmp_path / "in", config, files | {name: np.ones((2, 3), np.float32) for name in others})
+    model = load(tmp_path / "in")
+    assert model.config.outer == outer and model.beside.entries.keys() == {*others}
+    hf.save(model.config, model.params, tmp_path / "out", beside=model.beside)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tiny.read_all(tmp_path / "in"))
+    modules = "model.text_model.layers" if outer == "idefics3" else "model.language_model.layers"
+    assert nested.module(model.config, "model.layers.0.mlp") == f"{modules}.0.mlp"
 
 
 def test_the_template_of_an_older_processor(tmp_path):

@@ -387,6 +387,48 @@ PUBLISHED = {
     ),
     "a unified Gemma 4, alone": (UNIFIED | dict(model_type="gemma4_unified_text"), 11907350320),
     "a unified Gemma 4": (nested("gemma4_unified", **UNIFIED), 11907350320),
+    "llava-1.5-7b": (nested("llava", model_type="llama", vocab_size=32064, rms_norm_eps=1e-5), 6738939904),  # which leaves its sizes out
+    "llava-v1.6-mistral-7b": (nested("llava_next", model_type="mistral", vocab_size=32064, num_key_value_heads=8), 7242256384),
+    "llava-onevision-qwen2-7b": (
+        nested("llava_onevision", model_type="qwen2", vocab_size=152000, num_key_value_heads=4, **size(3584, 18944, 28, 28)),
+        7615157760,
+    ),
+    "SmolVLM-Instruct": (nested("smolvlm", model_type="llama", vocab_size=49155, **size(2048, 8192, 24, 32)), 1812051968),
+    "Idefics3-8B": (
+        nested("idefics3", model_type="llama", vocab_size=128259, num_key_value_heads=8, **size(4096, 14336, 32, 32)),
+        8030285824,
+    ),
+    "InternVL3-8B": (
+        nested("internvl", model_type="qwen2", vocab_size=151674, num_key_value_heads=4, **size(3584, 18944, 28, 28))
+        | dict(tie_word_embeddings=False),
+        7612820992,
+    ),
+    "aya-vision-8b": (
+        nested("aya_vision", model_type="cohere2", vocab_size=256000, num_key_value_heads=8, **size(4096, 14336, 32, 32)),
+        8028033024,
+    ),
+    "command-a-vision": (
+        nested("cohere2_vision", model_type="cohere2", vocab_size=256000, num_key_value_heads=8, **size(12288, 36864, 64, 96)),
+        111057580032,
+    ),
+    "LFM2-VL-1.6B": (
+        nested("lfm2_vl", model_type="lfm2", vocab_size=65536, full_attn_idxs=[2, 5, 8, 10, 12, 14], **size(2048, 12288, 16, 32)),
+        1170340608,
+    ),
+    "GLM-4.1V-9B": (nested("glm4v", model_type="glm4v_text", vocab_size=151552, **size(4096, 13696, 40, 32)), 9400279040),
+    "GLM-4.6V-Flash": (nested("glm46v", model_type="glm4v_text", vocab_size=151552, **size(4096, 13696, 40, 32)), 9400279040),
+    "GLM-4.5V": (
+        nested("glm4v_moe", model_type="glm4v_moe_text", vocab_size=151552, head_dim=128, **size(4096, 10944, 46, 96)),
+        106852251264,
+    ),
+    "a Granite 4 with vision": (
+        nested("granite4_vision", vocab_size=100352, num_key_value_heads=8, **size(2560, 8192, 40, 40)),
+        3659737600,
+    ),
+    "EXAONE-4.5-33B": (
+        nested("exaone4_5", model_type="exaone4", vocab_size=153600, num_key_value_heads=8, **size(5120, 27392, 64, 40)),
+        32527504384,
+    ),
     "gpt-neox-20b": (dict(model_type="gpt_neox", vocab_size=50432, rotary_pct=0.25) | size(6144, 24576, 44, 64), 20554567680),
 }
 
