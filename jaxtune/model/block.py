@@ -81,7 +81,7 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     q, k, v, gate = projections(config, w, scaled(x_BTD, m.attention_in))
     k = scaled(k, m.key)
     q = _turned(config, w, "q_norm", q, place)
-    k, v = (w["given_k"], w["given_v"]) if "given_k" in w else (_turned(config, w, "k_norm", k, place), _value_norm(config, v))
+    k, v = (w["shared_k"], w["shared_v"]) if "shared_k" in w else (_turned(config, w, "k_norm", k, place), _value_norm(config, v))
     q = _grown(config.query_growth, q, place)
     if "prefix" in w:
         k, v = virtual.put_in(w["prefix"], k, v)

@@ -15,8 +15,8 @@ from jaxtune.model import virtual
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.given import Given
 from jaxtune.model.layer import Shared
+from jaxtune.model.layer_inputs import LayerInputs
 from jaxtune.model.layers import softcap
 from jaxtune.model.layout import constrain
 from jaxtune.model.memory import Memory
@@ -118,12 +118,12 @@ def hidden(
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.positions.shape[1]), cache.positions.shape), cache.positions, cache.segments)
         keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
 
-    given = Given(config, params, tokens_BT, x_BTD)
+    inputs = LayerInputs(config, params, tokens_BT, x_BTD)
     x_BTD, shared = entered(config, params, x_BTD, queries, keys)
     kv, routed = None if cache is None else cache.memory, []
     for pattern in config.patterns:
         weights = [virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
-        weights = [given.to(stack, own, x_BTD, shared) for stack, own in zip(pattern.numbers, weights, strict=True)]
+        weights = [inputs.added_to(own, stack, x_BTD, shared) for stack, own in zip(pattern.numbers, weights, strict=True)]
         x_BTD, kv, sums = run(config, pattern, weights, x_BTD, shared, kv)
         routed += [of_stack for of_stack in sums if of_stack is not None]
     if cache is not None and kv is not None:

@@ -218,7 +218,7 @@ class ModelConfig:
 
     @property
     def is_given(self) -> bool:
-        """Whether layers have inputs besides the residual stream (model/given.py), which virtual tokens lack."""
+        """Whether layers have inputs besides the residual stream (model/layer_inputs.py), which virtual tokens lack."""
         return self.layer_inputs[1] > 0 or self.kv_sharing > 0
 
 
