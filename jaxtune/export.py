@@ -260,10 +260,11 @@ def _texts(found: Found, opened: Opened) -> list[str]:
 def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, format: str, type: str, dtype: str | None) -> Path:
     """Write the model into `folder`; returns what `load` opens."""
     if format in ("hf", "text"):
-        config, beside = opened.config, opened.beside
+        config, other_tensors = opened.config, opened.other_tensors
         if format == "text":
-            config, beside = nested.alone(config, language_class(config.model_type)), None
-        hf.write_model(folder, config, params, opened.tokenizer, opened.generation_config, dtype, base, beside)
+            config, other_tensors = nested.alone(config, language_class(config.model_type)), None
+        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, other_tensors=other_tensors)
+        hf.write_model(folder, config, params, dtype=dtype, base=base, **extra)
         return folder
     name = name.removesuffix(".gguf")
     settings = dict(type=type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)

@@ -149,7 +149,7 @@ def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> 
         model.source = str(folder / runfolder.BASE)
         shutil.rmtree(model.source, ignore_errors=True)  # left by a start that was killed before its adapter was written
         hf.save(model.config, model.params, model.source, tokenizer=model.tokenizer, generation_config=model.generation_config,
-                beside=model.beside, keep_packed=True)  # fmt: skip
+                other_tensors=model.other_tensors, keep_packed=True)  # fmt: skip
     if distributed.is_first():
         peft_files.save_adapter(adapter, model, folder / runfolder.INITIAL)
 

@@ -250,13 +250,13 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     if isinstance(trainable, Adapter):
         trainable = parallel.fetch(trainable)
     elif not distributed.is_first():
-        hf.take_part(model.config, compose(model.params, trainable), model.beside)
+        hf.take_part(model.config, compose(model.params, trainable), model.other_tensors)
     if distributed.is_first():
         if isinstance(trainable, Adapter):
             peft_files.save_adapter(trainable, model, scratch)
         else:
             whole = compose(model.params, trainable)
-            settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "beside": model.beside}
+            settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "other_tensors": model.other_tensors}
             hf.save(model.config, whole, scratch, **settings)
         if out.exists():  # moved aside first, so that there is never half a result
             os.replace(out, old)

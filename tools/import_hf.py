@@ -24,11 +24,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.quantization:
         model = load(given.model, given.dtype or "auto", given.quantization)
-        extra = dict(tokenizer=model.tokenizer, generation_config=model.generation_config, beside=model.beside)
+        extra = dict(tokenizer=model.tokenizer, generation_config=model.generation_config, other_tensors=model.other_tensors)
         hf.save(model.config, model.params, given.out, keep_packed=True, **extra)
     else:
         opened = open_model(given.model)
-        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, beside=opened.beside)
+        extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, other_tensors=opened.other_tensors)
         hf.save(opened.config, abstract(opened.config), given.out, base=opened.checkpoint, dtype=given.dtype, **extra)
     print(given.out)
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxtune import background, parallel
 from jaxtune.convert import value
-from jaxtune.convert.beside import Beside
 from jaxtune.convert.bitsandbytes import packed_tensors_out
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.names import Cell, cells, is_float, match_names, spellings
+from jaxtune.convert.other_tensors import OtherTensors
 from jaxtune.convert.quantised import KEYS
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Plan, in_shards, write_json, write_tensors
@@ -143,7 +143,7 @@ def save(
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
-    beside: Beside | None = None,
+    other_tensors: OtherTensors | None = None,
     keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> Path:
@@ -152,21 +152,24 @@ def save(
     params  the tree; quantised and adapted leaves are written as the dense matrix they stand for, one layer at a time. A leaf that is a
             `jax.ShapeDtypeStruct` is read from `base`, tensor by tensor, so a model is merged and converted without being loaded.
     dtype   of the tensors; by default each leaf's own, and `config.dtype` for quantised ones
-    beside  for the language model of a multimodal checkpoint: its other tensors (`Model.beside`)
+    other_tensors  for the language model of a multimodal checkpoint: its other tensors (`Model.other_tensors`)
     keep_packed  write quantised leaves as bitsandbytes does instead, byte for byte
 
     The folder is written under a temporary name and renamed. Raises ModelError if `out` exists and is not empty. Returns `out`.
     """
     check_argument("config", config, ModelConfig, "write jt.save(model.config, model.params, out, tokenizer=model.tokenizer)")
     with new_folder(out) as folder:
-        write_model(folder, config, params, tokenizer, generation_config, dtype, base, beside, keep_packed, max_shard_size)
+        write_model(
+            folder, config, params, tokenizer=tokenizer, generation_config=generation_config, dtype=dtype, base=base,
+            other_tensors=other_tensors, keep_packed=keep_packed, max_shard_size=max_shard_size,
+        )  # fmt: skip
     return Path(out)
 
 
-def take_part(config: ModelConfig, params: dict, beside: Beside | None = None) -> None:
+def take_part(config: ModelConfig, params: dict, other_tensors: OtherTensors | None = None) -> None:
     """What a process that writes nothing does while another one saves: it provides its parts of each tensor, in the same order."""
     _, plans, make = tensors_out(config, params)
-    plans, make = beside.add(plans, make) if beside else (plans, make)
+    plans, make = other_tensors.add(plans, make) if other_tensors else (plans, make)
     for shard in in_shards(plans):
         for plan in shard:
             make(plan.name)
@@ -176,11 +179,12 @@ def write_model(
     folder: Path,
     config: ModelConfig,
     params: dict,
+    *,
     tokenizer=None,
     generation_config: dict | None = None,
     dtype: str | None = None,
     base: Checkpoint | None = None,
-    beside: Beside | None = None,
+    other_tensors: OtherTensors | None = None,
     keep_packed: bool = False,
     max_shard_size: str | int = "5GB",
 ) -> None:
@@ -190,11 +194,11 @@ def write_model(
     if keep_packed:
         plans, make, described["quantization_config"] = packed_tensors_out(config, params, plans, make)
     if config.outer:
-        if beside is None:
-            raise ModelError(f"this is the language model of a {config.outer} checkpoint; give what else that holds: beside=model.beside")
-        plans, make = beside.add(plans, make)
-        beside.leave_dense(config, described)
-        beside.write_files(folder)
+        if other_tensors is None:
+            raise ModelError(f"this is the language model of a {config.outer} checkpoint; write other_tensors=model.other_tensors")
+        plans, make = other_tensors.add(plans, make)
+        other_tensors.leave_dense(config, described)
+        other_tensors.write_files(folder)
     write_json(folder / "config.json", described)
     if generation_config:
         write_json(folder / "generation_config.json", generation_config)

@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.convert import hf, sources
-from jaxtune.convert.beside import Beside, set_apart
 from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skipped
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
 from jaxtune.convert.names import leave_out, unstack_experts
+from jaxtune.convert.other_tensors import OtherTensors, set_apart
 from jaxtune.convert.quantised import dense, format_of
 from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Safetensors, main_dtype, read_json
@@ -45,7 +45,7 @@ class Model:
     hf_config: dict = dataclasses.field(default_factory=dict)
     generation_config: dict = dataclasses.field(default_factory=dict)
     source: str = ""
-    beside: Beside | None = None  # the other tensors of a multimodal checkpoint (a vision tower), for writing them again
+    other_tensors: OtherTensors | None = None  # the other tensors of a multimodal checkpoint (a vision tower), for writing them again
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Opened:
     generation_config: dict
     path: Path
     source: str
-    beside: Beside | None = None
+    other_tensors: OtherTensors | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -67,7 +67,7 @@ class Opened:
 
     def model(self, config: ModelConfig, params: dict) -> Model:
         """The model with its tensors read (`read_params`)."""
-        return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source, self.beside)
+        return Model(config, params, self.tokenizer, json.loads(config.hf_json), self.generation_config, self.source, self.other_tensors)
 
 
 def load(source: str | os.PathLike, dtype: Any = "float32", quantization: str | None = None) -> Model:
@@ -120,8 +120,8 @@ def open_model(source: str | os.PathLike) -> Opened:
     checkpoint: Any = Safetensors(path)
     config = _described(config_json, path / "config.json")
     checkpoint.entries = dense(checkpoint.entries, config_json, config)
-    checkpoint, beside = set_apart(checkpoint, config, path)
-    config = nested.as_in_file(config, checkpoint.entries) if beside else config
+    checkpoint, other_tensors = set_apart(checkpoint, config, path)
+    config = nested.as_in_file(config, checkpoint.entries) if other_tensors else config
     ignored = FAMILIES[config.model_type].ignored
     sharing = "|".join(map(str, range(config.num_layers - config.kv_sharing, config.num_layers)))
     leave_out(checkpoint.entries, ignored and ignored.format(layers=config.num_layers, sharing=sharing or "-"))
@@ -137,7 +137,7 @@ def open_model(source: str | os.PathLike) -> Opened:
     generation = read_json(file) if file.is_file() else {}
     _check_ids(path / "config.json", nested.text_config(config_json) if config.outer else config_json, config)
     _check_ids(file, generation, config)
-    return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source), beside)
+    return Opened(config, checkpoint, functools.partial(load_tokenizer, path), generation, path, os.fspath(source), other_tensors)
 
 
 def open_tokenizer(source: str | os.PathLike, fetch: bool = True) -> Any:

@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
     """One tensor of experts."""
 
     parts: dict[str, Entry]
-    beside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """`[index]` of the tensor, without reading other experts and outputs."""

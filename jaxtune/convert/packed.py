@@ -28,7 +28,7 @@ class Packed(NamedTuple):
 
     parts: dict[str, Entry]
     numbers: Callable[..., np.ndarray]
-    beside: tuple[str, ...] = ()  # other tensors for it in the file, which its numbers do not need
+    unused: tuple[str, ...] = ()  # other tensors for it in the file, which its numbers do not need
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """`[index]` of the tensor, with a slice for each axis; of a layer's experts, no others than these are read."""

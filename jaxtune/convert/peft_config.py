@@ -118,10 +118,10 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
 
 def names_of_today(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
     """An adapter's tensors under today's names; ModelError if some belong to modules outside the language model."""
-    beside = NESTED[config.outer].beside
-    if others := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(beside)]:
+    others = NESTED[config.outer].other_prefixes
+    if foreign := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(others)]:
         raise ModelError(
-            f"{path}: {len(others)} tensors change what is beside the language model, the first {others[0]}; jaxtune runs and trains the "
+            f"{path}: {len(foreign)} tensors change what is beside the language model, the first {foreign[0]}; jaxtune runs and trains the "
             "language model alone. Train the adapter with PEFT's exclude_modules for the rest, or take these tensors out of its file"
         )
     if NESTED[config.outer].modules == OLDER:

@@ -69,7 +69,7 @@ def dense(entries: dict[str, Entry], hf: Mapping[str, Any], config: ModelConfig)
     if format.what != "mxfp4" and any(row.transposed and not row.part for row in spec(config).values()):
         raise ModelError(f"{config.model_type} models are not read from {format.what}; give the original model")
     found = {name: (shape, packed) for name, shape, packed in format.tensors(entries)}
-    parts = {name for _, packed in found.values() for name in (*packed.parts, *packed.beside)}
+    parts = {name for _, packed in found.values() for name in (*packed.parts, *packed.unused)}
     plain = {name: entry for name, entry in entries.items() if name not in parts}
     unused = [name for name in plain if _OF_ACTIVATIONS.fullmatch(name)]
     for name in (*unused, *_idle_biases(found, plain, config)):

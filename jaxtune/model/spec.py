@@ -21,7 +21,7 @@ def spec(config: ModelConfig) -> dict[str, Row]:
     if "positions" in family.ends:
         shape, name = (c.position_offset + c.max_position_embeddings, c.hidden_size), f"{family.ends['positions']}.weight"
         rows["positions"] = Row(shape, (None, "embed"), "normal", name, "position_embd.weight")
-    rows |= dict(family.beside(c))
+    rows |= dict(family.extra_rows(c))
     for number, layers in enumerate(c.stacks):
         for name, row in ((name, nested.in_file(c, name, row)) for name, row in family.layer(c, layers[0])):
             rows[f"layers/{number}/{name}"] = row._replace(

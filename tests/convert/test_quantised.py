@@ -230,7 +230,7 @@ def test_models_that_see(tmp_path, family):
     inside = golden.config | {"text_config": golden.config["text_config"] | {"quantization_config": settings}}
     tiny.write(tmp_path / "packed", inside, stored, "bfloat16")
     model = load(tmp_path / "packed", "auto")
-    hf.save(model.config, model.params, tmp_path / "saved", beside=model.beside)
+    hf.save(model.config, model.params, tmp_path / "saved", other_tensors=model.other_tensors)
     assert_same_bytes(read_all(tmp_path / "saved"), dense)
     assert "quantization_config" not in (tmp_path / "saved/config.json").read_text()
 

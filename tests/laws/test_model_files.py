@@ -22,7 +22,7 @@ def test_in_and_out_is_the_same_bytes(case, tmp_path):
     tensors = {name: tensor.astype(tiny.DTYPES[dtype], order="C") for name, tensor in golden.files.items()}
     tiny.write(tmp_path / "in", golden.config, tensors, dtype)
     model = load(tmp_path / "in", dtype="auto")
-    hf.save(model.config, model.params, tmp_path / "out", beside=model.beside)
+    hf.save(model.config, model.params, tmp_path / "out", other_tensors=model.other_tensors)
     tiny.assert_same_bytes(load_file(tmp_path / "out" / "model.safetensors"), tensors)
     assert open_model(tmp_path / "out").config == dataclasses.replace(model.config, dtype="float32")
     if dtype != "bfloat16":  # goldens are float16 numbers

@@ -202,7 +202,7 @@ class ModelConfig:
     @property
     def attending(self) -> tuple[int, ...]:
         """The layers with keys and values: all except recurrent-only and feed-forward-only layers."""
-        without = {*self.feeding, *(self.recurrent.layers if self.recurrent and not self.recurrent.beside else ())}
+        without = {*self.feeding, *(self.recurrent.layers if self.recurrent and not self.recurrent.parallel_attention else ())}
         return tuple(layer for layer in range(self.num_layers) if layer not in without)
 
     @property
@@ -233,7 +233,7 @@ class Family(NamedTuple):
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
     ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token
               ahead; `{layers}` is their number, `{sharing}` those that take the keys of others
-    beside    the rows outside the layers that are none of `ends`, `(path, Row)`
+    extra_rows  the rows outside the layers that are none of `ends`, `(path, Row)`
     moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """
 
@@ -246,7 +246,7 @@ class Family(NamedTuple):
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     pads: bool = True
     ignored: str | None = None
-    beside: Callable[[ModelConfig], Iterator[tuple[str, Row]]] = lambda config: iter(())
+    extra_rows: Callable[[ModelConfig], Iterator[tuple[str, Row]]] = lambda config: iter(())
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
 

@@ -25,7 +25,7 @@ def _falcon_h1(hf: dict[str, Any]) -> ModelConfig:
     gate, down = _numbers(hf, "mlp_multipliers", 2)
     return llama_config(
         hf,
-        mamba=mamba_of(hf, layers, width, hf["hidden_act"], norm=place, out_bias=bool(hf["projectors_bias"]), beside=True),
+        mamba=mamba_of(hf, layers, width, hf["hidden_act"], norm=place, out_bias=bool(hf["projectors_bias"]), parallel_attention=True),
         embedding_multiplier=float(hf["embedding_multiplier"]),
         logits_scaling=1 / hf["lm_head_multiplier"],
         multipliers=Multipliers(

@@ -134,7 +134,7 @@ def _layer(c: ModelConfig, layer: int) -> Rows:
     yield "layer_scale", Row((1,), (None,), "ones", "layer_scalar", "layer_output_scale.weight")
 
 
-def _beside(c: ModelConfig) -> Rows:
+def _extra_rows(c: ModelConfig) -> Rows:
     vocabulary, inputs = c.layer_inputs
     if not inputs:
         return
@@ -178,7 +178,7 @@ GEMMA4 = Family(
     ),
     # image tokens attend in both directions, text tokens never do
     {"use_bidirectional_attention": (None, "vision")},
-    beside=_beside,
+    extra_rows=_extra_rows,
     moe=("router.proj", "experts"),
     ignored=r"model\.layers\.({sharing})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*",
 )

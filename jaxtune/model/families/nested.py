@@ -1,7 +1,7 @@
 """Multimodal checkpoints: a config.json with a `text_config`, and a language model beside a vision tower and a projector.
 
 The language model is one of `FAMILIES`, and is read, trained and run as such; an entry of `NESTED` says where it is. The other tensors are
-kept (convert/beside.py).
+kept (convert/other_tensors.py).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Nested(NamedTuple):
 
     texts     the `model_type` of its text_config -> the family; the first if text_config has none
     stem      prefix of the language model's tensors in files on the hub, where a text model's begin with "model."
-    beside    prefixes of the other tensors in any file (possibly after "model.")
+    other_prefixes  of the other tensors in any file (possibly after "model.")
     defaults  transformers' defaults for keys missing in text_config, if they differ from the family's
     fixed     values that its code uses whatever text_config says
     modules   transformers 5's names for the language model's modules and its head
@@ -34,7 +34,7 @@ class Nested(NamedTuple):
 
     texts: Mapping[str, str]
     stem: str
-    beside: tuple[str, ...]
+    other_prefixes: tuple[str, ...]
     defaults: Mapping[str, Any] = {}
     fixed: Mapping[str, Any] = {}
     modules: tuple[str, str] = (MODULES, "lm_head")
@@ -43,12 +43,12 @@ class Nested(NamedTuple):
     together: bool = False
 
 
-_LLAVA = dict(stem="language_model.model.", beside=("vision_tower.", "multi_modal_projector.", "image_newline"))
-_IDEFICS = dict(beside=("vision_model.", "connector."), modules=("model.text_model.", "lm_head"), defaults=dict(rms_norm_eps=1e-5))
+_LLAVA = dict(stem="language_model.model.", other_prefixes=("vision_tower.", "multi_modal_projector.", "image_newline"))
+_IDEFICS = dict(other_prefixes=("vision_model.", "connector."), modules=("model.text_model.", "lm_head"), defaults=dict(rms_norm_eps=1e-5))
 _USUAL = {kind: kind for kind in ("llama", "mistral", "qwen2", "qwen3")}  # text_configs whose outer classes compute what the family does
 _PLAIN = dict(logit_scale=1.0)  # the outer class of transformers 5 does not scale logits
 _GLM = dict(num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1e-5, partial_rotary_factor=1.0, pad_token_id=None)
-_GLM_VISION = dict(stem=MODULES, beside=("visual.",))
+_GLM_VISION = dict(stem=MODULES, other_prefixes=("visual.",))
 _QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80)
 _QWEN3 = dict(rope_theta=5e5, max_position_embeddings=128000)
 NESTED: dict[str, Nested] = {
@@ -81,7 +81,7 @@ NESTED: dict[str, Nested] = {
     ),
     "idefics3": Nested({"llama": "llama", "mistral": "mistral"}, "model.text_model.", **_IDEFICS, tied=False),
     "internvl": Nested({"qwen2": "qwen2"} | _USUAL | {"qwen3_moe": "qwen3_moe"}, **_LLAVA, tied=True),
-    "lfm2_vl": Nested({"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, MODULES, _LLAVA["beside"], tied=True),
+    "lfm2_vl": Nested({"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, MODULES, _LLAVA["other_prefixes"], tied=True),
     "llava": Nested(_USUAL, **_LLAVA, tied_inside=True),
     "llava_next": Nested(_USUAL, **_LLAVA, tied=False),
     "llava_onevision": Nested({"qwen2": "qwen2"} | _USUAL, **_LLAVA, tied_inside=True),

@@ -14,7 +14,7 @@ class DeltaNet:
     value_dim: int
     kernel: int
     layers: tuple[int, ...]
-    beside = False
+    parallel_attention = False
 
     @property
     def channels(self) -> int:
@@ -35,7 +35,7 @@ class ShortConvolution:
     kernel: int
     layers: tuple[int, ...]
     state = None
-    beside = False
+    parallel_attention = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Mamba:
     norm: str = "after"  # of the result: after its gate | before | "": none
     out_bias: bool = False
     least_step: float = 0.0  # minimum of the time steps
-    beside: bool = False  # attention runs in parallel in these layers
+    parallel_attention: bool = False  # attention runs in parallel in these layers
 
     @property
     def width(self) -> int:

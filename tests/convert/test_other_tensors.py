@@ -37,20 +37,20 @@ def test_what_is_beside_is_written_though_the_folder_is_gone(tmp_path):
     model = load(write(tmp_path / "in"))
     shutil.rmtree(tmp_path / "in")
     params = jax.tree.map(lambda x: x * 2, model.params)
-    hf.save(model.config, params, tmp_path / "out", beside=model.beside)
+    hf.save(model.config, params, tmp_path / "out", other_tensors=model.other_tensors)
     written = tiny.read_all(tmp_path / "out")
     assert written.keys() == GOLDEN.files.keys()
     others = {name: array for name, array in GOLDEN.files.items() if references.BESIDE.match(name)}
     assert others and all(np.array_equal(written[name], GOLDEN.files[name] * (1 if name in others else 2)) for name in written)
     assert json.loads((tmp_path / "out/config.json").read_text()) == GOLDEN.config
     assert (tmp_path / "out/preprocessor_config.json").read_text() == '{"do_resize": true}'
-    with pytest.raises(ModelError, match=r"beside=model\.beside"):
+    with pytest.raises(ModelError, match=r"other_tensors=model\.other_tensors"):
         hf.save(model.config, params, tmp_path / "alone")
 
 
 def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
     model = load(write(tmp_path / "in"))
-    hf.save(model.config, model.params | {"head": model.params["embed"] * 2}, tmp_path / "out", beside=model.beside)
+    hf.save(model.config, model.params | {"head": model.params["embed"] * 2}, tmp_path / "out", other_tensors=model.other_tensors)
     said = json.loads((tmp_path / "out/config.json").read_text())
     assert said["tie_word_embeddings"] is said["text_config"]["tie_word_embeddings"] is False
     assert "language_model.lm_head.weight" in tiny.read_all(tmp_path / "out") and "head" in load(tmp_path / "out").params
@@ -80,8 +80,8 @@ def test_names_of_a_type_without_a_golden(tmp_path, outer):
     files = {re.sub(r"^model\.", stem, name).replace("lm_head.", head): a for name, a in text.items()}
     tiny.write(tmp_path / "in", config, files | {name: np.ones((2, 3), np.float32) for name in others})
     model = load(tmp_path / "in")
-    assert model.config.outer == outer and model.beside.entries.keys() == {*others}
-    hf.save(model.config, model.params, tmp_path / "out", beside=model.beside)
+    assert model.config.outer == outer and model.other_tensors.entries.keys() == {*others}
+    hf.save(model.config, model.params, tmp_path / "out", other_tensors=model.other_tensors)
     tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tiny.read_all(tmp_path / "in"))
     modules = "model.text_model.layers" if outer == "idefics3" else "model.language_model.layers"
     assert nested.module(model.config, "model.layers.0.mlp") == f"{modules}.0.mlp"
@@ -113,8 +113,8 @@ def test_experts_that_lie_turned_as_on_the_hub(tmp_path):
     tiny.write(tmp_path / "usual", golden.config, golden.files)
     model, opened = load(tmp_path / "hub"), open_model(tmp_path / "hub")
     jax.tree.map(np.testing.assert_array_equal, model.params, load(tmp_path / "usual").params)
-    hf.save(model.config, model.params, tmp_path / "loaded", beside=model.beside)
-    hf.save(opened.config, abstract(opened.config), tmp_path / "streamed", base=opened.checkpoint, beside=opened.beside)
+    hf.save(model.config, model.params, tmp_path / "loaded", other_tensors=model.other_tensors)
+    hf.save(opened.config, abstract(opened.config), tmp_path / "streamed", base=opened.checkpoint, other_tensors=opened.other_tensors)
     tiny.assert_same_bytes(tiny.read_all(tmp_path / "loaded"), turned)
     tiny.assert_same_bytes(tiny.read_all(tmp_path / "streamed"), turned)
     with pytest.raises(ModelError, match="hold experts as a text model's do not"):
@@ -137,7 +137,7 @@ def test_experts_in_one_tensor_as_on_the_hub_where_transformers_writes_each_by_i
     tiny.write(tmp_path / "usual", golden.config, golden.files)
     model = load(tmp_path / "hub")
     jax.tree.map(np.testing.assert_array_equal, model.params, load(tmp_path / "usual").params)
-    hf.save(model.config, model.params, tmp_path / "out", beside=model.beside)
+    hf.save(model.config, model.params, tmp_path / "out", other_tensors=model.other_tensors)
     tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), together)
     export(tmp_path / "usual", tmp_path / "alone", format="text")
     assert tiny.read_all(tmp_path / "alone").keys() == golden.tensors.keys()

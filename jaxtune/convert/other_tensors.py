@@ -18,7 +18,7 @@ FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocesso
 PACKED = (".SCB", ".quant_map")  # suffixes of the tensors that bitsandbytes stores beside a quantised one
 
 
-class Beside:
+class OtherTensors:
     """The tensors and files beside a language model.
 
     The tensor files are memory-mapped and the small ones read when the model is opened, so a run can write them at its end, whatever has
@@ -65,7 +65,7 @@ class Beside:
             own = [nested.module(config, name) for name in settings.get("llm_int8_skip_modules") or ["lm_head"]]
             outer = NESTED[config.outer]
             before = "model." if outer.modules[0].startswith("model.") else ""
-            settings["llm_int8_skip_modules"] = own + [f"{before}{name.rstrip('.')}" for name in outer.beside]
+            settings["llm_int8_skip_modules"] = own + [f"{before}{name.rstrip('.')}" for name in outer.other_prefixes]
 
     def write_files(self, folder: Path) -> None:
         """The processor's files."""
@@ -93,18 +93,18 @@ class Turned:
         return self.source.read_part(name, (experts, slice(None), out)).swapaxes(1, 2)
 
 
-def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tuple[Safetensors | Turned, Beside | None]:
+def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tuple[Safetensors | Turned, OtherTensors | None]:
     """A checkpoint's language model alone, under a text model's names, and the rest: None if there is no rest."""
     if not config.outer:
         return checkpoint, None
     outer, entries = NESTED[config.outer], checkpoint.entries
-    others = {name: entry for name, entry in entries.items() if name.removeprefix("model.").startswith(outer.beside)}
+    others = {name: entry for name, entry in entries.items() if name.removeprefix("model.").startswith(outer.other_prefixes)}
     own = [name for name in entries if name not in others]
     stem = next((stem for stem in (outer.modules[0], *STEMS) if any(name.startswith(stem) for name in own)), outer.stem)
     head = HEADS[1] if stem == STEMS[1] else HEADS[0]
     checkpoint.entries = {_text_name(name, stem): entries[name] for name in own}
     turned = frozenset(name for name, entry in checkpoint.entries.items() if outer.together and _lies_turned(name, entry, config))
-    return Turned(checkpoint, turned) if turned else checkpoint, Beside(folder, others, stem, head, turned)
+    return Turned(checkpoint, turned) if turned else checkpoint, OtherTensors(folder, others, stem, head, turned)
 
 
 def _lies_turned(name: str, entry: Entry, config: ModelConfig) -> bool:
