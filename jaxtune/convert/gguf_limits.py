@@ -50,7 +50,7 @@ def _check_experts(c: ModelConfig, a: Architecture) -> None:
         return
     where = "layers of one step" if a.every else "the last layers" if a.leading else "every layer"
     first, step = (c.moe.layers[0] if c.moe and (a.leading or a.every) else 0), (c.moe.layers[0] + 1 if c.moe and a.every else 1)
-    known = c.feeding or range(first, c.num_layers, step)
+    known = c.feed_forward_only or range(first, c.num_layers, step)
     if c.moe is None or list(c.moe.layers) != list(known):
         raise ModelError(f"llama.cpp runs {c.model_type} with experts in {where}; this model differs")
     if a.normalize is not None and c.moe.normalize is not a.normalize:
@@ -273,7 +273,7 @@ def llama4(c: ModelConfig) -> None:
 def nemotron_h_widths(c: ModelConfig) -> list[int]:
     """How wide the feed-forward part of each layer is; 0: it has none."""
     inner = c.moe.intermediate_size if c.moe else c.intermediate_size
-    return [inner if layer in c.feeding else 0 for layer in range(c.num_layers)]
+    return [inner if layer in c.feed_forward_only else 0 for layer in range(c.num_layers)]
 
 
 def nemotron_h(c: ModelConfig) -> None:

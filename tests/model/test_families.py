@@ -71,7 +71,7 @@ def remembered(c) -> tuple:
     """What distinguishes one model's memory of a text, and what layers read of it, from another's."""
     of_layers = ((np.sign(c.layer_windows[i]), c.layer_ropes[i], c.at(i) is c, c.kv_source(i) == i) for i in c.attending)
     recurrent = c.recurrent and (type(c.recurrent), c.recurrent.parallel_attention)
-    return frozenset(of_layers), recurrent, c.latent is None, bool(c.feeding), c.qk_norm_last, c.bare_norms, c.query_growth.still
+    return frozenset(of_layers), recurrent, c.latent is None, bool(c.feed_forward_only), c.qk_norm_last, c.bare_norms, c.query_growth.still
 
 
 FIRST = {remembered(from_hf(references.load(name).config)): name for name in reversed(references.TEXT)}

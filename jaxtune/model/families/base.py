@@ -110,7 +110,7 @@ class ModelConfig:
     delta: DeltaNet | None = None
     convolution: ShortConvolution | None = None
     mamba: Mamba | None = None
-    feeding: tuple[int, ...] = ()  # layers that are feed-forward only (Nemotron H)
+    feed_forward_only: tuple[int, ...] = ()  # layers without a mixer (Nemotron H)
     wide: Wide | None = None
     kv_sharing: int = 0  # number of last layers that use keys and values of the last earlier layer of their kind
     kv_sharing_mlp: int = 1  # and the relative width of their feed-forward part
@@ -149,7 +149,7 @@ class ModelConfig:
         linear = set(self.recurrent.layers) if self.recurrent else set()
         return patterns_of(
             tuple(
-                (i in sparse, i in linear, i in self.feeding, *self._heads_of(i), sum(cut <= i for cut in self.cuts))
+                (i in sparse, i in linear, i in self.feed_forward_only, *self._heads_of(i), sum(cut <= i for cut in self.cuts))
                 for i in range(self.num_layers)
             )
         )
@@ -202,7 +202,7 @@ class ModelConfig:
     @property
     def attending(self) -> tuple[int, ...]:
         """The layers with keys and values: all except recurrent-only and feed-forward-only layers."""
-        without = {*self.feeding, *(self.recurrent.layers if self.recurrent and not self.recurrent.parallel_attention else ())}
+        without = {*self.feed_forward_only, *(self.recurrent.layers if self.recurrent and not self.recurrent.parallel_attention else ())}
         return tuple(layer for layer in range(self.num_layers) if layer not in without)
 
     @property

@@ -60,12 +60,12 @@ def _nemotron_h(hf: dict[str, Any]) -> ModelConfig:
         mlp_bias=bool(hf["mlp_bias"]),
         mamba=mamba,
         moe=moe,
-        feeding=tuple(sorted(dense + sparse)),
+        feed_forward_only=tuple(sorted(dense + sparse)),
     )
 
 
 def _layer(c: ModelConfig, layer: int) -> Rows:
-    if layer not in c.feeding:
+    if layer not in c.feed_forward_only:
         yield from norm(c, "attn_norm", "norm", "attn_norm")
         yield from mamba_rows(c, c.mamba, "mixer") if c.mamba and layer in c.mamba.layers else attention(c, hf="mixer")
         return
