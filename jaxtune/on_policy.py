@@ -18,9 +18,9 @@ from jaxtune.data.batch import Batch
 from jaxtune.data.units import Cursor, prompt_of, put
 from jaxtune.errors import ConfigError
 from jaxtune.generation.answer import Reader
-from jaxtune.generation.drawn import draw
 from jaxtune.generation.prompts import stop_tokens
 from jaxtune.generation.sampling import Sampling
+from jaxtune.generation.training_samples import sample_answers
 from jaxtune.objectives.distill import TEACHER
 from jaxtune.peft import compose
 from jaxtune.step import TrainState
@@ -47,7 +47,7 @@ class OnPolicy:
         teacher = base[TEACHER]
         model_config = self.model.config if own else teacher.config
         params = compose({name: leaf for name, leaf in base.items() if name != TEACHER}, state.trainable) if own else teacher.params
-        answers, ended = draw(
+        answers, ended = sample_answers(
             model_config, params, [prompts[unit].tolist() for unit in units], 1, int(self.config.max_completion_length or 0),
             sampling=self.sampling, reader=self.reader, seed=(self.config.seed, 2, step), mesh=self.mesh,
         )  # fmt: skip

@@ -22,9 +22,9 @@ from jaxtune.data.asked import Prompts, require_room
 from jaxtune.disk import replacing, write_text
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.generation.answer import Answer, Reader
-from jaxtune.generation.drawn import draw
 from jaxtune.generation.prompts import stop_tokens
 from jaxtune.generation.sampling import Sampling
+from jaxtune.generation.training_samples import sample_answers
 from jaxtune.model import decoder
 from jaxtune.objectives.advantages import ADVANTAGES, spread, weighted
 from jaxtune.objectives.advantages import ppo as token_advantages
@@ -164,7 +164,7 @@ class Rollouts:
         self, source: Prompts, prompts: list[int], seed: tuple[int, ...], state: TrainState, base: dict
     ) -> tuple[list[Answer], np.ndarray]:
         """The answers to every prompt, next to each other, and whether each ended by itself."""
-        return draw(
+        return sample_answers(
             self.model.config, compose(base, state.trainable), [source.ids(prompt) for prompt in prompts], source.layout.answers,
             source.layout.most, sampling=self.sampling, reader=self.reader, seed=seed, mesh=self.mesh,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from jaxtune.generation.sampling import Sampling
 from jaxtune.model.families import ModelConfig
 
 
-def draw(
+def sample_answers(
     config: ModelConfig, params: dict, prompts: Sequence[list[int]], each: int, most: int, *,
     sampling: Sampling, reader: Reader, seed: tuple[int, ...], mesh: Mesh,
 ) -> tuple[list[Answer], np.ndarray]:  # fmt: skip
