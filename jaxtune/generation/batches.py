@@ -12,7 +12,7 @@ from jaxtune.errors import ModelError
 from jaxtune.generation.answer import Answer
 from jaxtune.generation.decode import NAN, NONE, Rows, State, decode, prefill, row_keys, with_slots
 from jaxtune.generation.sampling import Sampling
-from jaxtune.model import decoder, virtual
+from jaxtune.model import decoder, virtual_tokens
 from jaxtune.model.attention import CACHE_BLOCK
 from jaxtune.peft import compose
 from jaxtune.peft.combine import Mixed
@@ -76,7 +76,7 @@ class Run(NamedTuple):
         keys_B, sampling = row_keys(np.stack([row.seed for row in filled]), places_B2), Sampling.of_rows([row.sampling for row in filled])
         adapter = self.adapter.take(places_B2[:, 0]) if isinstance(self.adapter, Mixed) else self.adapter
         params = compose(self.params, adapter)
-        T += virtual.count(params)  # virtual tokens take slots like prompts
+        T += virtual_tokens.count(params)  # virtual tokens take slots like prompts
         prompts_PT, lengths_B, keys_B, sampling = self._place((prompts_PT, jnp.asarray(lengths_B), keys_B, sampling))
         shared = Rows(lengths_B, keys_B, self.stops)
         state = prefill(self.config, params, sampling, shared, prompts_PT, self.new, prompt_B, self.likely)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.generation.sampling import Sampling, choose
-from jaxtune.model import decoder, virtual
+from jaxtune.model import decoder, virtual_tokens
 from jaxtune.model.families import ModelConfig
 
 NONE, NAN = -1, -2  # in `tokens_BN`: no token because the row had ended, or because the logits are NaN
@@ -75,7 +75,7 @@ def prefill(
     lengths_P = rows.lengths_B if prompt_B is None else jnp.zeros(P, jnp.int32).at[prompt_B].max(rows.lengths_B)
     offsets_PT = jnp.arange(T)[None] - (T - lengths_P)[:, None]
     real_PT = offsets_PT >= 0
-    empty = decoder.init_cache(config, P, T + virtual.count(params))
+    empty = decoder.init_cache(config, P, T + virtual_tokens.count(params))
     out = decoder.hidden(config, params, prompts_PT, jnp.maximum(offsets_PT, 0), real_PT.astype(jnp.int32), cache=empty, first=True)
     assert out.cache is not None  # one was given
     seen_BV = None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jaxtune.model import virtual
+from jaxtune.model import virtual_tokens
 from jaxtune.model.attention import attend, attend_cached
 from jaxtune.model.convolution import short_convolution
 from jaxtune.model.delta import delta_net
@@ -84,7 +84,7 @@ def attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     k, v = (w["shared_k"], w["shared_v"]) if "shared_k" in w else (_turned(config, w, "k_norm", k, place), _value_norm(config, v))
     q = _grown(config.query_growth, q, place)
     if "prefix" in w:
-        k, v = virtual.put_in(w["prefix"], k, v)
+        k, v = virtual_tokens.put_in(w["prefix"], k, v)
     q = constrain(config.mesh, q, "rows", "tokens", "heads", None)
     k, v = (constrain(config.mesh, x, "rows", None, "heads", None) for x in (k, v))
     if kv is not None:
@@ -270,7 +270,7 @@ def feed_forward(
     if "experts_down" not in w:
         return _mlp(config, w, x_BTD), None
     segments, apart = place.queries.segments, "experts_norm" in w
-    mixed, sums = mixture(config, w, entered_BTD if apart else x_BTD, (segments > 0) & (segments != virtual.SEGMENT))
+    mixed, sums = mixture(config, w, entered_BTD if apart else x_BTD, (segments > 0) & (segments != virtual_tokens.SEGMENT))
     assert config.moe is not None
     sums = None if config.moe.aux_loss_coef is None else sums
     if apart:

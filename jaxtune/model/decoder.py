@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
-from jaxtune.model import virtual
+from jaxtune.model import virtual_tokens
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
@@ -91,7 +91,7 @@ def hidden(
     positions then continue from there. `first`: whether virtual tokens precede these, if the tree has some (None: without a cache).
     """
     (B, T), given = tokens_BT.shape, positions_BT is not None
-    if config.carries_state and (parents_BT is not None or virtual.count(params)):
+    if config.carries_state and (parents_BT is not None or virtual_tokens.count(params)):
         what = "shared prompts (data.shared_prompts: false)" if parents_BT is not None else "virtual tokens (method: lora)"
         raise ModelError(f"layers of this {config.model_type} model carry a state through each document, so that there are no {what}")
     if segments_BT is None:
@@ -99,30 +99,30 @@ def hidden(
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) + (0 if cache is None else cache.length)
     x_BTD = embed(config, params, tokens_BT) if embeds_BTD is None else embeds_BTD.astype(config.dtype)
-    P, first = virtual.count(params), cache is None if first is None else first
+    P, first = virtual_tokens.count(params), cache is None if first is None else first
     if P and (first or given):  # otherwise the cache's length counts them
         positions_BT = positions_BT + P
     if P and first:
-        x_BTD, T = virtual.before(params, x_BTD), T + P
-        positions_BT = virtual.widened(params, positions_BT, jnp.arange(P))
-        segments_BT = virtual.widened(params, segments_BT, virtual.SEGMENT)
-        parents_BT = None if parents_BT is None else virtual.widened(params, parents_BT, 0)
+        x_BTD, T = virtual_tokens.before(params, x_BTD), T + P
+        positions_BT = virtual_tokens.widened(params, positions_BT, jnp.arange(P))
+        segments_BT = virtual_tokens.widened(params, segments_BT, virtual_tokens.SEGMENT)
+        parents_BT = None if parents_BT is None else virtual_tokens.widened(params, parents_BT, 0)
     start = 0 if cache is None else cache.length
     queries = Keys(jnp.broadcast_to(jnp.arange(T) + start, (B, T)), positions_BT, segments_BT, parents_BT)
-    keys = queries._replace(parents=None, common=segments_BT == virtual.SEGMENT if P else None)
+    keys = queries._replace(parents=None, common=segments_BT == virtual_tokens.SEGMENT if P else None)
     if cache is not None:
         cache = cache.replace(
             positions=jax.lax.dynamic_update_slice(cache.positions, positions_BT, (0, start)),
             segments=jax.lax.dynamic_update_slice(cache.segments, segments_BT, (0, start)),
         )
         keys = Keys(jnp.broadcast_to(jnp.arange(cache.positions.shape[1]), cache.positions.shape), cache.positions, cache.segments)
-        keys = keys._replace(common=cache.segments == virtual.SEGMENT if P else None)
+        keys = keys._replace(common=cache.segments == virtual_tokens.SEGMENT if P else None)
 
     inputs = LayerInputs(config, params, tokens_BT, x_BTD)
     x_BTD, shared = entered(config, params, x_BTD, queries, keys)
     kv, routed = None if cache is None else cache.memory, []
     for pattern in config.patterns:
-        weights = [virtual.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
+        weights = [virtual_tokens.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
         weights = [inputs.added_to(own, stack, x_BTD, shared) for stack, own in zip(pattern.numbers, weights, strict=True)]
         x_BTD, kv, sums = run(config, pattern, weights, x_BTD, shared, kv)
         routed += [of_stack for of_stack in sums if of_stack is not None]

@@ -1,7 +1,7 @@
 """Methods that leave every matrix unchanged and put virtual tokens before each document: prompt tuning (arXiv 2104.08691), p-tuning
 (2103.10385), whose tokens a small network produces, and prefix tuning (2101.00190), which provides their keys and values in every layer.
 
-model/virtual.py applies them in the model. They depend on no document, so a packed row holds them once.
+model/virtual_tokens.py applies them in the model. They depend on no document, so a packed row holds them once.
 """
 
 import math
