@@ -23,9 +23,9 @@ from jaxtune.config import Config, LoraConfig
 from jaxtune.convert.load import Model
 from jaxtune.errors import ConfigError
 from jaxtune.model import decoder
+from jaxtune.model.attention_mask import Keys
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layer import Shared, one_layer
-from jaxtune.model.visible import Keys
 from jaxtune.model.weight import Matrix, Weight, linear
 from jaxtune.peft import METHODS
 from jaxtune.peft.adapter import Adapter

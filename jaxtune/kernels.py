@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtune.config.checks import PROMPTS
 from jaxtune.errors import ConfigError
 from jaxtune.model.attention import attend
-from jaxtune.model.visible import Keys
+from jaxtune.model.attention_mask import Keys
 
 log = logging.getLogger("jaxtune")
 

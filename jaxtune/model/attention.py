@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
+from jaxtune.model.attention_mask import Keys, needed_blocks, visible
 from jaxtune.model.layers import softcap
-from jaxtune.model.visible import Keys, needed_blocks, visible
 
 SPANS = 8  # a shorter row is cut into at most this many spans of blocks; the products of a span omit the keys after its end
 UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is not NaN

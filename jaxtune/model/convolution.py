@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.model.attention_mask import Keys
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layout import constrain
 from jaxtune.model.memory import Memory, Place
-from jaxtune.model.visible import Keys
 from jaxtune.model.weight import linear
 
 

@@ -12,6 +12,7 @@ from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
 from jaxtune.model import virtual_tokens
+from jaxtune.model.attention_mask import Keys
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
@@ -23,7 +24,6 @@ from jaxtune.model.memory import Memory
 from jaxtune.model.moe import RouterSums
 from jaxtune.model.rope import cos_sin
 from jaxtune.model.stack import run
-from jaxtune.model.visible import Keys
 from jaxtune.model.weight import linear, rows
 
 
@@ -122,8 +122,10 @@ def hidden(
     x_BTD, shared = entered(config, params, x_BTD, queries, keys)
     kv, routed = None if cache is None else cache.memory, []
     for pattern in config.patterns:
-        weights = [virtual_tokens.with_prefix(config, params, stack) if first else params["layers"][str(stack)] for stack in pattern.numbers]
-        weights = [inputs.added_to(own, stack, x_BTD, shared) for stack, own in zip(pattern.numbers, weights, strict=True)]
+        weights = []
+        for stack in pattern.numbers:
+            own = virtual_tokens.with_prefix(config, params, stack) if first else params["layers"][str(stack)]
+            weights.append(inputs.added_to(own, stack, x_BTD, shared))
         x_BTD, kv, sums = run(config, pattern, weights, x_BTD, shared, kv)
         routed += [of_stack for of_stack in sums if of_stack is not None]
     if cache is not None and kv is not None:

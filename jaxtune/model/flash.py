@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxtune.model import tiles
-from jaxtune.model.visible import Keys, needed
+from jaxtune.model.attention_mask import Keys, needed
 
 INTERPRET = False  # on a CPU, for tests
 BLOCK = 128  # rows are padded to multiples of this, like all tile sizes

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.model import nf4_kernel
+from jaxtune.model.attention_mask import Keys
 from jaxtune.model.block import block, keys_values
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.layout import constrain, split
 from jaxtune.model.memory import Place
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
-from jaxtune.model.visible import Keys
 
 
 class Shared(NamedTuple):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtune.model.visible import Keys
+from jaxtune.model.attention_mask import Keys
 
 
 class Place(NamedTuple):

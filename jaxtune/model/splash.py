@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from jaxtune.model import tiles
-from jaxtune.model.visible import Keys, needed
+from jaxtune.model.attention_mask import Keys, needed
 
 INTERPRET = False  # on a CPU, for tests
 LANES, SUBLANES = 128, 8

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.model.attention import UNSEEN
+from jaxtune.model.attention_mask import Keys, least_seen
 from jaxtune.model.layers import softcap
-from jaxtune.model.visible import Keys, least_seen
 
 NOBODY, NO_PARENT = -1, -2  # segments that no query has: of padding as keys, and of a query without a parent
 PLACES = 8  # rows of a table of places; four are used, and a TPU's tile has eight
@@ -51,7 +51,7 @@ def ranges(tiles_BQK: jax.Array) -> jax.Array:
 
 
 def seen(query: Place, key: Place) -> jax.Array:
-    """Whether a query sees a key (`visible.visible`); a column and a row make a tile."""
+    """Whether a query sees a key (`attention_mask.visible`); a column and a row make a tile."""
     same = query.segment == key.segment
     if query.parent is not None:
         same |= query.parent == key.segment

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.model import attention, tiles
 from jaxtune.model.attention import TILE, Tile, attend, attend_cached
-from jaxtune.model.visible import Keys, needed, needed_blocks, visible
+from jaxtune.model.attention_mask import Keys, needed, needed_blocks, visible
 
 B, T, H, K, h = 2, 45, 6, 2, 8
 RNG = np.random.default_rng(0)

@@ -16,9 +16,9 @@ from jaxtune import parallel
 from jaxtune.config import MeshConfig
 from jaxtune.model import block, decoder, flash, splash
 from jaxtune.model.attention import attend
+from jaxtune.model.attention_mask import Keys
 from jaxtune.model.block import Place
 from jaxtune.model.families import from_hf
-from jaxtune.model.visible import Keys
 
 B, T, H, K = 2, 45, 6, 2
 # two documents that continue the first; one that fills its blocks alone, one, and padding that is not a whole block
