@@ -43,7 +43,7 @@ class Loop:
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
-        self.asked = self.interrupted = False  # a signal has arrived; and the step to stop after
+        self.stop_requested = self.interrupted = False  # a signal has arrived; and the step to stop after
         self.done = 0
         self.headline = ("reward", math.nan)  # of the newest rollout
         self.window: list[dict[str, float]] = []  # metrics since the last log line
@@ -114,9 +114,9 @@ class Loop:
         return state
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self.asked:  # a second signal quits immediately
+        if self.stop_requested:  # a second signal quits immediately
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
         if number in HANGUP:
             leave_terminal()
         log.warning("%s: finishing this step, then saving; a second signal quits immediately", signal.Signals(number).name)
@@ -126,7 +126,7 @@ class Loop:
     def _hear(self, number: int) -> None:
         """Whether to stop after this step: on a signal here, or one to any of several processes (including a TPU's maintenance notice)."""
         self.done = number
-        self.interrupted = self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
+        self.interrupted = self.stop_requested if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
     def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
         """The batch of a step (from 0), and the metrics of making it."""

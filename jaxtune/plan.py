@@ -31,7 +31,7 @@ from jaxtune.config.policy import POLICY, least_batch
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.data import files
-from jaxtune.data.asked import Layout, Prompts
+from jaxtune.data.rollout_prompts import Layout, Prompts
 from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.generation.batches import fitting_rows
 from jaxtune.largest import largest

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtune import data, parallel
 from jaxtune.config import Config
 from jaxtune.convert.load import Model
-from jaxtune.data.asked import Prompts, require_room
+from jaxtune.data.rollout_prompts import Prompts, require_room
 from jaxtune.disk import replacing, write_text
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.generation.answer import Answer, Reader
@@ -149,7 +149,7 @@ class Rollouts:
     def evaluate(self, state: TrainState, base: dict) -> dict[str, float]:
         """`eval_reward` and other metrics over the prompts of `data.eval`; every evaluation uses the same random keys."""
         assert self.eval is not None
-        layout, step, prompts = self.eval.layout, int(state.step), list(range(len(self.eval.asked)))
+        layout, step, prompts = self.eval.layout, int(state.step), list(range(len(self.eval.originals)))
         answers, ended = self._answers(self.eval, prompts, (self.config.seed, 1, 0), state, base)
         _, rewards_NF, told = self._judge(self.eval, prompts, answers, step)
         found = ADVANTAGES["grpo"](self.config, rewards_NF, self.weights, layout.answers)
@@ -174,10 +174,10 @@ class Rollouts:
     ) -> tuple[Answers, np.ndarray, dict[str, float]]:
         """What was scored, the rewards `[answers, rewards]`, and the metrics that reward functions logged."""
         places = [prompt for prompt in prompts for _ in range(source.layout.answers)]
-        asked, texts = [source.asked[place] for place in places], [answer.text for answer in answers]
-        chat = [isinstance(prompt, list) for prompt in asked]
+        originals, texts = [source.originals[place] for place in places], [answer.text for answer in answers]
+        chat = [isinstance(prompt, list) for prompt in originals]
         judged = Answers(
-            prompts=asked,
+            prompts=originals,
             completions=[[{"role": "assistant", "content": t}] if turns else t for t, turns in zip(texts, chat, strict=True)],
             texts=texts,
             completion_ids=[answer.tokens for answer in answers],

@@ -14,8 +14,8 @@ from jaxtune.config.policy import POLICY
 from jaxtune.convert.bitsandbytes import is_skipped, packed_as
 from jaxtune.convert.load import open_config
 from jaxtune.data import units
-from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Batch
+from jaxtune.data.rollout_prompts import Layout
 from jaxtune.errors import ConfigError
 from jaxtune.kernels import check_attention
 from jaxtune.losses import objective_of

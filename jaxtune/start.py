@@ -18,8 +18,8 @@ from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, read_params
 from jaxtune.convert.sources import is_adapter
-from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import check_fits
+from jaxtune.data.rollout_prompts import Prompts
 from jaxtune.errors import ConfigError
 from jaxtune.losses import objective_of
 from jaxtune.model import nf4_kernel

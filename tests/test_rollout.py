@@ -15,7 +15,7 @@ from jaxtune import data, parallel
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert import heads
 from jaxtune.convert.load import open_model
-from jaxtune.data.asked import Layout
+from jaxtune.data.rollout_prompts import Layout
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.model import decoder
 from jaxtune.objectives import OBJECTIVES

@@ -15,13 +15,13 @@ from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.config.policy import POLICY
 from jaxtune.data import splits
 from jaxtune.data import units as unit_kinds
-from jaxtune.data.asked import Prompts
 from jaxtune.data.documents import Documents
 from jaxtune.data.encode import SFT
 from jaxtune.data.examples import Classified, Example, Labelled, Pair, Prompt, Steps
 from jaxtune.data.files import Row
 from jaxtune.data.mixing import mixture
 from jaxtune.data.packing import make_plan, widened
+from jaxtune.data.rollout_prompts import Prompts
 from jaxtune.data.screen import screened, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.tokenised import examples, tokenise

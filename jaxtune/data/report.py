@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxtune.config import Config
 from jaxtune.data import quality
-from jaxtune.data.asked import Prompts
 from jaxtune.data.prepare import divide, load, total_steps
+from jaxtune.data.rollout_prompts import Prompts
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
 from jaxtune.data.units import Pairs, Stepwise
@@ -172,7 +172,7 @@ def _asked(train: Source, tokenizer: Any) -> Iterator[str]:
         f"Rows are prompts: {layout.answers} answers of up to {layout.most} tokens are drawn to each of {layout.prompts} at a time. "
         f"Rewards see the columns {', '.join(columns) or '(none beside prompt)'}."
     )
-    if tokenizer.chat_template and any(isinstance(prompt, str) for prompt in train.asked):
+    if tokenizer.chat_template and any(isinstance(prompt, str) for prompt in train.originals):
         yield (
             "Text prompts are continued as they are, without the tokenizer's chat template; for a model that chats "
             'write them as messages: [{"role": "user", "content": ...}].'

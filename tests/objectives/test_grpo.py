@@ -12,8 +12,8 @@ import tiny
 
 from jaxtune.config import load_config
 from jaxtune.config.objectives import LOSS_TYPES
-from jaxtune.data.asked import Layout, bucket
 from jaxtune.data.batch import Rollout
+from jaxtune.data.rollout_prompts import Layout, bucket
 from jaxtune.errors import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.families import from_hf

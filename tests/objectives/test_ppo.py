@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from jaxtune.config import load_config
-from jaxtune.data.asked import Layout
 from jaxtune.data.batch import Rollout
+from jaxtune.data.rollout_prompts import Layout
 from jaxtune.errors import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.families import from_hf

@@ -50,12 +50,12 @@ def test_texts_and_turns_as_the_model_reads_them(load, tokenizer):
     assert text(tokenizer, load([{"prompt": [user, assistant]}])).endswith(f"{OPENING}the quick")  # gone on with
     prompts = load(ROWS, system="be brief")
     assert text(tokenizer, prompts).endswith(f"one two fox<|im_end|>\n{OPENING}") and "be brief" in text(tokenizer, prompts)
-    assert prompts.asked[0] == [{"role": "user", "content": "one two fox"}]
+    assert prompts.originals[0] == [{"role": "user", "content": "one two fox"}]
 
 
 def test_columns_reach_rewards_under_the_names_of_the_rows(load):
     prompts = load([{"question": "one", "answer": "a"}, {"question": "two", "hint": 3}], columns={"prompt": "question"})
-    assert prompts.asked == ["one", "two"]
+    assert prompts.originals == ["one", "two"]
     assert prompts.fields == [{"answer": "a", "hint": None}, {"answer": None, "hint": 3}]
 
 
@@ -63,7 +63,7 @@ def test_a_function_makes_prompts_and_columns(load, tmp_path, monkeypatch):
     (tmp_path / "made_rows.py").write_text("def made(row):\n    return {'prompt': row['q'] + '?', 'answer': row['a'].split('#')[-1]}\n")
     monkeypatch.syspath_prepend(tmp_path)
     prompts = load([{"q": "one", "a": "x#7"}], format="made_rows.made")
-    assert prompts.asked == ["one?"] and prompts.fields == [{"answer": "7"}]
+    assert prompts.originals == ["one?"] and prompts.fields == [{"answer": "7"}]
 
 
 def test_each_prompt_is_asked_once_an_epoch_and_steps_share_a_rollout(load):

@@ -1,4 +1,4 @@
-"""Prompts that the policy answers itself (grpo, rloo, ppo), and the rows made of prompts and answers."""
+"""Prompts to which the policy samples answers (grpo, rloo, ppo), and the rows made of prompts and answers."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ class Prompts(Source):
     Attributes:
         layout: how their answers become rows.
         fields: `[documents]`, the row of each prompt with all its columns except `prompt`, for reward functions.
-        asked: `[documents]`, the prompt as in the row: a text, or a list of messages.
+        originals: `[documents]`, the prompt as in the row: a text, or a list of messages.
     """
 
     def __init__(self, documents: Documents, layout: "Layout", seed: int, shuffle: bool, config: Config, name: str):
@@ -38,7 +38,7 @@ class Prompts(Source):
         super().__init__(Single(documents), plan, layout.prompts, 1, seed, shuffle, mix)
         self.layout, self.repeats = layout, layout.repeats
         self.longest_prompt = int(documents.lengths.max())
-        self.asked, self.fields = _rows(documents, config, name)
+        self.originals, self.fields = _rows(documents, config, name)
 
     @classmethod
     def of(cls, documents: Documents, config: Config, name: str, data_parallel: int) -> "Prompts":
@@ -99,7 +99,7 @@ class Prompts(Source):
 
 
 def turns(prompt: str | list[dict], config: Config) -> str | list[dict]:
-    """A prompt as it is asked: with a system turn (`data.system`), a text becomes the user's turn."""
+    """A prompt as the model reads it: with a system turn (`data.system`), a text becomes the user's turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and config.data.system else prompt
 
 
@@ -109,14 +109,14 @@ def _rows(documents: Documents, config: Config, name: str) -> tuple[list[Any], l
         sources = (*sources, config.data.replay)
     if config.data.streaming:
         raise ConfigError(f"data.streaming keeps no rows, but the rewards of objective {config.objective} need them; leave it out")
-    asked: dict[tuple[int, int], tuple[Any, dict[str, Any]]] = {}
+    found: dict[tuple[int, int], tuple[Any, dict[str, Any]]] = {}
     for part, source in enumerate(sources):
         kept = set(documents.rows[documents.part == part].tolist())
         for row, example in examples(source, config):
             if row.index in kept and isinstance(example, Prompt):
                 fields = formats.made(row, form_of(source, config)).fields
-                asked[part, row.index] = turns(example.prompt, config), {key: value for key, value in fields.items() if key != "prompt"}
-    places = [asked[int(part), int(row)] for part, row in zip(documents.part, documents.rows, strict=True)]
+                found[part, row.index] = turns(example.prompt, config), {key: value for key, value in fields.items() if key != "prompt"}
+    places = [found[int(part), int(row)] for part, row in zip(documents.part, documents.rows, strict=True)]
     columns = {key for _, fields in places for key in fields}
     return [prompt for prompt, _ in places], [{key: fields.get(key) for key in columns} for _, fields in places]
 
