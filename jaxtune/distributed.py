@@ -126,15 +126,15 @@ def on_first(function: Callable[[], Any]) -> None:
     if jax.process_count() == 1:
         function()
         return
-    told, error = np.zeros(2000, np.uint8), None
+    message, error = np.zeros(2000, np.uint8), None
     if is_first():
         try:
             function()
         except JaxtuneError as raised:
             error = raised
-            text = f"{type(raised).__name__} {raised}".encode()[: told.size]
-            told[: len(text)] = np.frombuffer(text, np.uint8)
-    text = multihost_utils.broadcast_one_to_all(told).tobytes().rstrip(b"\0").decode(errors="replace")
+            text = f"{type(raised).__name__} {raised}".encode()[: message.size]
+            message[: len(text)] = np.frombuffer(text, np.uint8)
+    text = multihost_utils.broadcast_one_to_all(message).tobytes().rstrip(b"\0").decode(errors="replace")
     if error is not None:
         raise error
     if text:

@@ -70,14 +70,14 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
     started = time.monotonic()
     found = Watch(config, model, fresh.sites, mesh)
     log.info("eva: components of %d inputs of matrices, until they stand still", len(found.going))
-    batches, live, told = 0, True, started
+    batches, live, logged_at = 0, True, started
     while live and batches < MOST:
         step, micro = divmod(batches, rows.accumulation)
         whole = rows.batch_at(step, *parallel.row_part(mesh))
         live = found.look(jax.tree.map(lambda x: x[micro], whole), batches)  # noqa: B023
         batches += 1
-        if live and (now := time.monotonic()) - told > SILENCE:
-            told = now
+        if live and (now := time.monotonic()) - logged_at > SILENCE:
+            logged_at = now
             log.info("eva: %d micro-batches, %d of %d inputs still turning", batches, sum(found.going.values()), len(found.going))
     ranks = found.ranks
     if ranks is None:

@@ -81,11 +81,11 @@ class Loop:
         for number in range(start + 1, self.total + 1):
             if self.drawn and waiting:  # before answers are sampled from the weights of that step
                 waiting = self._read(*waiting)
-            batch, told = self._batch(number - 1, state, base)
+            batch, more = self._batch(number - 1, state, base)
             state, metrics = step(state, base, self._put(batch))
             if waiting:  # the device is computing this step, so reading the previous metrics stalls nothing
                 self._read(*waiting)
-            waiting = (number, metrics | told)
+            waiting = (number, metrics | more)
             evaluate = self._due(number, config.eval_strategy, config.eval_steps)
             save = self._due(number, config.save_strategy, config.save_steps)
             prove = number == 1 and config.save_strategy != "no"

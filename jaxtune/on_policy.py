@@ -39,9 +39,9 @@ class OnPolicy:
     def batch_at(self, step: int, state: TrainState, base: dict) -> tuple[Batch, dict[str, float]]:
         """The batch of step `step` (from 0), and metrics of its answers if they were sampled."""
         own = self.is_own(step)
-        told = {"on_policy": float(own)}
+        metrics = {"on_policy": float(own)}
         if not own and not self.config.seq_kd:
-            return self.train.batch_at(step, *parallel.row_part(self.mesh)), told
+            return self.train.batch_at(step, *parallel.row_part(self.mesh)), metrics
         units = list(dict.fromkeys(self.train.units_at(step)))
         prompts = {unit: prompt_of(*self.train.documents[unit]) for unit in units}
         teacher = base[TEACHER]
@@ -58,8 +58,8 @@ class OnPolicy:
             put(batch, at, np.concatenate([prompts[unit], tokens[unit]]), trained)
 
         lengths = [len(answer) for answer in tokens.values()]
-        told |= {"completions/mean_length": float(np.mean(lengths)), "completions/clipped_ratio": float(1 - ended.mean())}
-        return self.train.batch_at(step, *parallel.row_part(self.mesh), fill=fill), told
+        metrics |= {"completions/mean_length": float(np.mean(lengths)), "completions/clipped_ratio": float(1 - ended.mean())}
+        return self.train.batch_at(step, *parallel.row_part(self.mesh), fill=fill), metrics
 
     def is_own(self, step: int) -> bool:
         """Whether the student answers at this step."""

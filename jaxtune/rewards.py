@@ -130,7 +130,7 @@ def hashes(config: Config) -> dict[str, str]:
 
 
 def _of_table(name: str, function: Callable[[Answers], list[float]]) -> Callable:
-    return lambda answers, told, extra: _numbers(name, function(answers), len(answers.texts))
+    return lambda answers, logged, extra: _numbers(name, function(answers), len(answers.texts))
 
 
 def _of_model(place: str) -> Callable:
@@ -138,19 +138,19 @@ def _of_model(place: str) -> Callable:
     if model.config.num_labels > 1 or model.config.labels_of == "token":
         raise ConfigError(f"reward_model {place} has {model.config.num_labels} labels, which do not rate an answer; it needs 1")
 
-    def judge(answers: Answers, told: dict, extra: dict) -> np.ndarray:
+    def judge(answers: Answers, logged: dict, extra: dict) -> np.ndarray:
         return np.asarray(score(model, list(zip(answers.prompts, answers.texts, strict=True))), np.float64)
 
     return judge
 
 
-def _of_user(name: str, function: Callable, answers: Answers, told: dict[str, list[float]], extra: dict[str, list]) -> np.ndarray:
+def _of_user(name: str, function: Callable, answers: Answers, logged: dict[str, list[float]], extra: dict[str, list]) -> np.ndarray:
     given = answers.columns | {
         "prompts": answers.prompts,
         "completions": answers.completions,
         "completion_ids": answers.completion_ids,
         "trainer_state": SimpleNamespace(global_step=answers.step, max_steps=answers.max_steps),
-        "log_metric": lambda key, value: told.setdefault(key, []).append(float(value)),
+        "log_metric": lambda key, value: logged.setdefault(key, []).append(float(value)),
         "log_extra": lambda key, values: extra.setdefault(key, []).extend(values),
     }
     try:

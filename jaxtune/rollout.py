@@ -58,15 +58,15 @@ class Rollouts:
         number, place = divmod(step, self.train.repeats)
         if self._current is None or self._current[0] != number:
             kept = self.folder / "rollouts" / f"{number:08d}.npz"
-            batch, told = self._draw(number, step, state, base) if place == 0 else _read(kept)
+            batch, logged = self._draw(number, step, state, base) if place == 0 else _read(kept)
             if place == 0 and self.train.repeats > 1:
-                _write(kept, batch, told)
-            self._current = (number, batch, told)
-        _, batch, told = self._current  # type: ignore[misc]
+                _write(kept, batch, logged)
+            self._current = (number, batch, logged)
+        _, batch, logged = self._current  # type: ignore[misc]
         epoch, slice_ = divmod(place, self.train.layout.slices)
         if self.train.layout.valued and self.train.layout.slices > 1:
             batch = _shuffled(batch, self.train.layout.prompts, (self.config.seed, number, epoch))
-        return jax.tree.map(lambda x: x[slice_], batch), told if place == 0 else {}
+        return jax.tree.map(lambda x: x[slice_], batch), logged if place == 0 else {}
 
     def forget(self, oldest: int) -> None:
         """Remove rollouts that no step from `oldest` (counted from 0) on needs."""
@@ -77,7 +77,7 @@ class Rollouts:
     def _draw(self, number: int, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
         config, layout, prompts = self.config, self.train.layout, self.train.prompts_at(number)
         answers, ended = self._answers(self.train, prompts, (config.seed, 0, number), state, base)
-        judged, rewards_NF, told = self._judge(self.train, prompts, answers, step)
+        judged, rewards_NF, logged = self._judge(self.train, prompts, answers, step)
         trained = ended if config.mask_truncated_completions else np.ones(len(answers), bool)
         ids = [self.train.ids(prompt) for prompt in prompts]
         tokens = [answer.tokens for answer in answers]
@@ -90,10 +90,10 @@ class Rollouts:
             batch, advantages, more = self._by_token(batch, scored, rewards_NF, np.array([len(t) for t in tokens]), ended)
         else:
             batch, advantages, more = self._by_answer(batch, scored, rewards_NF)
-        told |= more | _lengths(answers, ended)
+        logged |= more | _lengths(answers, ended)
         if config.log_completions:
             self._write_completions(step, judged, rewards_NF, advantages)
-        return batch, told
+        return batch, logged
 
     def _scored(self, batch: data.Batch, state: TrainState, base: dict) -> "Scored":
         """The numbers that policy and reference assign to a rollout's tokens."""
@@ -107,7 +107,7 @@ class Rollouts:
         self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray
     ) -> tuple[data.Batch, np.ndarray, dict[str, float]]:
         """The batch with an advantage per answer, the advantages in order, and metrics."""
-        layout, kl_N, told = self.train.layout, None, {}
+        layout, kl_N, logged = self.train.layout, None, {}
         if scored.ref is not None:
             apart = (scored.old - scored.ref) * (batch.weights != 0)
             own = batch.answers.numbers[..., None, :] == np.arange(1, layout.together + 1)[:, None]
@@ -115,8 +115,8 @@ class Rollouts:
         found = ADVANTAGES[self.config.objective](self.config, rewards_NF, self.weights, layout.answers, kl_N)
         batch.answers.values[:] = _like(found.advantages, batch.answers.values)
         if kl_N is not None and self.config.objective == "rloo":
-            told["kl"] = float(kl_N.sum() / max(np.count_nonzero(batch.weights), 1))
-        return batch, found.advantages, _measured(self.rewards, rewards_NF, found.rewards) | _flat_groups(found.spread) | told
+            logged["kl"] = float(kl_N.sum() / max(np.count_nonzero(batch.weights), 1))
+        return batch, found.advantages, _measured(self.rewards, rewards_NF, found.rewards) | _flat_groups(found.spread) | logged
 
     def _by_token(
         self, batch: data.Batch, scored: "Scored", rewards_NF: np.ndarray, lengths_N: np.ndarray, ended: np.ndarray
@@ -142,7 +142,7 @@ class Rollouts:
         found = token_advantages(self.config, scores_N, lengths_N, *map(of_answers, scored))
         more = {"advantages": of_rows(found.advantages), "returns": of_rows(found.returns), "values": scored.values}
         batch = batch.replace(rollout=dataclasses.replace(batch.rollout, **more))
-        return batch, found.advantages.sum(1) / lengths_N, _measured(self.rewards, rewards_NF, rewards_N) | found.told
+        return batch, found.advantages.sum(1) / lengths_N, _measured(self.rewards, rewards_NF, rewards_N) | found.metrics
 
     # ---- evaluation ----
 
@@ -151,12 +151,12 @@ class Rollouts:
         assert self.eval is not None
         layout, step, prompts = self.eval.layout, int(state.step), list(range(len(self.eval.originals)))
         answers, ended = self._answers(self.eval, prompts, (self.config.seed, 1, 0), state, base)
-        _, rewards_NF, told = self._judge(self.eval, prompts, answers, step)
+        _, rewards_NF, logged = self._judge(self.eval, prompts, answers, step)
         found = ADVANTAGES["grpo"](self.config, rewards_NF, self.weights, layout.answers)
-        told |= _measured(self.rewards, rewards_NF, found.rewards) | _lengths(answers, ended)
+        logged |= _measured(self.rewards, rewards_NF, found.rewards) | _lengths(answers, ended)
         if layout.answers > 1:
-            told |= _flat_groups(found.spread)
-        return {f"eval_{name}": value for name, value in told.items()}
+            logged |= _flat_groups(found.spread)
+        return {f"eval_{name}": value for name, value in logged.items()}
 
     # ---- drawing and judging ----
 
@@ -185,9 +185,9 @@ class Rollouts:
             step=step,
             max_steps=self.total,
         )
-        told: dict[str, list[float]] = {}
-        rewards = np.stack([reward.judge(judged, told, {}) for reward in self.rewards], axis=1)
-        return judged, rewards, {name: float(np.mean(values)) for name, values in told.items()}
+        logged: dict[str, list[float]] = {}
+        rewards = np.stack([reward.judge(judged, logged, {}) for reward in self.rewards], axis=1)
+        return judged, rewards, {name: float(np.mean(values)) for name, values in logged.items()}
 
     def _write_completions(self, step: int, judged: Answers, rewards_NF: np.ndarray, advantages: np.ndarray) -> None:
         file = self.folder / "completions.jsonl"
@@ -251,14 +251,14 @@ def _like(values: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 def _measured(rewards: Sequence[Reward], rewards_NF: np.ndarray, rewards_N: np.ndarray) -> dict[str, float]:
     """TRL's metrics of rewards; `rewards_N` is their weighted sum. A reward that scored no answer is left out."""
-    told: dict[str, float] = {}
+    logged: dict[str, float] = {}
     for number, reward in enumerate(rewards):
         values = rewards_NF[:, number]
         if not np.isnan(values).all():
-            told |= {f"rewards/{reward.name}/mean": float(np.nanmean(values)), f"rewards/{reward.name}/std": float(spread(values)[0])}
+            logged |= {f"rewards/{reward.name}/mean": float(np.nanmean(values)), f"rewards/{reward.name}/std": float(spread(values)[0])}
     if not np.isnan(rewards_N).all():
-        told |= {"reward": float(np.nanmean(rewards_N)), "reward_std": float(spread(rewards_N)[0])}
-    return told
+        logged |= {"reward": float(np.nanmean(rewards_N)), "reward_std": float(spread(rewards_N)[0])}
+    return logged
 
 
 def _flat_groups(spread_N: np.ndarray) -> dict[str, float]:
@@ -269,10 +269,10 @@ def _flat_groups(spread_N: np.ndarray) -> dict[str, float]:
 def _lengths(answers: Sequence[Answer], ended: np.ndarray) -> dict[str, float]:
     """TRL's metrics of lengths, in tokens, including the one that ends an answer."""
     lengths = np.array([len(answer.tokens) for answer in answers], float)
-    told = {"completions/clipped_ratio": float(1 - ended.mean())}
+    logged = {"completions/clipped_ratio": float(1 - ended.mean())}
     for name, some in (("length", lengths), ("terminated_length", lengths[ended] if ended.any() else np.zeros(1))):
-        told |= {f"completions/{which}_{name}": float(getattr(some, which)()) for which in ("mean", "min", "max")}
-    return told
+        logged |= {f"completions/{which}_{name}": float(getattr(some, which)()) for which in ("mean", "min", "max")}
+    return logged
 
 
 def _finite(value: float) -> float | None:
@@ -282,10 +282,10 @@ def _finite(value: float) -> float | None:
 # ---- a rollout on disk ----
 
 
-def _write(file: Path, batch: data.Batch, told: dict[str, float]) -> None:
+def _write(file: Path, batch: data.Batch, logged: dict[str, float]) -> None:
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(batch)}
     with replacing(file) as scratch, scratch.open("wb") as stream:
-        np.savez(stream, capacity=np.array(batch.capacity), told=np.array(json.dumps(told)), **leaves)
+        np.savez(stream, capacity=np.array(batch.capacity), logged=np.array(json.dumps(logged)), **leaves)
 
 
 def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
@@ -297,11 +297,11 @@ def _read(file: Path) -> tuple[data.Batch, dict[str, float]]:
             f"{file} cannot be read ({type(error).__name__}), but holds the answers for the next training step; take an "
             "earlier checkpoint (remove the newest of checkpoints/), or start again in another folder"
         ) from None
-    told, capacity = json.loads(str(saved.pop("told"))), int(saved.pop("capacity"))
+    logged, capacity = json.loads(str(saved.pop("logged"))), int(saved.pop("capacity"))
     fields = [field.name for field in dataclasses.fields(data.batch.Rollout)]
     rollout = data.batch.Rollout(*(saved.pop(f".rollout.{name}", None) for name in fields))
     answers = data.batch.Answers(saved.pop(".answers.numbers"), saved.pop(".answers.values"))
-    return data.Batch(**{name[1:]: leaf for name, leaf in saved.items()}, capacity=capacity, answers=answers, rollout=rollout), told
+    return data.Batch(**{name[1:]: leaf for name, leaf in saved.items()}, capacity=capacity, answers=answers, rollout=rollout), logged
 
 
 def check(config: Config, rows: data.Data, model_config: Any) -> None:

@@ -92,7 +92,7 @@ class TokenAdvantages(NamedTuple):
 
     advantages: np.ndarray
     returns: np.ndarray
-    told: dict[str, float]
+    metrics: dict[str, float]
 
 
 def whiten(x: np.ndarray, there: np.ndarray, shift_mean: bool = True) -> np.ndarray:
@@ -127,10 +127,10 @@ def ppo(
     for t in reversed(range(T)):
         advantages[:, t] = last = deltas[:, t] + config.gamma * config.lam * last
     returns = advantages + values
-    told = {
+    metrics = {
         "objective/kl": float(kl.sum(1).mean()), "objective/entropy": float(-np.where(there, old_NT, 0.0).sum(1).mean()),
         "objective/non_score_reward": of_kl, "objective/scores": float(scores_N.mean()), "objective/rlhf_reward": of_kl + scores_N.mean(),
     }  # fmt: skip
     if (variance := returns[there].var()) > 0:
-        told["val/var_explained"] = float(1 - (returns - values)[there].var() / variance)
-    return TokenAdvantages(whiten(advantages, there), returns, told)
+        metrics["val/var_explained"] = float(1 - (returns - values)[there].var() / variance)
+    return TokenAdvantages(whiten(advantages, there), returns, metrics)

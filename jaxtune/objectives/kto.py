@@ -38,10 +38,10 @@ def kto_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array, good_BS: jax.A
     )
     good, bad = live_BS * (good_BS > 0), live_BS * (good_BS == 0)
     rewards = {name: metric(config.beta * ratio_BS, where) for name, where in (("chosen", good), ("rejected", bad))}
-    told = {name: (member_BSN & (where > 0)[..., None]).any(1) for name, where in (("chosen", good), ("rejected", bad))}
+    tokens = {name: (member_BSN & (where > 0)[..., None]).any(1) for name, where in (("chosen", good), ("rejected", bad))}
     margin = rewards["chosen"][0] / jnp.maximum(good.sum(), 1) - rewards["rejected"][0] / jnp.maximum(bad.sum(), 1)
     metrics = {f"rewards/{name}": sums for name, sums in rewards.items()}
-    metrics |= {f"logits/{name}": metric(out.tokens.mean_logit_BN, where.astype(jnp.float32)) for name, where in told.items()}
+    metrics |= {f"logits/{name}": metric(out.tokens.mean_logit_BN, where.astype(jnp.float32)) for name, where in tokens.items()}
     metrics |= {
         "rewards/margins": metric(margin, ((good.sum() > 0) & (bad.sum() > 0)).astype(jnp.float32)),
         "logps/chosen": metric(logp_BS, good),

@@ -51,6 +51,6 @@ def test_advantages_of_tokens_are_trls(name):
     mask = ppo_cases.given(name)["mask"]
     np.testing.assert_allclose(found.advantages, want, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(found.returns[mask], returns[mask], rtol=1e-9, atol=1e-9)
-    assert found.told.keys() - metrics.keys() == {"val/var_explained"}
+    assert found.metrics.keys() - metrics.keys() == {"val/var_explained"}
     for key in metrics.keys() - ({"objective/kl"} if name == "no_kl" else set()):  # without a weight no reference is asked
-        assert found.told[key] == pytest.approx(metrics[key], rel=1e-9), key
+        assert found.metrics[key] == pytest.approx(metrics[key], rel=1e-9), key
