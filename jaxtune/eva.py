@@ -69,7 +69,7 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
         raise ConfigError(f"lora.init_lora_weights eva looks at the inputs of layers' matrices, and {other[0]} is none; leave it out")
     started = time.monotonic()
     found = Watch(config, model, fresh.sites, mesh)
-    log.info("eva: components of %d inputs of matrices, until they stand still", len(found.going))
+    log.info("eva: components of %d inputs of matrices, until they converge", len(found.going))
     batches, live, logged_at = 0, True, started
     while live and batches < MOST:
         step, micro = divmod(batches, rows.accumulation)
@@ -78,7 +78,7 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
         batches += 1
         if live and (now := time.monotonic()) - logged_at > SILENCE:
             logged_at = now
-            log.info("eva: %d micro-batches, %d of %d inputs still turning", batches, sum(found.going.values()), len(found.going))
+            log.info("eva: %d micro-batches, %d of %d inputs not yet converged", batches, sum(found.going.values()), len(found.going))
     ranks = found.ranks
     if ranks is None:
         raise ConfigError(
@@ -87,7 +87,7 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
         )
     spread = [rank for site in fresh.sites for rank, was in zip(ranks[site.path], site.ranks, strict=True) if was]
     log.info("eva: %d micro-batches, ranks from %d to %d, %.0f s%s", batches, min(spread), max(spread), time.monotonic() - started,
-             "; some components were still turning" if live else "")  # fmt: skip
+             "; some components had not converged" if live else "")  # fmt: skip
     settled = redistributed(fresh, ranks, adaptable(model.config))
     adapter = METHODS[config.method].init(
         jax.random.key(config.seed), model.config, model.params, config.replace(lora=settled), model.tokenizer

@@ -176,7 +176,7 @@ def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(eva, "SILENCE", 0.0)
     with caplog.at_level("INFO", "jaxtune"):
         model, adapter = begun(run)
-    assert ("inputs still turning" in caplog.text) == (way == "eva")
+    assert ("inputs not yet converged" in caplog.text) == (way == "eva")
     start.keep_beginning(run, model, adapter, out)
     resumed, again = begun(run.replace(resume=True))
     for one, other in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(model.params), strict=True):

@@ -161,7 +161,7 @@ def _reference(config: "Config") -> None:
     if not config.sync_ref_model:
         return
     if config.precompute_ref_log_probs:
-        raise ConfigError("sync_ref_model moves the reference model, but precompute_ref_log_probs needs it to stand still; leave one out.")
+        raise ConfigError("sync_ref_model moves the reference model, but precompute_ref_log_probs needs it to stay fixed; leave one out.")
     if not 0 < config.ref_model_mixup_alpha <= 1 or config.ref_model_sync_steps < 1:
         raise ConfigError("ref_model_mixup_alpha has to be above 0 and at most 1, and ref_model_sync_steps at least 1.")
     if config.method != "full" and config.ref_model_mixup_alpha != 1:

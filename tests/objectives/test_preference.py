@@ -244,7 +244,7 @@ def test_every_objective_trains_by_every_method_on_rows_that_are_odd_too(run, ho
         ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
         ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "which bco_pair is not"),
         ({"loss_type": "aot", "use_weighting": True}, "use_weighting weighs each pair"),
-        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "needs it to stand still"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "needs it to stay fixed"),
         ({"sync_ref_model": True}, "write ref_model_mixup_alpha: 1"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"objective": "orpo", "ref_model": "x"}, "ref_model is a key of objective dpo or kto"),
