@@ -29,7 +29,7 @@ from jaxtune.model.layer import Shared, one_layer
 from jaxtune.model.weight import Matrix, Weight, linear
 from jaxtune.peft import METHODS
 from jaxtune.peft.adapter import Adapter
-from jaxtune.peft.beginnings import largest
+from jaxtune.peft.lora_init import randomized_svd
 from jaxtune.peft.sites import Site, adaptable, is_parameter, names
 
 log = logging.getLogger("jaxtune")
@@ -242,7 +242,7 @@ def with_inputs(found: Components, x_ND: jax.Array, live_N: jax.Array, tau: floa
     moved = jnp.sqrt(found.count / (found.count + count) * count) * (found.mean - mean)
     stacked = jnp.concatenate([found.values[:, None] * found.vectors, x_ND, moved[None]])
     with jax.default_matmul_precision("highest"):
-        _, values, vectors = largest(stacked, min(2 * rank, width, len(stacked)), 4, key)
+        _, values, vectors = randomized_svd(stacked, min(2 * rank, width, len(stacked)), 4, key)
     values, vectors = values[:rank], vectors[:rank]
     strongest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(1)[:, None], 1)
     vectors = vectors * jnp.where(strongest < 0, -1.0, 1.0)

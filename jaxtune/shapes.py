@@ -25,7 +25,7 @@ from jaxtune.model.spec import spec
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.objectives.distill import TEACHER, Teacher
-from jaxtune.peft import METHODS, beginnings, param_dtypes, partial
+from jaxtune.peft import METHODS, lora_init, param_dtypes, partial
 from jaxtune.reference import beforehand, compares
 from jaxtune.step import how_to_compute, init_state, make_step
 from jaxtune.tree import unflatten
@@ -107,8 +107,8 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
     state = jax.eval_shape(lambda t: init_state(t, optimizer, 0, config.sync_ref_model), trainable)
     state = _with_shardings(state, parallel.state_shardings(mesh, state, trainable, own, config.zero_stage))
     base = partial.rest(params, trainable) if config.method == "full" else params
-    if beginnings.moves(getattr(trainable, "config", None)):
-        base = beginnings.moved(params, _with_shardings(trainable, own), lambda scale: _everywhere(scale, mesh))
+    if lora_init.has_residual_base(getattr(trainable, "config", None)):
+        base = lora_init.residual_base(params, _with_shardings(trainable, own), lambda scale: _everywhere(scale, mesh))
     apart = config.ref_model is not None or (config.objective in POLICY and config.method == "full")
     if apart and compares(config) and not beforehand(config):
         base = base | {REFERENCE: params}  # a separate checkpoint, or a copy of the initial weights
@@ -119,7 +119,7 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
 
 def abstract_trainable(config: Config, model_config: ModelConfig, params: dict) -> Any:
     """What is trained of `params`, as shapes. ConfigError where the method finds nothing to train."""
-    begun = beginnings.widest(config)
+    begun = lora_init.with_widest_ranks(config)
     return jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, begun), params)
 
 

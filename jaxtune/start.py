@@ -26,7 +26,7 @@ from jaxtune.model import nf4_kernel
 from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import check_shared_prompts
-from jaxtune.peft import METHODS, beginnings, kind_of, lora, param_dtypes
+from jaxtune.peft import METHODS, kind_of, lora, lora_init, param_dtypes
 from jaxtune.peft.adapter import Adapter
 from jaxtune.shapes import abstract_arguments, abstract_params, abstract_trainable
 from jaxtune.step import TrainState, how_to_compute, init_state, make_eval_step, make_step
@@ -116,7 +116,7 @@ def begin(
             )
     else:
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
-        if beginnings.in_a_run(config):
+        if lora_init.init_from_run(config):
             model, trainable = _begun(config, opened, model, trainable, rows, mesh)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     if isinstance(trainable, Adapter):
@@ -134,7 +134,7 @@ def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: A
     kept = runfolder.folder_of(config) / runfolder.INITIAL if config.output_dir else None
     if config.resume and kept and is_adapter(kept):
         return model, peft_files.load_adapter(kept, model)
-    if beginnings.in_a_run(config) == "eva":
+    if lora_init.init_from_run(config) == "eva":
         return model, eva.begin(config, model, fresh, rows, mesh)
     params, adapter = loftq.begin(config, opened, model, fresh, mesh)
     return dataclasses.replace(model, params=params), adapter
@@ -142,10 +142,10 @@ def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: A
 
 def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> None:
     """Save what `begin` made: the adapter, and the base if LoftQ has quantised it differently from what the config asks for."""
-    if beginnings.in_a_run(config) is None or is_adapter(folder / runfolder.INITIAL):
+    if lora_init.init_from_run(config) is None or is_adapter(folder / runfolder.INITIAL):
         return
     adapter = parallel.fetch(adapter)
-    if beginnings.in_a_run(config) == "loftq" and config.lora.loftq_config.loftq_iter > 1:
+    if lora_init.init_from_run(config) == "loftq" and config.lora.loftq_config.loftq_iter > 1:
         model.source = str(folder / runfolder.BASE)
         shutil.rmtree(model.source, ignore_errors=True)  # left by a start that was killed before its adapter was written
         hf.save(model.config, model.params, model.source, tokenizer=model.tokenizer, generation_config=model.generation_config,
@@ -170,7 +170,7 @@ def compile_ahead(config: Config, opened: Opened, mesh: Mesh, rows: data.Source,
     """
     if jax.process_count() > 1 or config.resume or config.init_adapter:  # whose shapes depend on its files
         return
-    if beginnings.in_a_run(config) == "eva":  # whose ranks depend on the rows
+    if lora_init.init_from_run(config) == "eva":  # whose ranks depend on the rows
         return
     arguments, model_config = abstract_arguments(config, _headed(config, opened), mesh, rows)
     step, _ = programs(config, model_config, total_steps, arguments[0], mesh)

@@ -16,7 +16,7 @@ from jaxtune.model.attention import CPU_TILE, TILE
 from jaxtune.model.nf4_kernel import chosen
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
-from jaxtune.peft import beginnings, compose, penalty
+from jaxtune.peft import compose, lora_init, penalty
 
 
 class TrainState(struct.PyTreeNode):
@@ -43,7 +43,7 @@ def with_reference(base: dict, state: TrainState) -> dict:
     out of it."""
     if state.reference is not None:
         return base | {REFERENCE: compose(base, state.reference)}
-    before = None if REFERENCE in base else beginnings.unmoved(base)
+    before = None if REFERENCE in base else lora_init.original_base(base)
     return base if before is None else base | {REFERENCE: before}
 
 

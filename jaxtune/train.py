@@ -34,7 +34,7 @@ from jaxtune.kernels import check_attention
 from jaxtune.loop import Loop
 from jaxtune.objectives.answers import unshared
 from jaxtune.on_policy import OnPolicy
-from jaxtune.peft import beginnings, compose
+from jaxtune.peft import compose, lora_init
 from jaxtune.peft.adapter import Adapter
 from jaxtune.rewards import find_rewards, hashes
 from jaxtune.rollout import Rollouts
@@ -117,9 +117,9 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
         model, trainable = start.begin(config, opened, weights.result(), rows.train, mesh)
     base = reference.prepare(config, opened, model, trainable, rows, mesh) | read_teacher(config, teacher, mesh)
     initial = None
-    if beginnings.moves(getattr(trainable, "config", None)):
+    if lora_init.has_residual_base(getattr(trainable, "config", None)):
         initial = jax.tree.map(lambda x: x.copy(), trainable)  # the step donates what is trained
-        base = base | beginnings.moved(model.params, initial, lambda scale: jax.device_put(scale, parallel.replicated(mesh)))
+        base = base | lora_init.residual_base(model.params, initial, lambda scale: jax.device_put(scale, parallel.replicated(mesh)))
 
     # ---- 3. The state ----
     state = start.place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
@@ -149,7 +149,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     # ---- 6. The result ----
     trainable = state.trainable
     if initial is not None:
-        trainable = beginnings.over_the_base(model.config, *parallel.fetch((trainable, initial)))
+        trainable = lora_init.on_original_base(model.config, *parallel.fetch((trainable, initial)))
     if not run.interrupted:
         save_result(config, model, trainable, folder)
     scoring = heads.head_of(config) is not None and (config.data.eval is not None or config.data.test is not None)

@@ -18,7 +18,7 @@ from jaxtune.costs import by_cause
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.export import export, find
 from jaxtune.model.quant import quantize
-from jaxtune.peft import beginnings
+from jaxtune.peft import lora_init
 from jaxtune.peft.sites import adaptable, find_sites
 from jaxtune.runfolder import base_of
 from jaxtune.shapes import abstract_step
@@ -214,7 +214,7 @@ def test_a_plan_counts_what_moves_the_base(folder, tmp_path):
 
     pairs = 3 * 4 * 2 * (32 + 64)  # float32, of three layers, each with a scale
     assert weights(init_lora_weights="pissa") - weights() == pairs + 3 * 4
-    assert beginnings.widest(load_config({"model": "m", "lora": {"init_lora_weights": "eva", "r": 3}})).lora.r == 6
+    assert lora_init.with_widest_ranks(load_config({"model": "m", "lora": {"init_lora_weights": "eva", "r": 3}})).lora.r == 6
 
 
 def test_virtual_tokens_are_exported_as_they_are(folder, tmp_path):

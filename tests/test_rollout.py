@@ -20,7 +20,7 @@ from jaxtune.errors import ConfigError, DataError
 from jaxtune.model import decoder
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.peft import compose, init_adapter
-from jaxtune.peft.beginnings import over_the_base
+from jaxtune.peft.lora_init import on_original_base
 from jaxtune.rewards import RewardError, find_rewards
 from jaxtune.rollout import Rollouts, _shuffled
 from jaxtune.runlog import RunLog
@@ -314,7 +314,7 @@ def test_a_value_head_is_kept_beside_what_is_trained_and_gone_on_with(config, fo
     if method == "lora":
         plain = jt.load_adapter(out, jt.load(folder / "model"))
         assert plain.wholes == () and plain.params.keys() == trainable.params.keys()
-        assert over_the_base(model.config, trainable, trainable).saved == trainable.saved  # PiSSA's last step is of pairs alone
+        assert on_original_base(model.config, trainable, trainable).saved == trainable.saved  # PiSSA's last step is of pairs alone
     (_, again) = begun(model=str(out)) if method == "full" else begun(init_adapter=str(out))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (again, trainable)))
     assert (compose(model.params, again)["value"] == 0.25).all()

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxtune.config.beginnings import EvaConfig, LoftQConfig
 from jaxtune.config.coerce import Group
+from jaxtune.config.lora_init import EvaConfig, LoftQConfig
 from jaxtune.errors import ConfigError
 
 Names = str | tuple[str, ...]  # name endings, or a regular expression

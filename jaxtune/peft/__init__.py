@@ -11,7 +11,7 @@ import jax
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError, check_argument
 from jaxtune.model.weight import dense, is_weight
-from jaxtune.peft import adalora, beginnings, biases, ia3, loha, lokr, lora, norms, oft, partial, prompts, vera
+from jaxtune.peft import adalora, biases, ia3, loha, lokr, lora, lora_init, norms, oft, partial, prompts, vera
 from jaxtune.peft.adapter import Adapter, Kind
 from jaxtune.peft.combine import Mixed, compose_rows
 from jaxtune.tree import flatten, unflatten
@@ -81,7 +81,7 @@ def init_adapter(key: jax.Array, model: Any, config: Any) -> Adapter:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise ConfigError(f"an adapter is made by one of {known}, and {type(config).__name__} was given")
     if isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian"):
-        what = "moves the base beside the adapter" if beginnings.moves(config) else "looks at the files or the rows"
+        what = "moves the base beside the adapter" if lora_init.has_residual_base(config) else "looks at the files or the rows"
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights} {what}, which jt.train does for a run; write True or gaussian here"
         )

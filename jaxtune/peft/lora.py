@@ -19,7 +19,7 @@ from jaxtune.model.families import ModelConfig
 from jaxtune.model.spec import Row
 from jaxtune.model.weight import Matrix, Weight, dense, grouped, linear, rows
 from jaxtune.peft.adapter import Adapter, Kind, Part, dropout_keys, dropped, kaiming, own_values, put_saved, zeros
-from jaxtune.peft.beginnings import first_pair, moves
+from jaxtune.peft.lora_init import has_residual_base, init_pair
 from jaxtune.peft.sites import adaptable, check_trained, find_sites, find_wholes, settle
 from jaxtune.tree import flatten, unflatten
 
@@ -166,8 +166,8 @@ def init(key: jax.Array, model_config: ModelConfig, params: dict, config: LoraCo
             a = jax.random.uniform(noise_key, (*lead, rank, width), minval=-1.0, maxval=1.0) / math.sqrt(width)
         a = jnp.where(np.arange(rank)[:, None] < ranks, a, 0.0)
         pair = {"a": a, "b": jnp.zeros((*lead, out, rank))}
-        if moves(config):
-            pair = first_pair(config, noise_key, leaves.get(site.path, leaves["embed"]), site)
+        if has_residual_base(config):
+            pair = init_pair(config, noise_key, leaves.get(site.path, leaves["embed"]), site)
         if config.lora_bias:
             pair["bias"] = jnp.zeros((*lead, out))
         if config.use_dora:

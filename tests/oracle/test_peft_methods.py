@@ -154,12 +154,12 @@ def test_a_beginning_that_moves_the_base(folders, tmp_path, start):
     model = load(folders["llama"])
     run = load_config({"model": "m", "lora": settings})
     fresh = peft.METHODS["lora"].init(jax.random.key(0), model.config, model.params, run)
-    base = peft.beginnings.moved(model.params, fresh)
+    base = peft.lora_init.residual_base(model.params, fresh)
     np.testing.assert_allclose(jitted(model.config, peft.compose(base, fresh), TOKENS), jitted(model.config, model.params, TOKENS),
                                atol=1e-4)  # fmt: skip
     losses, trained = _our_steps(model, base, fresh, {"lora": settings})
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
-    save_adapter(peft.beginnings.over_the_base(model.config, trained, fresh), model, tmp_path / "a")
+    save_adapter(peft.lora_init.on_original_base(model.config, trained, fresh), model, tmp_path / "a")
     opened = peft_library.PeftModel.from_pretrained(theirs(folders["llama"]), tmp_path / "a").eval()
     np.testing.assert_allclose(_logits(opened), jitted(model.config, peft.compose(base, trained), TOKENS), atol=1e-4)
     np.testing.assert_allclose(_logits(opened), _logits(made.eval()), atol=2e-3)

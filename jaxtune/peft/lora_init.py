@@ -22,7 +22,7 @@ from jaxtune.peft.sites import Site, is_parameter
 from jaxtune.tree import flatten, unflatten
 
 
-class Moved(Weight):
+class ResidualBase(Weight):
     """`W - scale * b a`, all of it frozen."""
 
     base: Matrix
@@ -39,27 +39,27 @@ class Moved(Weight):
         return (dense(self.base, jnp.float32) - self.scale * (self.b @ self.a)).astype(dtype)
 
 
-def moves(config: Any) -> bool:
-    """Whether adapters of this config start with a part of the base."""
+def has_residual_base(config: Any) -> bool:
+    """Whether adapters of this config start with a part of the base, which is subtracted from it."""
     return isinstance(config, LoraConfig) and config.init_lora_weights not in (True, "gaussian", "loftq", "eva")
 
 
-def in_a_run(config: Any) -> str | None:
+def init_from_run(config: Any) -> str | None:
     """`loftq` or `eva` if a run's adapter is initialised from the model's files (jaxtune/loftq.py) or from the rows (jaxtune/eva.py)."""
     start = config.lora.init_lora_weights
     return start if config.method in ("lora", "qlora") and not config.init_adapter and start in ("loftq", "eva") else None
 
 
-def widest(config: Any) -> Any:
+def with_widest_ranks(config: Any) -> Any:
     """The run with the largest ranks that EVA may give each layer, for which its step is planned."""
-    if in_a_run(config) != "eva":
+    if init_from_run(config) != "eva":
         return config
     lora, rho = config.lora, config.lora.eva_config.rho
     ranks = tuple((name, round(rank * rho)) for name, rank in lora.rank_pattern)
     return config.replace(lora=dataclasses.replace(lora, r=round(lora.r * rho), rank_pattern=ranks))
 
 
-def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dict[str, jax.Array]:
+def init_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dict[str, jax.Array]:
     """`a` and `b` of all layers of a site, with the largest rank; entries beyond a layer's own rank are zero. ConfigError for experts and
     embeddings."""
     if is_parameter(site.path) or site.path == "embed":
@@ -82,13 +82,13 @@ def first_pair(config: LoraConfig, key: jax.Array, w: Matrix, site: Site) -> dic
 
 def _pissa(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
     steps = re.fullmatch(r"pissa_niter_(\d+)", how)
-    u, s, v = largest(w, rank, int(steps[1]), key) if steps else jnp.linalg.svd(w, full_matrices=False)
+    u, s, v = randomized_svd(w, rank, int(steps[1]), key) if steps else jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
-def largest(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest singular values, approximately, by that many power iterations (arXiv 0909.4061)."""
+def randomized_svd(w: jax.Array, rank: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `rank` largest singular values and their vectors, approximately, by `steps` power iterations (arXiv 0909.4061)."""
     q, _ = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], rank)))
     for _ in range(steps):
         q, _ = jnp.linalg.qr(w.T @ q)
@@ -102,7 +102,7 @@ def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, how: str) 
     return r[:rank], q[:, :rank]
 
 
-def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any] = lambda scale: scale) -> dict:
+def residual_base(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any] = lambda scale: scale) -> dict:
     """The base minus what `initial` adds; unchanged without it. `place` puts a scale on the devices of the rest."""
     if initial is None:
         return base
@@ -111,19 +111,19 @@ def moved(base: dict, initial: Adapter | None, place: Callable[[jax.Array], Any]
         pair, stacked = initial.params[site.path], site.stacked
         scale = jnp.asarray(site.scales if stacked else site.scales[0], jnp.float32)
         target = leaves["embed"] if site.path == "head" and "head" not in leaves else leaves[site.path]
-        leaves[site.path] = Moved(target, pair["a"], pair["b"], place(scale))
+        leaves[site.path] = ResidualBase(target, pair["a"], pair["b"], place(scale))
     return unflatten(leaves)
 
 
-def unmoved(base: dict) -> dict | None:
-    """The base as it was before `moved`; None if `moved` changed nothing."""
-    is_moved = lambda leaf: isinstance(leaf, Moved)  # noqa: E731
-    if not any(map(is_moved, jax.tree.leaves(base, is_leaf=is_moved))):
+def original_base(base: dict) -> dict | None:
+    """The base as it was before `residual_base`; None if `residual_base` changed nothing."""
+    is_residual = lambda leaf: isinstance(leaf, ResidualBase)  # noqa: E731
+    if not any(map(is_residual, jax.tree.leaves(base, is_leaf=is_residual))):
         return None
-    return jax.tree.map(lambda leaf: leaf.base if is_moved(leaf) else leaf, base, is_leaf=is_moved)
+    return jax.tree.map(lambda leaf: leaf.base if is_residual(leaf) else leaf, base, is_leaf=is_residual)
 
 
-def over_the_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
+def on_original_base(model_config: ModelConfig, adapter: Any, initial: Adapter | None) -> Any:
     """The adapter over the original base, of twice the rank; `adapter` itself if the base was not changed."""
     if initial is None:
         return adapter
