@@ -57,7 +57,7 @@ class Components(struct.PyTreeNode):
         return cls(jnp.zeros((rank, width)), jnp.zeros(rank), jnp.zeros(width), zero, zero, jnp.zeros(rank, bool))
 
 
-def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh: Mesh) -> Adapter:
+def init(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh: Mesh) -> Adapter:
     """The adapter with EVA's initialisation; `fresh` gives the adapted matrices and the ranks to distribute.
 
     Raises ConfigError for a matrix outside the layers, and if the rows have fewer tokens than components.
@@ -68,7 +68,7 @@ def begin(config: Config, model: Model, fresh: Adapter, rows: data.Source, mesh:
     if other := [site.path for site in fresh.sites if not site.path.startswith("layers/") or is_parameter(site.path)]:
         raise ConfigError(f"lora.init_lora_weights eva looks at the inputs of layers' matrices, and {other[0]} is none; leave it out")
     started = time.monotonic()
-    found = Watch(config, model, fresh.sites, mesh)
+    found = InputComponents(config, model, fresh.sites, mesh)
     log.info("eva: components of %d inputs of matrices, until they converge", len(found.going))
     batches, live, logged_at = 0, True, started
     while live and batches < MOST:
@@ -113,7 +113,7 @@ def redistributed(fresh: Adapter, ranks: dict[str, list[int]], table: dict[str, 
     return dataclasses.replace(config, **patterns, **({"target_modules": tuple(targets)} if gone else {}))
 
 
-class Watch:
+class InputComponents:
     """Components of the inputs of all sites, and the ranks that follow from them (None: no components yet)."""
 
     def __init__(self, config: Config, model: Model, sites: tuple[Site, ...], mesh: Mesh):
@@ -191,7 +191,7 @@ def _same(path: str) -> str:
     return f"{stack}/{SAME_INPUT.get(name, name)}"
 
 
-class _Watched(Weight):
+class _Recorded(Weight):
     """A matrix that records its input in `seen`, while one layer is traced."""
 
     base: Matrix
@@ -219,7 +219,7 @@ def _layer(config: ModelConfig, stack: int, tau: float, weights, number, x_BTD, 
     cut = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), weights)
     for path in before:
         name = path.rpartition("/")[2]
-        cut[name] = _Watched(cut[name], seen, path)
+        cut[name] = _Recorded(cut[name], seen, path)
     x_BTD, _, _ = one_layer(config, stack, number, cut, x_BTD, shared)
     after = {}
     for path, components in before.items():

@@ -30,7 +30,7 @@ from jaxtune.tree import flatten, unflatten
 log = logging.getLogger("jaxtune")
 
 
-def begin(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: Mesh) -> tuple[dict, Adapter]:
+def init(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: Mesh) -> tuple[dict, Adapter]:
     """LoftQ's base and the adapter that compensates for it; `adapter` gives the adapted matrices.
 
     The files are read once more, one tensor at a time. Raises ConfigError for a base that is quantised in its files, and for a matrix that

@@ -119,8 +119,8 @@ def abstract_arguments(config: Config, model_config: ModelConfig, mesh, rows: da
 
 def abstract_trainable(config: Config, model_config: ModelConfig, params: dict) -> Any:
     """What is trained of `params`, as shapes. ConfigError where the method finds nothing to train."""
-    begun = lora_init.with_widest_ranks(config)
-    return jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, begun), params)
+    widest = lora_init.with_widest_ranks(config)
+    return jax.eval_shape(lambda p: METHODS[config.method].init(jax.random.key(0), model_config, p, widest), params)
 
 
 def _steps(config: Config, rows: data.Source | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import cli, compilation, data, distributed, errors, losses, metrics, optim, parallel, reference, runfolder, start
+from jaxtune import cli, compilation, data, distributed, errors, losses, metrics, optim, parallel, reference, runfolder, startup
 from jaxtune.background import Background
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, describe, load_config
@@ -107,14 +107,14 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     opened = open_model(_base(config))
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
-    start.check_method(config, opened)
-    with Background(lambda: start.read_weights(config, opened, mesh)) as weights:
-        rows, total_steps = start.read_rows(config, opened, mesh)
+    startup.check_method(config, opened)
+    with Background(lambda: startup.read_weights(config, opened, mesh)) as weights:
+        rows, total_steps = startup.read_rows(config, opened, mesh)
         teacher = open_teacher(config, opened, rows, mesh)
 
         # ---- 2. The step; the weights, and what is trained of them ----
-        start.compile_ahead(config, opened, mesh, rows.train, total_steps)
-        model, trainable = start.begin(config, opened, weights.result(), rows.train, mesh)
+        startup.compile_ahead(config, opened, mesh, rows.train, total_steps)
+        model, trainable = startup.init_trainable(config, opened, weights.result(), rows.train, mesh)
     base = reference.prepare(config, opened, model, trainable, rows, mesh) | read_teacher(config, teacher, mesh)
     initial = None
     if lora_init.has_residual_base(getattr(trainable, "config", None)):
@@ -122,15 +122,15 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
         base = base | lora_init.residual_base(model.params, initial, lambda scale: jax.device_put(scale, parallel.replicated(mesh)))
 
     # ---- 3. The state ----
-    state = start.place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
-    step, eval_step = start.programs(config, model.config, total_steps, state, mesh)
+    state = startup.place_state(mesh, config, trainable, optim.optimizer(config, total_steps))
+    step, eval_step = startup.programs(config, model.config, total_steps, state, mesh)
 
     # ---- 4. The folder; resume ----
     distributed.on_first(lambda: _open_folder(config))
     folder = runfolder.folder_of(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
     notes = first_notes(rows) | {"rewards": hashes(config)}
-    start.keep_beginning(config, model, state.trainable, folder)
+    startup.save_initial(config, model, state.trainable, folder)
     if config.resume:
         state, notes = _resume(config, folder, checkpoints, state, notes)
     if distributed.is_first():

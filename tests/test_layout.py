@@ -17,7 +17,7 @@ LEVELS = (
     {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "metrics", "targets", "largest", "planned"},
     {"convert", "checkpoint", "compilation", "background", "picture", "runlog", "runfolder", "in_backward", "step", "generation"},
     {"loop", "report", "generate", "reference", "teacher", "folds", "score", "best_of", "losses", "rewards", "rollout", "on_policy"},
-    {"train", "sweep", "start", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes", "serving", "serve"},
+    {"train", "sweep", "startup", "loftq", "eva", "evaluate", "export", "plan", "costs", "shapes", "serving", "serve"},
     {"__main__", "__init__"},
 )
 # Folders of one level that may not import each other, and what the numerical core may import.

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import jaxtune.train  # noqa: F401
-from jaxtune import start
+from jaxtune import startup
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.loop import Loop
 from jaxtune.runlog import RunLog
@@ -133,7 +133,7 @@ def test_the_guard_of_that_test_bites(monkeypatch):
 def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeypatch):
     """While the device computes step t, the host reads the metrics of t - 1 and transfers the batch of t + 1."""
     order = []
-    programs = start.programs
+    programs = startup.programs
 
     def watched(*args):
         step, eval_step = programs(*args)
@@ -145,8 +145,8 @@ def test_the_next_step_is_on_its_way_before_the_last_one_is_read(config, monkeyp
         return dispatched, eval_step
 
     put, read = Loop._put, Loop._read
-    monkeypatch.setattr(start, "programs", watched)
-    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(startup, "programs", watched)
+    monkeypatch.setattr(startup, "compile_ahead", lambda *_: None)
     monkeypatch.setattr(Loop, "_put", lambda self, *args, **kwargs: order.append("put") or put(self, *args, **kwargs))
     monkeypatch.setattr(Loop, "_read", lambda self, number, metrics: order.append(f"read {number}") or read(self, number, metrics))
     program.train(config)

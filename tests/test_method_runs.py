@@ -10,7 +10,7 @@ import tiny
 from methods import CASES, stir
 
 import jaxtune as jt
-from jaxtune import data, eva, parallel, start
+from jaxtune import data, eva, parallel, startup
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.convert.load import open_model
 from jaxtune.convert.tensors import Safetensors
@@ -171,13 +171,13 @@ def test_what_begins_with_files_or_rows_is_kept(folder, tmp_path, monkeypatch, c
 
     def begun(run):
         opened = open_model(base_of(out, run) if run.resume else run.model)
-        return start.begin(run, opened, start.read_weights(run, opened, mesh), rows, mesh)
+        return startup.init_trainable(run, opened, startup.read_weights(run, opened, mesh), rows, mesh)
 
     monkeypatch.setattr(eva, "SILENCE", 0.0)
     with caplog.at_level("INFO", "jaxtune"):
         model, adapter = begun(run)
     assert ("inputs not yet converged" in caplog.text) == (way == "eva")
-    start.keep_beginning(run, model, adapter, out)
+    startup.save_initial(run, model, adapter, out)
     resumed, again = begun(run.replace(resume=True))
     for one, other in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from rich.console import Console
 
 import jaxtune.train  # noqa: F401
-from jaxtune import costs, data, parallel, start, targets
+from jaxtune import costs, data, parallel, startup, targets
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert.bitsandbytes import packed_as
@@ -287,10 +287,10 @@ def test_the_program_planned_is_the_program_run(folder, tmp_path, monkeypatch, k
 
         return first, eval_step
 
-    jitted = start.programs
+    jitted = startup.programs
     monkeypatch.setattr("jaxtune.plan._needs", lowered)
-    monkeypatch.setattr(start, "programs", programs)
-    monkeypatch.setattr(start, "compile_ahead", lambda *_: None)  # which also has shapes, but not the run's arrays
+    monkeypatch.setattr(startup, "programs", programs)
+    monkeypatch.setattr(startup, "compile_ahead", lambda *_: None)  # which also has shapes, but not the run's arrays
     plan(config)
     with pytest.raises(Seen):
         train(config)

@@ -24,7 +24,7 @@ from jaxtune.peft.lora_init import on_original_base
 from jaxtune.rewards import RewardError, find_rewards
 from jaxtune.rollout import Rollouts, _shuffled
 from jaxtune.runlog import RunLog
-from jaxtune.start import load_for_training
+from jaxtune.startup import load_for_training
 from jaxtune.step import init_state, make_step
 from jaxtune.train import save_result, train
 

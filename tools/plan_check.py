@@ -57,11 +57,11 @@ def highest(function, *args: Any) -> tuple[Any, int]:
 
 def measured(config: str, keys: list[str], out: Path) -> None:
     """Two equal runs in this process, and the memory they took above what was there before the weights were read."""
-    from jaxtune import start
+    from jaxtune import startup
     from jaxtune.train import train
 
     runs = []
-    load, programs = start.read_weights, start.programs
+    load, programs = startup.read_weights, startup.programs
 
     def loading(*args):
         give_back()
@@ -83,8 +83,8 @@ def measured(config: str, keys: list[str], out: Path) -> None:
 
         return watched, eval_step
 
-    start.read_weights, start.programs = loading, prepared
-    start.compile_ahead = lambda *args: None  # the compiler's memory comes with the first step, and so not with that of reading
+    startup.read_weights, startup.programs = loading, prepared
+    startup.compile_ahead = lambda *args: None  # the compiler's memory comes with the first step, and so not with that of reading
     for number in range(2):
         train(config, [*keys, f"output_dir={out.parent}/run-{number}"])
     out.write_text(json.dumps(runs))

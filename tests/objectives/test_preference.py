@@ -17,7 +17,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.families import from_hf
 from jaxtune.objectives import OBJECTIVES, answers
-from jaxtune.start import load_for_training
+from jaxtune.startup import load_for_training
 from jaxtune.step import init_state, make_step
 
 WORDS = "the quick brown fox jumps over lazy dog then it says hello there".split()

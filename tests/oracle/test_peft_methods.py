@@ -202,7 +202,7 @@ def test_eva_is_pefts(folders):
 
     fresh = peft.METHODS["lora"].init(jax.random.key(0), model.config, model.params, run)
     rows = types.SimpleNamespace(accumulation=1, batch_at=batch_at)
-    found = eva.begin(run, model, fresh, rows, parallel.make_mesh(MeshConfig(), jax.devices()[:1]))
+    found = eva.init(run, model, fresh, rows, parallel.make_mesh(MeshConfig(), jax.devices()[:1]))
     assert sum(rank for site in found.sites for rank in site.ranks) == 9 * 9
     config = made.peft_config["default"]
     assert dict(found.config.rank_pattern) == config.rank_pattern and len(set(config.rank_pattern.values())) > 2

@@ -84,7 +84,7 @@ def _headed(config: Config, opened: Opened) -> ModelConfig:
 
 def load_for_training(config: Config, opened: Opened, mesh: Mesh) -> tuple[Model, Any]:
     """The model on the mesh, ready to train, and a fresh trainable part."""
-    return begin(config, opened, read_weights(config, opened, mesh), None, mesh)
+    return init_trainable(config, opened, read_weights(config, opened, mesh), None, mesh)
 
 
 def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfig, dict]:
@@ -95,7 +95,7 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
     return model_config, params
 
 
-def begin(
+def init_trainable(
     config: Config, opened: Opened, weights: tuple[ModelConfig, dict], rows: data.Source | None, mesh: Mesh
 ) -> tuple[Model, Any]:
     """The model with the head it needs and its way of computing, and its trainable part; logs the number of matrices.
@@ -117,7 +117,7 @@ def begin(
     else:
         trainable = METHODS[config.method].init(jax.random.key(config.seed), model.config, model.params, config, model.tokenizer)
         if lora_init.init_from_run(config):
-            model, trainable = _begun(config, opened, model, trainable, rows, mesh)
+            model, trainable = _initial(config, opened, model, trainable, rows, mesh)
     trainable = parallel.place(trainable, parallel.trainable_shardings(mesh, model.config, trainable))
     if isinstance(trainable, Adapter):
         matched = sum(rank > 0 for site in trainable.sites for rank in site.ranks)
@@ -129,19 +129,19 @@ def begin(
     return model, trainable
 
 
-def _begun(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: Any, mesh: Mesh) -> tuple[Model, Adapter]:
+def _initial(config: Config, opened: Opened, model: Model, fresh: Adapter, rows: Any, mesh: Mesh) -> tuple[Model, Adapter]:
     """The initial model and adapter of the run; a resumed run takes those it has saved."""
     kept = runfolder.folder_of(config) / runfolder.INITIAL if config.output_dir else None
     if config.resume and kept and is_adapter(kept):
         return model, peft_files.load_adapter(kept, model)
     if lora_init.init_from_run(config) == "eva":
-        return model, eva.begin(config, model, fresh, rows, mesh)
-    params, adapter = loftq.begin(config, opened, model, fresh, mesh)
+        return model, eva.init(config, model, fresh, rows, mesh)
+    params, adapter = loftq.init(config, opened, model, fresh, mesh)
     return dataclasses.replace(model, params=params), adapter
 
 
-def keep_beginning(config: Config, model: Model, adapter: Any, folder: Path) -> None:
-    """Save what `begin` made: the adapter, and the base if LoftQ has quantised it differently from what the config asks for."""
+def save_initial(config: Config, model: Model, adapter: Any, folder: Path) -> None:
+    """Save what `init_trainable` made: the adapter, and the base if LoftQ has quantised it differently from what the config asks for."""
     if lora_init.init_from_run(config) is None or is_adapter(folder / runfolder.INITIAL):
         return
     adapter = parallel.fetch(adapter)
