@@ -100,13 +100,15 @@ class DoRA(LoRA):
     """`m * V / |V|` with `V = W + scale * b a`, |V| the norm of each output row, a constant for the backward pass."""
 
     magnitude: jax.Array | None = None  # [out]
+    live: jax.Array | None = None  # []: whether this layer of the stack is adapted; None: all are
 
     def _ratio(self, axis: int = 1) -> jax.Array:
-        """`m / |V|`; V is computed again in the backward pass, not kept."""
+        """`m / |V|`, 1 where the layer is not adapted; V is computed again in the backward pass, not kept."""
 
         def ratio(leaf):
             norm = jnp.linalg.norm(dense(leaf.base, jnp.float32) + leaf._delta(), axis=axis)
-            return leaf.magnitude / jax.lax.stop_gradient(norm)
+            m, norm = (x if leaf.live is None else jnp.where(leaf.live, x, 1.0) for x in (leaf.magnitude, norm))
+            return m / jax.lax.stop_gradient(norm)
 
         return jax.checkpoint(ratio)(self)
 
@@ -198,6 +200,8 @@ def compose(base: dict, adapter: Adapter, key: jax.Array | None = None) -> dict:
         for path, part in _parts(site.path, pair, scale).items():
             target = leaves["embed"] if path == "head" and "head" not in leaves else leaves[path]
             kind = LoRA if "magnitude" not in part else DoRAEmbedding if path == "embed" else DoRA
+            if kind is DoRA and stacked and not all(site.ranks):
+                part["live"] = jnp.asarray(site.ranks) > 0
             leaves[path] = kind(base=target, key=keys, rate=rate, **part)
         if "bias" in pair:
             added, own = scale[..., None] * pair["bias"], leaves.get(f"{site.path}_bias")

@@ -127,6 +127,16 @@ def test_gradients_reach_the_adapter_alone(model):
                 assert np.abs(a[layer, :rank]).max() > 0 and np.abs(b[layer, :, :rank]).max() > 0
 
 
+def test_dora_leaves_other_layers_alone(models):
+    """Whatever a stack's magnitudes are in layers without a pair: zeros in an adapter that was read."""
+    model = models["dense"]
+    config = LoraConfig(r=4, use_dora=True, target_modules=("q_proj", "up_proj"), layers_to_transform=(0, 2))
+    adapter = trained(peft.init_adapter(jax.random.key(0), model, config))
+    read = {path: pair | {"magnitude": pair["magnitude"].at[1].set(0)} for path, pair in adapter.params.items()}
+    first, second = (logits(model.config, peft.compose(model.params, each), TOKENS) for each in (adapter, adapter.replace(params=read)))
+    np.testing.assert_array_equal(second, first)
+
+
 def test_ranks_and_scales_follow_the_first_pattern(model):
     adapter = peft.init_adapter(jax.random.key(0), model, VARIANTS["patterns"])
     sites = {site.path: site for site in adapter.sites}

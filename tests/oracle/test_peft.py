@@ -27,7 +27,7 @@ VARIANTS = {
         "r": 2, "target_modules": ["q_proj", "k_proj", "up_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 3},
         "alpha_pattern": {"up_proj": 64}, "use_rslora": True,
     },
-    "DoRA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    "DoRA": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
     "head": {"r": 4, "target_modules": ["lm_head", "o_proj"], "lora_bias": True},
     "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
     "DoRA of the ends": {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
