@@ -34,16 +34,16 @@ from jaxtune.data import files
 from jaxtune.data.rollout_prompts import Layout, Prompts
 from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
 from jaxtune.generation.batches import fitting_rows
-from jaxtune.largest import largest
 from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import unshared
 from jaxtune.objectives.distill import TEACHER
 from jaxtune.peft import METHODS, lora
-from jaxtune.planned import Plan, show, side_by_side
+from jaxtune.plan_report import Plan, show, side_by_side
+from jaxtune.plan_search import largest_that_fits
+from jaxtune.plan_targets import Target, errors_bytes, find_target
 from jaxtune.shapes import abstract_step, check_names
 from jaxtune.step import remat_of
-from jaxtune.targets import Target, errors_bytes, find_target
 
 log = logging.getLogger("jaxtune")
 
@@ -245,7 +245,7 @@ def _largest(config: Config, model_config: ModelConfig, where: Target, key: str)
         log.info("%s=%d: %.2f GiB", key, n, found / 2**30)
         return found
 
-    best = largest(peak, where.chip.memory, own, unit, most, close)
+    best = largest_that_fits(peak, where.chip.memory, own, unit, most, close)
     return config if best is None else _changed(config, {key: best})
 
 

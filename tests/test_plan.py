@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from rich.console import Console
 
 import jaxtune.train  # noqa: F401
-from jaxtune import costs, data, parallel, startup, targets
+from jaxtune import costs, data, parallel, plan_targets, startup
 from jaxtune.config import MeshConfig, load_config
 from jaxtune.config.policy import POLICY
 from jaxtune.convert.bitsandbytes import packed_as
@@ -20,7 +20,7 @@ from jaxtune.convert.load import open_config, open_tokenizer
 from jaxtune.errors import ConfigError
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.plan import AUTO, _candidates, _needs, compare, errors_bytes, plan
-from jaxtune.planned import show, side_by_side
+from jaxtune.plan_report import show, side_by_side
 from jaxtune.shapes import abstract_batch, abstract_params, abstract_step
 from jaxtune.train import train
 
@@ -346,7 +346,7 @@ def test_a_packed_checkpoint_is_planned_as_it_is(tmp_path, settings, kind):
 
 
 def test_the_machine_at_hand_says_how_much_memory_it_has():
-    here = targets.find_target("here")
+    here = plan_targets.find_target("here")
     assert 2**28 < here.chip.memory * len(here.devices) < 2**50 and here.chip.flops is None and "not known" in here.figures
 
 
@@ -370,7 +370,7 @@ class Card:
 )  # fmt: skip
 def test_a_card_is_asked_and_what_it_does_not_tell_is_said(monkeypatch, card, memory, rates_of, said):
     monkeypatch.setattr(jax, "devices", lambda: [card])
-    here = targets.find_target("here")
+    here = plan_targets.find_target("here")
     known = (targets.TPUS | targets.GPUS)[rates_of][0] if rates_of else targets.Chip(None)
     assert here.chip == known._replace(memory=memory) and re.search(said, here.figures)
 
@@ -403,20 +403,20 @@ def test_a_compiler_that_refuses_says_how_much(message, size):
 )  # fmt: skip
 def test_a_target_that_is_none_says_what_to_write(name, said):
     with pytest.raises(ConfigError, match=said):
-        targets.find_target(name)
+        plan_targets.find_target(name)
 
 
 def test_the_compiler_to_install_is_that_of_jaxs_version(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", None)  # as without a plugin, an error
     with pytest.raises(ConfigError, match="jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} ".format(re.escape(jax.__version__))):
-        targets.find_target("h100")
+        plan_targets.find_target("h100")
 
 
 @pytest.mark.parametrize(("count", "hosts"), [(1, 1), (8, 1), (9, 3), (12, 2), (11, 11), (64, 8)])
 def test_gpus_of_several_hosts_are_as_many_as_were_asked_for(monkeypatch, count, hosts):
     asked = {}
     monkeypatch.setattr(targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
-    found = targets.find_target(f"{count}xh100")
+    found = plan_targets.find_target(f"{count}xh100")
     assert asked["topology"] == f"1x{hosts}x{count // hosts}"
     with found.lowering():  # jax 0.12 lowers a kernel for the context's chip, and fails without one
         assert jax.sharding.get_abstract_mesh().abstract_device.device_kind == "NVIDIA H100"

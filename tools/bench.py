@@ -148,7 +148,7 @@ def flops_per_token(config: dict, length: int) -> float:
 
 def peak_flops(device: str) -> float | None:
     """The chip's published dense bfloat16 rate, by its name."""
-    from jaxtune.targets import GPUS
+    from jaxtune.plan_targets import GPUS
 
     plain = device.lower().replace(" ", "").replace("-", "")
     found = [name for name in sorted(GPUS, key=len) if name.replace("-", "").removesuffix("80").removesuffix("40") in plain]

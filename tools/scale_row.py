@@ -23,8 +23,8 @@ from hlo_proto import Instruction  # noqa: E402
 from jaxtune import costs, parallel  # noqa: E402
 from jaxtune.config import load_config  # noqa: E402
 from jaxtune.convert.load import open_config  # noqa: E402
+from jaxtune.plan_targets import errors_bytes, find_target  # noqa: E402
 from jaxtune.shapes import abstract_step  # noqa: E402
-from jaxtune.targets import errors_bytes, find_target  # noqa: E402
 
 KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}

@@ -16,7 +16,7 @@ pytest.importorskip("jax_cuda13_plugin")
 
 from jaxtune import plan
 from jaxtune.model import nf4_kernel, quant
-from jaxtune.targets import find_target
+from jaxtune.plan_targets import find_target
 
 pytestmark = pytest.mark.usefixtures("all_optimizations")
 # One worker per target: what it has compiled for one test serves the next.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 pytest.importorskip("libtpu")
 
-from jaxtune.targets import find_target
+from jaxtune.plan_targets import find_target
 
 
 @pytest.fixture
