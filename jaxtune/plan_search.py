@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 
-def largest_that_fits(peak: Callable[[int], int], limit: int, start: int, unit: int = 1, most: int = 2**24, close: float = 0.0) -> int | None:
+def largest_that_fits(
+    peak: Callable[[int], int], limit: int, start: int, unit: int = 1, most: int = 2**24, close: float = 0.0
+) -> int | None:
     """The largest multiple of `unit` up to `most` with `peak(n) <= limit`, or None; `peak` must increase with n.
 
     Memory is nearly linear in rows and length, so the line through the last two tries predicts the next one, bounded by the largest value

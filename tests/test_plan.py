@@ -93,7 +93,7 @@ def run(folder, **keys):
 
 def small(memory, devices=()):
     """A machine with that much memory."""
-    return lambda name: targets.Target("small", list(devices), targets.Chip(memory, 1e9, 1.0), "as the test says")
+    return lambda name: plan_targets.Target("small", list(devices), plan_targets.Chip(memory, 1e9, 1.0), "as the test says")
 
 
 def test_what_does_not_fit_is_answered_by_what_does(model_folder, monkeypatch):
@@ -371,7 +371,7 @@ class Card:
 def test_a_card_is_asked_and_what_it_does_not_tell_is_said(monkeypatch, card, memory, rates_of, said):
     monkeypatch.setattr(jax, "devices", lambda: [card])
     here = plan_targets.find_target("here")
-    known = (targets.TPUS | targets.GPUS)[rates_of][0] if rates_of else targets.Chip(None)
+    known = (plan_targets.TPUS | plan_targets.GPUS)[rates_of][0] if rates_of else plan_targets.Chip(None)
     assert here.chip == known._replace(memory=memory) and re.search(said, here.figures)
 
 
@@ -415,7 +415,7 @@ def test_the_compiler_to_install_is_that_of_jaxs_version(monkeypatch):
 @pytest.mark.parametrize(("count", "hosts"), [(1, 1), (8, 1), (9, 3), (12, 2), (11, 11), (64, 8)])
 def test_gpus_of_several_hosts_are_as_many_as_were_asked_for(monkeypatch, count, hosts):
     asked = {}
-    monkeypatch.setattr(targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
+    monkeypatch.setattr(plan_targets, "_topology", lambda *args: asked.update(args[-1]) or SimpleNamespace(devices=range(count)))
     found = plan_targets.find_target(f"{count}xh100")
     assert asked["topology"] == f"1x{hosts}x{count // hosts}"
     with found.lowering():  # jax 0.12 lowers a kernel for the context's chip, and fails without one

@@ -13,18 +13,18 @@ class Reply:
     """The reply to one request."""
 
     def __init__(self, job: Job):
-        self.job, self.chat = job, job.asked.chat
+        self.job, self.chat = job, job.request.chat
         self._head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if self.chat else "text_completion",
             "created": int(time.time()),
-            "model": job.asked.model,
+            "model": job.request.model,
         }
         self._offsets = [0] * len(job.answers)  # of the next token's text in each answer
 
     def usage(self) -> dict:
         """How many tokens were read and written, including the one that ended an answer."""
-        read, written = sum(map(len, self.job.asked.ids)), sum(len(answer.tokens) for answer in self.job.answers)
+        read, written = sum(map(len, self.job.request.ids)), sum(len(answer.tokens) for answer in self.job.answers)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def whole(self) -> dict:
@@ -53,7 +53,7 @@ class Reply:
 
     def last(self) -> list[dict]:
         """The last event of a stream, if requested: token counts."""
-        return [{**self._stream_head(), "choices": [], "usage": self.usage()}] if self.job.asked.include_usage else []
+        return [{**self._stream_head(), "choices": [], "usage": self.usage()}] if self.job.request.include_usage else []
 
     def _stream_head(self) -> dict:
         return self._head | ({"object": "chat.completion.chunk"} if self.chat else {})
@@ -63,7 +63,7 @@ class Reply:
 
     def _logprobs(self, piece: Piece) -> dict | None:
         """Log-probabilities of a piece's tokens under the model itself: before penalty, temperature and filters."""
-        answer, likely = self.job.answers[piece.number], self.job.asked.likely
+        answer, likely = self.job.answers[piece.number], self.job.request.likely
         if likely is None or answer.logps is None:
             return None
         chosen_N, likely_NK, logps_NK = answer.logps

@@ -43,7 +43,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A valid request: `each` answers of at most `most[i]` tokens to every prompt `ids[i]`.
 
     likely: how many alternatives to report per token, with log-probabilities; None: no log-probabilities.
@@ -74,7 +74,7 @@ def parse(raw: bytes) -> dict:
     return {key: value for key, value in body.items() if value is not None}
 
 
-def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: int, encode: Callable[..., list[int]]) -> Asked:
+def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: int, encode: Callable[..., list[int]]) -> Request:
     """Read a request's body.
 
     names    the served models, each with the number of its virtual tokens
@@ -103,7 +103,7 @@ def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: 
         raise Refusal(400, f"n is {each}, but temperature 0 repeats the same answer; set temperature to 0.7, or n to 1", param="n")
     if each * len(ids) > MOST_ROWS:
         raise Refusal(400, f"{each * len(ids)} answers are asked for; ask for {MOST_ROWS} at most at a time")
-    return Asked(
+    return Request(
         chat=chat,
         model=name,
         ids=ids,

@@ -80,19 +80,19 @@ class Handler(BaseHTTPRequestHandler):
         if path not in CHATS:
             self._no_such(path, ("/v1/models", "/health"))
         server, worker = self.server, self.server.worker
-        asked = read(parsed := parse(body), CHATS[path], worker.names, worker.model, server.max_new_tokens, worker.encode)
+        request = read(parsed := parse(body), CHATS[path], worker.names, worker.model, server.max_new_tokens, worker.encode)
         if server.log_requests:
             log.info("asked: %s", json.dumps(parsed, ensure_ascii=False))
-        job = worker.submit(asked)
+        job = worker.submit(request)
         reply = Reply(job)
         try:
-            self._stream(job, reply) if asked.stream else self._whole(job, reply)
+            self._stream(job, reply) if request.stream else self._whole(job, reply)
         finally:
             job.cancel()
         if server.log_requests:
             log.info("answered: %s", json.dumps([answer.text for answer in job.answers], ensure_ascii=False))
         usage = reply.usage()
-        self.said += f", {asked.model}, {usage['prompt_tokens']} tokens read, {usage['completion_tokens']} written"
+        self.said += f", {request.model}, {usage['prompt_tokens']} tokens read, {usage['completion_tokens']} written"
 
     def _whole(self, job: Job, reply: Reply) -> None:
         for _ in job.pieces(self._gone):

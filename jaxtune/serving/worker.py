@@ -18,7 +18,7 @@ from jaxtune.generation.batches import CHUNK, Row, Run, bucket
 from jaxtune.generation.decode import seed_words
 from jaxtune.generation.prompts import stop_tokens, token_ids
 from jaxtune.peft import virtual_tokens
-from jaxtune.serving.requests import MOST_LIKELY, Asked, Refusal
+from jaxtune.serving.requests import MOST_LIKELY, Refusal, Request
 
 MOST_WAITING = 256  # requests
 GATHER = 0.01  # seconds that the first request of a batch waits for others sent at the same time
@@ -36,15 +36,15 @@ class Piece(NamedTuple):
     finish_reason: str | None
 
 
-class Told(Answer):
-    """An answer that reports every change."""
+class ReportingAnswer(Answer):
+    """An answer that reports each of its changes."""
 
-    def __init__(self, reader: Reader, most: int, number: int, tell: Callable[[Piece], None]):
-        super().__init__(reader, most, self._hear)
-        self.number, self.tell, self._heard = number, tell, ""
+    def __init__(self, reader: Reader, most: int, number: int, report: Callable[[Piece], None]):
+        super().__init__(reader, most, self._add)
+        self.number, self.report, self._new_text = number, report, ""
 
-    def _hear(self, text: str) -> None:
-        self._heard += text
+    def _add(self, text: str) -> None:
+        self._new_text += text
 
     def update(self, tokens: list[int], logps: Any = None) -> None:
         """Update the answer and report the change."""
@@ -52,22 +52,25 @@ class Told(Answer):
             return
         start = len(self.tokens)
         super().update(tokens, logps)
-        self.tell(Piece(self.number, self._heard, start, len(self.tokens), self.finish_reason))
-        self._heard = ""
+        self.report(Piece(self.number, self._new_text, start, len(self.tokens), self.finish_reason))
+        self._new_text = ""
 
 
 class Job:
-    """A request in progress. Its answers are those of one call of `generate_tokens`: `asked.each` consecutive ones to every prompt."""
+    """A request in progress. Its answers are those of one call of `generate_tokens`: `request.each` consecutive ones to every prompt."""
 
-    def __init__(self, asked: Asked, reader: Reader):
-        self.asked, self.reader = asked, reader
+    def __init__(self, request: Request, reader: Reader):
+        self.request, self.reader = request, reader
         self.events: queue.SimpleQueue[Piece | Refusal] = queue.SimpleQueue()
-        self.answers = [Told(reader, asked.most[n // asked.each], n, self.events.put) for n in range(len(asked.ids) * asked.each)]
+        places = range(len(request.ids) * request.each)
+        self.answers = [ReportingAnswer(reader, request.most[n // request.each], n, self.events.put) for n in places]
 
     def rows(self) -> list[Row]:
         """Its part of a batch."""
-        asked, words = self.asked, seed_words(self.asked.seed)
-        return [Row(*divmod(n, asked.each), asked.ids[n // asked.each], one, asked.sampling, words) for n, one in enumerate(self.answers)]
+        request, words = self.request, seed_words(self.request.seed)
+        places = [divmod(n, request.each) for n in range(len(self.answers))]  # of each answer: its prompt, and which sample of it
+        answers = zip(places, self.answers, strict=True)
+        return [Row(prompt, sample, request.ids[prompt], one, request.sampling, words) for (prompt, sample), one in answers]
 
     def pieces(self, gone: Callable[[], bool]) -> Iterator[Piece]:
         """Pieces of the answers as they arrive, until all have ended; `gone` says whether the client has disconnected. Raises Refusal."""
@@ -110,9 +113,9 @@ class Worker:
         with self._tokenizer:
             return token_ids(self.model, prompt, name, chat)
 
-    def submit(self, asked: Asked) -> Job:
+    def submit(self, request: Request) -> Job:
         """Queue a request."""
-        job = Job(asked, Reader(self.model.tokenizer, self.stops, asked.stop))
+        job = Job(request, Reader(self.model.tokenizer, self.stops, request.stop))
         with self._changed:
             if self._stopping:
                 raise Refusal(503, "the server is stopping; try again after it restarts")
@@ -139,9 +142,9 @@ class Worker:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
         time.sleep(GATHER)
         with self._changed:
-            name = self._waiting[0].asked.model if self._waiting else None
-            jobs = [job for job in self._waiting if job.asked.model == name]
-            self._waiting = deque(job for job in self._waiting if job.asked.model != name)
+            name = self._waiting[0].request.model if self._waiting else None
+            jobs = [job for job in self._waiting if job.request.model == name]
+            self._waiting = deque(job for job in self._waiting if job.request.model != name)
         return jobs
 
     @in_32_bits
@@ -158,14 +161,14 @@ class Worker:
 
     def _answer(self, jobs: list[Job]) -> None:
         rows = [row for job in jobs for row in job.rows() if row.answer.finish_reason is None]
-        wanted = [job.asked.likely for job in jobs if job.asked.likely is not None]
+        wanted = [job.request.likely for job in jobs if job.request.likely is not None]
         run = Run(
             config=replace(self.model.config, remat="none"),
             params=self.model.params,
-            adapter=self.adapters[jobs[0].asked.model],
+            adapter=self.adapters[jobs[0].request.model],
             stops=jnp.asarray(sorted(self.stops), jnp.int32),
-            new=bucket(max(most for job in jobs for most in job.asked.most), LEAST_NEW),
-            chunk=1 if any(job.asked.stream for job in jobs) else CHUNK,
+            new=bucket(max(most for job in jobs for most in job.request.most), LEAST_NEW),
+            chunk=1 if any(job.request.stream for job in jobs) else CHUNK,
             likely=(MOST_LIKELY if max(wanted) else 0) if wanted else None,
         )
         run.all(rows, self.batch_size)

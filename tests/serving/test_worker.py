@@ -45,8 +45,8 @@ def test_requests_that_wait_are_one_batch_and_each_is_answered_as_generate_does(
         found = list(threads.map(lambda request: ask("POST", *request), requests))
     assert [status for status, _ in found] == [200] * len(requests)
     assert sorted(len(jobs) for jobs in batches) == [1, 4]
-    answers = {id(job.asked): [one.tokens for one in job.answers] for jobs in batches for job in jobs}
-    by_kind = {(job.asked.model, job.asked.chat, job.asked.each): answers[id(job.asked)] for jobs in batches for job in jobs}
+    answers = {id(job.request): [one.tokens for one in job.answers] for jobs in batches for job in jobs}
+    by_kind = {(job.request.model, job.request.chat, job.request.each): answers[id(job.request)] for jobs in batches for job in jobs}
     assert by_kind["base", True, 1] == [greedy[0].tokens]
     assert by_kind["base", True, 2] == [one.tokens for one in drawn] and drawn[0].tokens != drawn[1].tokens
     assert by_kind["tuned", True, 1] == [tuned[0].tokens] != [greedy[0].tokens]
