@@ -12,20 +12,21 @@ T = TypeVar("T")
 _here = threading.local()
 
 
-class GivenUp(Exception):  # noqa: N818
+class Cancelled(Exception):  # noqa: N818
     """Ends a background thread whose result is no longer needed."""
 
 
 class Background(Generic[T]):
     """Runs a function in a thread: `with Background(function) as work: ... work.result()` returns its value or raises its exception.
 
-    If the block is left by an exception, it waits until the thread notices (`go_on`), so that no thread is inside JAX when Python exits.
+    If the block is left by an exception, it waits until the thread notices (`check_cancelled`), so that no thread is inside JAX
+    when Python exits.
     With several processes, `result()` calls the function itself: all of them must call the same collective functions in the same order.
     """
 
     def __init__(self, function: Callable[[], T]):
         self._function = compilation.in_32_bits(function)  # the setting is per thread
-        self._given_up = False
+        self._cancelled = False
         self._value: T
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True) if jax.process_count() == 1 else None
@@ -36,7 +37,7 @@ class Background(Generic[T]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._given_up = True
+        self._cancelled = True
         if self._thread:
             self._thread.join()
 
@@ -57,8 +58,8 @@ class Background(Generic[T]):
             self._error = error
 
 
-def go_on() -> None:
+def check_cancelled() -> None:
     """Called between the parts of long work: ends a background thread whose result is no longer needed."""
     work = getattr(_here, "work", None)
-    if work is not None and work._given_up:
-        raise GivenUp
+    if work is not None and work._cancelled:
+        raise Cancelled

@@ -62,8 +62,8 @@ def best_of_n(
         settings["num_return_sequences"] = n
     drawn = generate_tokens(model, prompts, adapter, temperature=temperature, chat=chat, **settings)
     chatting = chat or (chat is None and bool(model.tokenizer.chat_template))
-    asked = [_conversation(prompt) if chatting else prompt for prompt in prompts]
-    scores = judge([asked[answer.prompt] for answer in drawn], [answer.text for answer in drawn])
+    conversations = [_conversation(prompt) if chatting else prompt for prompt in prompts]
+    scores = judge([conversations[answer.prompt] for answer in drawn], [answer.text for answer in drawn])
     found = []
     for number, prompt in enumerate(prompts):
         own = slice(number * n, (number + 1) * n)

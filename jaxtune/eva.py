@@ -132,7 +132,7 @@ class InputComponents:
 
     def look(self, batch: data.Batch, number: int) -> bool:
         """Process the tokens of a micro-batch `[B, T]`; returns whether there is more to learn."""
-        background.go_on()
+        background.check_cancelled()
         batch = parallel.put(batch, self.mesh, micro_batches=False)
         live_BT = batch.weights != 0 if self.settings.use_label_mask else batch.segments > 0
         if int(parallel.fetch(live_BT.sum())) < self.most:

@@ -54,7 +54,7 @@ def init(config: Config, opened: Opened, model: Model, adapter: Adapter, mesh: M
         number = cell.index[0] if cell.index else 0
         if site is None or not site.ranks[number]:
             continue
-        background.go_on()
+        background.check_cancelled()
         w = opened.checkpoint.read(stored[cell.name])
         w = jnp.asarray(w.T if cell.transposed else w, jnp.float32)
         first = parallel.fetch(jax.tree.map(lambda x, index=cell.index: x[index], leaves[cell.path]))

@@ -39,7 +39,7 @@ class Loop:
         rollouts: Rollouts | None = None, on_policy: OnPolicy | None = None,
     ):  # fmt: skip
         self.config, self.mesh, self.rows, self.total, self.rollouts = config, mesh, rows, total_steps, rollouts
-        self.drawn = rollouts or on_policy
+        self.on_policy = rollouts or on_policy
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
@@ -79,7 +79,7 @@ class Loop:
             self._evaluate(0, state, base, eval_step)
         self.clock = time.monotonic()
         for number in range(start + 1, self.total + 1):
-            if self.drawn and waiting:  # before answers are sampled from the weights of that step
+            if self.on_policy and waiting:  # before answers are sampled from the weights of that step
                 waiting = self._read(*waiting)
             batch, more = self._batch(number - 1, state, base)
             state, metrics = step(state, base, self._put(batch))
@@ -130,8 +130,8 @@ class Loop:
 
     def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
         """The batch of a step (from 0), and the metrics of making it."""
-        if self.drawn:
-            return self.drawn.batch_at(step, state, base)
+        if self.on_policy:
+            return self.on_policy.batch_at(step, state, base)
         return self.rows.train.batch_at(step, *self.part), {}
 
     def _put(self, batch: data.Batch, micro_batches: bool = True) -> data.Batch:

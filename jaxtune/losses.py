@@ -27,7 +27,7 @@ from jaxtune.objectives import OBJECTIVES, Loss
 _GIVEN: dict[str, Callable] = {}  # functions handed over from Python, by the names that configs have for them
 
 
-def given(config: Config, function: Callable) -> Config:
+def with_function(config: Config, function: Callable) -> Config:
     """The config with `function` as its loss, named by its module and itself, as `config.yaml` will have it and a resume asks for.
 
     Raises ConfigError for what cannot be called, and where the config names another function.

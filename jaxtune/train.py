@@ -73,7 +73,7 @@ def train(
     grant_memory()
     config = load_config(config, overrides)
     if loss_function is not None:
-        config = losses.given(config, loss_function)
+        config = losses.with_function(config, loss_function)
     _check_tables(config)
     distributed.start(config.distributed)
     compilation.enable_cache(config)

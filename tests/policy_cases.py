@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.config import load_config
-from jaxtune.objectives.grpo import Drawn, grpo_loss
+from jaxtune.objectives.grpo import SampledAnswers, grpo_loss
 
 N, T, TOGETHER = 8, 9, 4
 ROLLOUT = 37  # trained tokens of the whole rollout, of which these answers are the first half
@@ -75,7 +75,7 @@ def ours(name, arrays=None):
     }  # fmt: skip
 
     def loss(logps):
-        made = grpo_loss(run, Drawn(logp_BN=logps.reshape(N // TOGETHER, -1), **known))
+        made = grpo_loss(run, SampledAnswers(logp_BN=logps.reshape(N // TOGETHER, -1), **known))
         return made.total / made.weight, made.metrics
 
     (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(arrays["logps"], jnp.float32))

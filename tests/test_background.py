@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune.background import Background, go_on
+from jaxtune.background import Background, check_cancelled
 
 
 def test_what_it_returns_and_raises():
@@ -27,14 +27,14 @@ def test_it_ends_when_the_block_is_left():
             while True:
                 count += 1
                 time.sleep(0.001)
-                go_on()
+                check_cancelled()
         finally:
             ended.append(True)
 
     with pytest.raises(ValueError, match="a bad row"), Background(read):
         raise ValueError("a bad row")
     assert ended and count
-    go_on()  # the main thread continues
+    check_cancelled()  # the main thread continues
 
 
 def test_of_several_processes_it_is_done_when_asked_for(monkeypatch):

@@ -57,7 +57,7 @@ def load_params(
     rows = spec(config)
     tree: dict[str, Any] = {}
     for cell in table:
-        background.go_on()
+        background.check_cancelled()
         name, row = names[cell.name], rows[cell.path]
         own = dtype if isinstance(dtype, str) else dtype(cell.path)
         own = str(jax.dtypes.canonicalize_dtype(source.entries[name].dtype)) if own == "auto" else "float32" if row.float32 else own

@@ -21,7 +21,7 @@ from jaxtune.objectives.sft import balanced
 NOTHING = 1e-9  # the weight of a batch without answers
 
 
-class Drawn(NamedTuple):
+class SampledAnswers(NamedTuple):
     """Sampled answers with their data per token or per answer. A padded token belongs to no answer.
 
     Attributes:
@@ -69,7 +69,7 @@ def grpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch
     With experts, `router_aux_loss_coef` times the load-balancing loss is added, as in objective sft.
     """
     tokens = logps_of(config, model_config, params, batch)
-    return balanced(config, grpo_loss(config, drawn(config, model_config, base, batch, tokens)), tokens.aux)
+    return balanced(config, grpo_loss(config, sampled_answers(config, model_config, base, batch, tokens)), tokens.aux)
 
 
 def cooled(config: Any, model_config: ModelConfig) -> ModelConfig:
@@ -88,7 +88,7 @@ def reference_logps_of(config: Any, model_config: ModelConfig, base: dict, batch
     return jax.lax.stop_gradient(logps_of(config, model_config, base.get(REFERENCE, base), batch).logp_BN)
 
 
-def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, tokens: TokenLogprobs) -> Drawn:
+def sampled_answers(config: Any, model_config: ModelConfig, base: dict, batch: Batch, tokens: TokenLogprobs) -> SampledAnswers:
     """The batch's answers under a policy's log-probabilities; values computed before the step are taken from the batch."""
     rollout, S = batch.rollout, batch.answers.values.shape[1]
     at = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, tokens.index_BN, axis=1)  # noqa: E731
@@ -96,7 +96,7 @@ def drawn(config: Any, model_config: ModelConfig, base: dict, batch: Batch, toke
     if has_kl_term(config):
         known_BN = at(rollout.ref_logps)
         ref_BN = reference_logps_of(config, model_config, base, batch) if known_BN is None else known_BN
-    return Drawn(
+    return SampledAnswers(
         logp_BN=tokens.logp_BN,
         entropy_BN=tokens.entropy_BN,
         member_BSN=members(batch, tokens.index_BN, tokens.weights_BN),
@@ -148,7 +148,7 @@ def _vespo(r: Ratios, c: Any) -> jax.Array:
     return -r.phi * r.advantage * r.logp
 
 
-def _phi(d: Drawn, log_ratio_BN: jax.Array, c: Any) -> jax.Array:
+def _phi(d: SampledAnswers, log_ratio_BN: jax.Array, c: Any) -> jax.Array:
     """`phi(w) = e^lambda w^k e^(-lambda w)` of each answer, with k and lambda by the sign of its advantage."""
     log_w = jnp.clip(d.total(jnp.clip(log_ratio_BN, -20.0, 20.0)), jnp.log(1e-8), 20.0)
     good = d.advantage_BS >= 0
@@ -160,32 +160,32 @@ def _phi(d: Drawn, log_ratio_BN: jax.Array, c: Any) -> jax.Array:
 # ---- from tokens to a sum and its weight ----
 
 
-def _by_answer(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+def _by_answer(d: SampledAnswers, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The mean over answers of the mean over an answer's tokens."""
     return (d.total(x_BN) / jnp.maximum(d.length_BS, 1)).sum(), d.live_BS.sum()
 
 
-def _by_sum(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+def _by_sum(d: SampledAnswers, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The mean over answers of the sum over an answer's tokens."""
     return d.total(x_BN).sum(), d.live_BS.sum()
 
 
-def _by_micro_batch(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+def _by_micro_batch(d: SampledAnswers, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The mean over the tokens of the micro-batch; every micro-batch counts the same (as in TRL)."""
     return (x_BN * d.mask_BN).sum() / jnp.maximum(d.mask_BN.sum(), 1), jnp.ones(())
 
 
-def _by_token(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+def _by_token(d: SampledAnswers, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The mean over the tokens of the whole rollout (with several steps per rollout, each step has the same share)."""
     return (x_BN * d.mask_BN).sum(), (d.live_BS * d.tokens_BS).sum()
 
 
-def _by_longest(d: Drawn, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+def _by_longest(d: SampledAnswers, x_BN: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
     """The sum over tokens divided by `max_completion_length` per answer (Dr. GRPO, arXiv 2503.20783)."""
     return (x_BN * d.mask_BN).sum(), d.live_BS.sum() * c.max_completion_length
 
 
-Reduction = Callable[[Drawn, jax.Array, Any], tuple[jax.Array, jax.Array]]
+Reduction = Callable[[SampledAnswers, jax.Array, Any], tuple[jax.Array, jax.Array]]
 # loss_type: the loss of a token, and how tokens are averaged
 LOSSES: dict[str, tuple[Callable[[Ratios, Any], jax.Array], Reduction]] = {
     "dapo": (_clipped, _by_token),  # arXiv 2503.14476
@@ -200,7 +200,7 @@ LOSSES: dict[str, tuple[Callable[[Ratios, Any], jax.Array], Reduction]] = {
 }
 
 
-def grpo_loss(config: Any, d: Drawn) -> Loss:
+def grpo_loss(config: Any, d: SampledAnswers) -> Loss:
     """The loss and TRL's metrics from log-probabilities.
 
     A token's loss is that of its `loss_type` plus `beta rho (e^x - 1 - x)`, x = log p_ref / p; without `use_bias_correction_kl` the KL term
@@ -236,14 +236,14 @@ def grpo_loss(config: Any, d: Drawn) -> Loss:
     return Loss(total, weight, metrics | _clipping(config, name, level, d, ratios))
 
 
-def _on_policy(d: Drawn, log_ratio_BN: jax.Array, threshold: float) -> jax.Array:
+def _on_policy(d: SampledAnswers, log_ratio_BN: jax.Array, threshold: float) -> jax.Array:
     """1 for answers with a positive advantage, or whose policy is still close to the one that sampled them (DeepSeek-V3.2, arXiv
     2512.02556)."""
     gone_BS = -d.total(jax.lax.stop_gradient(log_ratio_BN)) / jnp.maximum(d.length_BS, 1)
     return ((d.advantage_BS >= 0) | (gone_BS <= threshold)).astype(jnp.float32)
 
 
-def _uncertain(d: Drawn, quantile: float) -> jax.Array:
+def _uncertain(d: SampledAnswers, quantile: float) -> jax.Array:
     """1 for tokens whose prediction has an entropy at or above that quantile of the micro-batch's (arXiv 2506.01939)."""
     there = d.mask_BN > 0
     # "higher" takes the tokens that the quantile itself does, but for its rounding: that may lie above equal entropies on both sides of it,
@@ -252,7 +252,7 @@ def _uncertain(d: Drawn, quantile: float) -> jax.Array:
     return (there & (d.entropy_BN >= least)).astype(jnp.float32)
 
 
-def _clipping(config: Any, name: str, level: str, d: Drawn, r: Ratios) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _clipping(config: Any, name: str, level: str, d: SampledAnswers, r: Ratios) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Shares of tokens (of answers, if rho is per answer) whose gradient clipping removes."""
     if name == "vespo" and r.phi is not None:
         return {"vespo/phi_seq_mean": _share(d, "answer", r.phi)}
@@ -270,7 +270,7 @@ def _clipping(config: Any, name: str, level: str, d: Drawn, r: Ratios) -> dict[s
     return metrics | {"clip_ratio/low_min": metric(least, there), "clip_ratio/high_max": metric(most, there)}
 
 
-def _share(d: Drawn, level: str, x_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _share(d: SampledAnswers, level: str, x_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
     if level == "token":
         return metric(x_BN.astype(jnp.float32), d.mask_BN)
     return metric(d.total(x_BN.astype(jnp.float32)) / jnp.maximum(d.length_BS, 1), (d.length_BS > 0).astype(jnp.float32))

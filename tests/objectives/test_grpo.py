@@ -20,7 +20,7 @@ from jaxtune.model.families import from_hf
 from jaxtune.model.spec import init_params
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.advantages import ADVANTAGES, spread
-from jaxtune.objectives.grpo import LOSSES, Drawn, grpo_loss, logps_of
+from jaxtune.objectives.grpo import LOSSES, SampledAnswers, grpo_loss, logps_of
 
 GOLDEN = np.load(Path(__file__).parent.parent / "goldens" / "objectives" / "policy.npz")
 KEYS = ("logps", "old", "ref", "entropy", "advantages", "mask")
@@ -118,7 +118,7 @@ def test_a_step_without_answers_teaches_nothing(loss_type):
     """The last rollout of an epoch may have too few prompts for all of its steps."""
     config = run(objective="rloo") if loss_type == "rloo" else run(loss_type=loss_type, epsilon_high=5.0)
     of_answers, of_tokens = jnp.zeros((1, 2)), jnp.zeros((1, 4))
-    nobody = Drawn(of_tokens, of_tokens, jnp.zeros((1, 2, 4), bool), of_answers, of_answers, of_answers, of_tokens)
+    nobody = SampledAnswers(of_tokens, of_tokens, jnp.zeros((1, 2, 4), bool), of_answers, of_answers, of_answers, of_tokens)
     loss = grpo_loss(config, nobody)
     assert loss.total / loss.weight == 0
 
@@ -129,7 +129,7 @@ def test_equal_entropies_at_the_quantile_are_above_it():
     one = jnp.ones((1, 1))
 
     def loss(logp):
-        made = Drawn(logp, entropy, jnp.ones((1, 1, 19), bool), one, one, 19 * one)
+        made = SampledAnswers(logp, entropy, jnp.ones((1, 1, 19), bool), one, one, 19 * one)
         return grpo_loss(run(top_entropy_quantile=0.4), made).total
 
     taught = jax.jit(jax.grad(loss))(-entropy)[0] != 0
