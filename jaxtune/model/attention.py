@@ -45,9 +45,8 @@ def attend(
     flash | splash; `tile` applies to xla. `sinks_H`: a score per head that takes part in every softmax and contributes no value (arXiv
     2309.17453; GPT-OSS).
     """
-    B, T, H, h = q_BTHh.shape
-    K, S = k_BSKh.shape[2], k_BSKh.shape[1]
-    q = checkpoint_name(q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4), "attention")
+    T, (S, K) = q_BTHh.shape[1], k_BSKh.shape[1:3]
+    q = checkpoint_name(_grouped(q_BTHh, K), "attention")
     k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
     if form != "xla":
         if keys.common is not None:
@@ -58,7 +57,7 @@ def attend(
         k, v, keys = (_whole(x, tile.keys, S) for x in (k, v, keys))
     sinks = _by_group(sinks_H, K)
     out: Any = _attend(_How(scale, cap, form, tile), q, k, v, sinks, queries, keys, jnp.asarray(window))
-    return out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    return _ungrouped(out[:, :, :, :T])
 
 
 def attend_cached(
@@ -70,23 +69,35 @@ def attend_cached(
     On a CPU by blocks of slots, if they divide the cache: those that no query sees (not filled yet, before a window) take no time, and no
     copy of all that a layer keeps is written first.
     """
-    B, T, H, h = q_BTHh.shape
-    K, S = k_LBKSh.shape[2:4]
-    q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
-    block = CACHE_BLOCK if jax.default_backend() == "cpu" and S % CACHE_BLOCK == 0 else S
+    _, B, K, S, h = k_LBKSh.shape
+    q, how = _grouped(q_BTHh, K), _How(scale, cap, "xla", TILE)
 
-    def slots(i) -> Any:
+    def slots(i, block: int) -> Any:
         at = (layer, 0, 0, i * block, 0)
         k, v = (jax.lax.dynamic_slice(x, at, (1, B, K, block, h))[0] for x in (k_LBKSh, v_LBKSh))
         return k, v, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1), keys)
 
-    how = _How(scale, cap, "xla", TILE)
-    if block == S:
-        out, logz = _finished(q.dtype, *_part(how, window, q, queries, *slots(0)))
-    else:
-        out, logz = _folded(how, window, q, queries, needed_blocks(block, queries, keys, window), slots)
-    out, _ = _with_sinks(out, logz, _by_group(sinks_H, K))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+    def at_once():
+        return _finished(q.dtype, *_part(how, window, q, queries, *slots(0, S)))
+
+    def in_blocks():
+        needed = needed_blocks(CACHE_BLOCK, queries, keys, window)
+        return _folded(how, window, q, queries, needed, functools.partial(slots, block=CACHE_BLOCK))
+
+    out, logz = jax.lax.platform_dependent(cpu=in_blocks, default=at_once) if S % CACHE_BLOCK == 0 else at_once()
+    return _ungrouped(_with_sinks(out, logz, _by_group(sinks_H, K))[0])
+
+
+def _grouped(q_BTHh: jax.Array, K: int) -> jax.Array:
+    """Queries by the key head that they use, `[B, K, H / K, T, h]`."""
+    B, T, H, h = q_BTHh.shape
+    return q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(out_BKGTh: jax.Array) -> jax.Array:
+    """The inverse of `_grouped`."""
+    B, K, G, T, h = out_BKGTh.shape
+    return out_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, h)
 
 
 def _by_group(sinks_H, K: int):
