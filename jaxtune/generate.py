@@ -26,11 +26,11 @@ from jaxtune import cli, errors
 from jaxtune.compilation import in_32_bits
 from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
-from jaxtune.errors import ConfigError, DataError, ModelError, check_argument
+from jaxtune.errors import ConfigError, DataError, check_argument
 from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import CHUNK, Row, Run
 from jaxtune.generation.decode import seed_words
-from jaxtune.generation.prompts import check_room, is_one_prompt, stop_tokens, token_ids
+from jaxtune.generation.prompts import check_room, is_one_prompt, require_tokenizer, stop_tokens, token_ids
 from jaxtune.generation.sampling import Sampling
 from jaxtune.peft import virtual_tokens
 from jaxtune.peft.combine import Mixed, mix
@@ -123,8 +123,7 @@ def generate_tokens(
 
 def _encode(model: Any, prompts: Any, chat: bool | None, new: int, virtual: int) -> list[list[int]]:
     """Token ids of every prompt; each must leave room for the answer, and for virtual tokens before it."""
-    if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so its tokens cannot be decoded; load it from a folder that holds tokenizer.json")
+    require_tokenizer(model)
     prompts = [prompts] if is_one_prompt(prompts) else list(prompts)
     ids = [token_ids(model, prompt, f"prompt {number + 1} of {len(prompts)}", chat) for number, prompt in enumerate(prompts)]
     for number, tokens in enumerate(ids):

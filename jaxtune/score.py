@@ -25,6 +25,7 @@ from jaxtune.data.files import Row
 from jaxtune.data.steps import step_tokens
 from jaxtune.data.templates import Template
 from jaxtune.errors import DataError, ModelError
+from jaxtune.generation.prompts import require_tokenizer
 from jaxtune.objectives.reward import answer_scores
 from jaxtune.peft import compose
 
@@ -51,8 +52,7 @@ def score(
     model = heads.load_scorer(model) if isinstance(model, (str, os.PathLike)) else model
     if not model.config.num_labels:
         raise ModelError("the model is a language model: it has no head to score with; give a reward model (jt.load_scorer opens one)")
-    if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so texts cannot be tokenised; load it from a folder that holds tokenizer.json")
+    require_tokenizer(model)
     adapter = load_adapter(adapter, model) if isinstance(adapter, (str, os.PathLike)) else adapter
     texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
     asked = [_tokens(model, text, number, step_separator) for number, text in enumerate(texts, 1)]

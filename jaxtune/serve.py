@@ -24,6 +24,7 @@ from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
 from jaxtune.errors import ConfigError, ModelError, check_argument
 from jaxtune.generate import BASE, load_adapters
+from jaxtune.generation.prompts import require_tokenizer
 from jaxtune.serving.server import Server
 from jaxtune.serving.worker import Worker
 
@@ -59,8 +60,7 @@ def open_server(
     Raises ConfigError for an unavailable address or a setting out of range, ModelError for a model that generates no text.
     """
     check_argument("model", model, Model, "give a model: jt.serve(jt.load(folder))")
-    if model.tokenizer is None:
-        raise ModelError("the model has no tokenizer, so its tokens cannot be decoded; load it from a folder that holds tokenizer.json")
+    require_tokenizer(model)
     if model.config.num_labels:
         raise ModelError("the model scores texts and does not generate any; use jaxtune score")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):

@@ -15,6 +15,12 @@ def is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and (isinstance(prompts[0], Mapping) or _is_token(prompts[0])))
 
 
+def require_tokenizer(model: Any) -> None:
+    """ModelError for a model without a tokenizer."""
+    if model.tokenizer is None:
+        raise ModelError("the model has no tokenizer, so it reads and writes no texts; load it from a folder that holds tokenizer.json")
+
+
 def token_ids(model: Any, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
     """Token ids of one prompt: a text, a conversation (a list of messages) or token ids.
 
