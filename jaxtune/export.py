@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,6 +77,15 @@ class Found:
         return self.config.quantization if self.config else None
 
 
+class Target(NamedTuple):
+    """What to write: the new folder or file, its format, the type of a GGUF file, and the dtype of any other (None: as stored)."""
+
+    out: Path
+    format: str
+    type: str
+    dtype: str | None
+
+
 def export(
     run: str | os.PathLike,
     out: str | os.PathLike,
@@ -116,11 +125,12 @@ def export(
         raise ModelError(f"the files of a {opened.config.outer} model hold experts as a text model's do not; export it with --format hf")
     if format == "gguf-lora":
         return _write_pairs(found, opened, Path(out), type)
+    target = Target(Path(out), format, type, dtype)
     if found.adapter is None:
-        with _new(Path(out), format) as folder:
-            _write(opened, abstract(opened.config), opened.checkpoint, folder, Path(out).name, format, type, dtype)
-        return Path(out)
-    return _merge(found, opened, head, Path(out), format, type, dtype, bound)
+        with _new(target.out, format) as folder:
+            _write(opened, abstract(opened.config), opened.checkpoint, folder, target)
+        return target.out
+    return _merge(found, opened, head, target, bound)
 
 
 def find(run: str | os.PathLike) -> Found:
@@ -198,15 +208,9 @@ def _head(found: Found) -> heads.Head | None:
     return (heads.head_of(found.config) if found.config else None) or heads.head_of_adapter(found.adapter)
 
 
-def _merge(
-    found: Found, opened: Opened, head: heads.Head | None, out: Path, format: str, type: str, dtype: str | None, bound: float | None
-) -> Path:
-    """Write the merged model, read it back and compare it with base and adapter, before `out` gets its name."""
+def _with_adapter(found: Found, opened: Opened, head: heads.Head | None, quantization: str | None) -> tuple[Model, Any]:
+    """Base and adapter. A dense base has its file's dtype, whatever the run rounded it to: the adapter is merged into the file's weights."""
     assert found.adapter is not None
-    prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
-    base, stored = opened.checkpoint, stored_dtype(opened)
-    quantization = None if isinstance(base, Bitsandbytes) else found.quantization
-    # in the file's dtype, whatever the run rounded it to, because the adapter is merged into the file's weights
     model = read_model(opened, found.dtype if quantization else "auto", quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
     adapter = load_adapter(found.adapter, model)
@@ -215,36 +219,48 @@ def _merge(
             f"{found.adapter} holds an adapter of method {adapter.config.group}: tokens before a text, no change of a matrix, so there is "
             "nothing to merge; export it as it is"
         )
-    params = compose(model.params, adapter)
-    wanted = check.logits(model.config, params, prompts)
-    if not all(np.isfinite(logits).all() for logits in wanted):
+    return model, adapter
+
+
+def _merge(found: Found, opened: Opened, head: heads.Head | None, target: Target, bound: float | None) -> Path:
+    """Write the merged model, read it back and compare it with base and adapter, before `target.out` gets its name."""
+    prompts = check.prompt_ids(opened.tokenizer, opened.config.vocab_size, _texts(found, opened))
+    base, stored = opened.checkpoint, stored_dtype(opened)
+    quantization = None if isinstance(base, Bitsandbytes) else found.quantization
+    model, adapter = _with_adapter(found, opened, head, quantization)
+    expected = check.logits(model.config, compose(model.params, adapter), prompts)
+    if not all(np.isfinite(logits).all() for logits in expected):
         raise ModelError(f"{found.base} with the adapter {found.adapter} gives logits that are not numbers (NaN): look at the run's loss")
     if pack := quantizer(opened.config, quantization):
         base = Packed(base, opened.config, found.dtype, pack)
         stored = "bfloat16" if stored == "float32" else stored
-    dtype = dtype or stored
+    target = target._replace(dtype=target.dtype or stored)
     in_file = format_of(json.loads(opened.config.hf_json))
     packed = {"is stored": in_file and in_file.what, "was trained": found.quantization}
     if packed_as := " and ".join(f"{verb} as {kind}" for verb, kind in packed.items() if kind):
-        log.info("the base %s; it is merged as what that stands for, in %s", packed_as, dtype)
+        log.info("the base %s; it is merged as what that stands for, in %s", packed_as, target.dtype)
     if head:  # the head differs from the checkpoint's, so the tree is written from memory instead of being read again
-        opened, base = dataclasses.replace(opened, config=model.config), None
+        opened, base, params = dataclasses.replace(opened, config=model.config), None, compose(model.params, adapter)
     else:
         params = composed(opened.config, adapter, base)
     del model
-    with _new(out, format) as folder:
-        file = _write(opened, params, base, folder, out.name, format, type, dtype)
+    with _new(target.out, target.format) as folder:
+        file = _write(opened, params, base, folder, target)
         merged = load(file, "auto")
-        compared = check.compare(wanted, check.logits(merged.config, merged.params, prompts))
+        compared = check.compare(expected, check.logits(merged.config, merged.params, prompts))
         log.info("merged beside base and adapter: %s", compared)
-        largest, least = BOUNDS[type if format == "gguf" else dtype]
-        largest = largest if bound is None else bound
-        if not (compared.difference <= largest and compared.agreement >= least):
-            raise ModelError(
-                f"the merged model is not the base with its adapter: {compared}; at most {largest:g} and at least {least:.0%} are let "
-                "pass, so nothing was written. Take a finer dtype or type, or a larger --bound, or export the adapter as it is"
-            )
-    return out
+        _check_merge(compared, target, bound)
+    return target.out
+
+
+def _check_merge(compared: check.Comparison, target: Target, bound: float | None) -> None:
+    largest, least = BOUNDS[target.type if target.format == "gguf" else str(target.dtype)]
+    largest = largest if bound is None else bound
+    if not (compared.difference <= largest and compared.agreement >= least):
+        raise ModelError(
+            f"the merged model is not the base with its adapter: {compared}; at most {largest:g} and at least {least:.0%} are let "
+            "pass, so nothing was written. Take a finer dtype or type, or a larger --bound, or export the adapter as it is"
+        )
 
 
 def _texts(found: Found, opened: Opened) -> list[str]:
@@ -257,18 +273,18 @@ def _texts(found: Found, opened: Opened) -> list[str]:
     return list(check.PROMPTS)
 
 
-def _write(opened: Opened, params: Any, base: Any, folder: Path, name: str, format: str, type: str, dtype: str | None) -> Path:
+def _write(opened: Opened, params: Any, base: Any, folder: Path, target: Target) -> Path:
     """Write the model into `folder`; returns what `load` opens."""
-    if format in ("hf", "text"):
+    if target.format in ("hf", "text"):
         config, other_tensors = opened.config, opened.other_tensors
-        if format == "text":
+        if target.format == "text":
             config, other_tensors = nested.alone(config, language_class(config.model_type)), None
         extra = dict(tokenizer=opened.tokenizer, generation_config=opened.generation_config, other_tensors=other_tensors)
-        hf.write_model(folder, config, params, dtype=dtype, base=base, **extra)
+        hf.write_model(folder, config, params, dtype=target.dtype, base=base, **extra)
         return folder
-    name = name.removesuffix(".gguf")
-    settings = dict(type=type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)
-    file = save_gguf(opened.config, params, folder / f"{name}-{type}.gguf", **settings)
+    name = target.out.name.removesuffix(".gguf")
+    settings = dict(type=target.type, tokenizer=opened.tokenizer, generation_config=opened.generation_config, base=base, name=name)
+    file = save_gguf(opened.config, params, folder / f"{name}-{target.type}.gguf", **settings)
     if opened.tokenizer is not None:
         text = modelfile(file.name, opened.tokenizer, _stop_texts(opened), opened.config.max_position_embeddings)
         (folder / "Modelfile").write_text(text, "utf-8")
