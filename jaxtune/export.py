@@ -209,7 +209,7 @@ def _head(found: Found) -> heads.Head | None:
 
 
 def _with_adapter(found: Found, opened: Opened, head: heads.Head | None, quantization: str | None) -> tuple[Model, Any]:
-    """Base and adapter. A dense base has its file's dtype, whatever the run rounded it to: the adapter is merged into the file's weights."""
+    """Base and adapter. A dense base has its file's dtype, whatever the run rounded it to: the adapter is merged into those weights."""
     assert found.adapter is not None
     model = read_model(opened, found.dtype if quantization else "auto", quantization)
     model = heads.attach(model, head, jax.random.key(0)) if head else model
