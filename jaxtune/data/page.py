@@ -122,11 +122,7 @@ def _histogram(report: Report) -> str:
 
 
 def _losses(report: Report) -> str:
-    lines = [f"{count:,} rows dropped: {name.replace('_', ' ')}" for name, count in report.dropped.items()]
-    if report.cut["rows"]:
-        lines.append(f"{report.cut['rows']:,} rows cut, by {report.cut['tokens']:,} tokens")
-    if report.cut["split"]:
-        lines.append(f"{report.cut['split']:,} rows split")
+    lines = report.losses()
     if not lines:
         return _faint("No row was dropped, cut or split.")
     return "<h2>Dropped, cut, split</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

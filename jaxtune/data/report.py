@@ -78,6 +78,15 @@ class Report:
     previews: list[Preview]
     notes: list[str]
 
+    def losses(self) -> list[str]:
+        """What is dropped, cut and split, in words, a line each."""
+        lines = [f"{count:,} rows dropped: {name.replace('_', ' ')}" for name, count in self.dropped.items()]
+        if self.cut["rows"]:
+            lines.append(f"{self.cut['rows']:,} rows cut, by {self.cut['tokens']:,} tokens")
+        if self.cut["split"]:
+            lines.append(f"{self.cut['split']:,} rows split")
+        return lines
+
     def to_dict(self) -> dict:
         """For JSON."""
         return asdict(self)
@@ -133,7 +142,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1, vocabulary: i
         notes=[
             *_unknown(sides.values(), tokenizer, vocabulary),
             *_notes(compared, sum(map(_rows, sides.values())), tokenizer),
-            *_asked(data.train, tokenizer),
+            *_prompt_notes(data.train, tokenizer),
         ],
     )
 
@@ -164,7 +173,7 @@ def _notes(compared: list[quality.Item], rows: int, tokenizer: Any) -> Iterator[
         yield f"Of the stream, the first {len(compared):,} rows were compared with each other."
 
 
-def _asked(train: Source, tokenizer: Any) -> Iterator[str]:
+def _prompt_notes(train: Source, tokenizer: Any) -> Iterator[str]:
     if not isinstance(train, Prompts):
         return
     layout, columns = train.layout, list(train.fields[0])

@@ -18,7 +18,7 @@ def show(report: Report, console: Console) -> None:
     console.print(_sources(report))
     console.print(_histogram(report, min(console.width - 30, 60)))
     if report.dropped or any(report.cut.values()):
-        console.print(_losses(report))
+        console.print(Text("\n" + "\n".join(report.losses()), "yellow"))
     for preview in report.previews:
         console.print(_preview(preview))
     console.print(_problems(report))
@@ -63,15 +63,6 @@ def _histogram(report: Report, width: int) -> Group:
             Text.assemble((f"{edge:>7} ", "dim"), (bar or ("▏" if count else ""), "cyan"), (f" {count:,}" if count else "", "dim"))
         )
     return Group(*lines)
-
-
-def _losses(report: Report) -> Text:
-    lines = [f"{count:,} rows dropped: {name.replace('_', ' ')}" for name, count in report.dropped.items()]
-    if report.cut["rows"]:
-        lines.append(f"{report.cut['rows']:,} rows cut, by {report.cut['tokens']:,} tokens")
-    if report.cut["split"]:
-        lines.append(f"{report.cut['split']:,} rows split")
-    return Text("\n" + "\n".join(lines), "yellow")
 
 
 def _preview(preview: Preview) -> Group:
