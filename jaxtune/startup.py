@@ -106,7 +106,7 @@ def init_trainable(
     folders = [Path(folder).expanduser() for folder in (config.init_adapter, opened.path) if folder]
     model = heads.attach_value(config, model, folders, mesh)
     model.config = how_to_compute(config, model.config, mesh)
-    nf4_kernel.prove_for(model.config, model.params)
+    nf4_kernel.verify_for(model.config, model.params)
     if config.init_adapter:
         trainable = heads.train_value(peft_files.load_adapter(config.init_adapter, model), model.params)
         if kind_of(trainable.config) is not METHODS[config.method].kind:

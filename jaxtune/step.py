@@ -13,7 +13,7 @@ from jaxtune import in_backward
 from jaxtune.errors import ConfigError
 from jaxtune.kernels import attention_form
 from jaxtune.model.attention import CPU_TILE, TILE
-from jaxtune.model.nf4_kernel import chosen
+from jaxtune.model.nf4_kernel import choose_kernel
 from jaxtune.objectives.answers import REFERENCE
 from jaxtune.optim import clip_by_global_norm
 from jaxtune.peft import compose, lora_init, penalty
@@ -67,7 +67,7 @@ def how_to_compute(config, model_config, mesh: Mesh):
     platform = mesh.devices.flat[0].platform
     chunk = config.logits_chunk_size or (128 if platform == "cpu" else 512)
     tile = CPU_TILE if platform == "cpu" else TILE
-    kernel = chosen(config.quantization_kernel, platform)
+    kernel = choose_kernel(config.quantization_kernel, platform)
     how = dict(dtype=config.dtype, remat=remat_of(config, platform), logits_chunk=chunk, mlp_chunk=config.mlp_chunk_size)
     form = attention_form(config, model_config, mesh)
     return dataclasses.replace(model_config, **how, attention=form, attention_tile=tile, quantization_kernel=kernel)

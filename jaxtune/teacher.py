@@ -69,5 +69,5 @@ def read_teacher(config: Config, opened: Opened | None, mesh: Mesh) -> dict[str,
     model = read_model(opened, config.dtype, config.teacher_quantization, mesh)
     log.info("teacher: %s, %.2f GB of weights", model.config.model_type, nbytes(model.params) / 1e9)
     model.config = how_to_compute(config, model.config, mesh)
-    nf4_kernel.prove_for(model.config, model.params)
+    nf4_kernel.verify_for(model.config, model.params)
     return {TEACHER: Teacher(model.params, model.config)}

@@ -98,7 +98,7 @@ def opened(config: ModelConfig, stack: int, weights: dict):
     """
     if config.quantization_kernel == "xla" or config.mesh is None or split(config.mesh, "tensor"):
         return weights, lambda layer, number: _brought(config, stack, layer)
-    weights, put = nf4_kernel.hold(weights, config.mesh)
+    weights, put = nf4_kernel.split_codes(weights, config.mesh)
     return weights, lambda layer, number: put(_brought(config, stack, layer), number)
 
 

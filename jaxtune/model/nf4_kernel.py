@@ -26,7 +26,7 @@ SIDES, SMALL = (512, 384, 256, 128), 1024  # of a tile; inputs up to SMALL witho
 VMEM = 32 * 2**20
 
 
-class Held(Packed):
+class StackedNF4(Packed):
     """A 4-bit matrix whose codes stay in a stack of layers: number `number` (int32 `[]`) of `stack [L, in / 2, out]`.
 
     A loop over layers would cut the layer's codes out, and a kernel takes whole arrays: each would be copied before it is read. On `mesh`
@@ -70,14 +70,14 @@ class Held(Packed):
         return self._cut_out().dense_beside(x)
 
 
-def chosen(asked: str, platform: str) -> str:
+def choose_kernel(requested: str, platform: str) -> str:
     """`auto`, `xla` or `pallas` as requested -> what that platform uses: `xla` or `pallas`. ConfigError if there is no kernel."""
-    if asked == "pallas" and platform != "tpu":
+    if requested == "pallas" and platform != "tpu":
         raise ConfigError(f"quantization_kernel: pallas is for TPUs, and this computes on a {platform}; write auto or xla")
-    return ("pallas" if platform == "tpu" else "xla") if asked == "auto" else asked
+    return ("pallas" if platform == "tpu" else "xla") if requested == "auto" else requested
 
 
-def prove() -> None:
+def verify() -> None:
     """Dequantise a small matrix with the kernel on the local device, both ways, and compare it bit by bit with `NF4.dense`.
 
     No TPU was available when the kernel was written: it was tested in interpret mode and compiled for TPUs. Takes a second at the start of
@@ -85,22 +85,22 @@ def prove() -> None:
     """
     w = jax.random.normal(jax.random.key(0), (128, 256))
     leaf = cast(NF4, quantize(w, "nf4-dq"))
-    held = Held(leaf.replace(codes=None), leaf.codes[None], jnp.int32(0))
+    held = StackedNF4(leaf.replace(codes=None), leaf.codes[None], jnp.int32(0))
     dense = jax.jit(lambda leaf: leaf.dense(jnp.bfloat16))(leaf)
     forward, back = (held.product(jnp.eye(side, dtype=jnp.bfloat16), back) for side, back in ((256, False), (128, True)))
     if not bool((forward == dense.T).all() & (back == dense).all()):
         raise JaxtuneError("the 4-bit kernel gives other numbers than it should on this device; write quantization_kernel: xla")
 
 
-def prove_for(config: ModelConfig, params: dict) -> None:
-    """`prove`, for a model that will use the kernel."""
+def verify_for(config: ModelConfig, params: dict) -> None:
+    """`verify`, for a model that will use the kernel."""
     packed = any(isinstance(leaf, NF4) for leaf in jax.tree.leaves(params, is_leaf=is_weight))
     if packed and config.quantization_kernel == "pallas":
-        prove()
+        verify()
 
 
-def hold(layers, mesh: Mesh | None = None):
-    """A tree of stacks without the codes of its 4-bit matrices, to be scanned over, and `put(layer, number)`, which makes `Held` of one
+def split_codes(layers, mesh: Mesh | None = None):
+    """A tree of stacks without the codes of its 4-bit matrices, to be scanned over, and `put(layer, number)`, which makes `StackedNF4` of one
     layer's part. Experts stay as they are, and codes that are sharded over a mesh are gathered by the layer before `put`."""
     stacks, cut = [], split(mesh, "fsdp")
 
@@ -120,8 +120,8 @@ def hold(layers, mesh: Mesh | None = None):
             if not is_4bit(leaf) or leaf.absmax.ndim != 2:
                 return leaf
             if cut:
-                return Held(leaf.replace(codes=None), leaf.codes[None], jnp.int32(0), mesh)
-            return Held(leaf, next(left), number, mesh)
+                return StackedNF4(leaf.replace(codes=None), leaf.codes[None], jnp.int32(0), mesh)
+            return StackedNF4(leaf, next(left), number, mesh)
 
         return jax.tree.map(held, layer, is_leaf=is_4bit)
 

@@ -38,7 +38,7 @@ def stack(out, width, kind, block_size=64, layers=2):
     """Layers of one random matrix each, quantised and stacked, and the function that gives a layer's leaf its place in the stack."""
     w = np.random.default_rng(0).standard_normal((layers, out, width)).astype(np.float32)
     leaves = [quant.quantize(one, kind, block_size) for one in w]
-    rest, put = nf4_kernel.hold(jax.tree.map(lambda *x: jnp.stack(x), *leaves))
+    rest, put = nf4_kernel.split_codes(jax.tree.map(lambda *x: jnp.stack(x), *leaves))
     return leaves, lambda n: put(jax.tree.map(lambda x: x[n], rest), jnp.int32(n))
 
 
@@ -119,14 +119,14 @@ def test_a_model_by_the_kernel(calls):
 
 
 def test_a_device_that_computes_something_else_is_found_out(monkeypatch):
-    nf4_kernel.prove()
+    nf4_kernel.verify()
     monkeypatch.setattr(nf4_kernel, "CODES", {"nf4": (*quant.NF4_CODE[:5], -0.18, *quant.NF4_CODE[6:])})
     with pytest.raises(JaxtuneError, match="write quantization_kernel: xla"):
-        nf4_kernel.prove()
+        nf4_kernel.verify()
 
 
 def test_the_kernel_is_for_tpus():
-    assert [nf4_kernel.chosen("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "xla", "pallas"]
-    assert nf4_kernel.chosen("xla", "tpu") == "xla"
+    assert [nf4_kernel.choose_kernel("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "xla", "pallas"]
+    assert nf4_kernel.choose_kernel("xla", "tpu") == "xla"
     with pytest.raises(ConfigError, match="write auto or xla"):
-        nf4_kernel.chosen("pallas", "cpu")
+        nf4_kernel.choose_kernel("pallas", "cpu")

@@ -104,7 +104,7 @@ def test_a_tpu_product_leaves_nothing_in_its_memory(back):
 
     def temporaries(cut_out):
         def product(stack, x):
-            held, put = nf4_kernel.hold(stack)
+            held, put = nf4_kernel.split_codes(stack)
 
             def of_one(layer, number, x):
                 leaf = put(layer, number)
