@@ -18,7 +18,7 @@ from jaxtune.convert import value as value_head
 from jaxtune.convert.folders import new_folder
 from jaxtune.convert.load import Model
 from jaxtune.convert.names import is_float
-from jaxtune.convert.peft_config import PREFIX, config_json, names_of_today, naming_config, read_config
+from jaxtune.convert.peft_config import PREFIX, config_json, current_names, naming_config, read_config
 from jaxtune.convert.peft_embeddings import check_vocabulary, read_embeddings
 from jaxtune.convert.peft_experts import PerExpert, is_per_expert
 from jaxtune.convert.peft_packed import check_packed
@@ -170,7 +170,7 @@ def _load(path: Path, model: Model) -> Adapter:
         config = settle(model.config, config)
         checkpoint.entries = {name.replace(".embed_out.", ".lm_head."): entry for name, entry in checkpoint.entries.items()}
     if model.config.outer:
-        checkpoint.entries = names_of_today(path, checkpoint.entries, model.config)
+        checkpoint.entries = current_names(path, checkpoint.entries, model.config)
     apart = model.config.moe is not None and is_per_expert(checkpoint)
     if apart:
         assert model.config.moe is not None

@@ -116,7 +116,7 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
         raise ModelError(f"{path}/adapter_config.json: {error}") from error
 
 
-def names_of_today(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
+def current_names(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
     """An adapter's tensors under today's names; ModelError if some belong to modules outside the language model."""
     others = NESTED[config.outer].other_prefixes
     if foreign := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(others)]:
