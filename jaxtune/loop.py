@@ -18,7 +18,7 @@ from jaxtune import data, distributed, faults, optim, parallel
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
-from jaxtune.objectives.watch import symptoms
+from jaxtune.objectives.symptoms import symptoms
 from jaxtune.on_policy import OnPolicy
 from jaxtune.rollout import Rollouts
 from jaxtune.runlog import HANGUP, RunLog, leave_terminal

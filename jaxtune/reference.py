@@ -30,7 +30,7 @@ from jaxtune.disk import replacing
 from jaxtune.errors import ConfigError
 from jaxtune.model.families.base import HOW
 from jaxtune.objectives.answers import REFERENCE, answer_logprobs
-from jaxtune.objectives.watch import WITH_REFERENCE
+from jaxtune.objectives.symptoms import WITH_REFERENCE
 from jaxtune.peft import compose, partial
 from jaxtune.peft.adapter import Adapter
 

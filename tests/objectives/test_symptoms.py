@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jaxtune.config import load_config
-from jaxtune.objectives.watch import WINDOW, symptoms
+from jaxtune.objectives.symptoms import WINDOW, symptoms
 
 
 def config(**keys):
