@@ -101,7 +101,7 @@ def verify_for(config: ModelConfig, params: dict) -> None:
 
 def split_codes(layers, mesh: Mesh | None = None):
     """A tree of stacks without the codes of its 4-bit matrices, to be scanned over, and `put(layer, number)`, which makes a
-    `StackedNF4` of one layer's part. Experts stay as they are, and codes that are sharded over a mesh are gathered by the layer before `put`."""
+    `StackedNF4` of one layer's part. Experts stay as they are, and codes sharded over a mesh are gathered by the layer before `put`."""
     stacks, cut = [], split(mesh, "fsdp")
 
     def is_4bit(leaf):
