@@ -35,7 +35,6 @@ from jaxtune.peft.sites import (
     Site,
     Whole,
     adaptable,
-    find_sites,
     is_parameter,
     names,
     rank_and_scale,
@@ -232,8 +231,12 @@ def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, con
     """The pairs in the file; the names of their tensors are removed from `left`."""
     params, sites = {}, []
     rows = adaptable(model.config)
-    wanted = find_sites(model.config, config) if config.target_parameters else ()
-    experts = {site.path: site.ranks for site in wanted if is_parameter(site.path)}
+    named = targeted(model.config, config)  # PEFT's "all-linear" also lists parameters that the model does not have
+    experts = {
+        path: tuple(rank_and_scale(name, config)[0] if name in named else 0 for name in names(path, row))
+        for path, row in rows.items()
+        if is_parameter(path) and not named.isdisjoint(names(path, row))
+    }
     kind, stems = kind_of(config), {name.rsplit(".", dots)[0] for name in left for dots in (1, 2)}
     for name, row in rows.items():
         places = list(_places(name, row, experts))

@@ -87,7 +87,7 @@ EACH = [(OTHERS.get(name, "untied"), name) for name in VARIANTS if "tied" not in
 EACH += [("tied", name) for name in ("head", "embedding", "DoRA of the ends", "modules", "both uses of a tied matrix", "tokens")]
 EACH += [("mixtral", name) for name in ("all-linear of experts", "one parameter", "old names")]
 EACH += [("deepseek_v3", "all-linear of experts"), ("gpt_oss", "its parameters"), ("granitemoe", "its parameters")]
-EACH += [("qwen2_moe", "all-linear of experts"), ("qwen3_next", "all-linear of experts")]
+EACH += [(kind, "all-linear of experts") for kind in ("hunyuan_moe", "qwen2_moe", "qwen3_next")]
 EACH += [("qwen3_moe", name) for name in ("all-linear of experts", "parameters", "regex of experts")]
 
 
@@ -97,7 +97,7 @@ def folders(tmp_path_factory):
     for kind in ("untied", "tied"):
         shape = tiny.LLAMA | {"tie_word_embeddings": kind == "tied"}
         tiny.write(root / kind, shape, tiny.hf_tensors(shape))
-    mixtures = "deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"
+    mixtures = "deepseek_v3", "gpt_oss", "granitemoe", "hunyuan_moe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"
     for kind in (*mixtures, "gemma3_nested", "gpt2", "gpt_neox", *FUSED):
         golden = references.load(kind)
         tiny.write(root / kind, golden.config, {name: np.ascontiguousarray(tensor) for name, tensor in golden.files.items()})
