@@ -7,6 +7,7 @@ inverse.
 import dataclasses
 import difflib
 import enum
+import math
 import os
 import types
 import typing
@@ -17,7 +18,8 @@ import numpy as np
 
 from jaxtune.errors import ConfigError
 
-SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", types.NoneType: "null"}
+_LARGEST = 1 << 1023  # larger whole numbers are no float
+SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string", types.NoneType: "null"}
 
 
 class Mismatch(Exception):
@@ -105,9 +107,9 @@ def coerce(value: Any, kind: Any) -> Any:
         return _group(value, kind)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _LARGEST:
         return float(value)
-    if type(value) is kind:
+    if type(value) is kind and (kind is not float or math.isfinite(value)):
         return value
     raise Mismatch
 

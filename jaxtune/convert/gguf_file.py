@@ -86,13 +86,23 @@ class GGUFFile:
             self.metadata[key] = cursor.value(cursor.number("I"))
         raw = [_tensor_info(cursor, self.path) for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", 32)
-        base = -(-cursor.place // alignment) * alignment
+        if type(alignment) is not int or alignment < 1:
+            raise ModelError(f"{self.path}: general.alignment is {alignment!r}; it has to be a whole number above 0. Fetch the file again")
+        end = -(-cursor.place // alignment) * alignment
+        base = end
         for name, kind, shape, offset in raw:
             tensor = GGUFTensor(self.path, kind, shape, base + offset)
+            what = f"{self.path}: tensor {name} ({kind.name} {list(shape)})"
             if math.prod(shape) % GGML_QUANT_SIZES[kind][0] or tensor.start + tensor.nbytes > size:
-                what = f"{kind.name} {list(shape)}"
-                raise ModelError(f"{self.path}: tensor {name} ({what}) does not fit the file; it was cut. Fetch it again")
+                raise ModelError(f"{what} does not fit the file; it was cut. Fetch it again")
+            if tensor.start != end:  # llama.cpp, too, wants them one behind the other
+                raise ModelError(f"{what} begins at byte {tensor.start}, but the one before it ends at byte {end}. Fetch the file again")
+            if name in self.tensors:
+                raise ModelError(f"{what} is in the file twice. Fetch it again")
             self.tensors[name] = tensor
+            end += -(-tensor.nbytes // alignment) * alignment
+        if raw and size > end:
+            raise ModelError(f"{self.path} is {size} bytes long, but its header describes {end}. Fetch it again")
 
 
 def _tensor_info(cursor: "_Cursor", path: Path) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:

@@ -73,6 +73,10 @@ class Rope:
             original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or original
         theta = float(given.get("rope_theta") or hf.get("rope_theta") or 10000.0)
         rope = cls(dim, theta, kind, original_max=original, interleaved=interleaved, **settings)
+        if kind == "yarn" and theta <= 1:
+            raise ModelError(f"rope_theta={theta:g} of config.json turns all dimensions alike, which rope_type yarn cannot; fetch it again")
+        if kind == "longrope" and original <= 1:
+            raise ModelError(f"original_max_position_embeddings={original} of config.json is no length of a text; fetch it again")
         if 2 * rope.pairs > head_dim:
             raise ModelError(f"head_dim={head_dim} is odd, and rotary positions turn two dimensions at a time; look at config.json")
         for key in ("short_factor", "long_factor"):
@@ -90,11 +94,15 @@ class Rope:
         return KINDS[self.kind](self, length_BT)
 
 
+_LONGEST = 2**31  # positions are int32
+_TOO_LARGE = 1e30  # beyond it, powers of a setting are infinite
+
+
 def _check_settings(given: Mapping[str, Any]) -> None:
     """ModelError for a setting that must be a number above 0 (or a list of them) and is not."""
 
     def positive(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _TOO_LARGE
 
     for key, value in given.items():
         if key in ("short_factor", "long_factor", "divisors"):
@@ -103,10 +111,13 @@ def _check_settings(given: Mapping[str, Any]) -> None:
             fits = isinstance(value, str)
         elif key in ("mscale", "mscale_all_dim", "llama_4_scaling_beta"):
             fits = positive(value) or (value == 0 and not isinstance(value, bool))
+        elif key.endswith("embeddings"):
+            fits = positive(value) and value < _LONGEST
         else:
-            fits = not key.endswith(("factor", "theta", "embeddings", "beta_fast", "beta_slow")) or positive(value)
+            fits = not key.endswith(("factor", "theta", "beta_fast", "beta_slow", "alpha")) or positive(value)
         if not fits:
-            raise ModelError(f"rope_parameters (or rope_scaling) of config.json has {key}={value!r}; it needs a number above 0 there")
+            wants = f"a number above 0 and below {_LONGEST if key.endswith('embeddings') else _TOO_LARGE:.0e}"
+            raise ModelError(f"rope_parameters (or rope_scaling) of config.json has {key}={value!r}; it needs {wants} there")
 
 
 _NEEDED = {

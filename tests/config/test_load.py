@@ -82,7 +82,7 @@ def test_a_key_like_no_other_gets_no_suggestion():
         ({"max_steps": "long"}, "max_steps is 'long', but has to be a whole number"),
         ({"max_steps": 1.5}, "max_steps is 1.5"),
         ({"per_device_train_batch_size": True}, "per_device_train_batch_size is True"),
-        ({"learning_rate": "2e-4"}, "learning_rate is '2e-4', but has to be a number"),
+        ({"learning_rate": "2e-4"}, "learning_rate is '2e-4', but has to be a finite number"),
         ({"data": {"packing": "grup"}}, "data.packing is 'grup', but has to be true, false or group. Did you mean group?"),
         ({"lora": 4}, "lora is 4, but is a group of keys (r, lora_alpha"),
         ({"lora": {"rank_pattern": [4]}}, "lora.rank_pattern is [4], but has to be a table {name: a whole number}"),

@@ -69,6 +69,9 @@ def set_config(folder, name="config.json", **changes):
         (dict(rms_norm_eps=-1.0), "rms_norm_eps=-1.0"),
         (dict(rope_theta="x"), "rope_theta='x'"),
         (dict(rope_theta=0), "rope_theta=0"),
+        (dict(model_type="mistral", sliding_window=2**40), "sliding_window=1099511627776; at most 2147483647"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2, "rope_theta": 1}), "rope_theta=1 of config.json"),
+        (dict(rope_scaling={"type": "dynamic", "alpha": "x", "factor": 2}), "alpha='x'"),
         (dict(max_position_embeddings="128"), "max_position_embeddings='128'"),
         (dict(hidden_act=["silu"]), "hidden_act=['silu']"),
         (dict(tie_word_embeddings="false"), "tie_word_embeddings='false'"),
@@ -314,12 +317,11 @@ def key(name, *new):
     return edit
 
 
-def tensor(offset, *new):
-    """Overwrite a number of `blk.0.attn_q.weight`'s entry: 0 dimensions, 4 and 12 sizes, 20 type, 24 place."""
+def tensor(offset, *new, name="blk.0.attn_q.weight"):
+    """Overwrite a number of a matrix's entry: 0 dimensions, 4 and 12 sizes, 20 type, 24 place."""
 
     def edit(data):
-        name = b"blk.0.attn_q.weight"
-        struct.pack_into(new[0], data, bytes(data).index(name) + len(name) + offset, *new[1:])
+        struct.pack_into(new[0], data, bytes(data).index(name.encode()) + len(name) + offset, *new[1:])
 
     return edit
 
@@ -328,8 +330,10 @@ def tensor(offset, *new):
     ("edit", "said"),
     [
         (tensor(20, "<I", 99), "tensor blk.0.attn_q.weight has type 99"),
-        (tensor(20, "<I", 15), "tensor blk.0.attn_q.weight is Q8_K"),
-        (tensor(20, "<I", 26), "tensor blk.0.attn_q.weight is I32"),
+        (tensor(12, "<I", 26, name="blk.0.attn_norm.weight"), "tensor blk.0.attn_norm.weight is I32"),
+        (tensor(20, "<I", 15), "but the one before it ends at byte"),
+        (tensor(24, "<Q", 64), "tensor blk.0.attn_q.weight (Q8_0 [64, 32]) begins at byte"),
+        (lambda data: data.__setitem__(8, data[8] - 1), "bytes long, but its header describes"),
         (tensor(4, "<Q", 2**62), "tensor blk.0.attn_q.weight"),
         (tensor(24, "<Q", 2**40), "tensor blk.0.attn_q.weight"),
         (tensor(0, "<I", 2**31), "the header is cut or corrupt"),

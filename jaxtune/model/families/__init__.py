@@ -164,8 +164,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             raise ModelError(f"{key}={hf[key]!r} is not implemented for {model_type}; only {key}={harmless[-1]!r} is")
     settings = {**family.defaults, **hf}
     config, padding = family.config(settings), settings.get("pad_token_id")
-    if family.pads and type(padding) is int:
-        config = dataclasses.replace(config, padding_idx=padding % config.vocab_size if padding < 0 else padding)
+    if family.pads and type(padding) is int and padding < config.vocab_size:
+        config = dataclasses.replace(config, padding_idx=padding % config.vocab_size)
     return dataclasses.replace(config, **heads.fields(settings), hf_json=json.dumps(hf))
 
 
@@ -188,8 +188,10 @@ _WHOLE = (*_LISTED[3:], "num_experts_per_tok", "moe_k", "n_group", "topk_group",
           "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers",
           "moe_latent_size", "moe_shared_expert_intermediate_size", "num_shared_experts")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
-             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor",
+             "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor", "rotary_pct",
              "lm_head_multiplier", "logits_scaling", "scale_depth", "dim_model_base")  # fmt: skip
+_LARGEST = 2**31 - 1  # positions are int32
+_BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")  # may be larger
 _WANTED = {
     **dict.fromkeys(_COUNTS, "a whole number above 0"),
     **dict.fromkeys(_WHOLE, "a whole number"),
@@ -214,6 +216,8 @@ def _check_values(hf: Mapping[str, Any], family: Family) -> None:
     for key, value in hf.items():
         if key in _LISTED and isinstance(value, int) and value > _MOST:
             raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {_MOST} are possible")
+        if isinstance(value, int) and value > _LARGEST and key in _WANTED and key not in _BASES:
+            raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {_LARGEST} is possible")
         default = defaults.get(key)
         wants = _WANTED.get(key) or next((name for kind, name in _KINDS if isinstance(default, kind)), "")
         if not wants or (value is None and (default is None or key in _NULLABLE)):

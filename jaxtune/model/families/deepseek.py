@@ -13,7 +13,7 @@ from jaxtune.model.row import Row
 
 def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -> Moe | None:
     """All layers from `first_k_dense_replace` on unless listed; transformers has no load-balancing loss for these."""
-    number = hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"]
+    number = hf.get("num_local_experts") or hf.get("num_experts") or hf.get("n_routed_experts") or 0
     layers = list(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])) if layers is None else layers
     inner, groups = hf["moe_intermediate_size"], (hf["n_group"] or 1, hf["topk_group"] or 1)
     if min(groups) < 1 or number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
