@@ -296,7 +296,8 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, target: Target)
 def _stop_texts(opened: Opened) -> list[str]:
     ends = opened.generation_config.get("eos_token_id", opened.tokenizer.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
-    texts = (opened.tokenizer.convert_ids_to_tokens(number) for number in ends if number is not None)
+    known = (number for number in ends if number is not None and 0 <= number < opened.config.vocab_size)
+    texts = map(opened.tokenizer.convert_ids_to_tokens, known)
     return [text for text in texts if text is not None]  # for an id that the tokenizer lacks
 
 

@@ -71,23 +71,34 @@ def gguf_config(file: GGUFFile) -> dict:
             f"{file.path} is an adapter, which llama.cpp adds to its base (--lora), and no model; give the base here, and the adapter as "
             "the folder that PEFT (or jaxtune) saved it to"
         )
-    if m.architecture not in MODEL_TYPES:
+    if not isinstance(m.architecture, str) or m.architecture not in MODEL_TYPES:
         raise ModelError(f"{file.path}: architecture {m.architecture!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
     norms = {"olmo": (), "lfm2": ("token_embd_norm.weight",), "lfm2moe": ("token_embd_norm.weight",)}  # OLMo's have no weights
     for needed in ("token_embd.weight", *norms.get(m.architecture, ("output_norm.weight",))):
         if needed not in file.tensors:
             raise ModelError(f"{file.path}: tensor {needed} is missing; the file holds a vocabulary or a part of a model")
-    hf = config_of(m)
+    try:
+        hf = config_of(m)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:  # of a value's type, or of how many there are
+        raise ModelError(f"{file.path}: the metadata holds a value of the wrong kind ({error}). Fetch the file again") from error
     hf["architectures"] = [heads.language_class(hf["model_type"])]
-    for key, name in {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}.items():
-        if (number := file.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            hf[name] = number
-    return hf
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+    return hf | {names[key]: number for key, number in _special_tokens(file).items() if key in names}
 
 
 def generation_config(file: GGUFFile) -> dict:
     """generation_config.json: the special tokens, including every token that ends a turn."""
-    ids = {key: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
-    ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None))
-    named = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None), "pad_token_id": ids["padding"]}
+    ids = _special_tokens(file)
+    ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if key in ids))
+    eos = ends if len(ends) > 1 else next(iter(ends), None)
+    named = {"bos_token_id": ids.get("bos"), "eos_token_id": eos, "pad_token_id": ids.get("padding")}
     return {key: value for key, value in named.items() if value is not None}
+
+
+def _special_tokens(file: GGUFFile) -> dict[str, int]:
+    """The special tokens that the file names."""
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "padding")}
+    found = {name: file.metadata[key] for name, key in keys.items() if key in file.metadata}
+    if wrong := next((name for name, number in found.items() if type(number) is not int), None):
+        raise ModelError(f"{file.path}: {keys[wrong]} is {found[wrong]!r}; it has to be a token id. Fetch the file again")
+    return found

@@ -104,7 +104,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizer
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
-    if kind not in _BACKENDS:
+    if not isinstance(kind, str) or kind not in _BACKENDS:
         raise ModelError(f"{where}: a tokenizer of kind {kind!r} is not supported; supported are {', '.join(_BACKENDS)}")
     info = _Info(metadata, where)
     try:
@@ -124,8 +124,10 @@ class _Info:
         self.metadata, self.where = metadata, where
         self.architecture = metadata.get("general.architecture", "")
         self.tokens: list[str] = self.get("tokens") or []
+        if not isinstance(self.tokens, list) or not all(isinstance(token, str) for token in self.tokens):
+            raise ModelError(f"{where}: the vocabulary is damaged: tokenizer.ggml.tokens is no list of texts. Fetch the file again")
         self.types: list[int] = self.get("token_type") or [_NORMAL] * len(self.tokens)
-        if len(set(self.tokens)) != len(self.tokens) or len(self.types) != len(self.tokens):
+        if not isinstance(self.types, list) or len(set(self.tokens)) != len(self.tokens) or len(self.types) != len(self.tokens):
             raise ModelError(f"{where}: the vocabulary is damaged: {len(self.tokens)} tokens, {len(set(self.tokens))} different ones")
 
     def get(self, key: str, default=None):
@@ -133,7 +135,7 @@ class _Info:
 
     def special(self, key: str) -> str | None:
         number = self.get(f"{key}_token_id")
-        return self.tokens[number] if number is not None and number < len(self.tokens) else None
+        return self.tokens[number] if type(number) is int and 0 <= number < len(self.tokens) else None
 
 
 def _byte_level(info: _Info) -> Tokenizer:

@@ -126,7 +126,7 @@ def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict, v
     ends = ends if isinstance(ends, list) else [ends]
     numbers = {
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id,
-        "eot": next((n for n in ends if n not in (None, tokenizer.eos_token_id) and n < vocab_size), None),
+        "eot": next((n for n in ends if n not in (None, tokenizer.eos_token_id) and 0 <= n < vocab_size), None),
     }  # fmt: skip
     for name, number in numbers.items():
         if number is not None:

@@ -197,11 +197,13 @@ def _described(hf_json: dict, file: Path) -> ModelConfig:
 
 
 def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
-    """Warn about special tokens that the model lacks, which may break other programs."""
+    """ModelError for special tokens that are no token ids, a warning about those that the model lacks: other programs may fail on them."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = settings.get(key)
         for token in ids if isinstance(ids, list) else [ids]:
-            if isinstance(token, int) and token >= config.vocab_size:
+            if token is not None and type(token) is not int:
+                raise ModelError(f"{file}: {key} is {ids!r}; it has to be a token id or a list of them")
+            if token is not None and token >= config.vocab_size:
                 log.warning(
                     "%s: %s %d is beyond the vocabulary of %d tokens: no answer can end with it, and other programs may not open the "
                     "model; write the tokenizer's id there", file, key, token, config.vocab_size,

@@ -97,7 +97,7 @@ def test_errors_name_the_config(folder):
 
 def test_special_tokens_beyond_the_vocabulary_are_told(folder, caplog):
     set_config(folder, pad_token_id=5000)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7777]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7777, -1, 1' + 30 * "0" + "]}")
     export(folder, folder.parent / "out", format="gguf")
     assert all(said in caplog.text for said in ("config.json: pad_token_id 5000 is beyond", "generation_config.json: eos_token_id 7777 is"))
     assert "null" not in (folder.parent / "out/Modelfile").read_text()
@@ -227,10 +227,10 @@ def test_a_stop_token_that_no_integer_holds(folder):
     assert 10**30 not in stop_tokens(jt.load(folder))
 
 
-@pytest.mark.parametrize("ends", ["x", {"a": 1}, [[1]]])
+@pytest.mark.parametrize("ends", ["x", {"a": 1}, [[1]], [1, 2.5]])
 def test_stop_tokens_that_are_none(folder, ends):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    assert "has to be a token id" in message(lambda: jt.generate(jt.load(folder), "hi", max_new_tokens=1))
+    assert "generation_config.json: eos_token_id is" in message(jt.load, folder)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(folder):
@@ -259,6 +259,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder):
         (dict(exclude_modules=["q_proj"]), "does not name"),
         (dict(use_dora=True), f"tensor {PAIR}magnitude_vector is missing"),
         (dict(lora_bias=True), f"tensor {PAIR}B.bias is missing"),
+        (dict(lora_alpha=float("nan")), "lora.lora_alpha is nan, but has to be a whole number or a finite number"),
         (dict(modules_to_save=["lm_head"]), "tensor base_model.model.lm_head.weight is missing"),
         (dict(use_qalora=True), "use_qalora=True"),
         *((dict(peft_type=kind), f"of type {kind}") for kind in ("HRA", "POLY", None)),
