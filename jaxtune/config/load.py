@@ -63,7 +63,10 @@ ELSEWHERE = ("trl", "training", "logging")  # groups of Axolotl and Unsloth whos
 PATHS = {prefix + name: kind for prefix, fields in GROUPS.items() for name, kind in fields.items() if f"{prefix}{name}." not in GROUPS}
 
 
+_STAR = """a value that begins with * or & needs quotes: "*.jsonl" in a file, 'data.train="*.jsonl"' in a shell"""
 HINTS = {
+    "expected alphabetic or numeric character": _STAR,
+    "found undefined alias": _STAR,
     "'\\t' that cannot start": "indent with spaces, not with tabs",
     "mapping values are not allowed": "here or in the line before, a colon needs a space after it, or a value with a colon needs quotes",
 }

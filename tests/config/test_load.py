@@ -107,6 +107,7 @@ def test_a_wrong_value_names_key_value_and_expected(raw, says):
         ("model: m\ndata:\n\ttrain: a\n", "line 3, column 1: found character .* any token; indent with spaces"),
         ("model:m\ndata: {}\n", "line 2, column 5: mapping values are not allowed here; here or in the line before, a colon"),
         ("model: 'm\nseed: 1\n", "line 3, column 1: while scanning a quoted scalar that begins in line 1, found unexpected end"),
+        ("model: m\ndata:\n  train: *.jsonl\n", "line 3, column 11: expected alphabetic .* needs quotes: \"\\*.jsonl\" in a file"),
         ("- model\n", "holds no keys"),
         ("", "holds nothing"),
         ("model: m\n\udc80", "is not text in UTF-8"),
