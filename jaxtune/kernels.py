@@ -67,6 +67,8 @@ def _cannot(config, model_config, mesh: Mesh) -> str | None:
     """Why a kernel does not support this run."""
     if config.method in PROMPTS:
         return f"does not support the virtual tokens of {config.method}"
+    if model_config.alibi:
+        return "does not support ALiBi, which this model has"
     if model_config.wide:
         return "supports heads of one size, and this model's have two"
     if model_config.head_dim > HEAD:

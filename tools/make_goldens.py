@@ -409,6 +409,9 @@ CASES |= {
         alignment_intermediate_size=8,
         image_token_id=96,
     ),
+    "bloom": dict(model_type="bloom", vocab_size=96, hidden_size=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-3, pad_token_id=0),
+    "mpt": dict(model_type="mpt", vocab_size=96, d_model=24, n_layers=2, n_heads=3, max_seq_len=64, layer_norm_epsilon=1e-3)
+    | dict(attn_config=dict(clip_qkv=0.6, softmax_scale=0.5)),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

@@ -154,6 +154,8 @@ def all_biases(c: ModelConfig) -> None:
 
 def falcon(c: ModelConfig) -> None:
     """The order of a layer's parts."""
+    if c.alibi:
+        raise ModelError("llama.cpp runs Falcon with rotary positions; this model has ALiBi (alibi)")
     if not c.parallel_residual or c.qkv_bias:
         raise ModelError("llama.cpp runs Falcon with parallel_attn and without bias; this model differs")
 

@@ -49,6 +49,8 @@ def attend(
     q = checkpoint_name(_grouped(q_BTHh, K), "attention")
     k, v = checkpoint_name(k_BSKh.swapaxes(1, 2), "attention"), checkpoint_name(v_BSKh.swapaxes(1, 2), "attention")
     if form != "xla":
+        if keys.bias is not None:
+            raise ModelError(f"attention {form} is a kernel that knows no ALiBi; write attention: xla")
         if keys.common is not None:
             raise ModelError(f"attention {form} is a kernel that knows no virtual tokens (prompt and prefix tuning); write attention: xla")
         q, queries = (_whole(x, _kernel(form).block(T), T) for x in (q, queries))
@@ -198,10 +200,15 @@ def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
     return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _bias(queries, keys, window):
-    """0 where a query sees a key, otherwise a number in which any score vanishes, `[B, T, S]`. Added, not selected: the constants of a
-    select have the scores' shape, and XLA keeps one for each span through all layers."""
-    return jnp.where(visible(queries, keys, window), 0.0, UNSEEN)
+def _bias(queries, keys, window, K):
+    """The keys' own bias where a query sees a key, otherwise a number in which any score vanishes, `[B, K, G, T, S]` (K and G are 1 without
+    such a bias). Added, not selected: the constants of a select have the scores' shape, and XLA keeps one for each span through all layers.
+    """
+    bias = jnp.where(visible(queries, keys, window), 0.0, UNSEEN)[:, None, None]
+    if keys.bias is None:
+        return bias
+    B, S, H = keys.bias.shape
+    return bias + keys.bias.reshape(B, S, K, H // K).transpose(0, 2, 3, 1)[:, :, :, None]
 
 
 def _block(how, window, q, queries, k, v, keys):
@@ -234,7 +241,7 @@ def _part(how, window, q, queries, k, v, keys):
     """Partial sums over some keys: the largest score, and relative to it the sum of weights and of weighted values, float32."""
     B, K, G, t, h = q.shape
     scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
-    scores += _bias(queries, keys, window)[:, None, None]
+    scores += _bias(queries, keys, window, K)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -272,7 +279,7 @@ def _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
     B, K, G, t, h = q.shape
     flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
     capped = softcap(_product(k, flat_q, 3, 3).reshape(B, K, -1, G, t) * how.scale, how.cap)
-    bias = _bias(queries, keys, window).swapaxes(1, 2)[:, None, :, None]
+    bias = _bias(queries, keys, window, K).transpose(0, 1, 4, 2, 3)
     probs = jnp.exp(capped + bias - logz[:, :, None])
     dprobs = _product(v, flat_dout, 3, 3).reshape(probs.shape)
     dscores = probs * (dprobs - delta[:, :, None]) * how.scale

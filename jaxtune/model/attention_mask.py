@@ -12,7 +12,7 @@ class Keys(NamedTuple):
     """The places of keys (or queries): slot in the row, position in the document, segment; int32 `[B, T]`.
 
     `parents`, if given, is the segment that a token's own segment continues (0: none): a prompt that several answers share. `common`, for
-    keys: bool, whether every segment sees it (virtual tokens).
+    keys: bool, whether every segment sees it (virtual tokens). `bias`, for keys: float32 `[B, S, H]`, added to all scores of a key (ALiBi).
     """
 
     slots: jax.Array
@@ -20,6 +20,7 @@ class Keys(NamedTuple):
     segments: jax.Array
     parents: jax.Array | None = None
     common: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 def least_seen(positions: jax.Array, window: jax.Array | int) -> jax.Array:

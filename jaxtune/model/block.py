@@ -157,7 +157,8 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
     (rows,) = partition(mesh, q.shape[:1], ("rows",))
     heads = partition(mesh, (config.num_kv_heads,), ("heads",))[0]  # groups of queries stay with their keys
     mine, whole = PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows, None, heads, None)
-    specs = (mine, whole, whole, PartitionSpec(heads), PartitionSpec(rows, tokens), PartitionSpec(rows, None), PartitionSpec())
+    of_keys = jax.tree.map(lambda x: PartitionSpec(rows, None, heads) if x.ndim == 3 else PartitionSpec(rows, None), place.keys)
+    specs = (mine, whole, whole, PartitionSpec(heads), PartitionSpec(rows, tokens), of_keys, PartitionSpec())
     parts = each_part(over, mesh, specs, mine, frozenset(mesh.axis_names))
     return parts(q, k, v, sinks_H, place.queries, place.keys, place.window)
 

@@ -68,7 +68,9 @@ def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, 
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
         x_BTD = x_BTD + rows(params["positions"], queries.positions + config.position_offset, config.dtype)
-    x_BTD = constrain(config.mesh, x_BTD, "rows", "tokens", None)
+    x_BTD = norm(config, params, "embed_norm", constrain(config.mesh, x_BTD, "rows", "tokens", None))
+    if config.alibi is not None:
+        keys = keys._replace(bias=config.alibi.bias(keys.positions))
     return x_BTD, Shared(*cos_sin(config.ropes, queries.positions, queries.segments), queries, keys)
 
 

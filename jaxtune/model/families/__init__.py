@@ -18,6 +18,7 @@ from jaxtune.model.families import heads, nested
 from jaxtune.model.families.afmoe import AFMOE
 from jaxtune.model.families.apertus import APERTUS
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
+from jaxtune.model.families.bloom import BLOOM, MPT
 from jaxtune.model.families.cohere import COHERE, COHERE2
 from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, MINICPM3, YOUTU
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
@@ -68,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     "afmoe": AFMOE,
     "apertus": APERTUS,
     "arcee": ARCEE,
+    "bloom": BLOOM,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "cwm": CWM,
@@ -117,6 +119,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "mpt": MPT,
     "nemotron": NEMOTRON,
     "nemotron_h": NEMOTRON_H,
     "olmo": OLMO,
@@ -178,7 +181,7 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
            "global_attn_every_n_layers", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
-           "conv_L_cache", "block_ff_dim", "block_multiple_of",
+           "conv_L_cache", "seq_length", "max_seq_len", "block_ff_dim", "block_multiple_of",
            "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
            "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
            "mamba_head_dim", "n_groups", "conv_kernel", "ssm_state_size", "mamba_d_state", "mamba_d_conv")  # fmt: skip

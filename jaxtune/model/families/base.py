@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import TILE, Tile
-from jaxtune.model.families.factors import Growth, Multipliers
+from jaxtune.model.families.factors import Alibi, Growth, Multipliers
 from jaxtune.model.families.patterns import Pattern, patterns_of
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, Recurrent, ShortConvolution
 from jaxtune.model.layers import ACTIVATIONS
@@ -96,6 +96,7 @@ class ModelConfig:
     qk_norm_last: bool = False  # these come after the rotation
     qkv_clip: float = 0.0  # queries, keys and values are clipped to -clip ... clip; 0: not clipped
     query_growth: Growth = Growth()
+    alibi: Alibi | None = None
     attention_softcap: float = 0.0  # scores -> cap * tanh(scores / cap); 0: none
     logits_softcap: float = 0.0
     logits_scaling: float = 1.0  # logits are divided by it

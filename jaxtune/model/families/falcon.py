@@ -1,9 +1,11 @@
-"""Falcon with rotary positions: LayerNorms, attention and feed-forward in parallel, q, k and v in one matrix."""
+"""Falcon: LayerNorms, rotary positions or ALiBi, attention and feed-forward in parallel, q, k and v in one matrix."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.bloom import slopes
+from jaxtune.model.families.factors import Alibi
 from jaxtune.model.families.parts import Rows, linear, norm, plain_mlp
 
 
@@ -18,7 +20,10 @@ def _falcon(hf: dict[str, Any]) -> ModelConfig:
         intermediate_size=hf["ffn_hidden_size"] or 4 * hf["hidden_size"],
         num_key_value_heads=hf["num_kv_heads"] or heads if new else 1 if hf["multi_query"] else heads,
     )
-    bias = bool(hf["bias"])
+    bias, positions = bool(hf["bias"]), {}
+    if hf["alibi"]:
+        alibi = Alibi(slopes(heads), (hf["hidden_size"] // heads) ** -0.5, rounded=True)
+        positions = dict(alibi=alibi, ropes=(), layer_ropes=(-1,) * hf["num_hidden_layers"])
     return common(
         hf | named,
         norm="layer",
@@ -29,6 +34,7 @@ def _falcon(hf: dict[str, Any]) -> ModelConfig:
         mlp_bias=bias,
         parallel_residual=side_by_side,
         shared_norm=side_by_side and norms == 1,
+        **positions,
     )
 
 
@@ -58,8 +64,8 @@ FALCON = Family(
         ffn_hidden_size=None,
         activation="gelu",
         tie_word_embeddings=True,
+        alibi=False,
     ),
-    refused={"alibi": (None, False)},
     required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     prefix="transformer.h.{layer}.",
     ends={"embed": "transformer.word_embeddings", "norm": "transformer.ln_f", "head": "lm_head"},

@@ -22,6 +22,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "afmoe": ("Afmoe", ()),
     "apertus": ("Apertus", (TOKEN,)),
     "arcee": ("Arcee", BOTH),
+    "bloom": ("Bloom", BOTH),
     "cohere": ("Cohere", ()),
     "cohere2": ("Cohere2", ()),
     "cwm": ("Cwm", ()),
@@ -71,6 +72,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ministral3": ("Ministral3", BOTH),
     "mistral": ("Mistral", BOTH),
     "mixtral": ("Mixtral", BOTH),
+    "mpt": ("Mpt", BOTH),
     "nemotron": ("Nemotron", BOTH),
     "nemotron_h": ("NemotronH", ()),
     "olmo": ("Olmo", (SEQUENCE,)),
@@ -95,7 +97,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vaultgemma": ("VaultGemma", ()),
     "youtu": ("Youtu", ()),
 }
-CLASSIFIERS = ("falcon", "gpt2", "gpt_bigcode", "gpt_neox")  # whose token head is named classifier; all others are named score
+CLASSIFIERS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox")  # whose token head is named classifier; all others are named score
 VALUE = {"value": "v_head.summary.weight", "value_bias": "v_head.summary.bias"}
 PATHS = ("score", "score_bias", *VALUE)  # which every method trains
 
