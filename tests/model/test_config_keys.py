@@ -36,6 +36,9 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                          "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
                          "time_step_limit", "time_step_max", "use_mamba_kernels"},
+          "bloom": {"slow_but_exact"},
+          "mpt": {"attn_config", "emb_pdrop", "embedding_fraction", "expansion_ratio", "init_device", "learned_pos_emb", "logit_scale",
+                  "no_bias", "norm_type"},  # the first one's keys: tests/model/test_from_hf.py
           **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"rope_parameters"}),  # whose base is overridden by layer_rope_theta
           # transformers reads them nowhere
           **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), {"head_dim", "qk_head_dim"})}

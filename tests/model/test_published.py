@@ -429,6 +429,8 @@ PUBLISHED = {
         nested("exaone4_5", model_type="exaone4", vocab_size=153600, num_key_value_heads=8, **size(5120, 27392, 64, 40)),
         32527504384,
     ),
+    "bloom-560m": (dict(model_type="bloom", vocab_size=250880, n_embed=1024, n_layer=24, num_attention_heads=16), 559214592),
+    "mpt-7b": (dict(model_type="mpt", vocab_size=50432, d_model=4096, n_layers=32, n_heads=32), 6649286656),
     "gpt-neox-20b": (dict(model_type="gpt_neox", vocab_size=50432, rotary_pct=0.25) | size(6144, 24576, 44, 64), 20554567680),
 }
 

@@ -36,8 +36,9 @@ PLAIN = {  # the value of a field in a model without special features
     "qk_norm_last": False,
     "qkv_clip": 0.0,
     "query_growth": Growth(),
+    "alibi": None,
 }
-OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "shared_router", "sinks",
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "embed_norm", "shared_router", "sinks",
             "router_correction", "layer_scale", "input_post_norm")  # fmt: skip
 
 
@@ -153,6 +154,8 @@ SWITCHES = {
     "llama3": {"rope 0 kind"},
     "ministral": {"layer_windows", "window of one more"},
     "ministral3": {"query_growth", "rope 0 kind"},
+    "bloom": {"alibi", "embed_norm", "_bias", "norm", "norm_eps", "hidden_act"},
+    "mpt": {"alibi", "qkv_clip", "attention_scale", "norm", "norm_eps", "hidden_act"},
     "mistral": {"layer_windows", "window of one more"},
     "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
     "nemotron": {"rope 0 dim", "_bias", "norm", "norm_eps", "hidden_act"},

@@ -69,7 +69,7 @@ BLOOM = Family(
     prefix="transformer.h.{layer}.",
     ends={"embed": "transformer.word_embeddings", "norm": "transformer.ln_f", "head": "lm_head"},
     pads=False,
-    beside=lambda c: norm(c, "embed_norm", "transformer.word_embeddings_layernorm", "token_embd_norm"),
+    extra_rows=lambda c: norm(c, "embed_norm", "transformer.word_embeddings_layernorm", "token_embd_norm"),
 )
 
 
