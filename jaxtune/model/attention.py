@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import ModelError
-from jaxtune.model.attention_mask import Keys, needed_blocks, visible
+from jaxtune.model.attention_mask import UNSEEN, Keys, needed_blocks, score_bias
 from jaxtune.model.layers import softcap
 
 SPANS = 8  # a shorter row is cut into at most this many spans of blocks; the products of a span omit the keys after its end
-UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is not NaN
 
 
 class Tile(NamedTuple):
@@ -200,17 +199,6 @@ def _backward(how, q, k, v, queries, keys, window, dout, logz, delta):
     return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _bias(queries, keys, window, K):
-    """The keys' own bias where a query sees a key, otherwise a number in which any score vanishes, `[B, K, G, T, S]` (K and G are 1 without
-    such a bias). Added, not selected: the constants of a select have the scores' shape, and XLA keeps one for each span through all layers.
-    """
-    bias = jnp.where(visible(queries, keys, window), 0.0, UNSEEN)[:, None, None]
-    if keys.bias is None:
-        return bias
-    B, S, H = keys.bias.shape
-    return bias + keys.bias.reshape(B, S, K, H // K).transpose(0, 2, 3, 1)[:, :, :, None]
-
-
 def _block(how, window, q, queries, k, v, keys):
     """Result and logz of one block of queries: over all keys at once, or block by block."""
     if _at_once(how.tile, k):
@@ -241,7 +229,7 @@ def _part(how, window, q, queries, k, v, keys):
     """Partial sums over some keys: the largest score, and relative to it the sum of weights and of weighted values, float32."""
     B, K, G, t, h = q.shape
     scores = softcap(_product(q.reshape(B, K, G * t, h), k, 3, 3).reshape(B, K, G, t, -1) * how.scale, how.cap)
-    scores += _bias(queries, keys, window, K)
+    scores += score_bias(queries, keys, window, K)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -279,7 +267,7 @@ def _part_gradient(how, window, q, queries, dout, logz, delta, k, v, keys):
     B, K, G, t, h = q.shape
     flat_q, flat_dout = q.reshape(B, K, G * t, h), dout.reshape(B, K, G * t, h)
     capped = softcap(_product(k, flat_q, 3, 3).reshape(B, K, -1, G, t) * how.scale, how.cap)
-    bias = _bias(queries, keys, window, K).transpose(0, 1, 4, 2, 3)
+    bias = score_bias(queries, keys, window, K).transpose(0, 1, 4, 2, 3)
     probs = jnp.exp(capped + bias - logz[:, :, None])
     dprobs = _product(v, flat_dout, 3, 3).reshape(probs.shape)
     dscores = probs * (dprobs - delta[:, :, None]) * how.scale

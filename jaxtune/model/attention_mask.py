@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 _MANY = 2**30
+UNSEEN = float(jnp.finfo(jnp.float32).min)  # finite, so that a difference of two is not NaN
 
 
 class Keys(NamedTuple):
@@ -39,6 +40,17 @@ def visible(queries: Keys, keys: Keys, window: jax.Array | int) -> jax.Array:
         same |= keys.common[:, None, :]
     seen = same & (keys.segments[:, None, :] > 0) & (queries.slots[:, :, None] >= keys.slots[:, None, :])
     return seen & (keys.positions[:, None, :] >= least_seen(queries.positions, window)[:, :, None])
+
+
+def score_bias(queries: Keys, keys: Keys, window, K: int) -> jax.Array:
+    """The keys' own bias where a query sees a key, otherwise a number in which any score vanishes, `[B, K, G, T, S]` (K and G are 1 without
+    such a bias). Added, not selected: the constants of a select have the scores' shape, and XLA keeps one for each span through all layers.
+    """
+    bias = jnp.where(visible(queries, keys, window), 0.0, UNSEEN)[:, None, None]
+    if keys.bias is None:
+        return bias
+    B, S, H = keys.bias.shape
+    return bias + keys.bias.reshape(B, S, K, H // K).transpose(0, 2, 3, 1)[:, :, :, None]
 
 
 def needed(queries: Keys, keys: Keys, window, q_block: int, k_block: int) -> jax.Array:

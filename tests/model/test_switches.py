@@ -38,8 +38,8 @@ PLAIN = {  # the value of a field in a model without special features
     "query_growth": Growth(),
     "alibi": None,
 }
-OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "embed_norm", "shared_router", "sinks",
-            "router_correction", "layer_scale", "input_post_norm")  # fmt: skip
+OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "embed_norm",
+            "shared_router", "sinks", "router_correction", "layer_scale", "input_post_norm")  # fmt: skip
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
