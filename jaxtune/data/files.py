@@ -273,6 +273,8 @@ def _dataset(path: Path) -> Iterator[tuple[int, dict]]:
                 rows = datasets.Dataset(file.read_all())
         else:
             rows = datasets.Dataset.from_file(str(path))
+        if isinstance(rows, datasets.Dataset):
+            rows.data.validate(full=True)  # reading places beyond the file's end would end the process
     except Exception as error:
         raise DataError(f"{path}: not a readable Arrow data set ({str(error).splitlines()[0]}); save it again with save_to_disk") from None
     if isinstance(rows, datasets.DatasetDict):

@@ -24,6 +24,16 @@ def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def arrow_beyond_its_end():
+    """A text that ends behind the file's end."""
+    buffer, table = io.BytesIO(), pyarrow.table({"text": ["a" * 77] * 2})
+    with pyarrow.ipc.new_stream(buffer, table.schema) as out:
+        out.write_table(table)
+    ends, beyond = (np.array([0, 77, length], np.int32).tobytes() for length in (154, 2**30))
+    assert buffer.getvalue().count(ends) == 1
+    return buffer.getvalue().replace(ends, beyond)
+
+
 def parquet(*columns):
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays([*map(pyarrow.array, columns)], names=["text"] * len(columns)), buffer)
@@ -66,6 +76,7 @@ FILES = {
     "a list too deep in json": ("rows.json", DEEP, "rows.json, line 1: not valid JSON, maximum recursion depth"),
     "a number too long": ("rows.jsonl", '{"text":"a","id":' + "9" * 5000 + "}", "line 1: the row cannot be read: Exceeds the limit"),
     "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
+    "arrow beyond its end": ("rows.arrow", arrow_beyond_its_end(), "not a readable Arrow data set"),
     "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
     "semicolons": ("rows.csv", "prompt;completion\na;b\n", "header 'prompt;completion' has no ','; columns .* by ';': save it with ','"),
     "a column twice": ("rows.csv", "text,text\na,b\n", "the header names 'text' twice"),
