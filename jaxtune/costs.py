@@ -130,7 +130,7 @@ class _Products(NamedTuple):
         return self.layers + self.head + self.attention
 
 
-def _products(model_config: ModelConfig, length: int, trained: int | None, attended: float | None) -> _Products:
+def _products(model_config: ModelConfig, length: int, trained: float | None, attended: float | None) -> _Products:
     layers = repeated = 0.0
     for path, row in spec(model_config).items():
         if not (row.is_matrix or row.is_experts):
@@ -148,7 +148,7 @@ def _products(model_config: ModelConfig, length: int, trained: int | None, atten
 
 
 def flops(
-    config: Config, model_config: ModelConfig, length: int, trained: int | None = None, attended: float | None = None,
+    config: Config, model_config: ModelConfig, length: int, trained: float | None = None, attended: float | None = None,
     rows: int | None = None, teacher: ModelConfig | None = None,
 ) -> float:  # fmt: skip
     """FLOPs of the matrix products in a step on one data-parallel device, for rows of `length`: forward, backward and recomputation.

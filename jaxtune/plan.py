@@ -174,11 +174,11 @@ def _needs(config: Config, model_config: ModelConfig, mesh: Mesh, rows: data.Sou
     except jax.errors.JaxRuntimeError as error:
         if (needed := errors_bytes(str(error))) is None:
             raise
-    attended = rows.attended if rows else None
-    each = batch.tokens.shape[0] * batch.tokens.shape[1] // parallel.data_parallel(mesh)
+    length, replicas = batch.tokens.shape[-1], parallel.data_parallel(mesh)
+    attended, trained = (rows.attended, rows.trained_share * length) if rows else (None, batch.capacity)
     teacher = base[TEACHER].config if TEACHER in base else None
-    flops = costs.flops(config, model_config, batch.tokens.shape[-1], batch.capacity, attended, each, teacher)
-    flops /= mesh.size / parallel.data_parallel(mesh)
+    rows_each = batch.tokens.shape[0] * batch.tokens.shape[1] // replicas
+    flops = costs.flops(config, model_config, length, trained, attended, rows_each, teacher) * replicas / mesh.size
     return needed, costs.by_cause(config, model_config, state, base, batch, needed), flops
 
 

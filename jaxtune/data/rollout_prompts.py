@@ -63,6 +63,12 @@ class Prompts(Source):
         return float(self.longest)
 
     @property
+    def trained_share(self) -> float:
+        """That of the largest step, for which it is planned."""
+        batch = self.largest()
+        return (batch.capacity or batch.tokens.shape[-1]) / batch.tokens.shape[-1]
+
+    @property
     def rollouts_per_epoch(self) -> int:
         """Rollouts that use each prompt once."""
         return super().steps_per_epoch

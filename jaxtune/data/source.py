@@ -64,6 +64,11 @@ class Source:
         return float((self.units.lengths.astype(float) ** 2).sum() / self.plan.slots())
 
     @property
+    def trained_share(self) -> float:
+        """Trained tokens divided by token slots, over all rows of the plan."""
+        return int(self.units.trained.sum()) / self.plan.slots()
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch: those that visit each row once, or as often as the mixture says."""
         count = len(self.plan) if self.mixture is None else sum(self.mixture.quota)

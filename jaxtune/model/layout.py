@@ -4,6 +4,8 @@ The compiler would choose a layout by itself, but not always the intended one: g
 it shard activations along their width, and every layer then moves all tokens between all devices.
 """
 
+import math
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,14 +26,16 @@ def constrain(mesh: Mesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
 
 def partition(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of each dimension."""
-    names = []
-    for size, axis in zip(shape, axes, strict=True):
-        name = RULES.get(axis) if axis else None
-        parts = 1
-        for one in (name,) if isinstance(name, str) else name or ():
-            parts *= mesh.shape[one]
-        names.append(name if parts > 1 and size % parts == 0 else None)
-    return PartitionSpec(*names)
+    return PartitionSpec(*(RULES[axis] if axis and parts(mesh, size, axis) > 1 else None for size, axis in zip(shape, axes, strict=True)))
+
+
+def parts(mesh: Mesh | None, size: int, axis: str) -> int:
+    """The number of parts that a dimension of this logical axis is split into; 1 if it is not divisible."""
+    if mesh is None or axis not in RULES:
+        return 1
+    name = RULES[axis]
+    number = math.prod(mesh.shape[one] for one in ((name,) if isinstance(name, str) else name))
+    return number if size % number == 0 else 1
 
 
 def split(mesh: Mesh | None, *axes: str) -> bool:

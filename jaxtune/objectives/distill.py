@@ -37,7 +37,7 @@ def distill(config: Any, model_config: ModelConfig, params: dict, base: dict, ba
     own = trained_states(model_config, params, batch)
     rule = functools.partial(_statistics, config.beta, config.temperature, config.kd_ratio, their_config)
     beside, their_head = (own.targets_BN, theirs.hidden_BND), decoder.output_head(teacher.params)
-    loss_BN, *measured = by_chunks(model_config, rule, decoder.output_head(params), own.hidden_BND, beside, their_head)
+    loss_BN, *measured = by_chunks(model_config, rule, decoder.output_head(params), own.hidden_BND, own.weights_BN, beside, their_head)
     live = (own.weights_BN != 0).astype(jnp.float32)
     names = ("kd_loss", "class_loss", "teacher_agreement", "mean_token_accuracy", "entropy")
     metrics = {name: metric(x, live) for name, x in zip(names, measured, strict=True)}

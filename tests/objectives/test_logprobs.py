@@ -9,10 +9,10 @@ import pytest
 import tiny
 
 from jaxtune.data.batch import Batch
-from jaxtune.model.decoder import forward
+from jaxtune.model.decoder import forward, logits, output_head
 from jaxtune.model.families import from_hf
 from jaxtune.model.spec import init_params
-from jaxtune.objectives.logprobs import token_logprobs
+from jaxtune.objectives.logprobs import by_chunks, token_logprobs
 
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 96, (3, 17)).astype(np.int32)
@@ -88,8 +88,28 @@ def test_bfloat16_is_summed_in_float32(model):
 
 
 def test_logits_of_untrained_places_are_never_made(model):
-    """The compiled program contains no array of all positions by the vocabulary, and the capacity bounds the products."""
+    """The compiled program contains no array of all positions by the vocabulary, nor of a row's by it."""
     config, params = model
     config = dataclasses.replace(config, logits_chunk=3)
     text = jax.jit(lambda p, b: token_logprobs(config, p, b).logp_BN).lower(params, BATCH.replace(capacity=5)).as_text()
-    assert "3x17x96" not in text and "3x5x96" not in text and "3x1x96" in text
+    assert "3x17x96" not in text and "3x5x96" not in text and "3x1x96" not in text and "2x1x96" in text
+
+
+@pytest.mark.parametrize("live", [0, 1, 7, 51])
+def test_chunks_are_as_many_as_the_trained_tokens_fill(model, live):
+    """However these are spread over the rows; places without a chunk are 0."""
+    config, params = model
+    chunks = []
+
+    def statistics(logits, beside, fixed):
+        jax.debug.callback(lambda: chunks.append(logits.shape))
+        return logits[..., 0], logits
+
+    config = dataclasses.replace(config, logits_chunk=4)
+    live_BN = jnp.zeros(51).at[RNG.permutation(51)[:live]].set(1.0).reshape(3, 17)
+    hidden_BND = jnp.asarray(RNG.standard_normal((3, 17, config.hidden_size)), jnp.float32)
+    (first,) = by_chunks(config, statistics, output_head(params), hidden_BND, live_BN, ())
+    full = logits(config, output_head(params), hidden_BND)[..., 0]
+    np.testing.assert_allclose(first * live_BN, full * live_BN, atol=1e-5)
+    jax.effects_barrier()
+    assert len(chunks) == -(-live // 4)
