@@ -245,7 +245,21 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
 
 def _cell(leaf: Matrix, index: tuple[int, ...], read: Callable[[], Matrix] | None = None) -> Matrix:
     """One matrix of a stacked leaf; abstract ones are read."""
-    return jax.tree.map(lambda x: read() if read and _is_abstract(x) else x[index], leaf)
+    return jax.tree.map(lambda x: read() if read and _is_abstract(x) else _at(x, index), leaf)
+
+
+def _at(x: jax.Array | np.ndarray, index: tuple[int, ...]) -> jax.Array | np.ndarray:
+    """`x[index]`, where JAX's own indexing would compile a program for every index: a view in a CPU's memory, one program elsewhere."""
+    if isinstance(x, np.ndarray):
+        return x[index]
+    if x.is_fully_addressable and {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1:
+        return np.asarray(x)[index]
+    return _sliced(x, index)
+
+
+@jax.jit
+def _sliced(x: jax.Array, index: tuple) -> jax.Array:
+    return x[index]
 
 
 def _is_abstract(x) -> bool:
