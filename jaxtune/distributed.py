@@ -156,9 +156,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def exit_code(signal: int) -> int:
-    """Of a command that a signal stopped early (0: none did): what a shell reports for that signal, so that a script does not go on. With
-    several processes 0, as their launcher may end the others at once."""
-    return 128 + signal if signal and jax.process_count() == 1 else 0

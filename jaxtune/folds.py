@@ -38,14 +38,14 @@ class CrossValidation:
             with `evaluate.metric`, `tuned_*`.
         metrics: their mean over the folds.
         spread: their sample standard deviation, sqrt(sum (x - mean)^2 / (k - 1)).
-        interrupted: the number of the signal that stopped it before the last fold was done; 0 if none did.
+        interrupted: a signal stopped it before the last fold was done.
     """
 
     folder: Path
     folds: list[dict[str, float]]
     metrics: dict[str, float]
     spread: dict[str, float]
-    interrupted: int = 0
+    interrupted: bool = False
 
     def show(self, console: Console | None = None) -> None:
         """Print a table: metric, mean, spread, and each fold."""
@@ -78,9 +78,9 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
         log.info("fold %d of %d", number, len(rows))
         own = folder / f"fold_{number}"
         distributed.on_first(lambda own=own: _clear(own))
-        if stopped := train_one(_fold(config, own, number, steps)).interrupted:  # keep nothing else: only one model in memory at a time
+        if train_one(_fold(config, own, number, steps)).interrupted:  # keep nothing else: only one model in memory at a time
             log.warning("stopped in fold %d of %d; continue with: resume=true output_dir=%s", number, len(rows), folder)
-            return _summary(folder, done, interrupted=stopped)
+            return _summary(folder, done, interrupted=True)
         done.append(_measured(config, own) if distributed.is_first() else {})
         if distributed.is_first():
             found = _summary(folder, done)
@@ -134,7 +134,7 @@ def _measured(config: Config, folder: Path) -> dict[str, float]:
     return measured(folder, row)
 
 
-def _summary(folder: Path, folds: list[dict[str, float]], interrupted: int = 0) -> CrossValidation:
+def _summary(folder: Path, folds: list[dict[str, float]], interrupted: bool = False) -> CrossValidation:
     names = [name for name in folds[0] if all(name in fold for fold in folds)] if folds else []
     values = {name: [fold[name] for fold in folds] for name in names}
     mean = {name: statistics.fmean(column) for name, column in values.items()}

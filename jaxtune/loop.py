@@ -43,7 +43,7 @@ class Loop:
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
         self.rate = optim.schedule(config, total_steps)
-        self.stop_requested = self.interrupted = 0  # the signal that has arrived; and the one to stop for after this step
+        self.stop_requested = self.interrupted = False  # a signal has arrived; and the step to stop after
         self.done = 0
         self.headline = ("reward", math.nan)  # of the newest rollout
         self.window: list[dict[str, float]] = []  # metrics since the last log line
@@ -116,7 +116,7 @@ class Loop:
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.stop_requested:  # a second signal quits immediately
             raise KeyboardInterrupt
-        self.stop_requested = number
+        self.stop_requested = True
         if number in HANGUP:
             leave_terminal()
         log.warning("%s: finishing this step, then saving; a second signal quits immediately", signal.Signals(number).name)
@@ -126,10 +126,7 @@ class Loop:
     def _hear(self, number: int) -> None:
         """Whether to stop after this step: on a signal here, or one to any of several processes (including a TPU's maintenance notice)."""
         self.done = number
-        if jax.process_count() == 1:
-            self.interrupted = self.stop_requested
-        elif multihost_utils.reached_preemption_sync_point(number):
-            self.interrupted = signal.SIGTERM
+        self.interrupted = self.stop_requested if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
     def _batch(self, step: int, state: TrainState, base: dict) -> tuple[data.Batch, dict[str, float]]:
         """The batch of a step (from 0), and the metrics of making it."""

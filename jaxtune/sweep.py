@@ -37,12 +37,6 @@ def sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Seque
         CheckpointError: `output_dir` is not empty and `resume` is not set, or it holds a run with other values.
         TrainingError: no run has finished.
     """
-    found = _sweep(config, over, overrides)
-    return None if isinstance(found, int) else found
-
-
-def _sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Sequence[Any]], overrides: Sequence[str]) -> Report | int:
-    """`sweep`, or the number of the signal that stopped it; 0 on all processes but the first."""
     config = load_config(config, overrides)
     runs = combinations(config, over)
     distributed.start(config.distributed)
@@ -69,11 +63,11 @@ def _sweep(config: Config | Mapping | str | os.PathLike, over: Mapping[str, Sequ
         jax.clear_caches()  # a program takes a few of a Linux process's 65,530 memory maps; many runs would use them up
         if stopped:
             log.warning("stopped in run %d of %d; continue with the same command and resume=true", number, len(runs))
-            return stopped
+            return None
     if len(failed) == len(runs):
         raise TrainingError("no run has finished: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
     if not distributed.is_first():
-        return 0
+        return None
     found = report(folder)
     found.draw(folder / "losses.png")
     log.info("%d runs%s; their losses: %s", len(runs), f", {len(failed)} of which failed" if failed else "", folder / "losses.png")
@@ -115,7 +109,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     return key.strip(), parse_yaml(f"[{values}]", f"--over {key.strip()}")
 
 
-def main() -> int:
+def main() -> None:
     """`python -m jaxtune.sweep`."""
     parser = cli.config_parser("sweep", __doc__)
     values = "a key and its values"
@@ -123,11 +117,9 @@ def main() -> int:
     arguments = cli.parse(parser)
     cli.log_to_terminal()
     axes = [_axis(text) for text in arguments.over]
-    found = _sweep(arguments.config, dict(axes), arguments.overrides)
-    if isinstance(found, int):
-        return distributed.exit_code(found)
-    found.show()
-    return 0
+    found = sweep(arguments.config, dict(axes), arguments.overrides)
+    if found:
+        found.show()
 
 
 cli.callable_module(__name__, sweep)

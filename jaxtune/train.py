@@ -48,15 +48,14 @@ log = logging.getLogger("jaxtune")
 
 @dataclasses.dataclass
 class Result:
-    """The result of a run: its folder, the last metrics by name, the trained part, the model it was trained on, and the number of the
-    signal that stopped it early (0: none did)."""
+    """The result of a run: its folder, the last metrics by name, the trained part, and the model it was trained on."""
 
     folder: Path
     step: int
     metrics: dict[str, float]
     trainable: Any
     model: Model
-    interrupted: int = 0
+    interrupted: bool = False
 
 
 @compilation.in_32_bits
@@ -267,14 +266,13 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     return out
 
 
-def main() -> int:
+def main() -> None:
     """`python -m jaxtune.train`."""
     arguments = cli.parse(cli.config_parser("train", __doc__))
     cli.log_to_terminal()
     result = train(arguments.config, arguments.overrides)
     if not result.interrupted:
         log.info("done: %s", result.folder)
-    return distributed.exit_code(result.interrupted)
 
 
 cli.callable_module(__name__, train)
