@@ -30,7 +30,7 @@ SEEDS = 2**63  # what jax.random.key takes
 BELOW = {
     "adam_beta1": 1, "adam_beta2": 1, "lora.lora_dropout": 1, "data.eval": 1, "data.test": 1,
     "vera.vera_dropout": 1, "adalora.lora_dropout": 1,
-    "seed": SEEDS, "data_seed": SEEDS, "data.split_seed": SEEDS,
+    "seed": SEEDS, "data_seed": SEEDS, "data.split_seed": SEEDS, "data.max_length": 2**31,  # positions are int32
 }  # fmt: skip
 
 # groups of keys that belong to one method; `lora` belongs to two, and is ignored by the others

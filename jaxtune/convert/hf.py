@@ -227,6 +227,7 @@ def tensors_out(config: ModelConfig, params: dict, dtype: str | None = None, bas
         given = None if rows[cell.path].float32 else dtype
         return np.dtype(given or (own if is_float(own) else config.dtype))
 
+    @np.errstate(over="ignore")  # numbers beyond the range of `dtype` are refused when they are written
     def make(name: str) -> np.ndarray:
         cell, wanted = table[name], dtype_of(table[name])
         leaf = leaves[cell.path]

@@ -129,6 +129,7 @@ def _fill(there: int, partners: int, room: int, left: list[int]) -> list[int]:
 
 def pack(lengths: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The packing above with fewer rows."""
+    size = min(size, max(1, int(lengths.sum())))  # they keep a table of all lengths up to `size`
     return min((packer(lengths, size, seed) for packer in (best_fit_decreasing, exact_fits)), key=lambda packed: len(packed[1]))
 
 

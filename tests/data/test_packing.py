@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtune.data import packing
 from jaxtune.data.packing import MAX_SHAPES, best_fit_decreasing, bucket_lengths, exact_fits, make_plan, pack, permutation
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200)
@@ -39,6 +40,20 @@ def test_packing_is_best_fit_decreasing(lengths):
 def test_the_better_packing_is_taken(lengths):
     counts = [len(packed(lengths, 100, 0, packer)) for packer in (best_fit_decreasing, exact_fits, pack)]
     assert counts[2] == min(counts)
+
+
+def test_tables_of_lengths_end_where_the_documents_do(monkeypatch):
+    """Not at a row's size, which may be far more than all documents together."""
+    sizes = []
+
+    def packer(lengths, size, seed):
+        sizes.append(size)
+        return np.arange(len(lengths)), np.array([len(lengths)])
+
+    monkeypatch.setattr(packing, "best_fit_decreasing", packer)
+    monkeypatch.setattr(packing, "exact_fits", packer)
+    packing.pack(np.array([3, 5, 2]), 10**9, 0)
+    assert sizes == [10, 10]
 
 
 def test_rows_of_a_few_documents_are_filled():
