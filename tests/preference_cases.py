@@ -76,6 +76,7 @@ def given(name):
     return {
         "logps": logps, "ref": ref, "mask": mask, "labels": rng.permutation(np.arange(2 * N) % 3 > 0),
         "collision": -rng.gamma(1.0, 1.0, logps.shape), "mean_logits": rng.normal(2.0, 1.0, logps.shape),
+        "entropy": rng.gamma(1.0, 1.0, logps.shape), "correct": rng.random(logps.shape) < 0.4,
     }  # fmt: skip
 
 
@@ -112,9 +113,10 @@ def ours(name, arrays=None):
         batch = Batch(ids, weights, ids, ids, answers=Answers(jnp.asarray(numbers), by_answer(arrays["labels"])))
         live = jnp.asarray(weights != 0, jnp.float32)
         logp = logps.reshape(-1)[source] * live
-        collision, mean = (jnp.asarray(arrays[name], jnp.float32).reshape(-1)[source] * live for name in ("collision", "mean_logits"))
+        told = ("entropy", "correct", "collision", "mean_logits")
+        entropy, correct, collision, mean = (jnp.asarray(arrays[name], jnp.float32).reshape(-1)[source] * live for name in told)
         index = jnp.broadcast_to(jnp.arange(8 * T), ids.shape)
-        out = sum_answers(batch, TokenLogprobs(logp, jnp.asarray(weights), logp * 0, logp * 0, index, collision, mean), run.ld_alpha)
+        out = sum_answers(batch, TokenLogprobs(logp, jnp.asarray(weights), entropy, correct, index, collision, mean), run.ld_alpha)
         if run.objective == "orpo":
             made = orpo_loss(run, out)
         elif run.objective == "kto":

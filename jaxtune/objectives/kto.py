@@ -47,6 +47,6 @@ def kto_loss(config: Any, out: AnswerLogprobs, ref_BS: jax.Array, good_BS: jax.A
         "logps/chosen": metric(logp_BS, good),
         "logps/rejected": metric(logp_BS, bad),
         "kl": metric(kl, jnp.ones(())),
-        "entropy": metric(out.tokens.entropy_BN, out.member_BSN.any(1).astype(jnp.float32)),
+        "entropy": metric(out.tokens.entropy_BN, member_BSN.any(1).astype(jnp.float32)),
     }
     return Loss((losses * live_BS).sum(), live_BS.sum(), metrics)

@@ -15,7 +15,7 @@ from oracle import trl_losses  # noqa: E402
 
 SAME = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "kl", "nll_loss",
-    "log_odds_ratio", "log_odds_chosen", "logits/chosen", "logits/rejected",
+    "log_odds_ratio", "log_odds_chosen", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_loss_gradient_and_metrics_are_trls(name):
     compared = metrics.keys() & want_metrics.keys() & set(SAME)
     if objective not in ("dpo", "kto"):
         compared -= {"logits/chosen", "logits/rejected"}  # TRL's older trainers take the mean over prompts and padding too
-    assert len(compared) >= (8 if objective == "dpo" else 7 if objective == "kto" else 6)
+    assert len(compared) >= (10 if objective == "dpo" else 8 if objective == "kto" else 6)
     for key in compared:
         assert metrics[key] == pytest.approx(want_metrics[key], rel=1e-5, abs=1e-6), key
 

@@ -34,7 +34,7 @@ class Model:
 
     def __init__(self, logps, arrays):
         self.logps, self.mask = logps, torch.tensor(arrays["mask"])
-        self.collision, self.mean_logits = torch.tensor(arrays["collision"]), torch.tensor(arrays["mean_logits"])
+        self.given = {name: torch.tensor(arrays[name]) for name in ("collision", "mean_logits", "entropy", "correct")}
 
     def __call__(self, input_ids, attention_mask, labels=None, **_):
         rows = input_ids[:, 0]
@@ -43,11 +43,10 @@ class Model:
             logits = torch.stack([logps, torch.log(-torch.expm1(logps))], -1)
             return SimpleNamespace(logits=torch.cat([logits[:, 1:], logits[:, :1]], 1))
         shown = torch.where(self.mask[rows], self.logps[rows], 0)[:, 1:]
-        nothing = torch.zeros_like(shown).detach()
+        collision, mean_logits, entropy, correct = (x[rows][:, 1:] for x in self.given.values())
         return SimpleNamespace(
-            log_probs=shown, log_sum_sq_probs=self.collision[rows][:, 1:], entropy=nothing, mean_logits=self.mean_logits[rows][:, 1:],
-            is_top1=nothing.bool(),
-        )  # fmt: skip
+            log_probs=shown, log_sum_sq_probs=collision, entropy=entropy, mean_logits=mean_logits, is_top1=correct
+        )
 
 
 def inputs(arrays, rows, prefix=""):
