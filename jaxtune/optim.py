@@ -22,6 +22,7 @@ from jaxtune.config import Config, interval
 from jaxtune.errors import ConfigError
 
 STACKED = re.compile(r"(^|/)(layers/\d+|layer_inputs/projection)(/|$)")
+WITHOUT_DECAY = re.compile(r"norm|bias|correct|act_beta|act_eps|layer_scale")  # and buffers of transformers' modules
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
@@ -168,12 +169,13 @@ def _per_layer(name: str, leaf: Any) -> int:
 
 
 def decays(params: Any) -> Any:
-    """A tree of bool: whether weight decay applies. As in HF's Trainer, norms and biases have none; an adapter's arrays do."""
+    """A tree of bool: whether weight decay applies. As in HF's Trainer, norms and biases have none; other vectors (attention sinks, a
+    recurrent layer's `a_log`) and an adapter's arrays do."""
 
     def one(path, leaf):
         name = _name(path)
         own = name.rpartition("/")[2]
-        return name.startswith("params/") and "bias" not in own or _per_layer(name, leaf) >= 2 and not re.search(r"norm|bias|correct", own)
+        return "bias" not in own if name.startswith("params/") else not WITHOUT_DECAY.search(own)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

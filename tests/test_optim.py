@@ -120,6 +120,8 @@ def test_decay_skips_norms_and_biases_though_stacked():
     want = {"embed": True, "head": True, "norm": False,
             "layers": {"0": {"attn_norm": False, "q": True, "q_bias": False, "q_norm": False}}}  # fmt: skip
     assert decays(TREE) == want
+    kinds = {"sinks": True, "a_log": True, "act_beta": False, "router_correction": False, "layer_scale": False}  # vectors that are neither
+    assert decays({"layers": {"0": {name: jnp.ones((3, 4)) for name in kinds}}}) == {"layers": {"0": kinds}}
     # an adapter's paths are one key each; transformers decays a DoRA magnitude, whose name contains no norm
     pair = {"a": jnp.ones((3, 2, 4)), "b": jnp.ones((3, 4, 2)), "magnitude": jnp.ones((3, 4))}
     assert decays({"params": {"layers/0/q": pair}}) == {"params": {"layers/0/q": {"a": True, "b": True, "magnitude": True}}}
