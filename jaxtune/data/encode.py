@@ -182,7 +182,7 @@ class Encoder:
         chat = with_system(chat, self.data.system)
         for number, message in enumerate(chat.messages, 1):
             if message["role"] not in KNOWN:
-                said = f"message {number} has the role {message['role']!r}, not one of {', '.join(sorted(KNOWN))}"
+                said = f"message {number} has the role {_short(message['role'])}, not one of {', '.join(sorted(KNOWN))}"
                 self.ledger.problem("unknown_role", row, f"{said}; data.quality: {{unknown_role: keep}} lets the template write it")
             if found := self.template.control.search(message.get("content") or ""):
                 said = f"message {number} ({message['role']}) holds {found.group()!r}, which the tokenizer reads as a token of its own"

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -60,9 +59,10 @@ def _alpaca_prompt(row: Row) -> list[dict]:
     said = []
     if system := _optional(row, "system"):
         said.append({"role": "system", "content": system})
-    for pair in row.fields.get("history") or []:
+    history = row.fields.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise row.fail('"history" must be a list of [question, answer] pairs of strings')
+            raise row.fail(f'"history" must be a list of [question, answer] pairs of strings, this is {short(history)}; correct it')
         said += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     given, instruction = _optional(row, "input"), _string(row, "instruction")
     return [*said, {"role": "user", "content": f"{instruction}\n{given}" if given else instruction}]
@@ -104,10 +104,7 @@ def _implicit(row: Row) -> Pair:
 
 def _margin(row: Row) -> float:
     """By how much the chosen answer is better (TRL's column of that name); 0 if the row has none."""
-    value = row.fields.get("margin")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
-        raise row.fail(f"'margin' must be a number, this is {short(value)}")
-    return float(value or 0.0)
+    return 0.0 if row.fields.get("margin") in (None, "") else turns.number(row, "'margin'", row.fields["margin"])
 
 
 def _openai_preference(row: Row) -> Pair:
@@ -147,7 +144,7 @@ def _stepwise(row: Row) -> Steps:
         raise row.fail(f"'completions' must be a list of strings, this is {short(steps)}")
     if empty := [n for n, step in enumerate(steps, 1) if not step.strip()]:
         raise row.fail(f"step {empty[0]} of 'completions' is empty; remove it and its label")
-    if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, (bool, int)) for label in labels):
+    if not isinstance(labels, list) or len(labels) != len(steps) or not all(label in (0, 1) for label in labels):
         raise row.fail(f"'labels' must hold true or false for each of the {len(steps)} completions, this is {short(labels)}")
     _check_system(row, prompt := _string(row, "prompt"))
     return Steps(prompt, steps, [bool(label) for label in labels])
@@ -162,6 +159,10 @@ def _tokenised(row: Row) -> Tokens:
     for key, marks in given.items():
         if not isinstance(marks, list) or len(marks) != len(ids):
             raise row.fail(f"{key!r} must be as long as 'input_ids', {len(ids)}")
+        known = ([-100, None, token] if key == "labels" else [0, 1] for token in ids)
+        if (odd := next((n for n, (mark, values) in enumerate(zip(marks, known, strict=True)) if mark not in values), None)) is not None:
+            wanted = f"-100 or the token at its place, {ids[odd]} (not the next one)" if key == "labels" else "0 or 1"
+            raise row.fail(f"entry {odd + 1} of {key!r} must be {wanted}, this is {short(marks[odd])}")
     seen = np.flatnonzero(given.pop("attention_mask", trained))  # the rest is padding
     if len(seen) == 0 or len(seen) <= seen[-1] - seen[0]:
         raise row.fail("'attention_mask' has zeros between ones, or nothing else; it may only exclude tokens before and after a text")
@@ -172,7 +173,10 @@ def _tokenised(row: Row) -> Tokens:
 
 def _segments(row: Row) -> Segments:
     parts = row.fields["segments"]
-    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+    known = (None, False, True)  # 0 and 1 equal these
+    if not isinstance(parts, list) or not all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) and p.get("label") in known for p in parts
+    ):
         raise row.fail(f'\'segments\' must be a list like [{{"label": true, "text": "..."}}], this is {short(parts)}')
     return Segments([(part["text"], bool(part.get("label"))) for part in parts])
 
@@ -263,10 +267,11 @@ def parse(row: Row, name: str | None) -> Example:
 
     A function takes the row as a dict and returns a dict in one of the formats here.
     """
-    if name is None:
-        return FORMATS[detect(row)][1](row)
     if _is_function(name):
         return parse(made(row, name), None)
+    row = turns.with_messages(row)
+    if name is None:
+        return FORMATS[detect(row)][1](row)
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, 1, 0.5)
         raise DataError(

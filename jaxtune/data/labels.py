@@ -1,11 +1,10 @@
 """Labels of texts as numbers: classes by number or name, sets of classes, plain numbers."""
 
-import math
 from typing import Any
 
 from jaxtune.config import Config
 from jaxtune.data.files import Row
-from jaxtune.data.turns import short
+from jaxtune.data.turns import number, short
 
 
 def value(row: Row, label: Any, config: Config) -> float | tuple[float, ...]:
@@ -18,7 +17,7 @@ def value(row: Row, label: Any, config: Config) -> float | tuple[float, ...]:
     if config.problem_type == "single_label_classification":
         return float(_class(row, label, config))
     if config.problem_type == "regression":
-        numbers = [_number(row, item) for item in (label if isinstance(label, list) else [label])]
+        numbers = [number(row, "the label", item) for item in (label if isinstance(label, list) else [label])]
         if len(numbers) != count:
             raise row.fail(f"the label has {len(numbers)} numbers, but num_labels is {count}")
         return numbers[0] if count == 1 else tuple(numbers)
@@ -39,13 +38,3 @@ def _class(row: Row, label: Any, config: Config) -> int:
         return int(number)
     known = f", or one of {', '.join(names)}" if names else "; for classes by name write id2label: [FIRST, SECOND, ...]"
     raise row.fail(f"the label must be the number of a class, from 0 to {count - 1}{known}; this is {short(label)}")
-
-
-def _number(row: Row, label: Any) -> float:
-    try:
-        number = float(label)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or isinstance(label, bool):
-        raise row.fail(f"the label must be a number, this is {short(label)}")
-    return number

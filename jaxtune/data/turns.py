@@ -1,6 +1,9 @@
 """Lists of messages, in their many variants, in the one form that chat templates take: `{"role", "content", ...}`."""
 
 import json
+import math
+import re
+from dataclasses import replace
 from typing import Any
 
 from jaxtune.data.files import Row, kind_of
@@ -18,6 +21,11 @@ OWN = ("system", "developer", "tool", "function", "ipython")  # roles that templ
 KNOWN = {*ROLES.values(), *OWN}
 TEXTS = ("text", "input_text", "output_text")  # types of OpenAI's parts that contain text
 CALLS = ("function_call", "function-call", "tool_call")
+# a list of messages as text: it begins with a message, whose role is a known one
+_TURNS = re.compile(
+    r"""\s*\[\s*\{(?=\s*["'](?:role|from|content|value)["']\s*:)(?s:.*?)["'](?:role|from)["']\s*:\s*["']"""
+    rf"""(?:{"|".join(ROLES)})["']"""
+)
 
 
 def messages(row: Row, key: str) -> list[dict]:
@@ -26,15 +34,26 @@ def messages(row: Row, key: str) -> list[dict]:
     if key not in row.fields:
         raise row.fail(f"the field {key!r} is missing; {fields(row)}")
     if isinstance(value, str) and value.lstrip().startswith("["):  # from a table, which has only strings
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.fail(f"{key!r} is not valid JSON ({error.msg}); write a list of messages") from None
+        value = _parsed(row, key, value)
     if isinstance(value, dict):
         value = [value]  # LLaMA-Factory's `chosen` and `rejected` are one message
     if not isinstance(value, list) or not value:
         raise row.fail(f"{key!r} must be a list of messages, this is {short(value)}")
     return [_message(row, key, number, message) for number, message in enumerate(value, 1)]
+
+
+def _parsed(row: Row, key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise row.fail(f"{key!r} is not valid JSON ({error.msg}); write a list of messages (json.dumps writes it for a table)") from None
+
+
+def with_messages(row: Row) -> Row:
+    """The row with the fields that may be text or messages as messages, if they are such a list as text: a table has only strings."""
+    keys = ("prompt", "completion", "chosen", "rejected")
+    found = {key: row.fields[key] for key in keys if isinstance(row.fields.get(key), str) and _TURNS.match(row.fields[key])}
+    return replace(row, fields=row.fields | {key: _parsed(row, key, text) for key, text in found.items()}) if found else row
 
 
 def _message(row: Row, key: str, number: int, message: Any) -> dict:
@@ -48,10 +67,13 @@ def _message(row: Row, key: str, number: int, message: Any) -> dict:
     message = {name: part for name, part in message.items() if part is not None}
     if (role := message["role"].strip().lower()) not in OWN:  # User, human, model, ...
         message["role"] = ROLES.get(role, message["role"])
+    calls = message.pop("tool_calls", None) or []
+    if not isinstance(calls, list):
+        raise row.fail(f"{where}: 'tool_calls' must be a list of calls, this is {short(calls)}")
     if "function_call" in message:  # OpenAI's field before there were `tool_calls`
-        message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_call(row, where, call) for call in message["tool_calls"]]
+        calls = [message.pop("function_call"), *calls]
+    if calls:
+        message["tool_calls"] = [_call(row, where, call) for call in calls]
         content = "" if content is None else content
     message["content"] = _content(row, f"{where} ({message['role']})", content)
     return message
@@ -84,7 +106,7 @@ def _sharegpt(row: Row, where: str, message: dict) -> dict:
     name, value = message["from"], message.get("value")
     role = ROLES.get(name.strip().lower())
     if role is None:
-        raise row.fail(f"{where}: unknown speaker {name!r}; known are {', '.join(ROLES)}")
+        raise row.fail(f"{where}: unknown speaker {name[:40]!r}; known are {', '.join(ROLES)}")
     if not isinstance(value, str):
         raise row.fail(f"{where} ({name}): value must be a string, this is {short(value)}")
     rest = {key: part for key, part in message.items() if key not in ("from", "value") and part is not None}
@@ -118,6 +140,9 @@ def tools(row: Row) -> list | None:
     value = _json_column(row, "tools", "", "a list of JSON schemas")
     if value and not isinstance(value, list):
         raise row.fail(f"'tools' must be a list of JSON schemas, this is {short(value)}")
+    for tool in value or []:
+        if not isinstance(tool, dict) or not isinstance(tool.get("function", {}), dict):
+            raise row.fail(f'a tool must be like {{"type": "function", "function": {{"name": "...", ...}}}}, this is {short(tool)}')
     return value or None
 
 
@@ -138,6 +163,17 @@ def _json_column(row: Row, name: str, begin: str, wanted: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise row.fail(f"'{name}' is not valid JSON ({error.msg}); write {wanted}") from None
+
+
+def number(row: Row, what: str, value: Any) -> float:
+    """A number that float32 holds, possibly as a string; otherwise the row's error, which calls it `what`."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not abs(found) <= 3.4e38:
+        raise row.fail(f"{what} must be a number, this is {short(value)}")
+    return found
 
 
 def fields(row: Row) -> str:
