@@ -53,7 +53,7 @@ CASES = {
     "oft of another size": Case("oft", "OFTConfig", {"oft_block_size": 7, "num_cayley_neumann_terms": 3, "target_modules": ["up_proj"]}),
     "bitfit": Case("bitfit", "BeftConfig", {"target_modules": ["q_proj", "o_proj"]}),
     "bitfit of some layers": Case("bitfit", "BeftConfig", {"target_modules": r".*layers\.1\..*_proj"}),
-    "norms": Case("ln_tuning", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
+    "norms": Case("ln_tuning", "LNTuningConfig", {"target_modules": ["input_layernorm", "norm"], "modules_to_save": ["lm_head"]}),
     "norms of gpt2": Case("ln_tuning", "LNTuningConfig", {"target_modules": r".*h\.1\.ln_[12]"}, "gpt2"),
     "prompt tuning": Case("prompt_tuning", "PromptTuningConfig", {"num_virtual_tokens": 5}),
     "prompt tuning of gpt2": Case("prompt_tuning", "PromptTuningConfig", {"num_virtual_tokens": 3}, "gpt2"),

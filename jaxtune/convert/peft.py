@@ -230,6 +230,8 @@ def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[S
 def _read_pairs(path: Path, checkpoint: Checkpoint, left: set, model: Model, config: AnyConfig) -> tuple[dict, tuple[Site, ...]]:
     """The pairs in the file; the names of their tensors are removed from `left`."""
     params, sites = {}, []
+    if not kind_of(config).stands:  # a matrix in the file is then one that is trained whole
+        return params, ()
     rows = adaptable(model.config)
     named = targeted(model.config, config)  # PEFT's "all-linear" also lists parameters that the model does not have
     experts = {

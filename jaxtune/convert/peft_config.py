@@ -70,10 +70,12 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     scorers = {whole_rows(model.config)[path].hf.rsplit(".", 1)[0] for path in own}
     if scorers:
         fields["modules_to_save"] = sorted(scorers.union(fields["modules_to_save"] or ()))
+    if any(rows[site.path].transposed for site in adapter.sites):  # not all of PEFT's classes have this field
+        fields["fan_in_fan_out"] = True
     task = TASKS[model.config.labels_of] if model.config.num_labels else "CAUSAL_LM"
     return fields | {
         "peft_type": kind.peft_type, "task_type": task, "inference_mode": True, "base_model_name_or_path": model.source,
-        "target_modules": targets, "fan_in_fan_out": any(rows[site.path].transposed for site in adapter.sites),
+        "target_modules": targets,
     }  # fmt: skip
 
 
