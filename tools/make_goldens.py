@@ -412,6 +412,29 @@ CASES |= {
     "bloom": dict(model_type="bloom", vocab_size=96, hidden_size=24, n_layer=2, n_head=3, layer_norm_epsilon=1e-3, pad_token_id=0),
     "mpt": dict(model_type="mpt", vocab_size=96, d_model=24, n_layers=2, n_heads=3, max_seq_len=64, layer_norm_epsilon=1e-3)
     | dict(attn_config=dict(clip_qkv=0.6, softmax_scale=0.5)),
+    "nanochat": SMALL | dict(model_type="nanochat", final_logit_softcapping=0.5, rms_norm_eps=1e-3, tie_word_embeddings=False),
+    "codegen": GPT2 | dict(model_type="codegen", n_layer=2, rotary_dim=4, tie_word_embeddings=False),
+    "gpt_neo": dict(model_type="gpt_neo", vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=32)
+    | dict(attention_types=[[["global", "local"], 1]], window_size=5, intermediate_size=40),
+    "exaone_moe": {key: value for key, value in SMALL.items() if key != "head_dim"}
+    | MIXED
+    | dict(model_type="exaone_moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, first_k_dense_replace=1)
+    | dict(n_group=2, topk_group=1, num_shared_experts=1, routed_scaling_factor=1.5),
+    "hy_v3": SMALL
+    | dict(model_type="hy_v3", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, router_scaling_factor=1.5),
+    "mellum": {key: value for key, value in SMALL.items() if key != "rope_theta"}
+    | MIXED
+    | dict(model_type="mellum", mlp_layer_types=["sparse", "dense"], num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12)
+    | dict(rope_parameters=dict(full_attention=YARN | dict(rope_type="yarn", rope_theta=1000.0), sliding_attention=dict(rope_theta=100.0))),
+    "mistral4": DEEPSEEK
+    | dict(model_type="mistral4", rope_parameters=MINISTRAL, first_k_dense_replace=1, routed_scaling_factor=1.5),
+    "solar_open": SMALL
+    | dict(model_type="solar_open", n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, attention_bias=True),
+    "cohere2_moe": COHERE
+    | dict(model_type="cohere2_moe", head_dim=8, num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    | dict(mlp_layer_types=["dense", "sparse", "sparse"], prefix_dense_intermediate_size=20, intermediate_size=12, sliding_window=5)
+    | dict(num_experts=6, num_experts_per_tok=3, num_shared_experts=1, expert_selection_fn="sigmoid", norm_topk_prob=False)
+    | dict(rms_norm_eps=1e-3),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
@@ -430,7 +453,8 @@ def make_model(config: dict, seed: int):
     model_type = config["model_type"]
     hf = AutoConfig.for_model(**json.loads(json.dumps(config)))  # which takes a nested config apart
     assert hf.model_type == model_type
-    opener = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    alone = "vision_config" not in config and type(hf) in AutoModelForCausalLM._model_mapping  # not Mistral 4
+    opener = AutoModelForCausalLM if alone else AutoModelForImageTextToText
     model = opener.from_config(hf, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

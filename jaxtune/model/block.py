@@ -15,6 +15,7 @@ from jaxtune.model.delta import delta_net
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.families.base import Latent
 from jaxtune.model.families.factors import Growth
+from jaxtune.model.families.gpt2 import SHARDS
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, ShortConvolution
 from jaxtune.model.layers import ACTIVATIONS, NORMS, scaled, xielu
 from jaxtune.model.layout import constrain, each_part, partition, split
@@ -167,8 +168,8 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and the input of the result's gate, `[B, T, H, h]` (None without a gate).
 
     From three matrices; from one that stacks all queries, all keys, all values ("qkv"), or the queries of each key head, that head and its
-    values ("qkv_by_head"); or from latents. A gate comes with the queries, head by head ("q_and_gate"), or
-    from a matrix of its own ("attn_gate").
+    values ("qkv_by_head"), or the queries, values and keys of each shard ("qvk_by_shard"); or from latents. A gate comes with the queries,
+    head by head ("q_and_gate"), or from a matrix of its own ("attn_gate").
     """
     if config.latent is not None:
         return *_from_latents(config, config.latent, w, x_BTD), None
@@ -178,6 +179,9 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     if "qkv_by_head" in w:
         joint = linear(w["qkv_by_head"], x_BTD, w.get("qkv_by_head_bias")).reshape(B, T, K, H // K + 2, h)
         parts = [joint[:, :, :, :-2], joint[:, :, :, -2], joint[:, :, :, -1]]
+    elif "qvk_by_shard" in w:
+        joint = linear(w["qvk_by_shard"], x_BTD).reshape(B, T, SHARDS, 3, -1)
+        parts = [joint[:, :, :, part] for part in (0, 2, 1)]
     elif "qkv" in w:
         parts = jnp.split(linear(w["qkv"], x_BTD, w.get("qkv_bias")), [H * h, (H + K) * h], axis=-1)
     else:
@@ -282,7 +286,7 @@ def feed_forward(
     shared = _mlp(config, w, x_BTD, "shared_")
     if "shared_router" in w:
         shared *= jax.nn.sigmoid(linear(w["shared_router"], x_BTD))
-    return mixed + shared, sums
+    return mixed + scaled(shared, config.moe.shared_scale), sums
 
 
 def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") -> jax.Array:

@@ -77,7 +77,7 @@ def _routed(moe: Moe, w: Mapping, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         choice_NE = scores_NE + w["router_correction"].reshape(-1)
     if moe.groups[0] > 1:
         choice_NE = _within_groups(moe, choice_NE)
-    if moe.scales_input:  # sigmoids of large logits are all 1
+    if moe.sigmoid and choice_NE is scores_NE:  # sigmoids of large logits are all 1
         choice_NE = logits_NE
     weights_NC, chosen_NC = jax.lax.top_k(choice_NE, moe.experts_per_token)
     if choice_NE is not scores_NE:
@@ -106,11 +106,11 @@ def _near(near: float, logits_NE: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _within_groups(moe: Moe, choice_NE: jax.Array) -> jax.Array:
-    """`choice_NE`, -inf outside the groups that a token may use: those with the largest score (DeepSeek-V2), or with sigmoids the largest
-    sum of two (V3)."""
+    """`choice_NE`, -inf outside the groups that a token may use: those with the largest score (DeepSeek-V2), or the largest sum of two
+    (V3)."""
     groups, taken = moe.groups
     of_group = choice_NE.reshape(choice_NE.shape[0], groups, -1)
-    score_NG = jax.lax.top_k(of_group, 2)[0].sum(-1) if moe.sigmoid else of_group.max(-1)
+    score_NG = jax.lax.top_k(of_group, moe.judges)[0].sum(-1)
     open_NG = jax.nn.one_hot(jax.lax.top_k(score_NG, taken)[1], groups, dtype=bool).any(1)
     return jnp.where(open_NG[:, :, None], of_group, -jnp.inf).reshape(choice_NE.shape)
 

@@ -36,6 +36,7 @@ class Rope:
     divisors: tuple[float, ...] = ()  # kind "divisors": one per frequency (GGUF's rope_freqs)
     partial_rotary_factor: float = 1.0  # proportional: the share of the pairs that are rotated at all
     interleaved: bool = False  # pairs are neighbours, not halves of a head; the same in all of a model's schemes
+    backwards: bool = False  # rotated the other way (NanoChat)
 
     @property
     def pairs(self) -> int:
@@ -61,7 +62,7 @@ class Rope:
         if missing := [key for key in _NEEDED.get(kind, ()) if key not in given]:
             raise ModelError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (or rope_scaling) of config.json")
         dim = int(head_dim * (given.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
-        own = {"dim", "theta", "kind", "original_max", "attention_factor", "interleaved"}
+        own = {"dim", "theta", "kind", "original_max", "attention_factor", "interleaved", "backwards"}
         if kind == "proportional":
             dim = head_dim
         else:
@@ -243,7 +244,7 @@ def cos_sin(ropes: tuple[Rope, ...], positions_BT: jax.Array, segments_BT: jax.A
     for rope in ropes:
         frequencies = jnp.broadcast_to(rope.frequencies(length_BT), (*positions_BT.shape, rope.pairs))
         frequencies = jnp.pad(frequencies, ((0, 0), (0, 0), (0, widest - rope.pairs)))
-        angle = positions_BT.astype(jnp.float32)[..., None] * frequencies
+        angle = positions_BT.astype(jnp.float32)[..., None] * (-frequencies if rope.backwards else frequencies)
         cos.append(jnp.cos(angle) * rope.attention_factor)
         sin.append(jnp.sin(angle) * rope.attention_factor)
     return jnp.stack([*cos, still + 1.0]), jnp.stack([*sin, still])

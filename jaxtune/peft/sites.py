@@ -46,8 +46,8 @@ _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "ga
 TRANSLATED = {
     **dict.fromkeys(("minimax_m2", "mixtral"), {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}),
     "hunyuan_v1_moe": {name: new for name, new in _LIKE_QWEN.items() if name != "gate"},  # its router is a linear layer
-    **dict.fromkeys(("afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "olmoe",
-                     "qwen3_moe", "qwen3_next"), _LIKE_QWEN),
+    **dict.fromkeys(("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+                     "glm4_moe_lite", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "sarvam_mla", "solar_open"), _LIKE_QWEN),
 }
 
 

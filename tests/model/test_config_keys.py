@@ -12,7 +12,7 @@ NO_LOGITS = {
     "pad_token_id", "use_cache", "output_router_logits", "is_decoder", "reorder_and_upcast_attn", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "pretraining_tp", "eod_token_id",
     "embedding_dropout", "residual_dropout", "dropout", "layerdrop", "num_nextn_predict_layers", "mamba_chunk_size", "chunk_size",
-    "num_logits_to_keep", "sep_token_id", "embedding_initializer_range",
+    "num_logits_to_keep", "sep_token_id", "embedding_initializer_range", "embed_dropout", "resid_dropout",
 }  # fmt: skip
 # Keys that count only together with another, which the class's own defaults omit or override: layer_types determines the layers' windows.
 BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "no_rope_layer_interval", "_sliding_window_pattern",
@@ -22,6 +22,8 @@ BESIDE_ANOTHER = {"max_window_layers", "sliding_window", "use_sliding_window", "
 NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
           "ernie4_5_moe": dict(moe_layer_end_index=20),
           "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 16, position_embedding_type="rope"),
+          "cohere2_moe": dict(expert_selection_fn="sigmoid", prefix_dense_intermediate_size=8, num_hidden_layers=2,
+                              layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"]),
           "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
           "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], moe_latent_size=8),
           "phimoe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
@@ -37,11 +39,18 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
                          "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
                          "time_step_limit", "time_step_max", "use_mamba_kernels"},
           "bloom": {"slow_but_exact"},
+          "codegen": {"n_ctx"},
+          "cohere2_moe": {"rope_theta"},  # beside rope_parameters
+          "exaone_moe": {"first_k_dense_replace"},  # beside mlp_layer_types
+          "gpt_neo": {"attention_types"},  # beside attention_layers
+          "hy_v3": {"enable_moe_fp32_combine"},  # how a sum is rounded
+          "mellum": {"mtp_layer_types", "mtp_mlp_layer_types"},  # of layers that predict further tokens
           "mpt": {"attn_config", "emb_pdrop", "embedding_fraction", "expansion_ratio", "init_device", "learned_pos_emb", "logit_scale",
                   "no_bias", "norm_type"},  # the first one's keys: tests/model/test_from_hf.py
           **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"rope_parameters"}),  # whose base is overridden by layer_rope_theta
           # transformers reads them nowhere
-          **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), {"head_dim", "qk_head_dim"})}
+          **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu"),
+                          {"head_dim", "qk_head_dim"})}
 
 
 def others(value):

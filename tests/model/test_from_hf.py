@@ -16,6 +16,7 @@ for name in references.CASES:
     FIRST.setdefault(hub["model_type"], hub)
 for hub in list(FIRST.values()):
     FIRST |= {text: hub["text_config"] for text in FAMILIES if text not in FIRST and hub.get("text_config", {}).get("model_type") == text}
+FIRST |= {kin: FIRST[first] | dict(model_type=kin) for kin, first in {"iquestcoder": "llama", "sarvam_mla": "deepseek_v3"}.items()}
 FIRST |= {outer: references.alike(outer) for outer in references.ALIKE}
 LLAMA = FIRST["llama"]
 YARN = dict(type="yarn", rope_theta=10.0, factor=2.0, llama_4_scaling_beta=0.3)
@@ -103,6 +104,12 @@ def test_every_family_has_a_golden_or_is_like_one():
         ("lfm2", dict(full_attn_idxs=[]), "a model without a full_attention layer is not implemented for lfm2"),
         ("lfm2", dict(block_ffn_dim_multiplier=0.0), "intermediate_size is 0 in this lfm2 model by its block_ff_dim"),
         ("lfm2_moe", dict(layer_types=None), "this lfm2_moe model lacks layer_types"),
+        ("cohere2_moe", dict(expert_selection_fn="x"), "expert_selection_fn='x' and shared_expert_combination_strategy='average'"),
+        ("codegen", dict(n_embd=30, n_head=2), "n_embd=30 of this codegen model is not a multiple of 4"),
+        ("gpt_neo", dict(attention_types=[[["global"], 1]]), "have to be global or local for each of num_layers=2"),
+        ("gpt_neo", dict(attention_types=[7]), "attention_types=[7] of this gpt_neo model have to be like"),
+        ("mellum", dict(rope_parameters=dict(full_attention={})), "rope_parameters of this mellum model lacks sliding_attention"),
+        ("mistral4", dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5 of this mistral4 model"),
         ("cohere", dict(logit_scale=0.0), "logit_scale=0.0; it needs a number above 0"),
         ("bloom", dict(n_head=5), "the width 24 of this bloom model is not a multiple of its 5 heads"),
         ("bloom", dict(n_layer=None), "this bloom model has n_layer=None; it needs a positive whole number"),

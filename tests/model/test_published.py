@@ -431,6 +431,28 @@ PUBLISHED = {
     ),
     "bloom-560m": (dict(model_type="bloom", vocab_size=250880, n_embed=1024, n_layer=24, num_attention_heads=16), 559214592),
     "mpt-7b": (dict(model_type="mpt", vocab_size=50432, d_model=4096, n_layers=32, n_heads=32), 6649286656),
+    "nanochat-d32": (dict(model_type="nanochat", vocab_size=65536) | size(2048, 8192, 32, 16), 1879048192),
+    "codegen-350M-mono": (dict(model_type="codegen", vocab_size=51200, n_embd=1024, n_layer=20, n_head=16), 356712448),
+    "gpt-neo-125m": (
+        dict(model_type="gpt_neo", vocab_size=50257, hidden_size=768, num_layers=12, num_heads=12)
+        | dict(attention_types=[[["global", "local"], 6]]),
+        125198592,
+    ),
+    "K-EXAONE-236B-A23B": (
+        dict(model_type="exaone_moe", vocab_size=153600, num_key_value_heads=8, head_dim=128, num_experts=128, moe_intermediate_size=2048)
+        | size(6144, 18432, 48, 64),
+        236571150336 + 6016,  # with its routers' corrections
+    ),
+    "Hy3-preview": (dict(model_type="hy_v3", vocab_size=120832) | size(4096, 13312, 80, 64), 295033528320 + 15168),
+    "IQuest-Coder-V1-40B": (dict(model_type="iquestcoder", vocab_size=76800) | size(5120, 27648, 80, 40), 39794283520),
+    "Mellum2-12B-A2.5B": (dict(model_type="mellum", vocab_size=98304) | size(2304, 7168, 28, 32), 12149923072),
+    "Mistral-Small-4-119B": (dict(model_type="mistral4", vocab_size=131072) | size(4096, 12288, 36, 32), 118972826624),
+    "sarvam-105b": (dict(model_type="sarvam_mla", vocab_size=262144) | size(4096, 16384, 32, 64), 106031763456 + 3968),
+    "Solar-Open-100B": (
+        dict(model_type="solar_open", vocab_size=196608, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64),
+        102651793408 + 6144,
+    ),
+    "cohere2_moe": (dict(model_type="cohere2_moe", vocab_size=256000) | size(8192, 22528, 40, 64), 190004928512),
     "gpt-neox-20b": (dict(model_type="gpt_neox", vocab_size=50432, rotary_pct=0.25) | size(6144, 24576, 44, 64), 20554567680),
 }
 

@@ -59,6 +59,8 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
     changed = {name: dataclasses.replace(config, **{name: value}) for name, value in fields.items()}
     if config.interleaved:
         changed["interleaved"] = dataclasses.replace(config, ropes=tuple(dataclasses.replace(r, interleaved=False) for r in config.ropes))
+    if any(rope.backwards for rope in config.ropes):
+        changed["backwards"] = dataclasses.replace(config, ropes=tuple(dataclasses.replace(r, backwards=False) for r in config.ropes))
     if any(config.layer_windows):
         one_more = tuple(window + 1 if window else 0 for window in config.layer_windows)
         changed["window of one more"] = dataclasses.replace(config, layer_windows=one_more)
@@ -76,7 +78,7 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
         moe = config.moe
         changed["moe normalize"] = dataclasses.replace(config, moe=dataclasses.replace(moe, normalize=not moe.normalize))
         changed["moe chosen"] = dataclasses.replace(config, moe=dataclasses.replace(moe, experts_per_token=1))
-        for name, plain in (("sigmoid", False), ("groups", (1, 1)), ("scale", 1.0)):
+        for name, plain in (("sigmoid", False), ("groups", (1, 1)), ("scale", 1.0), ("shared_scale", 1.0)):
             if getattr(moe, name) != plain:
                 changed[f"moe {name}"] = dataclasses.replace(config, moe=dataclasses.replace(moe, **{name: plain}))
         if moe.clamp:
@@ -158,6 +160,7 @@ SWITCHES = {
     "mpt": {"alibi", "qkv_clip", "attention_scale", "norm", "norm_eps", "hidden_act"},
     "mistral": {"layer_windows", "window of one more"},
     "mixtral": {"moe normalize", "moe chosen", "rope 0 theta"},
+    "nanochat": {"bare_norms", "backwards", "logits_softcap", "norm", "hidden_act", "norm_eps"},
     "nemotron": {"rope 0 dim", "_bias", "norm", "norm_eps", "hidden_act"},
     "olmo": {"bare_norms", "qkv_clip", "norm", "norm_eps"},
     "olmo2": {"q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "norm_eps"},
@@ -188,8 +191,9 @@ SWITCHES = {
 
 
 # whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's; minimax_m2: olmoe's and lfm2_moe's)
-KIN = {"cwm", "dots1", "exaone", "flex_olmo", "glm4_moe_lite", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense",
-       "hunyuan_moe", "internlm3", "jais2", "lfm2_moe", "minicpm3", "minimax_m2", "qwen3_next", "vaultgemma", "youtu"}
+KIN = {"codegen", "cohere2_moe", "cwm", "dots1", "exaone", "exaone_moe", "flex_olmo", "glm4_moe_lite", "gpt_neo", "granitemoe_swa",
+       "granitemoehybrid", "granitemoehybrid_dense", "hunyuan_moe", "hy_v3", "internlm3", "jais2", "lfm2_moe", "mellum", "minicpm3",
+       "minimax_m2", "mistral4", "qwen3_next", "solar_open", "vaultgemma", "youtu"}
 # whose switches were each checked once (docs/decisions.md): a program for each takes a second
 SEEN = {"afmoe", "falcon_h1", "granite_swa", "hyperclovax", "llama4", "nemotron_h", "phimoe"}
 

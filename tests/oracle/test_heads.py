@@ -92,8 +92,9 @@ def test_every_family_says_which_classes_transformers_has():
         heads.TOKEN: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     }
     assert heads.CLASSES.keys() == FAMILIES.keys()
+    language = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     for model_type, (start, kinds) in heads.CLASSES.items():
         assert {of: f"{start}{heads.SUFFIX[of]}" for of in kinds} == {
             of: names[model_type] for of, names in known.items() if model_type in names
         }
-        assert heads.language_class(model_type) == modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        assert heads.language_class(model_type) == language[model_type]

@@ -19,8 +19,8 @@ from jaxtune.model.families.afmoe import AFMOE
 from jaxtune.model.families.apertus import APERTUS
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.bloom import BLOOM, MPT
-from jaxtune.model.families.cohere import COHERE, COHERE2
-from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, MINICPM3, YOUTU
+from jaxtune.model.families.cohere import COHERE, COHERE2, COHERE2_MOE
+from jaxtune.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, MINICPM3, MISTRAL4, SARVAM_MLA, YOUTU
 from jaxtune.model.families.ernie import ERNIE4_5_MOE
 from jaxtune.model.families.exaone import EXAONE
 from jaxtune.model.families.falcon import FALCON
@@ -28,13 +28,13 @@ from jaxtune.model.families.falcon_h1 import FALCON_H1
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
 from jaxtune.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jaxtune.model.families.glm import GLM, GLM4
-from jaxtune.model.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE
-from jaxtune.model.families.gpt2 import GPT2, GPT_BIGCODE, GPTJ
+from jaxtune.model.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, SOLAR_OPEN
+from jaxtune.model.families.gpt2 import CODEGEN, GPT2, GPT_BIGCODE, GPT_NEO, GPTJ
 from jaxtune.model.families.gpt_neox import GPT_NEOX
 from jaxtune.model.families.gpt_oss import GPT_OSS
 from jaxtune.model.families.granite_hybrid import GRANITEMOEHYBRID
 from jaxtune.model.families.granite_swa import GRANITE_SWA, GRANITEMOE_SWA
-from jaxtune.model.families.hunyuan import HUNYUAN, HUNYUAN_MOE
+from jaxtune.model.families.hunyuan import HUNYUAN, HUNYUAN_MOE, HY_V3
 from jaxtune.model.families.layer_norms import ARCEE, JAIS2, NEMOTRON, PHI, STABLELM, STARCODER2
 from jaxtune.model.families.lfm2 import LFM2, LFM2_MOE
 from jaxtune.model.families.llama import (
@@ -44,6 +44,7 @@ from jaxtune.model.families.llama import (
     HELIUM,
     HYPERCLOVAX,
     INTERNLM3,
+    IQUESTCODER,
     LLAMA,
     MINISTRAL,
     MINISTRAL3,
@@ -55,10 +56,11 @@ from jaxtune.model.families.llama import (
     SMOLLM3,
 )
 from jaxtune.model.families.llama4 import LLAMA4
-from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxtune.model.families.moe import GRANITEMOE, GRANITEMOESHARED, MELLUM, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from jaxtune.model.families.nanochat import NANOCHAT
 from jaxtune.model.families.nemotron_h import NEMOTRON_H
 from jaxtune.model.families.nested import NESTED
-from jaxtune.model.families.olmo import EXAONE4, FLEX_OLMO, OLMO, OLMO2, OLMO3
+from jaxtune.model.families.olmo import EXAONE4, EXAONE_MOE, FLEX_OLMO, OLMO, OLMO2, OLMO3
 from jaxtune.model.families.opt import OPT
 from jaxtune.model.families.phimoe import MINIMAX_M2, PHIMOE
 from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
@@ -70,8 +72,10 @@ FAMILIES: dict[str, Family] = {
     "apertus": APERTUS,
     "arcee": ARCEE,
     "bloom": BLOOM,
+    "codegen": CODEGEN,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "cohere2_moe": COHERE2_MOE,
     "cwm": CWM,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
@@ -79,6 +83,7 @@ FAMILIES: dict[str, Family] = {
     "exaone": EXAONE,
     "ernie4_5": ERNIE4_5,
     "exaone4": EXAONE4,
+    "exaone_moe": EXAONE_MOE,
     "ernie4_5_moe": ERNIE4_5_MOE,
     "falcon": FALCON,
     "falcon_h1": FALCON_H1,
@@ -94,6 +99,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
     "gpt_bigcode": GPT_BIGCODE,
+    "gpt_neo": GPT_NEO,
     "gpt_neox": GPT_NEOX,
     "gpt_oss": GPT_OSS,
     "gptj": GPTJ,
@@ -106,20 +112,25 @@ FAMILIES: dict[str, Family] = {
     "helium": HELIUM,
     "hunyuan_v1_dense": HUNYUAN,
     "hunyuan_v1_moe": HUNYUAN_MOE,
+    "hy_v3": HY_V3,
     "hyperclovax": HYPERCLOVAX,
     "internlm3": INTERNLM3,
+    "iquestcoder": IQUESTCODER,
     "jais2": JAIS2,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
     "llama4_text": LLAMA4,
+    "mellum": MELLUM,
     "minicpm3": MINICPM3,
     "minimax_m2": MINIMAX_M2,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
+    "mistral4": MISTRAL4,
     "mixtral": MIXTRAL,
     "mpt": MPT,
+    "nanochat": NANOCHAT,
     "nemotron": NEMOTRON,
     "nemotron_h": NEMOTRON_H,
     "olmo": OLMO,
@@ -137,8 +148,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": QWEN3_5,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_next": QWEN3_NEXT,
+    "sarvam_mla": SARVAM_MLA,
     "seed_oss": SEED_OSS,
     "smollm3": SMOLLM3,
+    "solar_open": SOLAR_OPEN,
     "stablelm": STABLELM,
     "starcoder2": STARCODER2,
     "vaultgemma": VAULTGEMMA,
@@ -184,6 +197,7 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
            "conv_L_cache", "seq_length", "max_seq_len", "block_ff_dim", "block_multiple_of",
            "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
            "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
+           "window_size", "prefix_dense_intermediate_size", "prefix_dense_sliding_window_pattern",
            "mamba_head_dim", "n_groups", "conv_kernel", "ssm_state_size", "mamba_d_state", "mamba_d_conv")  # fmt: skip
 _WHOLE = (*_LISTED[3:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
@@ -202,7 +216,8 @@ _WANTED = {
     **dict.fromkeys(("initializer_range", "attn_scale", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier"),
                     "a number"),
     **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type", "mlp_layer_types",
-                    "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers", "layer_rope_theta"), "a list"),
+                    "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers", "layer_rope_theta", "attention_layers",
+                    "attention_types"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))

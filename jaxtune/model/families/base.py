@@ -34,7 +34,9 @@ class Moe:
     latent_size: int = 0  # width of a token's projection that experts get as input; 0: the full state
     sigmoid: bool = False  # an expert's score is the sigmoid of its logit, not a softmax over all
     groups: tuple[int, int] = (1, 1)  # number of expert groups, and how many of them a token may use
+    judges: int = 1  # a group is judged by the sum of its best experts' scores, so many of them
     scale: float = 1.0  # factor of the chosen experts' weights
+    shared_scale: float = 1.0  # and of the shared expert's output
     epsilon: float = 0.0  # added to the sum by which `normalize` divides
     float32: bool = False  # whether the router computes in float32, whatever the model does
     near: float | None = None  # tolerance of near ties: a weight is a softmax over logits not much smaller (model/moe.py); None: over all

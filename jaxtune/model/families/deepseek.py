@@ -1,12 +1,14 @@
-"""DeepSeek V2 and V3 (also Moonlight): latent attention; dense layers first, then experts with a shared one."""
+"""DeepSeek V2 and V3 (also Moonlight), Mistral 4: latent attention; dense layers first, then experts with a shared one."""
 
 import math
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common, whole_rope
+from jaxtune.model.families.factors import Growth
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
+from jaxtune.model.families.nested import together
 from jaxtune.model.families.parts import Rows, linear, mlp, norm, shared_expert
 from jaxtune.model.row import Row
 
@@ -18,7 +20,8 @@ def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -
     inner, groups = hf["moe_intermediate_size"], (hf["n_group"] or 1, hf["topk_group"] or 1)
     if min(groups) < 1 or number % groups[0] or groups[1] > groups[0] or hf["num_experts_per_tok"] > number // groups[0] * groups[1]:
         raise ModelError(f"n_group={groups[0]} and topk_group={groups[1]} leave no {hf['num_experts_per_tok']} of {number} experts")
-    if changes.get("sigmoid") and groups[0] > 1 and number // groups[0] < 2:
+    judges = changes.setdefault("judges", 2 if changes.get("sigmoid") else 1)
+    if judges > 1 and groups[0] > 1 and number // groups[0] < judges:
         raise ModelError(f"n_group={groups[0]} of {number} experts are groups of one; a group is judged by its two best experts")
     fields: dict[str, Any] = dict(
         aux_loss_coef=None,
@@ -30,18 +33,29 @@ def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -
     return moe_of(hf, number, inner, layers, **fields | changes)
 
 
-def dense_or_experts(c: ModelConfig, layer: int, gguf: str = "ffn_norm") -> Rows:
-    """The second half of a layer."""
+def sparse_layers(hf: dict[str, Any], dense: int) -> list[int]:
+    """The layers with experts by `mlp_layer_types`; without it all but the first `dense`."""
+    layers = range(hf["num_hidden_layers"])
+    kinds = hf["mlp_layer_types"] or ["sparse" if layer >= dense else "dense" for layer in layers]
+    if len(kinds) != len(layers) or not all(kind in ("sparse", "dense") for kind in kinds):
+        raise ModelError(f"mlp_layer_types={kinds!r} is not sparse or dense for each of num_hidden_layers={len(layers)}")
+    return [layer for layer in layers if kinds[layer] == "sparse"]
+
+
+def dense_or_experts(
+    c: ModelConfig, layer: int, gguf: str = "ffn_norm", correction: str = "mlp.gate.e_score_correction_bias",
+    shared: str = "mlp.shared_experts", router: str = "mlp.gate",
+) -> Rows:  # fmt: skip
+    """The second half of a layer; `correction`, `shared` and `router` are Hugging Face's names."""
     yield from norm(c, "mlp_norm", "post_attention_layernorm", gguf)
     if c.moe is None or layer not in c.moe.layers:
         yield from mlp(c)
         return
-    yield from qwen_experts(c)
+    yield from qwen_experts(c, router)
     if c.moe.sigmoid:
-        name = "mlp.gate.e_score_correction_bias"
-        yield "router_correction", Row((c.moe.num_experts,), ("experts",), "zeros", name, "exp_probs_b.bias", float32=True)
+        yield "router_correction", Row((c.moe.num_experts,), ("experts",), "zeros", correction, "exp_probs_b.bias", float32=True)
     if c.moe.shared_intermediate_size:
-        yield from shared_expert(c, "mlp.shared_experts")
+        yield from shared_expert(c, shared)
 
 
 # ---- DeepSeek V2 and V3 ----
@@ -138,6 +152,72 @@ DEEPSEEK_V3 = Family(
         max_position_embeddings=4096,
     ),
     ignored=r"model\.layers\.{layers}\..*",
+)
+
+
+# ---- Sarvam 105B: DeepSeek V3 with other defaults ----
+
+
+def _sarvam_mla(hf: dict[str, Any]) -> ModelConfig:
+    scaling, shared = hf.get("rope_scaling") or {}, hf.get("num_shared_experts")  # the second as in files on the hub
+    if isinstance(scaling, dict) and "deepseek_yarn" in (scaling.get("type"), scaling.get("rope_type")):
+        scaling = {key: value for key, value in scaling.items() if key != "type"} | {"rope_type": "yarn"}
+    return _deepseek_v3(hf | dict(rope_scaling=scaling, n_shared_experts=hf["n_shared_experts"] if shared is None else shared))
+
+
+SARVAM_MLA = DEEPSEEK_V3._replace(
+    config=_sarvam_mla,
+    defaults=DEEPSEEK_V3.defaults
+    | dict(n_routed_experts=128, q_lora_rank=None, n_group=1, topk_group=1, first_k_dense_replace=1, initializer_range=0.006),
+)
+
+
+# ---- Mistral 4: softmax over experts, queries that grow with their position; a file holds a layer's experts in one tensor ----
+
+_MISTRAL4_ROPE = dict(rope_type="yarn", rope_theta=10000.0, factor=128.0, original_max_position_embeddings=8192, mscale=1.0)
+_MISTRAL4_ROPE |= dict(mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+
+
+def _mistral4(hf: dict[str, Any]) -> ModelConfig:
+    said, turning = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or _MISTRAL4_ROPE), hf["qk_rope_head_dim"]
+    share = said.pop("partial_rotary_factor", None)  # of a whole head; only its rotated part counts here
+    if share is not None and int(share * (turning + hf["qk_nope_head_dim"])) != turning:
+        raise ModelError(f"partial_rotary_factor={share!r} of this mistral4 model does not make qk_rope_head_dim={turning}")
+    moe = experts_of(hf, normalize=bool(hf["norm_topk_prob"]), judges=2, float32=False)
+    return latent_config(
+        hf | dict(rope_scaling=said),
+        interleaved=bool(hf["rope_interleave"]),
+        moe=moe,
+        query_growth=Growth(float(said.get("llama_4_scaling_beta") or 0.0), int(said.get("original_max_position_embeddings") or 1)),
+    )
+
+
+def _mistral4_layer(c: ModelConfig, layer: int) -> Rows:
+    return ((name, together(name, row)) for name, row in latent_layer(c, layer))
+
+
+MISTRAL4 = Family(
+    _mistral4,
+    _mistral4_layer,
+    _DEEPSEEK
+    | dict(
+        num_key_value_heads=32,
+        kv_lora_rank=256,
+        q_lora_rank=1024,
+        qk_nope_head_dim=64,
+        max_position_embeddings=1048576,
+        first_k_dense_replace=0,
+        n_routed_experts=128,
+        n_shared_experts=1,
+        moe_intermediate_size=2048,
+        num_experts_per_tok=4,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        rope_interleave=True,
+        pad_token_id=11,
+    ),
 )
 
 

@@ -1,10 +1,10 @@
-"""GLM 4.5 and 4.7, and dots.llm1: DeepSeek V3's experts with other attention (GLM 4.7 Flash: the same attention)."""
+"""GLM 4.5 and 4.7, dots.llm1, Solar Open: DeepSeek V3's experts with other attention (GLM 4.7 Flash: the same attention)."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common, windows
-from jaxtune.model.families.deepseek import DEEPSEEK_V3, dense_or_experts, experts_of, latent_config
+from jaxtune.model.families.deepseek import DEEPSEEK_V3, dense_or_experts, experts_of, latent_config, sparse_layers
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.parts import Rows, attention, norm, query_key_norms
 
@@ -52,14 +52,10 @@ GLM4_MOE = Family(
 
 
 def _glm4_moe_lite(hf: dict[str, Any]) -> ModelConfig:
-    layers, turning = range(hf["num_hidden_layers"]), hf["qk_rope_head_dim"]
-    kinds = hf["mlp_layer_types"] or ["sparse" if layer else "dense" for layer in layers]
-    if len(kinds) != len(layers) or not all(kind in ("sparse", "dense") for kind in kinds):
-        raise ModelError(f"mlp_layer_types={kinds!r} is not sparse or dense for each of num_hidden_layers={len(layers)}")
+    turning = hf["qk_rope_head_dim"]
     if (hf["head_dim"] or turning) != turning:
         raise ModelError(f"head_dim={hf['head_dim']} is not qk_rope_head_dim={turning}; in a glm4_moe_lite model both are one number")
-    sparse = [layer for layer in layers if kinds[layer] == "sparse"]
-    moe = experts_of(hf, sparse, normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    moe = experts_of(hf, sparse_layers(hf, 1), normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
     return latent_config(hf, interleaved=bool(hf["rope_interleave"]), moe=moe)
 
 
@@ -117,4 +113,22 @@ DOTS1 = Family(
         max_window_layers=62,
     ),
     required=(*Family._field_defaults["required"], "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+)
+
+
+# ---- Solar Open: experts in every layer ----
+
+
+def _solar_open(hf: dict[str, Any]) -> ModelConfig:
+    moe = experts_of(hf | dict(first_k_dense_replace=0), normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    return common(hf | dict(intermediate_size=hf["moe_intermediate_size"]), qkv_bias=bool(hf["attention_bias"]), moe=moe)
+
+
+SOLAR_OPEN = GLM4_MOE._replace(
+    config=_solar_open,
+    defaults={key: value for key, value in GLM4_MOE.defaults.items() if key not in ("partial_rotary_factor", "first_k_dense_replace")}
+    | dict(head_dim=128, rope_theta=1e6, moe_intermediate_size=1280),
+    refused={"use_qk_norm": (None, False), "first_k_dense_replace": (None, 0)},
+    required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    ignored=None,
 )

@@ -1,7 +1,9 @@
-"""GPT-2, GPT-BigCode (StarCoder 1) and GPT-J: LayerNorms, a plain feed-forward; GPT-2's files hold matrices as `[in, out]`."""
+"""GPT-2, GPT-BigCode (StarCoder 1), GPT-Neo, GPT-J and CodeGen: LayerNorms, a plain feed-forward; GPT-2's files hold matrices as
+`[in, out]`."""
 
 from typing import Any
 
+from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.parts import Rows, linear, norm, plain_mlp
 from jaxtune.model.rope import Rope
@@ -110,5 +112,76 @@ GPTJ = Family(
     required=REQUIRED,
     prefix=PREFIX,
     ends=ENDS,
+    pads=False,
+)
+
+
+# ---- CodeGen: the same with q, v and k in one matrix, shard by shard of the machine that trained it ----
+
+
+def _codegen(hf: dict[str, Any]) -> ModelConfig:
+    if hf["n_embd"] % SHARDS:
+        raise ModelError(f"n_embd={hf['n_embd']} of this codegen model is not a multiple of {SHARDS}, in which its qkv_proj is cut")
+    return _gptj(hf)
+
+
+def _codegen_layer(c: ModelConfig, layer: int) -> Rows:
+    width = c.hidden_size
+    yield from norm(c, "attn_norm", "ln_1", "attn_norm")
+    yield from linear("qvk_by_shard", 3 * width, width, ("heads", "embed"), "attn.qkv_proj", "attn_qkv")
+    yield from linear("o", width, width, ("embed", "heads"), "attn.out_proj", "attn_output")
+    yield from plain_mlp(c, "mlp.fc_in", "mlp.fc_out")
+
+
+SHARDS = 4
+CODEGEN = GPTJ._replace(config=_codegen, layer=_codegen_layer)
+
+
+# ---- GPT-Neo: learned positions, scores not scaled, every other layer with a window ----
+
+
+def _gpt_neo(hf: dict[str, Any]) -> ModelConfig:
+    layers, kinds = hf["num_layers"], hf["attention_layers"] or _expanded(hf["attention_types"])
+    if len(kinds) != layers or not all(kind in ("global", "local") for kind in kinds):
+        raise ModelError(f"attention_types of this gpt_neo model have to be global or local for each of num_layers={layers}, not {kinds}")
+    named = hf | dict(n_embd=hf["hidden_size"], n_layer=layers, n_head=hf["num_heads"], n_inner=hf["intermediate_size"])
+    window = hf["window_size"]
+    return _named(
+        named,
+        ropes=(),
+        layer_ropes=(-1,) * layers,
+        layer_windows=tuple(window if kind == "local" else 0 for kind in kinds),
+        attention_scale=1.0,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def _expanded(types: Any) -> list[Any]:
+    """`[[["global", "local"], 12]]` is twelve times both."""
+    try:
+        return [kind for kinds, times in types for _ in range(times) for kind in kinds]
+    except (TypeError, ValueError):
+        raise ModelError(f"attention_types={types!r} of this gpt_neo model have to be like [[[global, local], 12]]") from None
+
+
+def _gpt_neo_layer(c: ModelConfig, layer: int) -> Rows:
+    width = c.hidden_size
+    yield from norm(c, "attn_norm", "ln_1", "attn_norm")
+    for name in "qkv":
+        yield from linear(name, width, width, ("heads", "embed"), f"attn.attention.{name}_proj", f"attn_{name}")
+    yield from linear("o", width, width, ("embed", "heads"), "attn.attention.out_proj", "attn_output", bias=True)
+    yield from norm(c, "mlp_norm", "ln_2", "ffn_norm")
+    yield from plain_mlp(c, "mlp.c_fc", "mlp.c_proj")
+
+
+GPT_NEO = Family(
+    _gpt_neo,
+    _gpt_neo_layer,
+    dict(max_position_embeddings=2048, intermediate_size=None, layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+    | dict(activation_function="gelu_new", window_size=256, attention_layers=None, attention_types=[[["global", "local"], 12]]),
+    required=("vocab_size", "hidden_size", "num_layers", "num_heads"),
+    prefix=PREFIX,
+    ends=POSITIONS,
     pads=False,
 )

@@ -1,9 +1,11 @@
-"""HunYuan: norms of queries and keys after they turned, a rotary base stretched by alpha; dense, or experts beside a shared one."""
+"""HunYuan: norms of queries and keys after they turned, a rotary base stretched by alpha; dense, or experts beside a shared one.
+Hy3: norms before the rotation, and DeepSeek V3's experts."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig
+from jaxtune.model.families.deepseek import dense_or_experts, experts_of, sparse_layers
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import expert_matrices, moe_of
 from jaxtune.model.families.parts import Rows, attention, linear, norm, pre_norm_layer, query_key_norms, shared_expert
@@ -57,4 +59,42 @@ def _hunyuan_moe_layer(c: ModelConfig, layer: int) -> Rows:
 
 HUNYUAN_MOE = Family(
     _hunyuan_moe, _hunyuan_moe_layer, DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=0, num_experts=1, moe_topk=[1])
+)
+
+
+# ---- Hy3 ----
+
+
+def _hy_v3(hf: dict[str, Any]) -> ModelConfig:
+    named = hf | dict(n_shared_experts=hf["num_shared_experts"], routed_scaling_factor=hf["router_scaling_factor"], n_group=1, topk_group=1)
+    return llama_config(hf, moe=experts_of(named, sparse_layers(hf, 1), normalize=True, sigmoid=True, epsilon=1e-20))
+
+
+def _hy_v3_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from query_key_norms(c, c.head_dim, c.head_dim)
+    yield from dense_or_experts(c, layer, correction="mlp.expert_bias", shared="mlp.shared_mlp", router="mlp.router.gate")
+
+
+HY_V3 = Family(
+    _hy_v3,
+    _hy_v3_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=11158840.0,
+        initializer_range=0.006,
+        mlp_layer_types=None,
+        num_experts=192,
+        num_experts_per_tok=8,
+        num_shared_experts=1,
+        moe_intermediate_size=1536,
+        router_scaling_factor=2.826,
+    ),
+    {"mlp_bias": (False,)},
+    ignored=r"model\.layers\.{layers}\..*",
 )

@@ -32,6 +32,12 @@ def llama_config(hf: dict[str, Any], **changes) -> ModelConfig:
 LLAMA = Family(llama_config, pre_norm_layer, DEFAULTS)
 
 
+IQUESTCODER = LLAMA._replace(
+    defaults=DEFAULTS | dict(num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5),
+    refused={"clip_qkv": (None,), "use_sliding_window": (None, False)},
+)
+
+
 # ---- InternLM 3: other names of the biases ----
 
 

@@ -1,9 +1,9 @@
-"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE, Granite's."""
+"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE, Mellum 2, Granite's."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window, windows
+from jaxtune.model.families.base import Family, ModelConfig, Moe, check_layer_types, common, one_window, ropes_by_kind, windows
 from jaxtune.model.families.llama import DEFAULTS, MULTIPLIERS, granite_config, llama_config
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
 from jaxtune.model.row import Part, Row
@@ -115,10 +115,10 @@ def qwen_fed(c: ModelConfig, layer: int) -> Rows:
         yield from linear("shared_router", 1, c.hidden_size, (None, "embed"), "mlp.shared_expert_gate", "ffn_gate_inp_shexp")
 
 
-def qwen_experts(c: ModelConfig) -> Rows:
+def qwen_experts(c: ModelConfig, router: str = "mlp.gate") -> Rows:
     """A router and experts under the names that Qwen introduced, and many others use."""
     expert = "mlp.experts.{expert}"
-    return experts(c, "mlp.gate", f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
+    return experts(c, router, f"{expert}.gate_proj", f"{expert}.up_proj", f"{expert}.down_proj")
 
 
 QWEN2_MOE = Family(
@@ -213,6 +213,52 @@ QWEN3_MOE = Family(
         norm_topk_prob=False,
         router_aux_loss_coef=0.001,
     ),
+)
+
+
+# ---- Mellum 2: the same with windows and a rotary scheme by kind of layer ----
+
+
+def _mellum(hf: dict[str, Any]) -> ModelConfig:
+    layers, size = range(hf["num_hidden_layers"]), hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    mlp_kinds = hf["mlp_layer_types"] or ["sparse"] * len(layers)
+    check_layer_types(hf | dict(layer_types=mlp_kinds), mlp_kinds, "sparse", "dense")
+    found = windows(hf, hf["layer_types"] or ["full_attention"] * len(layers))
+    said = hf.get("rope_parameters") or {f"{kind}_attention": dict(rope_theta=theta) for kind, theta in _MELLUM_THETA.items()}
+    if missing := {f"{'sliding' if window else 'full'}_attention" for window in found} - {*said}:
+        raise ModelError(f"rope_parameters of this mellum model lacks {sorted(missing)[0]}; it needs a scheme for each kind of layer")
+    number = hf.get("num_local_experts") or hf["num_experts"]
+    sparse = [layer for layer in layers if mlp_kinds[layer] == "sparse"]
+    return llama_config(
+        hf,
+        mlp_bias=False,
+        ropes=ropes_by_kind(hf | dict(rope_parameters=said), size, _MELLUM_THETA["sliding"]),
+        layer_windows=found,
+        layer_ropes=tuple(1 if window else 0 for window in found),
+        moe=moe_of(hf, number, hf["moe_intermediate_size"], sparse, bool(hf["norm_topk_prob"])),
+    )
+
+
+_MELLUM_THETA = dict(full=5e5, sliding=1e4)
+MELLUM = Family(
+    _mellum,
+    _qwen3_moe_layer,
+    DEFAULTS
+    | dict(
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=131072,
+        sliding_window=1024,
+        layer_types=None,
+        mlp_layer_types=None,
+        moe_intermediate_size=896,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.001,
+    ),
+    {"rope_scaling": (None,)},
+    ignored=r"mtp\..*",
 )
 
 

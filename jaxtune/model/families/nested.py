@@ -86,7 +86,9 @@ NESTED: dict[str, Nested] = {
     "llava_next": Nested(_USUAL, **_LLAVA, tied=False),
     "llava_onevision": Nested({"qwen2": "qwen2"} | _USUAL, **_LLAVA, tied_inside=True),
     "llama4": Nested({"llama4_text": "llama4_text"}, OLDER[0], ("vision_model.", "multi_modal_projector."), modules=OLDER),
-    "mistral3": Nested({"mistral": "mistral", "ministral3": "ministral3"}, **_LLAVA, fixed=dict(layer_types=None)),
+    "mistral3": Nested(
+        {"mistral": "mistral", "ministral3": "ministral3", "mistral4": "mistral4"}, **_LLAVA, fixed=dict(layer_types=None)
+    ),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen3_5": Nested({"qwen3_5_text": "qwen3_5_text"}, MODULES, ("visual.", "mtp.")),
@@ -128,6 +130,7 @@ _CALLED = {
         (r"\.c_fc_1\b", ".up_proj"),
         (r"\.c_proj\b", ".down_proj"),
     ),
+    "hy_v3": ((r"\.mlp\.shared_mlp\b", ".mlp.shared_experts"),),
     "nemotron_h": ((r"^backbone\.", "model."),),
 }
 _TOGETHER = {
@@ -172,12 +175,15 @@ def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
+def together(name: str, row: Row) -> Row:
+    """The row of a layer as in files that store its experts in one tensor."""
+    hf, part = _TOGETHER.get(name, (row.hf, row.part))
+    return row._replace(hf=hf, part=part)
+
+
 def in_file(config: ModelConfig, name: str, row: Row) -> Row:
     """The row of a layer as in the files of its checkpoint."""
-    if not config.together or name not in _TOGETHER:
-        return row
-    hf, part = _TOGETHER[name]
-    return row._replace(hf=hf, part=part)
+    return together(name, row) if config.together else row
 
 
 def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:

@@ -1,9 +1,10 @@
-"""OLMo 1 to 3, FlexOlmo and EXAONE 4: norms without parameters, then norms after attention and feed-forward instead of before."""
+"""OLMo 1 to 3, FlexOlmo, EXAONE 4 and K-EXAONE: norms without parameters, then norms after attention and feed-forward instead of before."""
 
 from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows_by_period
+from jaxtune.model.families.deepseek import dense_or_experts, experts_of, sparse_layers
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import OLMOE, moe_of, qwen_experts
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
@@ -81,13 +82,13 @@ OLMO3 = Family(_olmo3, _olmo2_layer, _OLMO2 | dict(sliding_window=4096, rope_the
 # ---- EXAONE 4: norms over heads; no positions in the layers without a window, where others have one ----
 
 
-def _exaone4(hf: dict[str, Any]) -> ModelConfig:
+def _exaone4(hf: dict[str, Any], **changes) -> ModelConfig:
     period = hf.get("sliding_window_pattern", 4) if hf["sliding_window"] else 0
     if not hf.get("layer_types") and not isinstance(period, int):
         raise ModelError(f"sliding_window_pattern is {period!r} and layer_types is missing; write layer_types, the kind of each layer")
     found = windows_by_period(hf, period if isinstance(period, int) else 0)
     ropes = tuple(0 if window or hf["sliding_window"] is None else -1 for window in found)
-    return llama_config(hf, layer_windows=found, layer_ropes=ropes)
+    return llama_config(hf, layer_windows=found, layer_ropes=ropes, **changes)
 
 
 def _exaone4_layer(c: ModelConfig, layer: int) -> Rows:
@@ -98,4 +99,40 @@ EXAONE4 = Family(
     _exaone4,
     _exaone4_layer,
     DEFAULTS | dict(num_key_value_heads=32, rms_norm_eps=1e-5, sliding_window=4096),
+)
+
+
+# ---- EXAONE MoE (K-EXAONE): the same attention after a norm, and DeepSeek V3's experts ----
+
+
+def _exaone_moe(hf: dict[str, Any]) -> ModelConfig:
+    sparse, named = sparse_layers(hf, hf["first_k_dense_replace"]), hf | dict(n_shared_experts=hf["num_shared_experts"])
+    return _exaone4(hf, moe=experts_of(named, sparse, normalize=bool(hf["norm_topk_prob"]), sigmoid=True))
+
+
+def _exaone_moe_layer(c: ModelConfig, layer: int) -> Rows:
+    yield from norm(c, "attn_norm", "input_layernorm", "attn_norm")
+    yield from attention(c)
+    yield from query_key_norms(c, c.head_dim, c.head_dim)
+    yield from dense_or_experts(c, layer, correction="mlp.e_score_correction_bias")
+
+
+EXAONE_MOE = Family(
+    _exaone_moe,
+    _exaone_moe_layer,
+    EXAONE4.defaults
+    | dict(
+        mlp_layer_types=None,
+        first_k_dense_replace=1,
+        moe_intermediate_size=1024,
+        num_experts=64,
+        num_experts_per_tok=8,
+        num_shared_experts=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        n_group=1,
+        topk_group=1,
+        pad_token_id=0,
+    ),
+    ignored=r"mtp.*",
 )
