@@ -435,6 +435,11 @@ CASES |= {
     | dict(mlp_layer_types=["dense", "sparse", "sparse"], prefix_dense_intermediate_size=20, intermediate_size=12, sliding_window=5)
     | dict(num_experts=6, num_experts_per_tok=3, num_shared_experts=1, expert_selection_fn="sigmoid", norm_topk_prob=False)
     | dict(rms_norm_eps=1e-3),
+    "bamba": {key: value for key, value in SMALL.items() if key != "head_dim"}
+    | dict(model_type="bamba", attn_layer_indices=[1], mamba_n_heads=4, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=4)
+    | dict(attention_bias=True, mlp_bias=True),
+    "mamba2": dict(model_type="mamba2", vocab_size=96, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, state_size=6)
+    | dict(n_groups=2, chunk_size=4, layer_norm_epsilon=1e-3),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

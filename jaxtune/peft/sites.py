@@ -40,7 +40,7 @@ EXPERTS = {"router": "{router}.weight", "experts_gate_up": "{experts}.gate_up_pr
 HEADS = {"score", "classifier"}  # scoring heads that PEFT adds to `modules_to_save` by itself: both names, whichever exists
 RENAMED_HEAD = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's name in files, and the one in transformers 5 (and hence PEFT)
 # PEFT leaves the out_proj of their Mamba-2 layers alone: kernels use its weight outside the module
-WITHOUT_OUT = ("falcon_h1", "nemotron_h")
+WITHOUT_OUT = ("falcon_h1", "mamba2", "nemotron_h")
 BY_INPUT = ("llama4_text",)  # whose experts' matrices `[E, in, out]` PEFT takes for `[E, out, in]`
 _LIKE_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 TRANSLATED = {

@@ -38,6 +38,7 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                          "mtp_layers_block_type", "n_shared_experts", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
                          "time_step_limit", "time_step_max", "use_mamba_kernels"},
+          "mamba2": {"residual_in_fp32", "rescale_prenorm_residual", "time_step_floor", "time_step_max", "time_step_min", "time_step_rank"},
           "bloom": {"slow_but_exact"},
           "codegen": {"n_ctx"},
           "cohere2_moe": {"rope_theta"},  # beside rope_parameters

@@ -104,6 +104,8 @@ def test_every_family_has_a_golden_or_is_like_one():
         ("lfm2", dict(full_attn_idxs=[]), "a model without a full_attention layer is not implemented for lfm2"),
         ("lfm2", dict(block_ffn_dim_multiplier=0.0), "intermediate_size is 0 in this lfm2 model by its block_ff_dim"),
         ("lfm2_moe", dict(layer_types=None), "this lfm2_moe model lacks layer_types"),
+        ("bamba", dict(attn_layer_indices=[2]), "attn_layer_indices=[2] of this bamba model are not numbers of its 2 layers"),
+        ("bamba", dict(z_loss_coefficient=0.1), "z_loss_coefficient=0.1 is not implemented for bamba"),
         ("cohere2_moe", dict(expert_selection_fn="x"), "expert_selection_fn='x' and shared_expert_combination_strategy='average'"),
         ("codegen", dict(n_embd=30, n_head=2), "n_embd=30 of this codegen model is not a multiple of 4"),
         ("gpt_neo", dict(attention_types=[[["global"], 1]]), "have to be global or local for each of num_layers=2"),

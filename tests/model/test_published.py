@@ -431,6 +431,11 @@ PUBLISHED = {
     ),
     "bloom-560m": (dict(model_type="bloom", vocab_size=250880, n_embed=1024, n_layer=24, num_attention_heads=16), 559214592),
     "mpt-7b": (dict(model_type="mpt", vocab_size=50432, d_model=4096, n_layers=32, n_heads=32), 6649286656),
+    "Bamba-9B": (
+        dict(model_type="bamba", vocab_size=128000, attn_layer_indices=[9, 18, 27]) | size(4096, 14336, 32, 32),
+        9808584064,
+    ),
+    "Mamba-Codestral-7B": (dict(model_type="mamba2", vocab_size=32768, hidden_size=4096, num_hidden_layers=64), 7285403648),
     "nanochat-d32": (dict(model_type="nanochat", vocab_size=65536) | size(2048, 8192, 32, 16), 1879048192),
     "codegen-350M-mono": (dict(model_type="codegen", vocab_size=51200, n_embd=1024, n_layer=20, n_head=16), 356712448),
     "gpt-neo-125m": (

@@ -17,6 +17,7 @@ from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
 from jaxtune.model.families.afmoe import AFMOE
 from jaxtune.model.families.apertus import APERTUS
+from jaxtune.model.families.bamba import BAMBA, MAMBA2
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.bloom import BLOOM, MPT
 from jaxtune.model.families.cohere import COHERE, COHERE2, COHERE2_MOE
@@ -71,6 +72,7 @@ FAMILIES: dict[str, Family] = {
     "afmoe": AFMOE,
     "apertus": APERTUS,
     "arcee": ARCEE,
+    "bamba": BAMBA,
     "bloom": BLOOM,
     "codegen": CODEGEN,
     "cohere": COHERE,
@@ -121,6 +123,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": LFM2_MOE,
     "llama": LLAMA,
     "llama4_text": LLAMA4,
+    "mamba2": MAMBA2,
     "mellum": MELLUM,
     "minicpm3": MINICPM3,
     "minimax_m2": MINIMAX_M2,
@@ -217,7 +220,7 @@ _WANTED = {
                     "a number"),
     **dict.fromkeys(("layer_types", "mlp_only_layers", "no_rope_layers", "full_attn_idxs", "layers_block_type", "mlp_layer_types",
                     "time_step_limit", "mlp_multipliers", "ssm_multipliers", "moe_layers", "layer_rope_theta", "attention_layers",
-                    "attention_types"), "a list"),
+                    "attention_types", "attn_layer_indices"), "a list"),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "an object"),
 }
 _KINDS = ((bool, "a truth value"), (int | float, "a number"), (str, "a text"))
