@@ -4,6 +4,7 @@ The `gguf` package's own reader keeps the file mapped, takes seconds for a vocab
 container is simple enough to read here. The package's decoders of quantised blocks are used unchanged.
 """
 
+import logging
 import math
 import mmap
 import os
@@ -18,6 +19,7 @@ from gguf.quants import quant_shape_to_byte_shape
 
 from jaxtune.errors import ModelError
 
+log = logging.getLogger("jaxtune")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {
@@ -102,7 +104,19 @@ class GGUFFile:
             self.tensors[name] = tensor
             end += -(-tensor.nbytes // alignment) * alignment
         if raw and size > end:
-            raise ModelError(f"{self.path} is {size} bytes long, but its header describes {end}. Fetch it again")
+            self._check_rest(cursor, self.tensors[raw[-1][0]], size, end - base, alignment)
+            log.warning("%s: %d bytes follow the last tensor; they are not read, as in llama.cpp", self.path, size - end)
+
+    def _check_rest(self, cursor: "_Cursor", last: GGUFTensor, size: int, offset: int, alignment: int) -> None:
+        """ModelError if the bytes after the last tensor are data that a damaged header hides: of another tensor, or of a wider type."""
+        try:
+            hidden = _tensor_info(cursor, self.path)[-1] == offset
+        except (ModelError, struct.error, IndexError, UnicodeDecodeError):
+            hidden = False
+        rest, count = size - last.start, math.prod(last.shape)
+        wider = any(0 <= rest - count // block * width < alignment for block, width in GGML_QUANT_SIZES.values())
+        if hidden or wider:
+            raise ModelError(f"{self.path} is {size} bytes long, but its header describes {last.start + last.nbytes}. Fetch it again")
 
 
 def _tensor_info(cursor: "_Cursor", path: Path) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:

@@ -22,7 +22,7 @@ from jaxtune.convert.names import leave_out, unstack_experts
 from jaxtune.convert.other_tensors import OtherTensors, set_apart
 from jaxtune.convert.quantised import dense, format_of
 from jaxtune.convert.shards import Shards
-from jaxtune.convert.tensors import Checkpoint, Safetensors, main_dtype, read_json
+from jaxtune.convert.tensors import Checkpoint, Safetensors, main_dtype, natural, read_json
 from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.errors import ConfigError, ModelError
@@ -179,7 +179,24 @@ def _config_json(folder: Path) -> dict:
         raise ModelError(f"{folder} is {what}, not a model; give its base model ({base}), and {which} as --adapter or init_adapter")
     if run:
         raise ModelError(f"{folder} is a run without a result (no adapter/, no model/); let it end, or go on with resume=true")
+    if not (folder / "config.json").is_file():
+        _refuse_folder_of(folder)
     return read_json(folder / "config.json")
+
+
+def _refuse_folder_of(folder: Path) -> None:
+    """ModelError for a folder of models, adapters or runs, which names them."""
+    marks = ("config.json", "run.json", "adapter_config.json")
+    found = sorted({file.parent for mark in marks for file in folder.glob(f"*/{mark}")}, key=lambda path: natural(path.name))
+    if not found:
+        return
+    there = ", ".join(path.name for path in found[:10]) + (", ..." if len(found) > 10 else "")
+    if models := [path for path in found if (path / "config.json").is_file()]:
+        raise ModelError(f"{folder} holds no config.json, but folders in it do; give one, like {models[0]} (there are {there})")
+    try:
+        _config_json(found[0])
+    except ModelError as error:
+        raise ModelError(f"{folder} holds no model itself, but the folders {there}; name one. {error}") from None
 
 
 def _described(hf_json: dict, file: Path) -> ModelConfig:

@@ -6,6 +6,7 @@ matrix: `lora_A [E r, in]` expert by expert, `lora_B [out, r E]` rank by rank. W
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,12 +193,19 @@ def _load(path: Path, model: Model) -> Adapter:
     wholes = tuple(whole for whole in wholes if own.get(whole.path, "") in left or whole.path not in own)  # the head may be the base's
     parts = {whole.path: _read_whole(path, checkpoint, left, whole, model, config, adapted) for whole in wholes}
     wholes, config = read_embeddings(path, model, checkpoint, left, parts, wholes, config)
+    left -= _copies(left, checkpoint) if config.bias == "all" else set()
     if not left and not apart and kind.stands:
         _check_complete(path, model, config, sites)
     if left:
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
     return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes, shared=shared)
+
+
+def _copies(names: set[str], checkpoint: Checkpoint) -> set[str]:
+    """Biases that PEFT writes again under the names of its wrapper around a module of `modules_to_save`, with `bias: all`."""
+    wrappers = (r"\.modules_to_save\.[^.]+(?=\.)", r"\.modules_to_save(?=\.)", r"\.original_module(?=\.)")
+    return {name for name in names for wrapper in wrappers if (own := re.sub(wrapper, "", name)) != name and own in checkpoint.entries}
 
 
 def _read_prompt(path: Path, checkpoint: Checkpoint, model: Model, kind: PromptKind, config: Any) -> Adapter:

@@ -213,7 +213,7 @@ def in_shards(plans: Iterable[Plan], max_shard_size: str | int = "5GB") -> list[
     """The tensors of each file, in writing order: wide types first, so that each starts at a multiple of its size."""
     shards, room = [], 0
     limit = parse_size(max_shard_size)
-    for plan in sorted(plans, key=lambda plan: _natural(plan.name)):
+    for plan in sorted(plans, key=lambda plan: natural(plan.name)):
         if not shards or (plan.nbytes > room):
             shards.append([])
             room = limit
@@ -280,6 +280,6 @@ def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _natural(name: str) -> list:
+def natural(name: str) -> list:
     """Sort key that puts layer 10 after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

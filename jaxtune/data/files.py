@@ -225,6 +225,8 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader((line for _, line in lines), delimiter=delimiter, strict=True)
     try:
         names = reader.fieldnames or ()
+        if reader.fieldnames == []:
+            raise DataError(f"{path}, line {reader.line_num}: an empty line, where the names of the columns have to be; remove it")
         if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0] and mark != delimiter), None)):
             instead = "let its name end in .tsv" if other == "\t" else "save it with ',' between columns, or with tabs as .tsv"
             raise DataError(f"{path}: the header {names[0]!r} has no {delimiter!r}; columns look separated by {other!r}: {instead}")

@@ -335,6 +335,7 @@ def tensor(offset, *new, name="blk.0.attn_q.weight"):
         (tensor(20, "<I", 15), "but the one before it ends at byte"),
         (tensor(24, "<Q", 64), "tensor blk.0.attn_q.weight (Q8_0 [64, 32]) begins at byte"),
         (lambda data: data.__setitem__(8, data[8] - 1), "bytes long, but its header describes"),
+        (tensor(20, "<I", 2, name="\0output.weight"), "bytes long, but its header describes"),
         (tensor(4, "<Q", 2**62), "tensor blk.0.attn_q.weight"),
         (tensor(24, "<Q", 2**40), "tensor blk.0.attn_q.weight"),
         (tensor(0, "<I", 2**31), "the header is cut or corrupt"),
@@ -351,3 +352,10 @@ def test_gguf(made, tmp_path, edit, said):
     edit(data)
     (tmp_path / "m.gguf").write_bytes(data)
     assert said in message(jt.load, tmp_path / "m.gguf")
+
+
+def test_bytes_after_a_gguf(made, tmp_path, caplog):
+    """llama.cpp does not look at them."""
+    (tmp_path / "m.gguf").write_bytes((made[0] / "sound.gguf").read_bytes() + b"a signature" * 9)
+    found, wanted = jt.load(tmp_path / "m.gguf").params, jt.load(made[0] / "sound.gguf").params
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, wanted)) and "99 bytes follow the last tensor" in caplog.text

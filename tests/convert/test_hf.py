@@ -217,6 +217,17 @@ def test_folders_that_hold_no_model(tmp_path):
         load(run)
 
 
+def test_a_folder_of_runs_or_models(tmp_path):
+    for number in (2, 10):
+        (tmp_path / f"run-{number}").mkdir()
+        (tmp_path / f"run-{number}/run.json").touch()
+    with pytest.raises(ModelError, match=f"holds no model itself, but the folders run-2, run-10; name one. {tmp_path}/run-2 is a run with"):
+        load(tmp_path)
+    (tmp_path / "run-10/config.json").touch()
+    with pytest.raises(ModelError, match=f"holds no config.json, but folders in it do; give one, like {tmp_path}/run-10 .there are run-2,"):
+        load(tmp_path)
+
+
 def test_an_existing_folder_is_left_alone(tmp_path):
     tiny.write(tmp_path / "in")
     model = load(tmp_path / "in")

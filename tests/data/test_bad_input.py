@@ -78,6 +78,7 @@ FILES = {
     "broken parquet": ("rows.parquet", b"not parquet", "not a readable Parquet file"),
     "arrow beyond its end": ("rows.arrow", arrow_beyond_its_end(), "not a readable Arrow data set"),
     "broken arrow": ("rows.arrow", b"not arrow", "not a readable Arrow data set"),
+    "an empty line before the header": ("rows.csv", "\ntext\na\n", "rows.csv, line 1: an empty line, where the names of the columns"),
     "semicolons": ("rows.csv", "prompt;completion\na;b\n", "header 'prompt;completion' has no ','; columns .* by ';': save it with ','"),
     "a column twice": ("rows.csv", "text,text\na,b\n", "the header names 'text' twice"),
     "gzip by another name": ("rows.jsonl", gzip.compress(b"{}"), "the file is compressed by gzip; let its name end in .gz"),

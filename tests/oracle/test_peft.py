@@ -32,6 +32,7 @@ VARIANTS = {
     "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
     "DoRA of the ends": {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "all biases": {"r": 4, "bias": "all", "target_modules": ["q_proj", "o_proj"]},
+    "all biases and a whole module": {"r": 4, "bias": "all", "modules_to_save": ["k_proj"], "target_modules": ["q_proj", "o_proj"]},
     "biases of some layers": {"r": 4, "bias": "lora_only", "target_modules": ["k_proj", "o_proj"], "layers_to_transform": [0, 2]},
     "biases of its own": {"r": 4, "lora_bias": True, "target_modules": ["q_proj", "o_proj"], "layers_pattern": "layers",
                           "layers_to_transform": 1},
