@@ -64,8 +64,9 @@ def _interrupts_end() -> None:
         signal.signal(signal.SIGINT, _interrupted)
 
 
-if sys.argv[:1] == ["-m"] and any(word.partition(".")[0] in ("jaxtune", "-mjaxtune") for word in sys.orig_argv):
-    _interrupts_end()  # `python -m jaxtune.train`, whose modules are imported after this one; not `python -m` of a user's package
+_module = sys.argv[:1] == ["-m"] and any(word.partition(".")[0] in ("jaxtune", "-mjaxtune") for word in sys.orig_argv)
+if _module or os.path.basename("".join(sys.argv[:1])) in ("jaxtune", "jaxtune.exe"):
+    _interrupts_end()  # `python -m jaxtune.train` or `jaxtune train`, whose modules are imported after this one; not a user's package
 
 
 def __getattr__(name: str):

@@ -81,12 +81,16 @@ def test_an_interrupted_command_ends_without_pythons_own_end():
     assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "interrupted\n")
 
 
-@pytest.mark.parametrize("command", ["jaxtune.train", "jaxtune"])
-def test_ctrl_c_while_modules_are_imported(command, tmp_path):
-    (tmp_path / "jax.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import nothing")
+@pytest.mark.parametrize("command", [("-m", "jaxtune.train"), ("-m", "jaxtune"), ("bin/jaxtune",)])
+def test_ctrl_c_while_modules_are_imported(command, tmp_path, monkeypatch):
+    for name in ("jax.py", "rich.py"):
+        (tmp_path / name).write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import nothing")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/jaxtune").write_text("from jaxtune.cli import main; main()")  # as pip writes it
+    monkeypatch.chdir(tmp_path)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # an xdist worker's processes ignore it
-    program = f"{heard}; os.execv(sys.executable, [sys.executable, '-m', '{command}', 'train'])"
+    program = f"{heard}; os.execv(sys.executable, [sys.executable, *{command}, 'train'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
