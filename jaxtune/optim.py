@@ -72,10 +72,18 @@ def _cosine_with_restarts(t, warmup, total, rate, num_cycles=1):
 
 def _cosine_with_min_lr(t, warmup, total, rate, num_cycles=0.5, min_lr=None, min_lr_rate=None):
     if (min_lr is None) == (min_lr_rate is None):
-        raise ConfigError("lr_scheduler_type cosine_with_min_lr needs lr_scheduler_kwargs: {min_lr: RATE} or {min_lr_rate: SHARE}.")
+        raise ConfigError("a lr_scheduler_type with min_lr needs lr_scheduler_kwargs: {min_lr: RATE} or {min_lr_rate: SHARE}.")
     low = min_lr / rate if min_lr_rate is None else min_lr_rate
     factor = 0.5 * (1.0 + np.cos(np.pi * num_cycles * 2.0 * _progress(t, warmup, total)))
     return np.maximum(0.0, factor * (1 - low) + low)
+
+
+def _cosine_warmup_with_min_lr(t, warmup, total, rate, num_cycles=0.5, min_lr=None, min_lr_rate=None, warmup_lr_rate=None):
+    """The cosine one step ahead, and a warm-up that begins at `warmup_lr_rate`, by default at `1 / warmup`, instead of 0."""
+    up = (t + 1) / max(1, warmup)
+    if warmup_lr_rate is not None:
+        up = warmup_lr_rate + (1.0 - warmup_lr_rate) * t / max(1, warmup - 1)
+    return np.where(t < warmup, up, _cosine_with_min_lr(t + 1, warmup, total, rate, num_cycles, min_lr, min_lr_rate))
 
 
 def _polynomial(t, warmup, total, rate, lr_end=1e-7, power=1.0):
@@ -117,6 +125,7 @@ SCHEDULES: dict[str, Callable] = {
     "linear": _linear,
     "cosine": _cosine,
     "cosine_with_min_lr": _cosine_with_min_lr,
+    "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr,
     "cosine_with_restarts": _cosine_with_restarts,
     "constant": _constant,
     "constant_with_warmup": _constant,
@@ -132,7 +141,7 @@ def _factors(config: Config, total_steps: int) -> np.ndarray:
     warmup = interval(config.warmup_steps, total_steps)
     given = _arguments(SCHEDULES[name], config.lr_scheduler_kwargs, f"lr_scheduler_kwargs of {name}")
     factor = SCHEDULES[name](t, warmup, total_steps, config.learning_rate, **given)
-    if name == "warmup_stable_decay":  # its warm-up has its own shape and minimum
+    if name in ("warmup_stable_decay", "cosine_warmup_with_min_lr"):  # whose warm-ups have their own shapes
         return factor
     return np.where(t < warmup, t / max(1, warmup), factor)
 

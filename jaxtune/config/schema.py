@@ -264,8 +264,8 @@ class Config(ObjectiveConfig):
 
     learning_rate: float = _later()  # depends on method and objective
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "constant", "constant_with_warmup",
-        "polynomial", "inverse_sqrt", "warmup_stable_decay",
+        "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "cosine_with_restarts", "constant",
+        "constant_with_warmup", "polynomial", "inverse_sqrt", "warmup_stable_decay",
     ] = "linear"  # fmt: skip
     lr_scheduler_kwargs: Table = ()
     warmup_steps: int | float = 0  # below 1: a share of all steps

@@ -100,7 +100,7 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
     for field, nothing in kind.refused.items():
         if saved.get(field) not in (None, nothing, [], {}):
             raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
-    if str(saved.get("init_lora_weights")).startswith(OTHER_BASE):
+    if str(saved.get("init_lora_weights")).lower().startswith(OTHER_BASE):  # PEFT takes OLoRA too
         start = saved["init_lora_weights"]
         fix = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"
         if start == "loftq":

@@ -81,7 +81,10 @@ def _edit(saved, **changes):
     (saved / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize("field, value", [("layer_replication", [[0, 2]]), ("init_lora_weights", "pissa"), ("peft_type", "POLY")])
+@pytest.mark.parametrize(
+    "field, value",
+    [("layer_replication", [[0, 2]]), ("init_lora_weights", "pissa"), ("init_lora_weights", "OLoRA"), ("peft_type", "POLY")],
+)
 def test_a_field_that_cannot_be_honoured_is_named(model, saved, field, value):
     _edit(saved, **{field: value})
     with pytest.raises(ModelError, match=str(value if field == "peft_type" else field)):

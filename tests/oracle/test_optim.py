@@ -27,6 +27,8 @@ SCHEDULES = [
     ("cosine_with_restarts", {"num_cycles": 3}),
     ("cosine_with_min_lr", {"min_lr": 1e-5}),
     ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("cosine_warmup_with_min_lr", {"min_lr": 1e-5, "num_cycles": 0.7}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 0.3}),
     ("constant_with_warmup", {}),
     ("polynomial", {}),
     ("polynomial", {"lr_end": 1e-6, "power": 2.0}),
