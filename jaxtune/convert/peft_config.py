@@ -61,7 +61,7 @@ def config_json(adapter: Adapter, model: Model) -> dict[str, Any]:
     each = [name for path, found in modules.items() for name, rank in zip(found, ranks[path], strict=True) if rank]
     if targets == "all-linear":
         targets = sorted({name.rsplit(".", 1)[-1] for found in modules.values() for name in found})
-    elif isinstance(targets, str) and model.config.moe:
+    elif isinstance(targets, str) and model.config.moe or not (targets or fields.get("target_parameters")):  # or none were recorded
         targets = each
     if model.config.outer:
         targets = targets if "exclude_modules" in fields else each

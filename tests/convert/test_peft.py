@@ -91,6 +91,14 @@ def test_a_field_that_cannot_be_honoured_is_named(model, saved, field, value):
         load_adapter(saved, model)
 
 
+def test_targets_that_were_not_recorded_are_those_of_the_file(model, saved, tmp_path):
+    wanted = set(json.loads((saved / "adapter_config.json").read_text())["target_modules"])
+    _edit(saved, target_modules=None)
+    again = save_adapter(load_adapter(saved, model), model, tmp_path / "again")
+    found = json.loads((again / "adapter_config.json").read_text())["target_modules"]
+    assert {name.rpartition(".")[2] for name in found} == wanted
+
+
 def test_tensors_that_do_not_fit(model, saved):
     file = saved / "adapter_model.safetensors"
     tensors = load_file(file)
