@@ -449,17 +449,22 @@ def lengths(case: str) -> tuple[int, ...]:
     return (13, 13, 13) if case in EQUAL_LENGTHS else LENGTHS
 
 
+def auto_class(config: dict):
+    """transformers' config of a model, and the class that opens it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    hf = AutoConfig.for_model(**json.loads(json.dumps(config)))  # which takes a nested config apart
+    assert hf.model_type == config["model_type"]
+    alone = "vision_config" not in config and type(hf) in AutoModelForCausalLM._model_mapping  # not Mistral 4
+    return hf, AutoModelForCausalLM if alone else AutoModelForImageTextToText
+
+
 def make_model(config: dict, seed: int):
     """A random transformers model whose weights are float16 numbers held in float32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model_type = config["model_type"]
-    hf = AutoConfig.for_model(**json.loads(json.dumps(config)))  # which takes a nested config apart
-    assert hf.model_type == model_type
-    alone = "vision_config" not in config and type(hf) in AutoModelForCausalLM._model_mapping  # not Mistral 4
-    opener = AutoModelForCausalLM if alone else AutoModelForImageTextToText
+    hf, opener = auto_class(config)
     model = opener.from_config(hf, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

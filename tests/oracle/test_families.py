@@ -1,15 +1,16 @@
-"""The goldens' cases with other seeds, live against transformers; and what goldens lack: auxiliary loss, rotary configs, bfloat16."""
+"""The goldens against the installed transformers; and what they lack: auxiliary loss, rotary configs, bfloat16."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import references
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
-import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from jaxtune.model import decoder  # noqa: E402
@@ -21,8 +22,7 @@ from jaxtune.model.rope import Rope  # noqa: E402
 _source = importlib.util.spec_from_file_location("make_goldens", Path(__file__).parents[2] / "tools" / "make_goldens.py")
 oracle = importlib.util.module_from_spec(_source)
 _source.loader.exec_module(oracle)
-TOLERANCE = 1e-4
-forward = jax.jit(decoder.forward, static_argnums=0)
+TOLERANCE = 1e-5
 
 
 def test_there_is_a_golden_of_every_case():
@@ -30,18 +30,18 @@ def test_there_is_a_golden_of_every_case():
 
 
 @pytest.mark.parametrize("case", oracle.CASES)
-def test_logits(case):
-    seed = 1000 + list(oracle.CASES).index(case)
-    model, texts = oracle.make_model(oracle.CASES[case], seed), oracle.documents(case, seed)
-    hf, tensors = oracle.saved(model)
-    wanted = oracle.reference(model, texts)
-    config = from_hf(hf)
-    params = references.tree(config, references.language_model(hf, tensors))
-    for kind in ("right", "left", "packed"):
-        batch = references.layout(texts, kind, alike=True)
-        logits = batch.documents_of(forward(config, params, batch.tokens, batch.positions, batch.segments))
-        for i, found in enumerate(logits):
-            assert np.abs(found - wanted[f"{'alone' if kind == 'packed' else kind}/{i}"]).max() < TOLERANCE, (kind, i)
+def test_goldens_are_what_transformers_computes(case, tmp_path):
+    """jaxtune's logits are the goldens': tests/model/test_families.py."""
+    golden = references.load(case)
+    (tmp_path / "config.json").write_text(json.dumps(golden.config))
+    save_file(golden.files, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opener = oracle.auto_class(golden.hub)[1]
+    model, info = opener.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    found = oracle.reference(model, golden.documents)
+    for kind, documents in golden.logits.items():
+        for i, wanted in enumerate(documents):
+            assert np.abs(found[f"{kind}/{i}"] - wanted).max() < TOLERANCE, (kind, i)
 
 
 @pytest.mark.parametrize("case", ["ernie4_5_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_raw"])
