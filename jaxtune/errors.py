@@ -45,6 +45,9 @@ def check_argument(name: str, value: object, kind: type | tuple[type, ...], inst
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, or write to another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",
+    errno.EFBIG: "the file becomes larger than its file system or the limit of this user (ulimit -f) allows; write to another folder",
+    errno.EIO: "the disk reports an error (dmesg may say more); try again, or choose another disk",
+    errno.ESTALE: "the network file system has lost this file; mount it again, or choose another folder",
     errno.EROFS: "the folder is on a read-only file system; write to another folder",
     errno.ENOTDIR: "a part of this path is a file, not a folder; name another",
     errno.EISDIR: "a folder stands where a file belongs; move it away",

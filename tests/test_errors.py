@@ -119,6 +119,8 @@ def test_ctrl_c_while_python_ends_is_quiet():
         (errno.EROFS, "read-only"),
         (errno.EACCES, "permission denied"),
         (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EIO, "the disk reports an error"),
         (errno.ENOTDIR, "is a file"),
         (errno.EMFILE, "ulimit -n"),
     ],  # fmt: skip
