@@ -440,6 +440,8 @@ CASES |= {
     | dict(attention_bias=True, mlp_bias=True),
     "mamba2": dict(model_type="mamba2", vocab_size=96, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, state_size=6)
     | dict(n_groups=2, chunk_size=4, layer_norm_epsilon=1e-3),
+    "falcon_alibi": FALCON  # slopes that bfloat16 rounds
+    | dict(alibi=True, bias=True, parallel_attn=False, multi_query=False, hidden_size=24, num_attention_heads=12),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 
@@ -450,13 +452,14 @@ def lengths(case: str) -> tuple[int, ...]:
 
 
 def auto_class(config: dict):
-    """transformers' config of a model, and the class that opens it."""
+    """transformers' config of a model, the class that opens it, and which of its attentions to compare with."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     hf = AutoConfig.for_model(**json.loads(json.dumps(config)))  # which takes a nested config apart
     assert hf.model_type == config["model_type"]
     alone = "vision_config" not in config and type(hf) in AutoModelForCausalLM._model_mapping  # not Mistral 4
-    return hf, AutoModelForCausalLM if alone else AutoModelForImageTextToText
+    how = "sdpa" if config.get("alibi") else "eager"  # which adds Falcon's ALiBi twice
+    return hf, AutoModelForCausalLM if alone else AutoModelForImageTextToText, how
 
 
 def make_model(config: dict, seed: int):
@@ -464,8 +467,8 @@ def make_model(config: dict, seed: int):
     import torch
 
     torch.manual_seed(seed)
-    hf, opener = auto_class(config)
-    model = opener.from_config(hf, attn_implementation="eager").float().eval()
+    hf, opener, how = auto_class(config)
+    model = opener.from_config(hf, attn_implementation=how).float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:

@@ -35,8 +35,8 @@ def test_goldens_are_what_transformers_computes(case, tmp_path):
     golden = references.load(case)
     (tmp_path / "config.json").write_text(json.dumps(golden.config))
     save_file(golden.files, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    opener = oracle.auto_class(golden.hub)[1]
-    model, info = opener.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+    _, opener, how = oracle.auto_class(golden.hub)
+    model, info = opener.from_pretrained(tmp_path, attn_implementation=how, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     found = oracle.reference(model, golden.documents)
     for kind, documents in golden.logits.items():
