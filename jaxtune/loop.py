@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from jaxtune import data, distributed, faults, optim, parallel
+from jaxtune import data, distributed, faults, parallel, schedules
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config, interval
 from jaxtune.errors import JaxtuneError
@@ -42,7 +42,7 @@ class Loop:
         self.on_policy = rollouts or on_policy
         self.checkpoints, self.folder, self.notes = checkpoints, folder, notes
         self.part = parallel.row_part(mesh)
-        self.rate = optim.schedule(config, total_steps)
+        self.rate = schedules.schedule(config, total_steps)
         self.stop_requested = self.interrupted = False  # a signal has arrived; and the step to stop after
         self.done = 0
         self.headline = ("reward", math.nan)  # of the newest rollout

@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "jaxtune").rglob("*.py"))
 LEVELS = (
     {"errors", "cli", "config", "tree", "locks", "disk", "functions", "gpu"},
     {"model", "data"},
-    {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "metrics"}
+    {"parallel", "distributed", "faults", "kernels", "peft", "objectives", "moments", "optim", "schedules", "metrics"}
     | {"plan_report", "plan_search", "plan_targets"},
     {"convert", "checkpoint", "compilation", "background", "picture", "runlog", "runfolder", "in_backward", "step", "generation"},
     {"loop", "report", "generate", "reference", "teacher", "folds", "score", "best_of", "losses", "rewards", "rollout", "on_policy"},

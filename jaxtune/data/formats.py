@@ -1,7 +1,6 @@
 """What a row means: every common format becomes one of a few kinds of examples."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune import functions
 from jaxtune.data import turns
 from jaxtune.data.examples import Chat, Classified, Completion, Example, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row
@@ -263,7 +263,7 @@ def made(row: Row, name: str | None) -> Row:
 
 
 def parse(row: Row, name: str | None) -> Example:
-    """The example that a row stands for: by the format `name`, by a function with a dotted path, or by the row's own fields.
+    """The example that a row stands for: by the format `name`, by a user's function (functions.py), or by the row's own fields.
 
     A function takes the row as a dict and returns a dict in one of the formats here.
     """
@@ -276,7 +276,7 @@ def parse(row: Row, name: str | None) -> Example:
         near = difflib.get_close_matches(name, FORMATS, 1, 0.5)
         raise DataError(
             f"data.format: {name} is no format; " + (f"did you mean {near[0]}?" if near else "")
-            + f" There are {', '.join(FORMATS)}, and functions by their dotted path (my_module.my_function)"
+            + f" There are {', '.join(FORMATS)}, and your own functions: my_module.my_function, path/file.py:function"
         )  # fmt: skip
     for keys in FORMATS[name][0]:
         if not any(key in row.fields for key in keys.split("|")):
@@ -285,12 +285,8 @@ def parse(row: Row, name: str | None) -> Example:
 
 
 @lru_cache
-def _function(path: str) -> Callable[[dict], Any]:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"data.format: {path} cannot be imported ({error}); name a function of a module on PYTHONPATH") from None
+def _function(name: str) -> Callable[[dict], Any]:
+    return functions.find({}, name, "data.format")[1]
 
 
 def function_bytes(name: str | None) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 from jaxtune.data.examples import Chat, Completion, Labelled, Pair, Prompt, Segments, Steps, Text, Tokens
 from jaxtune.data.files import Row
 from jaxtune.data.formats import FORMATS, detect, function_bytes, parse, rename
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
 
 U, A, S = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("system", "be brief")))
 NO = {"role": "assistant", "content": "no"}
@@ -146,7 +146,7 @@ def test_columns():
     assert renamed.fields == {"prompt": "hi", "completion": "yes"}
 
 
-def test_a_function_by_its_dotted_path(tmp_path, monkeypatch):
+def test_a_function_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "my_rows.py").write_text(
         "def to_rows(row):\n    return {'prompt': row['a'] + ':', 'completion': row['b']}\n\ndef bad(row):\n    return 1\n"
     )
@@ -156,7 +156,8 @@ def test_a_function_by_its_dotted_path(tmp_path, monkeypatch):
     assert function_bytes("my_rows.to_rows").startswith(b"def to_rows") and function_bytes("text") == b""
     with pytest.raises(DataError, match="my_rows.bad must return a dict"):
         parse(row({}), "my_rows.bad")
-    with pytest.raises(DataError, match="my_rows.none cannot be imported"):
+    assert parse(row({"a": "x", "b": "y"}), f"{tmp_path}/my_rows.py:to_rows") == Completion("x:", "y")
+    with pytest.raises(ConfigError, match="my_rows has no function none"):
         parse(row({}), "my_rows.none")
-    with pytest.raises(DataError, match="no_such_module.f cannot be imported"):
+    with pytest.raises(ConfigError, match="data.format no_such_module.f cannot be loaded"):
         parse(row({}), "no_such_module.f")

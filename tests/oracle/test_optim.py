@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from jaxtune.config import load_config
-from jaxtune.optim import clip_by_global_norm, optimizer, schedule
+from jaxtune.optim import clip_by_global_norm, optimizer
+from jaxtune.schedules import schedule
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
