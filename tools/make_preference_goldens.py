@@ -2,11 +2,11 @@
 
     python tools/make_preference_goldens.py          needs torch and trl
 
-preference.npz: `CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/ref`, `CASE/mask`, `CASE/labels` are what the loss was given
-(tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's own trainer made of it, in
-float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the scores. policy.npz: `CASE/logps`,
-`CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss and gradient to `logps`. ppo.npz:
-what tests/ppo_cases.py gives, and loss and gradient to `logps` and `vpred`.
+preference.npz: `CASE/logps`, `CASE/collision`, `CASE/mean_logits`, `CASE/entropy`, `CASE/correct`, `CASE/ref`, `CASE/mask`, `CASE/labels`
+are what the loss was given (tests/preference_cases.py); `CASE/loss` and `CASE/gradient` (to the tokens' log-probabilities) are what TRL's
+own trainer made of it, in float64. reward.npz: `CASE/scores` and `CASE/said` (tests/reward_cases.py), and loss and gradient to the
+scores. policy.npz: `CASE/logps`, `CASE/old`, `CASE/ref`, `CASE/entropy`, `CASE/advantages`, `CASE/mask` (tests/policy_cases.py), and loss
+and gradient to `logps`. ppo.npz: what tests/ppo_cases.py gives, and loss and gradient to `logps` and `vpred`.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from jaxtune.config.objectives import LOSS_TYPES
 from jaxtune.objectives.pairwise import BY_MEAN, LOSSES, REFERENCE_FREE, SCORES, Pairs, log_odds_ratio
 
 GOLDEN = np.load(Path(__file__).parent.parent / "goldens" / "objectives" / "preference.npz")
-KEYS = ("logps", "collision", "mean_logits", "ref", "mask", "labels")
+KEYS = ("logps", "collision", "mean_logits", "entropy", "correct", "ref", "mask", "labels")
 
 
 @pytest.mark.parametrize("name", cases.CASES)
