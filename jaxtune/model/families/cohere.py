@@ -4,8 +4,8 @@ rotate together. Cohere 2 MoE: experts, and RMS norms by flag."""
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common, windows, windows_by_period
-from jaxtune.model.families.moe import moe_of, qwen_experts
+from jaxtune.model.families.base import Family, ModelConfig, common, windows, windows_by_period
+from jaxtune.model.families.moe import moe_of, qwen_experts, sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, shared_expert
 
 DEFAULTS = dict(
@@ -70,8 +70,7 @@ def _cohere2_moe(hf: dict[str, Any]) -> ModelConfig:
     layers, dense, period = range(hf["num_hidden_layers"]), hf.get("first_k_dense_replace") or 0, hf["prefix_dense_sliding_window_pattern"]
     numbers = [(i, period) for i in range(dense)] + [(i, hf["sliding_window_pattern"]) for i in range(len(layers) - dense)]
     kinds = hf.get("layer_types") or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i, every in numbers]
-    mlp_kinds = hf["mlp_layer_types"] or ["dense" if layer < dense else "sparse" for layer in layers]
-    check_layer_types(hf, mlp_kinds, "sparse", "dense")
+    sparse = sparse_by_type(hf, dense)
     inner, wide, eps = hf["intermediate_size"], hf["prefix_dense_intermediate_size"], hf["rms_norm_eps"]
     chosen, mixed = hf["expert_selection_fn"], hf["shared_expert_combination_strategy"]
     if chosen not in ("softmax", "sigmoid") or mixed not in ("average", "sum"):
@@ -84,7 +83,7 @@ def _cohere2_moe(hf: dict[str, Any]) -> ModelConfig:
         hf,
         hf["num_experts"],
         inner,
-        [layer for layer in layers if mlp_kinds[layer] == "sparse"],
+        sparse,
         normalize=chosen == "softmax" or bool(hf["norm_topk_prob"]),
         sigmoid=chosen == "sigmoid",
         shared_intermediate_size=inner * hf["num_shared_experts"],
@@ -93,7 +92,7 @@ def _cohere2_moe(hf: dict[str, Any]) -> ModelConfig:
         aux_loss_coef=None,
     )
     found = windows(hf, kinds)
-    turns = [bool(found[layer]) or (mlp_kinds[layer] == "dense" and period == 1) for layer in layers]
+    turns = [bool(found[layer]) or (layer not in sparse and period == 1) for layer in layers]
     norms = {} if eps is None else dict(norm="rms", norm_eps=eps)
     named = hf | dict(intermediate_size=inner if wide is None else wide)
     return _cohere(named, layer_windows=found, layer_ropes=tuple(0 if turn else -1 for turn in turns), moe=moe, **norms)

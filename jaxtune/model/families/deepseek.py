@@ -33,15 +33,6 @@ def experts_of(hf: dict[str, Any], layers: list[int] | None = None, **changes) -
     return moe_of(hf, number, inner, layers, **fields | changes)
 
 
-def sparse_layers(hf: dict[str, Any], dense: int) -> list[int]:
-    """The layers with experts by `mlp_layer_types`; without it all but the first `dense`."""
-    layers = range(hf["num_hidden_layers"])
-    kinds = hf["mlp_layer_types"] or ["sparse" if layer >= dense else "dense" for layer in layers]
-    if len(kinds) != len(layers) or not all(kind in ("sparse", "dense") for kind in kinds):
-        raise ModelError(f"mlp_layer_types={kinds!r} is not sparse or dense for each of num_hidden_layers={len(layers)}")
-    return [layer for layer in layers if kinds[layer] == "sparse"]
-
-
 def dense_or_experts(
     c: ModelConfig, layer: int, gguf: str = "ffn_norm", correction: str = "mlp.gate.e_score_correction_bias",
     shared: str = "mlp.shared_experts", router: str = "mlp.gate",

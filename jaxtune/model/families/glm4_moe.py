@@ -4,8 +4,9 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common, windows
-from jaxtune.model.families.deepseek import DEEPSEEK_V3, dense_or_experts, experts_of, latent_config, sparse_layers
+from jaxtune.model.families.deepseek import DEEPSEEK_V3, dense_or_experts, experts_of, latent_config
 from jaxtune.model.families.llama import DEFAULTS, llama_config
+from jaxtune.model.families.moe import sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, norm, query_key_norms
 
 # ---- GLM 4.5: grouped queries, half of a head turns ----
@@ -55,7 +56,7 @@ def _glm4_moe_lite(hf: dict[str, Any]) -> ModelConfig:
     turning = hf["qk_rope_head_dim"]
     if (hf["head_dim"] or turning) != turning:
         raise ModelError(f"head_dim={hf['head_dim']} is not qk_rope_head_dim={turning}; in a glm4_moe_lite model both are one number")
-    moe = experts_of(hf, sparse_layers(hf, 1), normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
+    moe = experts_of(hf, sparse_by_type(hf, 1), normalize=bool(hf["norm_topk_prob"]), sigmoid=True)
     return latent_config(hf, interleaved=bool(hf["rope_interleave"]), moe=moe)
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig
-from jaxtune.model.families.deepseek import dense_or_experts, experts_of, sparse_layers
+from jaxtune.model.families.deepseek import dense_or_experts, experts_of
 from jaxtune.model.families.llama import DEFAULTS, llama_config
-from jaxtune.model.families.moe import expert_matrices, moe_of
+from jaxtune.model.families.moe import expert_matrices, moe_of, sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, linear, norm, pre_norm_layer, query_key_norms, shared_expert
 
 
@@ -67,7 +67,7 @@ HUNYUAN_MOE = Family(
 
 def _hy_v3(hf: dict[str, Any]) -> ModelConfig:
     named = hf | dict(n_shared_experts=hf["num_shared_experts"], routed_scaling_factor=hf["router_scaling_factor"], n_group=1, topk_group=1)
-    return llama_config(hf, moe=experts_of(named, sparse_layers(hf, 1), normalize=True, sigmoid=True, epsilon=1e-20))
+    return llama_config(hf, moe=experts_of(named, sparse_by_type(hf, 1), normalize=True, sigmoid=True, epsilon=1e-20))
 
 
 def _hy_v3_layer(c: ModelConfig, layer: int) -> Rows:

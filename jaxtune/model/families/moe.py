@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, Moe, check_layer_types, common, one_window, ropes_by_kind, windows
+from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window, ropes_by_kind, windows
 from jaxtune.model.families.llama import DEFAULTS, MULTIPLIERS, granite_config, llama_config
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
 from jaxtune.model.row import Part, Row
@@ -85,6 +85,15 @@ def sparse_layers(hf: dict[str, Any], number: int) -> list[int]:
     """The layers that have experts, `number` of them, by Qwen's keys."""
     dense, step = hf["mlp_only_layers"] or (), hf["decoder_sparse_step"]
     return [i for i in range(hf["num_hidden_layers"]) if number and i not in dense and (i + 1) % step == 0]
+
+
+def sparse_by_type(hf: dict[str, Any], dense: int) -> list[int]:
+    """The layers with experts by `mlp_layer_types`; without it all but the first `dense`."""
+    layers = range(hf["num_hidden_layers"])
+    kinds = hf["mlp_layer_types"] or ["sparse" if layer >= dense else "dense" for layer in layers]
+    if len(kinds) != len(layers) or not all(kind in ("sparse", "dense") for kind in kinds):
+        raise ModelError(f"mlp_layer_types={kinds!r} is not sparse or dense for each of num_hidden_layers={len(layers)}")
+    return [layer for layer in layers if kinds[layer] == "sparse"]
 
 
 def _qwen2_moe(hf: dict[str, Any]) -> ModelConfig:
@@ -220,22 +229,19 @@ QWEN3_MOE = Family(
 
 
 def _mellum(hf: dict[str, Any]) -> ModelConfig:
-    layers, size = range(hf["num_hidden_layers"]), hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    mlp_kinds = hf["mlp_layer_types"] or ["sparse"] * len(layers)
-    check_layer_types(hf | dict(layer_types=mlp_kinds), mlp_kinds, "sparse", "dense")
-    found = windows(hf, hf["layer_types"] or ["full_attention"] * len(layers))
+    size = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    found = windows(hf, hf["layer_types"] or ["full_attention"] * hf["num_hidden_layers"])
     said = hf.get("rope_parameters") or {f"{kind}_attention": dict(rope_theta=theta) for kind, theta in _MELLUM_THETA.items()}
     if missing := {f"{'sliding' if window else 'full'}_attention" for window in found} - {*said}:
         raise ModelError(f"rope_parameters of this mellum model lacks {sorted(missing)[0]}; it needs a scheme for each kind of layer")
     number = hf.get("num_local_experts") or hf["num_experts"]
-    sparse = [layer for layer in layers if mlp_kinds[layer] == "sparse"]
     return llama_config(
         hf,
         mlp_bias=False,
         ropes=ropes_by_kind(hf | dict(rope_parameters=said), size, _MELLUM_THETA["sliding"]),
         layer_windows=found,
         layer_ropes=tuple(1 if window else 0 for window in found),
-        moe=moe_of(hf, number, hf["moe_intermediate_size"], sparse, bool(hf["norm_topk_prob"])),
+        moe=moe_of(hf, number, hf["moe_intermediate_size"], sparse_by_type(hf, 0), bool(hf["norm_topk_prob"])),
     )
 
 

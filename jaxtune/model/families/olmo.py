@@ -4,9 +4,9 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows_by_period
-from jaxtune.model.families.deepseek import dense_or_experts, experts_of, sparse_layers
+from jaxtune.model.families.deepseek import dense_or_experts, experts_of
 from jaxtune.model.families.llama import DEFAULTS, llama_config
-from jaxtune.model.families.moe import OLMOE, moe_of, qwen_experts
+from jaxtune.model.families.moe import OLMOE, moe_of, qwen_experts, sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms
 
 # ---- OLMo: LayerNorms without parameters, queries, keys and values cut ----
@@ -106,7 +106,7 @@ EXAONE4 = Family(
 
 
 def _exaone_moe(hf: dict[str, Any]) -> ModelConfig:
-    sparse, named = sparse_layers(hf, hf["first_k_dense_replace"]), hf | dict(n_shared_experts=hf["num_shared_experts"])
+    sparse, named = sparse_by_type(hf, hf["first_k_dense_replace"]), hf | dict(n_shared_experts=hf["num_shared_experts"])
     return _exaone4(hf, moe=experts_of(named, sparse, normalize=bool(hf["norm_topk_prob"]), sigmoid=True))
 
 
