@@ -36,6 +36,7 @@ from jaxtune.peft.sites import (
     Site,
     Whole,
     adaptable,
+    check_parameters,
     is_parameter,
     names,
     rank_and_scale,
@@ -197,6 +198,7 @@ def _load(path: Path, model: Model) -> Adapter:
     if not left and not apart and kind.stands:
         _check_complete(path, model, config, sites)
     if left:
+        check_parameters(model.config, config)
         first = sorted(left)[0]
         raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
     return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes, shared=shared)
@@ -230,6 +232,7 @@ def _check_complete(path: Path, model: Model, config: LoraConfig, sites: tuple[S
     if missing := sorted(wanted - found):
         raise ModelError(f"{path}: {len(missing)} modules that adapter_config.json names have no tensors, the first {missing[0]}")
     if extra := sorted(found - wanted):
+        check_parameters(model.config, config)
         raise ModelError(f"{path}: the adapter of {extra[0]} is one of {len(extra)} that adapter_config.json does not name")
     if not found and not config.modules_to_save and not config.trainable_token_indices and not model.config.num_labels:
         raise ModelError(f"{path}: adapter_model.safetensors holds no tensors, so there is nothing to add to the model")

@@ -34,7 +34,9 @@ def config_file(path: Path) -> Path:
     """adapter_config.json of a folder; if it has none, a ModelError that says what to give instead."""
     file, inside = path / "adapter_config.json", path / "adapter"
     if not file.is_file():
-        instead = inside if (inside / file.name).is_file() else "the folder that PEFT (or jaxtune) saved an adapter to"
+        several = sorted(found.parent for found in path.glob(f"*/{file.name}"))  # PEFT saves adapters with names of their own so
+        instead = inside if inside in several else " or ".join(map(str, several[:3]))
+        instead = instead or "the folder that PEFT (or jaxtune) saved an adapter to"
         raise ModelError(f"{path} holds no {file.name}; give {instead}")
     return file
 
@@ -96,10 +98,16 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
     """The method and its config. ModelError, by name, for an unknown type and for unsupported fields."""
     kind = BY_TYPE.get(str(saved.get("peft_type")))
     if kind is None:
-        raise ModelError(f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened")
+        raise ModelError(
+            f"{path} is an adapter of type {saved.get('peft_type')}; {', '.join(BY_TYPE)} are what can be opened. "
+            "If it can be merged in PEFT (merge_and_unload, save_pretrained), open the merged model"
+        )
     for field, nothing in kind.refused.items():
         if saved.get(field) not in (None, nothing, [], {}):
-            raise ModelError(f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported")
+            raise ModelError(
+                f"{path}/adapter_config.json has {field}={saved[field]!r}, which is not supported; if the adapter can be merged in PEFT "
+                "(merge_and_unload, save_pretrained), open the merged model"
+            )
     if str(saved.get("init_lora_weights")).lower().startswith(OTHER_BASE):  # PEFT takes OLoRA too
         start = saved["init_lora_weights"]
         fix = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it"

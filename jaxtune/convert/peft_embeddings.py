@@ -21,13 +21,16 @@ from jaxtune.peft.sites import AnyConfig, Whole, adaptable, names
 
 log = logging.getLogger("jaxtune")
 
+_UNDER_TOKENS = ".token_adapter.base_layer.weight"  # the matrix, some of whose tokens are trained
+_TOKENS = ".token_adapter.trainable_tokens_delta"  # those tokens, as they are after training
+
 
 def check_vocabulary(path: Path, model: Model, checkpoint: Checkpoint) -> None:
     """ModelError for an adapter whose file has an embedding or head of another size than the model's."""
     rows = adaptable(model.config)
     for name in sorted({"embed", "head"} & rows.keys()):
         stem = f"{PREFIX}{names(name, rows[name])[0]}"
-        for tensor in {f"{stem}.weight", f"{stem}.base_layer.weight"} & checkpoint.entries.keys():
+        for tensor in {f"{stem}.weight", f"{stem}.base_layer.weight", f"{stem}{_UNDER_TOKENS}"} & checkpoint.entries.keys():
             if (shape := checkpoint.entries[tensor].shape) != rows[name].shape:
                 raise ModelError(
                     f"{path}: {tensor} is {shape}, but this model's is {rows[name].shape}. If its vocabulary was resized for the adapter, "
@@ -44,6 +47,7 @@ def read_embeddings(
     that is adapted and differs from the model's own.
     """
     rows, found = adaptable(model.config), {}
+    tokens = {whole.path: whole.numbers for whole in wholes if whole.path in ("embed", "head") and whole.numbers is not None}
     for name in sorted({"embed", "head"} & rows.keys()):
         module = names(name, rows[name])[0]
         stem = f"{PREFIX}{module}"
@@ -53,7 +57,15 @@ def read_embeddings(
             )
         if f"{stem}.weight" in left and not _is_own(model, checkpoint, f"{stem}.weight", name):
             found[name] = jnp.asarray(checkpoint.read(f"{stem}.weight").astype(np.float32))
-            config = dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), module.rpartition(".")[2]))
+            config = _saving(config, module)
+        ids = tokens.get(name, tokens.get("embed", ())) if model.config.tie_word_embeddings else tokens.get(name, ())
+        if f"{stem}{_UNDER_TOKENS}" in left and ids:
+            if _is_own(model, checkpoint, f"{stem}{_UNDER_TOKENS}", name, ids) is False:
+                value = checkpoint.read(f"{stem}{_UNDER_TOKENS}").astype(np.float32)
+                value[list(ids)] = checkpoint.read(f"{stem}{_TOKENS}")
+                found[name] = jnp.asarray(value)
+                config = _saving(config, module)
+            left -= {f"{stem}{_UNDER_TOKENS}", f"{stem}{_TOKENS}"}
         left -= {f"{stem}{end}" for end in (".weight", ".base_layer.weight", ".modules_to_save.weight", ".original_module.weight")}
     if found:
         log.info("%s holds the model's %s as well, in place of its own", path, " and ".join(found))
@@ -61,13 +73,24 @@ def read_embeddings(
     if both and model.config.tie_word_embeddings and isinstance(config, LoraConfig):
         del found["head"]
         config = dataclasses.replace(config, ensure_weight_tying=True)
+    if tokens.keys() & found.keys():  # what replaces the matrix has them
+        kept = tuple((names(name, rows[name])[0].rpartition(".")[2], ids) for name, ids in tokens.items() if name not in found)
+        config = dataclasses.replace(config, trainable_token_indices=kept or None)  # type: ignore[call-arg]
     parts |= found
-    return wholes + tuple(map(Whole, found)), config
+    return tuple(whole for whole in wholes if whole.path not in found) + tuple(map(Whole, found)), config
 
 
-def _is_own(model: Model, checkpoint: Checkpoint, tensor: str, name: str) -> bool | None:
-    """Whether a tensor of the file equals the model's matrix, up to rounding to a shorter dtype; None if the model's has not been read."""
+def _saving(config: AnyConfig, module: str) -> AnyConfig:
+    """The config of an adapter that also holds this module."""
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), module.rpartition(".")[2]))
+
+
+def _is_own(model: Model, checkpoint: Checkpoint, tensor: str, name: str, but: tuple[int, ...] = ()) -> bool | None:
+    """Whether a tensor of the file equals the model's matrix, up to rounding to a shorter dtype, in all rows `but` these; None if the
+    model's has not been read."""
     if not model.params:
         return None  # opened for a conversion: its tensors are read when they are merged
     own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
-    return np.allclose(checkpoint.read(tensor).astype(np.float32), own, rtol=1e-2, atol=1e-4)
+    close = np.isclose(checkpoint.read(tensor).astype(np.float32), own, rtol=1e-2, atol=1e-4).all(axis=1)
+    close[list(but)] = True
+    return bool(close.all())

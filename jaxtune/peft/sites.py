@@ -150,7 +150,7 @@ def find_sites(model_config: ModelConfig, config: AnyConfig) -> tuple[Site, ...]
             pairs = [rank_and_scale(name, config) if hit else (0, 0.0) for name, hit in zip(names(path, row), hits, strict=True)]
             sites.append(Site(path, tuple(r for r, _ in pairs), tuple(s for _, s in pairs)))
     _check_targets(config, "target_modules", config.target_modules, matched, [p for p in rows if rows[p].is_matrix], rows)
-    _check_targets(config, "target_parameters", config.target_parameters or (), matched, [p for p in rows if is_parameter(p)], rows)
+    check_parameters(model_config, config)
     if isinstance(config, LoraConfig):
         _check_kinds(config, [site.path for site in sites])
     return tuple(sites)
@@ -161,6 +161,13 @@ def targeted(model_config: ModelConfig, config: AnyConfig) -> set[str]:
     return {name for path, row in _rows_for(model_config, config).items() for name in names(path, row) if _matches(path, name, row, config)}
 
 
+def check_parameters(model_config: ModelConfig, config: AnyConfig) -> None:
+    """ConfigError for `target_parameters` that are none of this model's."""
+    rows = {path: row for path, row in _rows_for(model_config, config).items() if is_parameter(path)}
+    matched = {hit for path, row in rows.items() for name in names(path, row) if (hit := _matches(path, name, row, config))}
+    _check_targets(config, "target_parameters", config.target_parameters or (), matched, list(rows), rows)
+
+
 def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: list[str], rows: dict[str, Row]) -> None:
     wanted = {targets} if isinstance(targets, str) else set(targets)
     if missing := sorted(wanted - matched):
@@ -168,6 +175,7 @@ def _check_targets(config: AnyConfig, key: str, targets, matched: set, paths: li
         there = sorted({".".join(name.split(".")[-last:]) for path in paths for name in names(path, rows[path])})
         what = "linear layer" if key == "target_modules" else "parameter of experts"
         there = f"there are {', '.join(there)}" if there else "there is none"
+        there += "; other matrices go into target_modules" if key == "target_parameters" else ""
         whole = "; a text is a regular expression for a whole name: write a list, [NAME, ...]" if isinstance(targets, str) else ""
         raise ConfigError(f"{config.group}.{key}: {', '.join(missing)} matches no {what} of this model; {there}{whole}")
 

@@ -14,6 +14,7 @@ from jaxtune.config import LoraConfig
 from jaxtune.convert.load import load
 from jaxtune.convert.peft import load_adapter, save_adapter
 from jaxtune.errors import ModelError
+from jaxtune.model.weight import dense
 
 VARIANTS = {
     "all-linear": LoraConfig(r=4),
@@ -131,8 +132,36 @@ def test_embeddings_that_peft_writes_beside_an_adapter(model, saved, tmp_path):
         load_adapter(saved, model)
 
 
+def test_the_matrix_beside_trained_tokens(model, saved):
+    """As PEFT saves them if the vocabulary was resized: the tokens, and the matrix that they replace rows of."""
+    file, stem = saved / "adapter_model.safetensors", "base_model.model.model.embed_tokens.token_adapter."
+    own, tokens = np.asarray(model.params["embed"]), np.full((2, 32), 0.5, np.float32)
+    pairs, expected = load_file(file), np.array(own)
+    _edit(saved, trainable_token_indices=[3, 9])
+    expected[[3, 9]] = tokens
+    for changed in ([3, 9], [3, 90]):  # token 90 is not trained: then the matrix is another
+        matrix = np.array(own)
+        matrix[changed] += 1
+        expected[90] = matrix[90]
+        save_file(pairs | {f"{stem}base_layer.weight": matrix, f"{stem}trainable_tokens_delta": tokens}, file)
+        adapter = load_adapter(saved, model)
+        assert (adapter.config.trainable_token_indices is None) == (90 in changed)
+        np.testing.assert_array_equal(dense(peft.compose(model.params, adapter)["embed"]), expected)
+
+
+def test_parameters_that_are_no_experts(model, saved):
+    _edit(saved, target_modules=["q_proj"], target_parameters=["down_proj.weight"])
+    with pytest.raises(ModelError, match="target_parameters: down_proj.weight matches no parameter.*go into target_modules"):
+        load_adapter(saved, model)
+
+
 def test_no_adapter_there(model, tmp_path):
-    with pytest.raises(ModelError, match="no adapter_config.json"):
+    with pytest.raises(ModelError, match="no adapter_config.json; give the folder"):
+        load_adapter(tmp_path, model)
+    for name in ("one", "two"):  # as PEFT saves several
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    with pytest.raises(ModelError, match="give .*one or .*two"):
         load_adapter(tmp_path, model)
 
 
