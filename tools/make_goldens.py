@@ -306,6 +306,9 @@ CASES |= {
     "lfm2_moe": LFM2
     | dict(model_type="lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1, moe_intermediate_size=20)
     | dict(num_experts=6, num_experts_per_tok=3, routed_scaling_factor=1.5, num_hidden_layers=2),
+    "lfm3": LFM2
+    | dict(model_type="lfm3", layer_types=["conv", "full_attention", "sliding_attention"], conv_L_cache=5, sliding_window=5, head_dim=8)
+    | dict(tie_word_embeddings=True),
     "apertus": {key: value for key, value in SMALL.items() if key != "rope_theta"}
     | dict(model_type="apertus", attention_bias=True, rope_scaling=LLAMA3),
     "granitemoehybrid": SMALL

@@ -165,7 +165,8 @@ def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, sinks
 
 
 def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and the input of the result's gate, `[B, T, H, h]` (None without a gate).
+    """Queries `[B, T, H, h]`, keys and values `[B, T, K, h]`, and the input of the result's gate: `[B, T, H, h]`, `[B, T, H, 1]` with one
+    gate a head, or None.
 
     From three matrices; from one that stacks all queries, all keys, all values ("qkv"), or the queries of each key head, that head and its
     values ("qkv_by_head"), or the queries, values and keys of each shard ("qvk_by_shard"); or from latents. A gate comes with the queries,
@@ -193,7 +194,7 @@ def projections(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> tuple[jax.
     if "q_and_gate" in w:
         parts[0], gate = jnp.split(parts[0].reshape(B, T, H, 2 * h), 2, axis=-1)
     if "attn_gate" in w:
-        gate = linear(w["attn_gate"], x_BTD).reshape(B, T, H, h)
+        gate = linear(w["attn_gate"], x_BTD).reshape(B, T, H, -1)
     q, k, v = (part.reshape(B, T, -1, h) for part in parts)
     return q, k, v, gate if gate is None else checkpoint_name(gate, "attention")
 

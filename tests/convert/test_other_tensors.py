@@ -66,6 +66,7 @@ NAMES = {
     "idefics3": ("model.text_model.", "model.vision_model.x", "model.connector.x"),
     "internvl": ("language_model.model.", "vision_tower.x", "multi_modal_projector.x"),
     "lfm2_vl": ("model.language_model.", "model.vision_tower.x", "model.multi_modal_projector.x"),
+    "lfm3_vl": ("model.language_model.", "model.vision_tower.x", "model.multi_modal_projector.x"),
     "llava_next": ("language_model.model.", "vision_tower.x", "image_newline"),
     "llava_onevision": ("language_model.model.", "vision_tower.x", "image_newline"),
 }

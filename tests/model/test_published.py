@@ -195,6 +195,7 @@ PUBLISHED = {
         dict(model_type="lfm2_moe", vocab_size=65536, layer_types=LFM2_MOE) | size(2048, 7168, 24, 32),
         8339930560,
     ),
+    "LFM3-1.7B": (dict(model_type="lfm3", vocab_size=128000) | size(2048, 7680, 24, 16), 1728801536),
     "Apertus-8B-2509": (
         dict(model_type="apertus", vocab_size=131072, num_key_value_heads=8, rope_scaling=LLAMA31["rope_scaling"], rope_theta=12e6)
         | size(4096, 21504, 32, 32),
@@ -415,6 +416,7 @@ PUBLISHED = {
         nested("lfm2_vl", model_type="lfm2", vocab_size=65536, full_attn_idxs=[2, 5, 8, 10, 12, 14], **size(2048, 12288, 16, 32)),
         1170340608,
     ),
+    "LFM3-VL-2B": (nested("lfm3_vl", model_type="lfm3", vocab_size=128000, **size(2048, 7680, 24, 16)), 1728801536),
     "GLM-4.1V-9B": (nested("glm4v", model_type="glm4v_text", vocab_size=151552, **size(4096, 13696, 40, 32)), 9400279040),
     "GLM-4.6V-Flash": (nested("glm46v", model_type="glm4v_text", vocab_size=151552, **size(4096, 13696, 40, 32)), 9400279040),
     "GLM-4.5V": (

@@ -39,7 +39,7 @@ PLAIN = {  # the value of a field in a model without special features
     "alibi": None,
 }
 OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "embed_norm",
-            "shared_router", "sinks", "router_correction", "layer_scale", "input_post_norm")  # fmt: skip
+            "shared_router", "sinks", "router_correction", "layer_scale", "input_post_norm", "attn_gate")  # fmt: skip
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -151,6 +151,8 @@ SWITCHES = {
     "helium": {"interleaved", "norm_eps"},
     "hunyuan": {"qk_norm_last", "q_norm", "k_norm", "rope 0 theta"},
     "lfm2": {"q_norm", "k_norm", "norm_eps"},
+    "lfm3": {"layer_windows", "window of one more", "one rope", "rope 0 kind", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm",
+             "attn_gate", "norm_eps"},
     "linear": {"rope 0 kind"},
     "llama": {"_bias", "norm", "hidden_act", "norm_eps", "rope 0 theta", "attn_norm", "mlp_norm"},
     "llama3": {"rope 0 kind"},

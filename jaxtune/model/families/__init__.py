@@ -37,7 +37,7 @@ from jaxtune.model.families.granite_hybrid import GRANITEMOEHYBRID
 from jaxtune.model.families.granite_swa import GRANITE_SWA, GRANITEMOE_SWA
 from jaxtune.model.families.hunyuan import HUNYUAN, HUNYUAN_MOE, HY_V3
 from jaxtune.model.families.layer_norms import ARCEE, JAIS2, NEMOTRON, PHI, STABLELM, STARCODER2
-from jaxtune.model.families.lfm2 import LFM2, LFM2_MOE
+from jaxtune.model.families.lfm2 import LFM2, LFM2_MOE, LFM3
 from jaxtune.model.families.llama import (
     CWM,
     ERNIE4_5,
@@ -121,6 +121,7 @@ FAMILIES: dict[str, Family] = {
     "jais2": JAIS2,
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
+    "lfm3": LFM3,
     "llama": LLAMA,
     "llama4_text": LLAMA4,
     "mamba2": MAMBA2,

@@ -94,6 +94,7 @@ class ModelConfig:
     position_offset: int = 0  # the row of the first token in the table of learned positions
     bare_norms: tuple[str, ...] = ()  # norms without parameters, and hence without rows; those of queries and keys: after the rotation
     qk_norm: bool = False  # norms of queries and keys, for families with a flag for them
+    head_gate: bool = False  # one gate for each head's result, for families with a flag for it
     post_norm: bool = False  # norms after attention and feed-forward, for families with a flag for them
     qk_norm_last: bool = False  # these come after the rotation
     qkv_clip: float = 0.0  # queries, keys and values are clipped to -clip ... clip; 0: not clipped

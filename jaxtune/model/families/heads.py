@@ -71,6 +71,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "jais2": ("Jais2", ()),
     "lfm2": ("Lfm2", ()),
     "lfm2_moe": ("Lfm2Moe", ()),
+    "lfm3": ("Lfm3", ()),
     "llama": ("Llama", BOTH),
     "llama4_text": ("Llama4", ()),
     "mamba2": ("Mamba2", ()),

@@ -82,6 +82,7 @@ NESTED: dict[str, Nested] = {
     "idefics3": Nested({"llama": "llama", "mistral": "mistral"}, "model.text_model.", **_IDEFICS, tied=False),
     "internvl": Nested({"qwen2": "qwen2"} | _USUAL | {"qwen3_moe": "qwen3_moe"}, **_LLAVA, tied=True),
     "lfm2_vl": Nested({"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"}, MODULES, _LLAVA["other_prefixes"], tied=True),
+    "lfm3_vl": Nested({"lfm3": "lfm3"}, MODULES, _LLAVA["other_prefixes"], tied=True),
     "llava": Nested(_USUAL, **_LLAVA, tied_inside=True),
     "llava_next": Nested(_USUAL, **_LLAVA, tied=False),
     "llava_onevision": Nested({"qwen2": "qwen2"} | _USUAL, **_LLAVA, tied_inside=True),
@@ -131,6 +132,7 @@ _CALLED = {
         (r"\.c_proj\b", ".down_proj"),
     ),
     "hy_v3": ((r"\.mlp\.shared_mlp\b", ".mlp.shared_experts"),),
+    "lfm3": ((r"\.self_attn\.gate_proj\b", ".self_attn.g_proj"),),
     "nemotron_h": ((r"^backbone\.", "model."),),
 }
 _TOGETHER = {
@@ -195,9 +197,9 @@ def as_in_file(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
 
 def module(config: ModelConfig, name: str) -> str:
     """The name of a row's tensor or module in the transformers 5 class that opens the checkpoint."""
+    for pattern, called in _CALLED.get(config.model_type, ()):
+        name = re.sub(pattern, called, name)
     if not config.outer:
-        for pattern, called in _CALLED.get(config.model_type, ()):
-            name = re.sub(pattern, called, name)
         return name
     modules, head = NESTED[config.outer].modules
     return re.sub(r"^lm_head\b", head, re.sub(r"^model\.", modules, name))
