@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune import cli, data, distributed, runfolder
-from jaxtune.config import Config, interval
+from jaxtune.config import Config
 from jaxtune.disk import write_text
-from jaxtune.errors import CheckpointError, ConfigError
+from jaxtune.errors import CheckpointError
 from jaxtune.runfolder import measured, read_entry
 from jaxtune.runlog import chosen_evaluation
 
@@ -63,14 +63,11 @@ def cross_validate(config: Config, tokenizer: Any, data_parallel: int, train_one
 
     Raises:
         CheckpointError: `output_dir` is not empty and `resume` is not set, or it holds another run or one on other rows.
-        ConfigError: a fold would never be evaluated.
     """
     distributed.on_first(lambda: _check_free(config))  # refuse a folder in use before any long work
     rows = [data.load(_of(config, number), tokenizer, data_parallel).train for number in range(config.data.kfold or 0)]
     # num_train_epochs of the fold with the most steps per epoch; the others have a few rows fewer and see some of them once more
     steps = max(data.total_steps(config, fold) for fold in rows)
-    if config.eval_strategy == "steps" and interval(config.eval_steps or 1, steps) > steps:
-        raise ConfigError(f"eval_steps is {config.eval_steps}, but a fold has {steps} steps and would never be evaluated; lower it")
     distributed.on_first(lambda: runfolder.write_config(runfolder.open_run(config), config))
     folder = runfolder.folder_of(config)
     done = _done(folder, rows)

@@ -138,9 +138,11 @@ class Loop:
         return parallel.put(batch, self.mesh, micro_batches)
 
     def _due(self, number: int, strategy: str, every: float | None) -> bool:
+        if number == self.total:  # as HF's Trainer does
+            return strategy != "no"
         if strategy == "steps":
             return number % max(1, interval(every or 1, self.total)) == 0
-        return strategy == "epoch" and (number % self.rows.train.steps_per_epoch == 0 or number == self.total)
+        return strategy == "epoch" and number % self.rows.train.steps_per_epoch == 0
 
     # ---- metrics ----
 

@@ -103,7 +103,6 @@ def test_a_fold_that_has_lost_its_config_is_kept(tmp_path):
 
 def test_mistakes(config, tmp_path):
     for match, error, changes in (
-        ("eval_steps is 50, but a fold has 4 steps", ConfigError, {"max_steps": 4, "eval_steps": 50, "save_strategy": "no"}),
         ("holds no run", CheckpointError, {"resume": True}),
         ("data.kfold is there to evaluate", ConfigError, {"eval_strategy": "no"}),
         ("data.kfold 29 leaves fold .* without any of the 30 rows", DataError, {"data": {"kfold": 29}}),

@@ -57,6 +57,15 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.parametrize(
+    "strategy, every, numbers",
+    [("steps", 3, [3, 6, 8]), ("steps", 0.5, [4, 8]), ("steps", 50, [8]), ("epoch", None, [5, 8]), ("no", None, [])],
+)
+def test_the_last_step_is_evaluated_and_saved_too(strategy, every, numbers):
+    run = SimpleNamespace(total=8, rows=SimpleNamespace(train=SimpleNamespace(steps_per_epoch=5)))
+    assert [number for number in range(1, 9) if Loop._due(run, number, strategy, every)] == numbers
+
+
 def test_a_shape_is_compiled_once_over_a_whole_run(config, tmp_path, monkeypatch, compiled):
     """Both lengths, partly filled last batches, evaluations, checkpoints and a resumption."""
     known, advance = [], RunLog.advance

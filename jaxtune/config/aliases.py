@@ -118,7 +118,7 @@ TRANSLATE: dict[str, foreign.Translation] = {
     "train_on_prompt": {True: "all", False: "completion"},
     "mask_history": {True: "last", False: "assistant"},
     "completion_only_loss": {True: "completion", False: "all", None: DEFAULT},
-    "assistant_only_loss": {True: "assistant", False: DEFAULT},
+    "assistant_only_loss": foreign.assistant_only,
     # and values of our own keys
     "method": {
         "beft": "bitfit", "lntuning": "ln_tuning", "ln-tuning": "ln_tuning", "prompt-tuning": "prompt_tuning", "p-tuning": "p_tuning",

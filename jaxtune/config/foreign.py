@@ -7,11 +7,14 @@ Raises:
 """
 
 import ast
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtune.errors import ConfigError
+
+log = logging.getLogger("jaxtune")
 
 DEFAULT = object()  # the value requests the default
 
@@ -51,6 +54,14 @@ def sampling(value: Any) -> Any:
 def names(value: Any) -> Any:
     """`a,b` as a list, unless there is a file of that name."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value and not os.path.exists(value) else value
+
+
+def assistant_only(value: Any) -> Any:
+    """TRL's `assistant_only_loss`, whose false trains whole conversations there."""
+    if value is False:
+        log.warning("note: assistant_only_loss=false: conversations train every answer here, all of it in TRL; data.train_on: all does so")
+        return DEFAULT
+    return "assistant" if value is True else value
 
 
 def optim_args(value: Any) -> Any:

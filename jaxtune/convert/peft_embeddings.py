@@ -91,6 +91,6 @@ def _is_own(model: Model, checkpoint: Checkpoint, tensor: str, name: str, but: t
     if not model.params:
         return None  # opened for a conversion: its tensors are read when they are merged
     own = np.asarray(dense(model.params.get(name, model.params["embed"]), jnp.float32))
-    close = np.isclose(checkpoint.read(tensor).astype(np.float32), own, rtol=1e-2, atol=1e-4).all(axis=1)
+    close = np.asarray(np.isclose(checkpoint.read(tensor).astype(np.float32), own, rtol=1e-2, atol=1e-4).all(axis=1))
     close[list(but)] = True
     return bool(close.all())

@@ -22,8 +22,8 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
     embeds_BTD = None
     if config.neftune_noise_alpha and key is not None:
         embeds_BTD = decoder.embed(model_config, params, batch.tokens)
-        _, T, D = embeds_BTD.shape
-        bound = config.neftune_noise_alpha / (T * D) ** 0.5
+        longest = (batch.segments > 0).sum(axis=-1).max()  # of the batch, as in transformers: the padding of the data says nothing
+        bound = config.neftune_noise_alpha / jnp.sqrt(jnp.maximum(longest, 1) * embeds_BTD.shape[-1]).astype(embeds_BTD.dtype)
         embeds_BTD += jax.random.uniform(key, embeds_BTD.shape, embeds_BTD.dtype, -bound, bound)
     out = token_logprobs(model_config, params, batch, embeds_BTD)
     count = (out.weights_BN != 0).astype(jnp.float32).sum()

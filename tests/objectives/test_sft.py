@@ -63,6 +63,19 @@ def test_noise_is_for_training(model):
     assert one == again != other and one != quiet
 
 
+def test_noise_is_of_the_longest_row(model, monkeypatch):
+    """`alpha / sqrt(L D)`, with L the tokens of the batch's longest row, however far the data's rows are padded."""
+    config, params = model
+    names = "tokens", "weights", "positions", "segments"
+    padded = BATCH.replace(**{name: np.pad(getattr(BATCH, name), ((0, 0), (0, 9))) for name in names})
+    bounds = []
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype, low, high: bounds.append(float(high)) or jnp.zeros(shape, dtype))
+    for batch in (BATCH, padded):
+        sft(settings(neftune_noise_alpha=5.0), config, params, params, batch, jax.random.key(0))
+    longest = (np.asarray(BATCH.segments) > 0).sum(axis=1).max()
+    np.testing.assert_allclose(bounds, 5 / np.sqrt(longest * config.hidden_size), rtol=1e-5)
+
+
 def test_the_routers_loss_is_added(model):
     config, params = model
     plain, added = (sft(settings(router_aux_loss_coef=coef), config, params, params, BATCH) for coef in (0.0, 0.5))
