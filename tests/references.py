@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.convert.names import spellings
 from jaxtune.model.families import nested
 from jaxtune.model.spec import spec
 from jaxtune.tree import unflatten
@@ -69,12 +70,18 @@ def tree(config, tensors: dict[str, np.ndarray]) -> dict:
     """The parameter tree from Hugging Face's tensors, through the row table; every tensor is used once."""
     left, flat = dict(tensors), {}
     for path, row in spec(config).items():
-        parts = [of_file(row, tensors[name]) for name in row.hf_names()]
-        for name in row.hf_names():
+        names = [called(name, tensors) for name in row.hf_names()]
+        parts = [of_file(row, tensors[name]) for name in names]
+        for name in names:
             left.pop(name, None)
         flat[path] = jnp.asarray(np.stack(parts).reshape(row.shape))
     assert not left, f"not in the row table: {sorted(left)}"
     return unflatten(flat)
+
+
+def called(name: str, tensors: dict[str, np.ndarray]) -> str:
+    """A tensor's name among those of a file."""
+    return next(found for found in spellings(name) if found in tensors)
 
 
 def of_file(row, tensor: np.ndarray) -> np.ndarray:

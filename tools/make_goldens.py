@@ -309,6 +309,8 @@ CASES |= {
     "lfm3": LFM2
     | dict(model_type="lfm3", layer_types=["conv", "full_attention", "sliding_attention"], conv_L_cache=5, sliding_window=5, head_dim=8)
     | dict(tie_word_embeddings=True),
+    "olmo_hybrid": SMALL  # transformers cuts the convolution into thirds
+    | dict(model_type="olmo_hybrid", layer_types=["linear_attention", "full_attention"], linear_key_head_dim=6, linear_value_head_dim=6),
     "apertus": {key: value for key, value in SMALL.items() if key != "rope_theta"}
     | dict(model_type="apertus", attention_bias=True, rope_scaling=LLAMA3),
     "granitemoehybrid": SMALL

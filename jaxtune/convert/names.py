@@ -21,6 +21,9 @@ _PREFIX = re.compile(r"(model|transformer|gpt_neox|backbone)\.")  # absent if th
 _OTHER = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 # Mixtral's own names, and those of the stacked layout that transformers 5 writes on request
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# OLMo Hybrid's norms on the hub; transformers writes one of them for layers of attention too
+_OLMO = {".post_attention_layernorm.": ".feedforward_layer_norm.", ".feedforward_layer_norm.": ".post_attention_layernorm.",
+         ".attention_layer_norm.": ".input_layernorm."}  # fmt: skip
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -85,6 +88,7 @@ def spellings(name: str) -> Iterator[str]:
         yield f"model.{name.removeprefix('backbone.')}"
     if name in _OTHER:
         yield _OTHER[name]
+    yield from (name.replace(norm, other) for norm, other in _OLMO.items() if norm in name)
     if ".block_sparse_moe." in name:
         yield re.sub(r"w([123])\.weight$", lambda m: f"{_MIXTRAL[m[0][:2]]}.weight", name.replace(".block_sparse_moe.", ".mlp."))
 

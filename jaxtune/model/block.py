@@ -37,7 +37,7 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
 
     def attend_to(x_BTD):
         x_BTD, mixed, after = norm(config, w, "attn_norm", x_BTD), None, kv
-        if "conv" in w:
+        if "out" in w:
             mixed, after = MIXERS[type(config.recurrent)](config, w, x_BTD, place, after)
         if "o" in w:
             attn, after = attention(config, w, x_BTD, place, after)
@@ -48,7 +48,7 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
         kept = jax.checkpoint_policies.save_only_these_names("attention")
         attend_to = jax.checkpoint(attend_to, policy=kept)
     attended, sums = x_BTD, None
-    if "o" in w or "conv" in w:  # otherwise the layer is feed-forward only
+    if "o" in w or "out" in w:  # otherwise the layer is feed-forward only
         attn, kv = attend_to(x_BTD)
         attended = x_BTD + scaled(norm(config, w, "attn_post_norm", attn), config.residual_multiplier)
     if not FED.isdisjoint(w):

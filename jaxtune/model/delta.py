@@ -49,28 +49,31 @@ def delta_net(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, k
     qkv_BTC = whole(checkpoint_name(qkv_BTC, "attention"), d.channels)
     gate_BTHv = checkpoint_name(gate_BTC, "attention").reshape(B, T, d.value_heads, d.value_dim)
     tail, state = (None, None) if kv is None else (at(kv.tail, place.number), at(kv.state, place.number))
-    mixed_BTC, tail = convolution(w["conv"][:, 0], qkv_BTC, begins_BT, tail)
+    conv_CW = w["conv"] if "conv" in w else jnp.concatenate([w[f"conv_{part}"] for part in "qkv"])
+    mixed_BTC, tail = convolution(conv_CW[:, 0], qkv_BTC, begins_BT, tail)
     keys, values, width = (d.key_heads, d.key_dim), (d.value_heads, d.value_dim), d.key_heads * d.key_dim
     q, k, v = jnp.split(ACTIVATIONS[config.hidden_act](mixed_BTC), [width, 2 * width], axis=-1)
     q, k, v = (whole(x, heads, size) for x, heads, size in ((q, *keys), (k, *keys), (v, *values)))
 
     a_BTH, b_BTH = (whole(x.astype(jnp.float32), d.value_heads) for x in (a_BTH, b_BTH))
     g_BTH = -jnp.exp(w["a_log"].astype(jnp.float32)) * jax.nn.softplus(a_BTH + w["dt_bias"].astype(jnp.float32))
-    mixed_BTHv, state = gated_delta_rule(q, k, v, g_BTH, jax.nn.sigmoid(b_BTH), begins_BT, state)
+    mixed_BTHv, state = gated_delta_rule(q, k, v, g_BTH, d.most_written * jax.nn.sigmoid(b_BTH), begins_BT, state)
     if kv is not None:
         kv = kv._replace(tail=put(kv.tail, tail, place.number), state=put(kv.state, state, place.number))
-    mixed_BTHv = rms_norm(mixed_BTHv, w["state_norm"], None, config.norm_eps).astype(jnp.float32)
+    mixed_BTHv = rms_norm(mixed_BTHv, w["state_norm"], None, config.norm_eps if d.norm_eps is None else d.norm_eps).astype(jnp.float32)
     mixed_BTHv = (mixed_BTHv * ACTIVATIONS["silu"](gate_BTHv.astype(jnp.float32))).astype(x_BTD.dtype)
     return linear(w["out"], mixed_BTHv.reshape(B, T, -1), w.get("out_bias")), kv
 
 
 def _projections(d: DeltaNet, w: Mapping, x_BTD: jax.Array) -> list[jax.Array]:
-    """Queries, keys and values of all heads, the gate, and the inputs of writing and decay: from one matrix each, or from two that are
-    ordered by key head (Qwen 3 Next)."""
+    """Queries, keys and values of all heads, the gate, and the inputs of writing and decay: from one matrix each, queries, keys and values
+    from three (OLMo Hybrid), or all from two that are ordered by key head (Qwen 3 Next)."""
 
     def projected(name: str) -> jax.Array:
         return linear(w[name], x_BTD, w.get(f"{name}_bias"))
 
+    if "in_q" in w:
+        return [jnp.concatenate([projected(f"in_{part}") for part in "qkv"], axis=-1), *map(projected, ("in_z", "in_b", "in_a"))]
     if "in_qkvz" not in w:
         return [projected(name) for name in ("in_qkv", "in_z", "in_b", "in_a")]
 
@@ -93,8 +96,8 @@ def gated_delta_rule(
     """`o [B, T, H, v]` in v's dtype and the state after the last token, float32 `[B, H, k, v]`, computed in float32.
 
     q, k: queries and keys of K heads, each shared by H / K consecutive value heads; both are normalised to length 1, queries then
-    multiplied by k^-1/2. g: log of the decay, at most 0. beta: how much of a value is written, 0 to 1. begins: tokens before which the
-    state is 0. state: that before the first token; None: 0. erases: False is Mamba-2's rule.
+    multiplied by k^-1/2. g: log of the decay, at most 0. beta: how much of a value is written, 0 to 1 (OLMo Hybrid: 2). begins: tokens
+    before which the state is 0. state: that before the first token; None: 0. erases: False is Mamba-2's rule.
     """
     (B, T, K, k), (H, v) = k_BTKk.shape, v_BTHv.shape[2:]
     state = jnp.zeros((B, H, k, v), jnp.float32) if state_BHkv is None else state_BHkv.astype(jnp.float32)

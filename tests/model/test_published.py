@@ -196,6 +196,7 @@ PUBLISHED = {
         8339930560,
     ),
     "LFM3-1.7B": (dict(model_type="lfm3", vocab_size=128000) | size(2048, 7680, 24, 16), 1728801536),
+    "Olmo-Hybrid-7B": (dict(model_type="olmo_hybrid", vocab_size=100352) | size(3840, 11008, 32, 30), 7430870688),
     "Apertus-8B-2509": (
         dict(model_type="apertus", vocab_size=131072, num_key_value_heads=8, rope_scaling=LLAMA31["rope_scaling"], rope_theta=12e6)
         | size(4096, 21504, 32, 32),

@@ -62,6 +62,7 @@ from jaxtune.model.families.nanochat import NANOCHAT
 from jaxtune.model.families.nemotron_h import NEMOTRON_H
 from jaxtune.model.families.nested import NESTED
 from jaxtune.model.families.olmo import EXAONE4, EXAONE_MOE, FLEX_OLMO, OLMO, OLMO2, OLMO3
+from jaxtune.model.families.olmo_hybrid import OLMO_HYBRID
 from jaxtune.model.families.opt import OPT
 from jaxtune.model.families.phimoe import MINIMAX_M2, PHIMOE
 from jaxtune.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
@@ -140,6 +141,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "olmo_hybrid": OLMO_HYBRID,
     "olmoe": OLMOE,
     "opt": OPT,
     "phi": PHI,

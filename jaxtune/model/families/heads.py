@@ -90,6 +90,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "olmo": ("Olmo", (SEQUENCE,)),
     "olmo2": ("Olmo2", (SEQUENCE,)),
     "olmo3": ("Olmo3", (SEQUENCE,)),
+    "olmo_hybrid": ("OlmoHybrid", ()),
     "olmoe": ("Olmoe", ()),
     "opt": ("OPT", (SEQUENCE,)),
     "phi": ("Phi", BOTH),

@@ -133,6 +133,10 @@ _CALLED = {
     ),
     "hy_v3": ((r"\.mlp\.shared_mlp\b", ".mlp.shared_experts"),),
     "lfm3": ((r"\.self_attn\.gate_proj\b", ".self_attn.g_proj"),),
+    "olmo_hybrid": (
+        (r"\.attention_layer_norm\b", ".input_layernorm"),
+        (r"\.feedforward_layer_norm\b", ".post_attention_layernorm"),
+    ),
     "nemotron_h": ((r"^backbone\.", "model."),),
 }
 _TOGETHER = {

@@ -34,7 +34,8 @@ def _olmo2(hf: dict[str, Any], **changes) -> ModelConfig:
     return llama_config(hf, norm="rms_float32", mlp_bias=False, **changes)
 
 
-def _post_norm_layer(c: ModelConfig, q_width: int, k_width: int) -> Rows:
+def post_norm_layer(c: ModelConfig, q_width: int, k_width: int) -> Rows:
+    """Attention and feed-forward, each followed by a norm; norms of queries and keys over so many numbers."""
     yield from attention(c)
     yield from query_key_norms(c, q_width, k_width)
     yield from norm(c, "attn_post_norm", "post_attention_layernorm", "post_attention_norm")
@@ -43,7 +44,7 @@ def _post_norm_layer(c: ModelConfig, q_width: int, k_width: int) -> Rows:
 
 
 def _olmo2_layer(c: ModelConfig, layer: int) -> Rows:
-    yield from _post_norm_layer(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
+    yield from post_norm_layer(c, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim)
 
 
 _OLMO2 = DEFAULTS | dict(rms_norm_eps=1e-5, pad_token_id=1)
@@ -92,7 +93,7 @@ def _exaone4(hf: dict[str, Any], **changes) -> ModelConfig:
 
 
 def _exaone4_layer(c: ModelConfig, layer: int) -> Rows:
-    yield from _post_norm_layer(c, c.head_dim, c.head_dim)
+    yield from post_norm_layer(c, c.head_dim, c.head_dim)
 
 
 EXAONE4 = Family(

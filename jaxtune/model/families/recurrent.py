@@ -14,6 +14,8 @@ class DeltaNet:
     value_dim: int
     kernel: int
     layers: tuple[int, ...]
+    most_written: float = 1.0  # the largest beta; above 1 a value written twice changes sign
+    norm_eps: float | None = None  # of the result's norm; None: the model's
     parallel_attention = False
 
     @property
