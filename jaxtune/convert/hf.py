@@ -123,6 +123,8 @@ def settle_tie(source: Checkpoint, config: ModelConfig) -> ModelConfig:
         return config
     rows = spec(untied(config))
     head, table = (next((name for name in spellings(rows[path].hf) if name in source.entries), None) for path in ("head", "embed"))
+    if head is not None and table is None:  # safetensors' save_model keeps one of two names, the head's
+        source.entries[rows["embed"].hf] = source.entries.pop(head)
     if head is None or table is None:
         return config
     if not np.array_equal(source.read(head), source.read(table)):

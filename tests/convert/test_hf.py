@@ -95,6 +95,15 @@ def test_a_tied_model_may_repeat_its_embedding(tmp_path):
     assert model.config.tie_word_embeddings and "head" not in model.params
 
 
+def test_a_tied_model_may_name_its_matrix_after_the_head(tmp_path):
+    """As safetensors' `save_model` writes it."""
+    config = tiny.LLAMA | {"tie_word_embeddings": True}
+    tensors = tiny.hf_tensors(config)
+    matrix = tensors.pop("model.embed_tokens.weight")
+    tiny.write(tmp_path, config, tensors | {"lm_head.weight": matrix})
+    np.testing.assert_array_equal(load(tmp_path).params["embed"], matrix)
+
+
 def test_a_tied_model_with_another_head_is_untied(tmp_path):
     config = tiny.LLAMA | {"tie_word_embeddings": True}
     head = tiny.hf_tensors(seed=1)["lm_head.weight"]
@@ -120,6 +129,8 @@ def test_a_tree_with_a_head_of_its_own_unties_what_is_written(tmp_path):
     ("edit", "message"),
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor model.layers.1.mlp.up_proj.weight is missing;"),
+        (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing;.*write tie_word_embeddings: true there"),
+        (lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)], "there is module.model.*take 'module.' out"),
         (lambda t: [t.pop(name) for name in list(t) if ".0." in name], r"tensor model.layers.0.\S+ is missing \(and 12 more, such as"),
         (lambda t: t.update(extra=t["lm_head.weight"]), "tensor extra is not part of the model"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:90]}), r"lm_head.weight has shape \[90, 32\].* asks for \[96, 32\]"),
