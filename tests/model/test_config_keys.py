@@ -45,7 +45,8 @@ UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
           "exaone_moe": {"first_k_dense_replace"},  # beside mlp_layer_types
           "gpt_neo": {"attention_types"},  # beside attention_layers
           "hy_v3": {"enable_moe_fp32_combine"},  # how a sum is rounded
-          "olmo_hybrid": {"linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"},  # of new weights
+          # of new weights
+          "olmo_hybrid": {"linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"},
           "mellum": {"mtp_layer_types", "mtp_mlp_layer_types"},  # of layers that predict further tokens
           "mpt": {"attn_config", "emb_pdrop", "embedding_fraction", "expansion_ratio", "init_device", "learned_pos_emb", "logit_scale",
                   "no_bias", "norm_type"},  # the first one's keys: tests/model/test_from_hf.py
