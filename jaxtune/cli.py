@@ -100,10 +100,10 @@ def add_columns(the_parser: argparse.ArgumentParser) -> None:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table in full: a narrow terminal wraps its lines but shows every number."""
+    """Print a table in full and as it is: a narrow terminal wraps its lines but shows every number; [a.jsonl] is no markup."""
     width = console.width
-    console.width = max(width, console.measure(table, options=console.options.update(width=1000)).maximum)
-    console.print(table)
+    console.width = max(width, console.measure(table, options=console.options.update(width=1000, markup=False)).maximum)
+    console.print(table, markup=False)
     console.width = width
 
 

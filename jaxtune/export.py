@@ -238,7 +238,8 @@ def _merge(found: Found, opened: Opened, head: heads.Head | None, target: Target
     in_file = format_of(json.loads(opened.config.hf_json))
     packed = {"is stored": in_file and in_file.what, "was trained": found.quantization}
     if packed_as := " and ".join(f"{verb} as {kind}" for verb, kind in packed.items() if kind):
-        log.info("the base %s; it is merged as what that stands for, in %s", packed_as, target.dtype)
+        written = target.type if target.format == "gguf" else target.dtype
+        log.info("the base %s; it is merged as what that stands for, in %s", packed_as, written)
     if head:  # the head differs from the checkpoint's, so the tree is written from memory instead of being read again
         opened, base, params = dataclasses.replace(opened, config=model.config), None, compose(model.params, adapter)
     else:
@@ -309,7 +310,8 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="merge the adapter into its base")
     parser.add_argument("--format", choices=FORMATS, help="default: peft for an adapter that is not merged, hf otherwise")
     parser.add_argument("--type", help=f"of a GGUF file's matrices: {', '.join(TYPES)}; default: f16, of an adapter f32")
-    parser.add_argument("--dtype", choices=DTYPES[:3], help="of a model folder's tensors; default: the base's own")
+    of = "of a model folder's tensors; default: the base's own; bfloat16 after QLoRA over float32"
+    parser.add_argument("--dtype", choices=DTYPES[:3], help=of)
     parser.add_argument("--bound", type=float, help="largest difference of logits that a merge may make")
     given = vars(cli.parse(parser))
     cli.log_to_terminal()

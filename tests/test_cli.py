@@ -1,8 +1,11 @@
 import inspect
+import io
 import sys
 import types
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from jaxtune import cli, errors
 
@@ -72,3 +75,10 @@ def test_columns_on_the_command_line():
     with pytest.raises(errors.ConfigError, match="--columns prompt: write OURS=THEIRS"):
         cli.parse(parser, ["--columns", "prompt"])
     assert cli.parse(parser, []).columns == {} and "None" not in parser.format_help()
+
+
+def test_a_table_shows_square_brackets_as_they_are():
+    table, out = Table("key"), io.StringIO()
+    table.add_row("[configs/rows.jsonl]")
+    cli.print_table(Console(file=out, width=8), table)
+    assert "[configs/rows.jsonl]" in out.getvalue()

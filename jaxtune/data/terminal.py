@@ -15,7 +15,7 @@ TRAINED = "bold black on green3"
 def show(report: Report, console: Console) -> None:
     """Print a report."""
     console.print(Panel(_summary(report), title="what the model will see", title_align="left", border_style="dim"))
-    console.print(_sources(report))
+    console.print(_sources(report), markup=False)  # a source is a glob or a slice: a[0-9].jsonl, train[:10%]
     console.print(_histogram(report, min(console.width - 30, 60)))
     if report.dropped or any(report.cut.values()):
         console.print(Text("\n" + "\n".join(report.losses()), "yellow"))
