@@ -7,6 +7,8 @@ rendering whole conversations both ways; for a template that does more, no TEMPL
 import json
 from typing import Any, NamedTuple
 
+from jaxtune.data.templates import written
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -70,7 +72,7 @@ def _talks(*contents: str) -> list[list[dict[str, str]]]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], opened: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+    return written(tokenizer, messages, add_generation_prompt=opened)
 
 
 def _probe(tokenizer: Any) -> Turns:

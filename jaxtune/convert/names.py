@@ -69,7 +69,7 @@ def match_names(source: Checkpoint, table: list[Cell]) -> dict[str, str]:
     if missing := [name for name, found in names.items() if found is None]:
         hint = "config.json describes a model that has it: fetch the file again, or put its own config.json there"
         if prefix := next((name.removesuffix(missing[0]) for name in entries if name.endswith(f".{missing[0]}")), None):
-            hint = f"there is {prefix}{missing[0]}: save the model without the wrapper around it, or take {prefix!r} out of the file's names"
+            hint = f"there is {prefix}{missing[0]}: save the model without the wrapper around it, or take {prefix!r} out of all names"
         elif [cell.path for cell in table if cell.name in missing] == ["head"]:
             hint += "; if the embedding is its head, write tie_word_embeddings: true there"
         raise ModelError(f"{where}: tensor {missing[0]} is missing{_more(missing)}; {hint}")

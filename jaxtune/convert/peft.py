@@ -199,8 +199,7 @@ def _load(path: Path, model: Model) -> Adapter:
         _check_complete(path, model, config, sites)
     if left:
         check_parameters(model.config, config)
-        first = sorted(left)[0]
-        raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {first}; is it for another model?")
+        raise ModelError(f"{path}: {len(left)} tensors fit no module of this model, the first {min(left)}; is it for another model?")
     return Adapter(params=params, sites=sites, config=config, saved=parts, wholes=wholes, shared=shared)
 
 

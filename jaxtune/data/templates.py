@@ -55,6 +55,28 @@ def refusal(error: Exception) -> str:
     return f"the chat template refuses the messages: {reason}. Write them as it expects them"
 
 
+def written(tokenizer: Any, messages: Sequence[Mapping], template: str | None = None, **keys: Any) -> str:
+    """Messages as the text that the tokenizer's template, or `template`, makes of them (`apply_chat_template`)."""
+    messages = _in_parts(messages) if wants_parts(tokenizer, template) else list(messages)
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **keys)
+
+
+def wants_parts(tokenizer: Any, template: str | None = None) -> bool:
+    """Whether the template shows `[{"type": "text", "text": ...}]` alone, no plain content: those of LLaVA, Idefics 3 and SmolVLM."""
+    plain = [{"role": "user", "content": "word"}]
+    for messages in (plain, _in_parts(plain)):
+        try:
+            if "word" in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False):
+                return messages is not plain
+        except Exception:  # jinja2's own, or a TypeError inside the template
+            continue
+    return False
+
+
+def _in_parts(messages: Sequence[Mapping]) -> list[dict]:
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else dict(m) for m in messages]
+
+
 class Template:
     """The chat template of a tokenizer, or `override` (Jinja source) instead."""
 
@@ -71,6 +93,7 @@ class Template:
                 "them as a .jinja file and set data.chat_template to it"
             )
         added = tokenizer.added_tokens_decoder.values()
+        self._parts = wants_parts(tokenizer, override)
         self._asks: str | None = None
         self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
         self._end = re.compile(f"(?:{self._special.pattern})*?{re.escape(tokenizer.eos_token)}") if tokenizer.eos_token else self._special
@@ -79,6 +102,7 @@ class Template:
     def render(self, row: Row, chat: Chat, messages: list[dict] | None = None, generation: bool = False) -> str:
         """The text of `messages` (default: all of the chat's), with the opening of an answer if `generation`."""
         turns = [{k: v for k, v in m.items() if k not in FLAGS} for m in (chat.messages if messages is None else messages)]
+        turns = _in_parts(turns) if self._parts else turns
         try:
             return self.tokenizer.apply_chat_template(
                 turns, tools=chat.tools, chat_template=self.override, tokenize=False, add_generation_prompt=generation,

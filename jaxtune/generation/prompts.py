@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.data.masks import open_ids
-from jaxtune.data.templates import dropped, refusal
+from jaxtune.data.templates import dropped, refusal, written
 from jaxtune.errors import DataError, ModelError
 
 _PROBE = "ZQX"  # an answer that no template changes
@@ -72,7 +72,7 @@ def _chat_ids(model: Any, messages: list[Mapping], name: str) -> list[int]:
             "give a text with chat=False (--no-chat), or use the instruct version of the model"
         )
     try:
-        text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = written(model.tokenizer, messages, add_generation_prompt=True)
     except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
         raise DataError(f"{name}: {refusal(error)}, or put another beside the tokenizer (chat_template.jinja)") from None
     if missing := dropped(messages, text):
@@ -108,7 +108,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = written(tokenizer, turns)
     except Exception:  # jinja2's own, or a TypeError inside the template: it has no such turn
         return None
     after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""

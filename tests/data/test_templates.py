@@ -7,6 +7,7 @@ from jaxtune.data.encode import Encoder
 from jaxtune.data.files import Row
 from jaxtune.data.formats import parse
 from jaxtune.data.ledger import Ledger
+from jaxtune.data.templates import written
 from jaxtune.errors import DataError
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -29,6 +30,8 @@ TOOLS = (
     "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endfor %}" + ASK
 )
+
+PARTS = TURNS.replace("m.content", "(m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(''))")  # SmolVLM
 
 
 def chat(*contents, system=None):
@@ -53,6 +56,17 @@ def test_thinking_of_the_last_answer_is_trained(underlined, templated):
 
 def test_what_the_template_writes_before_the_answer_is_trained_since_the_model_must_write_it(underlined, templated):
     assert underlined(templated(THINKING), chat("One", "Two")) == "<think>\n\n</think>\n\nTwo<|im_end|>"
+
+
+def test_a_template_of_parts(encode, underlined, templated):
+    """LLaVA's, Idefics 3's and SmolVLM's write nothing for a plain text."""
+    row, tokenizer = chat("One", "Two", "Three", "Four"), templated(PARTS)
+    assert underlined(tokenizer, row) == "Two<|im_end|>Four<|im_end|>"
+    ids, _ = encode(tokenizer, row)
+    assert ids == encode(templated(TURNS), row)[0]
+    turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in row["messages"]]
+    assert encode(tokenizer, {"messages": turns})[0] == ids
+    assert written(tokenizer, row["messages"]) == tokenizer.decode(ids)
 
 
 def test_a_system_turn_that_is_dropped_is_refused(encode, templated):
