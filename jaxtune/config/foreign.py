@@ -57,11 +57,11 @@ def names(value: Any) -> Any:
 
 
 def assistant_only(value: Any) -> Any:
-    """TRL's `assistant_only_loss`, whose false trains whole conversations there."""
+    """TRL's `assistant_only_loss`: true leaves out a prompt's answers, as our `completion` does; false trains whole conversations there."""
     if value is False:
         log.warning("note: assistant_only_loss=false: conversations train every answer here, all of it in TRL; data.train_on: all does so")
         return DEFAULT
-    return "assistant" if value is True else value
+    return "completion" if value is True else value
 
 
 def optim_args(value: Any) -> Any:

@@ -188,6 +188,8 @@ def _canonical(flat: dict[str, Any]) -> dict[str, Any]:
         value = _translate(path, value)
         if value is None and path in out:  # an empty key beside a set one
             return
+        if path == "data.packing" and "group" in (value, out.get(path)) and False in (value, out.get(path)):
+            value = out[path] = "group"  # rows that are grouped by length are not packed
         if out.get(path) is not None and out[path] != value:
             raise ConfigError(f"{said[path]} and {name} both set {path}, to {word(out[path])} and to {word(value)}; leave one.")
         out[path], said[path] = value, name

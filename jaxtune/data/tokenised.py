@@ -113,7 +113,9 @@ def template(config: Config) -> str | None:
         return None
     path = Path(config.data.chat_template).expanduser()
     if not path.is_file():
-        raise DataError(f"data.chat_template {config.data.chat_template}: no such file; name a Jinja file")
+        missing = "no such file; name a Jinja file"
+        what = "a folder; name the Jinja file in it, whose tokens this tokenizer has to have" if path.is_dir() else missing
+        raise DataError(f"data.chat_template {config.data.chat_template}: {what}")
     return path.read_text(encoding="utf-8")
 
 

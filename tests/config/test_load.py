@@ -184,7 +184,7 @@ def test_every_alias_lands_on_its_key_with_a_note(alias, caplog):
     asks_for_the_default = {"lora_target_linear", "full_finetuning", "completion_only_loss", "evaluation_strategy", "packing",
                             "sample_packing", "attn_implementation",
                             "finetuning_type", "stage", "use_peft", "optimizer", "excess_length_strategy",
-                            "init_lora_weights", "packed", "disable_dropout"}  # fmt: skip
+                            "init_lora_weights", "packed", "disable_dropout", "assistant_only_loss"}  # fmt: skip
     assert (here == there) == (alias in asks_for_the_default)
 
 
@@ -202,6 +202,11 @@ def test_a_torch_key_is_refused_with_what_to_write_but_may_ask_for_nothing(key, 
     assert DIFFERENT[key] in str(caught.value)
     assert load_config({"model": "m", key: False}) == load_config({"model": "m"})
     assert f"note: {key}=false has no effect here" in caplog.text
+
+
+@pytest.mark.parametrize("keys", [{"packing": False, "group_by_length": True}, {"group_by_length": True, "data": {"packing": False}}])
+def test_rows_grouped_by_length_are_not_packed(keys):
+    assert load_config({"model": "m"} | keys).data.packing == "group"
 
 
 @pytest.mark.parametrize("value", [True, 8, "any", None])
@@ -231,6 +236,7 @@ def test_bitsandbytes_keys(given, quantization):
         ({"load_in_4bit": True, "load_in_8bit": True}, "both 4 and 8 bits"),
         ({"quantization_bit": 3}, "has to be 4 or 8"),
         ({"max_seq_length": 5, "cutoff_len": 6}, "max_seq_length and cutoff_len both set data.max_length, to 5 and to 6"),
+        ({"packing": True, "group_by_length": True}, "packing and group_by_length both set data.packing, to true and to group"),
         ({"warmup_ratio": 10}, "warmup_ratio is 10"),
         ({"resume_from_checkpoint": "out/checkpoint-5"}, "resumes from its own newest checkpoint"),
         ({"datasets": [{"path": "x", "type": "chatml.intel"}]}, "the type of a data set is 'chatml.intel'"),

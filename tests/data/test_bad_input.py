@@ -213,9 +213,10 @@ def test_no_chat_template(config, tokenizers, bare):
         data.load(config([CHAT]), bare)
 
 
-def test_a_chat_template_that_is_not_there(config, tokenizers):
-    with pytest.raises(DataError, match="data.chat_template nowhere.jinja: no such file"):
-        data.load(config([CHAT], chat_template="nowhere.jinja"), tokenizers["chatml"])
+@pytest.mark.parametrize("name, message", [("nowhere.jinja", "no such file"), ("/", "a folder; name the Jinja file in it")])
+def test_a_chat_template_that_is_not_there(config, tokenizers, name, message):
+    with pytest.raises(DataError, match=f"data.chat_template {name}: {message}"):
+        data.load(config([CHAT], chat_template=name), tokenizers["chatml"])
 
 
 def test_template_that_refuses_a_row(config, tokenizers, tmp_path):
