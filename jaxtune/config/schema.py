@@ -157,7 +157,7 @@ class ObjectiveConfig(Group):
     num_labels: int | None = _of("classification")
     id2label: tuple[str, ...] | None = _of("classification")  # names of the classes in order; rows may use them as labels
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = _of("classification")
-    router_aux_loss_coef: float = _of("sft", "distill", default=0.001)  # for mixtures of experts
+    router_aux_loss_coef: float | None = _of("sft", "distill")  # for mixtures of experts; None: config.json's own
 
     # ---- distill: a teacher's distribution is learnt ----
     teacher: str | None = _of("distill")  # whatever `model` takes

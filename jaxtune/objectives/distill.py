@@ -41,7 +41,7 @@ def distill(config: Any, model_config: ModelConfig, params: dict, base: dict, ba
     live = (own.weights_BN != 0).astype(jnp.float32)
     names = ("kd_loss", "class_loss", "teacher_agreement", "mean_token_accuracy", "entropy")
     metrics = {name: metric(x, live) for name, x in zip(names, measured, strict=True)}
-    return balanced(config, Loss((loss_BN * own.weights_BN).sum(), own.weights_BN.sum(), metrics), own.aux)
+    return balanced(config, model_config, Loss((loss_BN * own.weights_BN).sum(), own.weights_BN.sum(), metrics), own.aux)
 
 
 def divergence(beta: float, temperature: float, student_V: jax.Array, teacher_V: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -69,7 +69,7 @@ def grpo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch
     With experts, `router_aux_loss_coef` times the load-balancing loss is added, as in objective sft.
     """
     tokens = logps_of(config, model_config, params, batch)
-    return balanced(config, grpo_loss(config, sampled_answers(config, model_config, base, batch, tokens)), tokens.aux)
+    return balanced(config, model_config, grpo_loss(config, sampled_answers(config, model_config, base, batch, tokens)), tokens.aux)
 
 
 def cooled(config: Any, model_config: ModelConfig) -> ModelConfig:

@@ -62,7 +62,7 @@ def ppo(config: Any, model_config: ModelConfig, params: dict, base: dict, batch:
         advantage_BN=at(rollout.advantages),
         return_BN=at(rollout.returns),
     )
-    return balanced(config, ppo_loss(config, acted), tokens.aux)
+    return balanced(config, model_config, ppo_loss(config, acted), tokens.aux)
 
 
 def ppo_loss(config: Any, a: Acted) -> Loss:

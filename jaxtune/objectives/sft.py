@@ -30,13 +30,14 @@ def sft(config, model_config: ModelConfig, params: dict, base: dict, batch: Batc
     metrics = {"mean_token_accuracy": (out.correct_BN.sum(), count), "entropy": (out.entropy_BN.sum(), count)}
     trust_BN = jax.lax.stop_gradient(jnp.exp(out.logp_BN)) if config.loss_type == ("dft",) else 1.0
     loss = Loss(-(out.logp_BN * trust_BN * out.weights_BN).sum(), out.weights_BN.sum(), metrics)
-    return balanced(config, loss, out.aux)
+    return balanced(config, model_config, loss, out.aux)
 
 
-def balanced(config, loss: Loss, aux: RouterSums | None) -> Loss:
-    """The loss plus `router_aux_loss_coef` times the routers' loss (`aux`: their statistics), if there are experts."""
-    if aux is None:
+def balanced(config, model_config: ModelConfig, loss: Loss, aux: RouterSums | None) -> Loss:
+    """The loss plus `router_aux_loss_coef` (None: config.json's) times the loss of the routers, whose statistics are `aux`."""
+    if aux is None or model_config.moe is None:
         return loss
+    coef = model_config.moe.aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
     of_routers = load_balancing_loss(aux) * loss.weight
     metrics = loss.metrics | {"aux_loss": (of_routers, loss.weight)}
-    return Loss(loss.total + config.router_aux_loss_coef * of_routers, loss.weight, metrics)
+    return Loss(loss.total + (coef or 0.0) * of_routers, loss.weight, metrics)

@@ -83,3 +83,6 @@ def test_the_routers_loss_is_added(model):
     expected = 0.0 if aux is None else 0.5 * load_balancing_loss(aux)
     np.testing.assert_allclose((added.total - plain.total) / plain.weight, expected, atol=1e-5)
     assert (aux is None) == (config.moe is None) == ("aux_loss" not in added.metrics)
+    if config.moe is not None:
+        own = sft(settings(router_aux_loss_coef=None), config, params, params, BATCH)
+        np.testing.assert_allclose((own.total - plain.total) / plain.weight, 2 * expected * config.moe.aux_loss_coef, atol=1e-5)
