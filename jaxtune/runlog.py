@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -18,11 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxtune.disk import write_text
+from jaxtune.disk import naming, write_text
 from jaxtune.errors import CheckpointError
 from jaxtune.picture import draw_loss
 
 PLOT_EVERY = 60.0  # seconds; drawing takes 0.3 of them, during which no step is dispatched; the end draws once more
+FLUSH_EVERY = 10.0  # seconds, for TensorBoard
 # names in metrics.jsonl that the terminal does not show
 UNSHOWN = re.compile(
     r"epoch|tokens_per_second|num_tokens|(eval_)?(clip_ratio/(?!region).*|completions/((min|max)_.*|.*terminated.*)|.*/std)"
@@ -43,7 +45,7 @@ class RunLog:
         self.folder, self.total = Path(folder), total_steps
         self.history = _history(self.folder / "metrics.jsonl", start)
         self._file = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._events: Any = None  # opened at the first line: tensorboardX imports torch if installed, and by then the device is busy
+        self._events: _Events | None = None  # opened at the first line, when the device is busy: tensorboardX imports torch if installed
         self._report_to, self._start = report_to, start
         self._bar = _Bar(start, total_steps)
         self._drawn = time.monotonic()
@@ -56,22 +58,23 @@ class RunLog:
         """Write one line of metrics, under TRL's names; `eval_*` come from an evaluation. Non-finite numbers become null."""
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.history.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        with naming(self.folder):
+            self._file.write(json.dumps(row) + "\n")
         self._bar.say(step, metrics, any(name.startswith("eval_") for name in metrics))
         if "tensorboard" in self._report_to:
-            self._events = self._events or _tensorboard(self.folder / "tensorboard", self._start)
-            for name, value in metrics.items():
-                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                self._events.add_scalar(tag, value, step)
+            with naming(self.folder):
+                self._events = self._events or _Events(self.folder / "tensorboard", self._start)
+                self._events.write(step, metrics)
         if time.monotonic() - self._drawn > PLOT_EVERY:
             self._draw()
 
     def close(self) -> None:
         """Remove the bar, draw the last plot, close the files."""
         self._bar.close()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with naming(self.folder), contextlib.ExitStack() as files:  # closes both, also if one cannot be written
+            files.callback(self._file.close)
+            if self._events is not None:
+                files.callback(self._events.close)
         self._draw()
 
     def _draw(self) -> None:
@@ -117,11 +120,37 @@ def _history(path: Path, start: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(folder: Path, start: int) -> Any:
-    """A writer that makes TensorBoard discard what an earlier process wrote about the steps after `start`."""
-    from tensorboardX import SummaryWriter
+class _Events:
+    """An event file for TensorBoard, which discards what an earlier process wrote about the steps after `start`.
 
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else 0, flush_secs=10)
+    tensorboardX's SummaryWriter writes from a thread that a full disk ends, and its queue then blocks the run; here the run gets the error.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file, self._flushed = RecordWriter(str(folder / name)), 0.0
+        for mark in ({"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}):
+            self._write(start + 1 if start else 0, **mark)
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), step=step, **what).SerializeToString())
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+            self._write(step, summary=self._scalar(tag, value))
+        if time.monotonic() - self._flushed > FLUSH_EVERY:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 # ---- the terminal ----

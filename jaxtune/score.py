@@ -55,7 +55,15 @@ def score(
     require_tokenizer(model)
     adapter = load_adapter(adapter, model) if isinstance(adapter, (str, os.PathLike)) else adapter
     texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
-    asked = [_tokens(model, text, number, step_separator) for number, text in enumerate(texts, 1)]
+    asked = [_tokens(model, text, Row("texts", number, "text", {}, number), step_separator) for number, text in enumerate(texts, 1)]
+    return _scores_of(model, adapter, asked, batch_size)
+
+
+@in_32_bits
+def _scores_of(
+    model: Any, adapter: Any, asked: list[tuple[list[int], list[slice]]], batch_size: int | None
+) -> np.ndarray | list[np.ndarray]:
+    """What `score` returns, of token ids and the places to score."""
     found: list[Any] = [None] * len(asked)
     params, config = compose(model.params, adapter), dataclasses.replace(model.config, remat="none")
     order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))  # longest first, so that what does not fit fails at once
@@ -101,9 +109,8 @@ def _batch(rows: list[tuple[list[int], list[slice]]], count: int, size: int) -> 
 # ---- what may be scored ----
 
 
-def _tokens(model: Any, text: Any, number: int, separator: str) -> tuple[list[int], list[slice]]:
-    """Token ids, and which positions are scored: the end, or each step's last token."""
-    row = Row("texts", number, "text", {}, number)
+def _tokens(model: Any, text: Any, row: Row, separator: str) -> tuple[list[int], list[slice]]:
+    """Token ids, and which positions are scored: the end, or each step's last token. `row` says where the text is from."""
     example, tokenizer = _example(text, row), model.tokenizer
     stepwise = isinstance(example, Steps)
     if stepwise != (model.config.labels_of == "token"):
@@ -167,13 +174,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; auto is the file's own")
     parser.add_argument("--quantization", help="nf4, nf4-dq or int8, of an adapter's base")
     arguments = cli.parse(parser)
-    rows = [formats.rename(row, arguments.columns).fields for row in files.rows(arguments.data)]
+    rows = [formats.rename(row, arguments.columns) for row in files.rows(arguments.data)]
     if not rows:
         raise DataError(f"{arguments.data} holds no rows")
     model = heads.load_scorer(arguments.model, arguments.dtype, arguments.quantization)
-    scores = score(model, rows, step_separator=arguments.step_separator, batch_size=arguments.batch_size)
-    for row, value in zip(rows, scores, strict=True):
-        print(json.dumps(row | {"score": np.asarray(value).tolist()}, ensure_ascii=False))
+    require_tokenizer(model)
+    asked = [_tokens(model, row.fields, row, arguments.step_separator) for row in rows]
+    for row, value in zip(rows, _scores_of(model, None, asked, arguments.batch_size), strict=True):
+        print(json.dumps(row.fields | {"score": np.asarray(value).tolist()}, ensure_ascii=False))
 
 
 cli.callable_module(__name__, score)

@@ -73,6 +73,15 @@ def test_tensorboard_holds_the_metrics_by_group(tmp_path):
     assert ("train/grad_norm", 1) in tags and ("eval/mean_token_accuracy", 5) in tags
 
 
+def test_a_disk_that_tensorboards_file_fills_ends_the_run_with_an_error_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: open("/dev/full", "wb"))
+    log = RunLog(tmp_path, 10)
+    for call in (lambda: log.write(1, {"loss": 1.0}), log.close):
+        with pytest.raises(OSError, match="No space left") as raised:
+            call()
+        assert raised.value.filename == str(tmp_path)
+
+
 def test_without_tensorboard_there_is_no_folder(tmp_path):
     train_steps(RunLog(tmp_path, 10, report_to=()), range(1, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]

@@ -100,3 +100,10 @@ def test_the_command(folder, reward, tmp_path):
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     assert [{key: value for key, value in row.items() if key != "score"} for row in printed] == rows
     np.testing.assert_allclose([row["score"] for row in printed], jt.score(reward, rows), atol=1e-6)
+
+
+def test_the_command_names_the_line_of_a_row_that_is_no_text(folder, tmp_path, monkeypatch):
+    tiny.write_rows(tmp_path, [{"text": "one"}, {"prompt": "one", "chosen": " a", "rejected": " b"}])
+    monkeypatch.setattr(sys, "argv", ["score", str(folder / "reward"), "--data", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2: the row has prompt, chosen, rejected"):
+        jt.score.main()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data.similar import Similar
+from jaxtune.disk import naming
 from jaxtune.errors import DataError
 
 log = logging.getLogger("jaxtune")
@@ -140,7 +141,7 @@ def rewrite(writer: Writer, rows: Iterable[Row], how: str = HOW, keep: Keep | No
 def save(rows: Iterable[Row], file: str | os.PathLike) -> int:
     """Append rows to a JSONL file as they are made; returns their number."""
     count = 0
-    with open(file, "a", encoding="utf-8") as stream:
+    with naming(Path(file)), open(file, "a", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             stream.flush()

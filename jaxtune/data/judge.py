@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtune.data.generate import Made, Writer, written
 from jaxtune.data.similar import Similar
+from jaxtune.disk import naming
 from jaxtune.errors import DataError
 
 log = logging.getLogger("jaxtune")
@@ -164,7 +165,7 @@ def save(make: Callable[[set[str]], Iterable[Row]], file: str | os.PathLike) -> 
     target, refused, made = Path(file), Path(f"{Path(file).with_suffix('')}.refused.jsonl"), Made()
     left = written(target, "prompt", "chosen", "rejected") + written(refused, "prompt", "answers", "refused")
     done = {key for row in left for key in _keys(row)}
-    with open(target, "a", encoding="utf-8") as rows, open(refused, "a", encoding="utf-8") as others:
+    with naming(target), open(target, "a", encoding="utf-8") as rows, open(refused, "a", encoding="utf-8") as others:
         for row in make(done):
             stream = others if "refused" in row else rows
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
