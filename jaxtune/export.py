@@ -121,6 +121,8 @@ def export(
         raise ModelError(f"{run} scores texts, and GGUF files are supported for language models only; export it with --format hf")
     if format == "text" and not opened.config.outer:
         raise ModelError(f"{run} is not a multimodal checkpoint; export it with --format hf")
+    if format == "text" and opened.config.file_layers:
+        raise ModelError(f"a {opened.config.outer} model's layers for text are no model of transformers' alone; export it with --format hf")
     if format == "text" and opened.config.together:
         raise ModelError(f"the files of a {opened.config.outer} model hold experts as a text model's do not; export it with --format hf")
     if format == "gguf-lora":

@@ -19,7 +19,7 @@ BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector
 PREFIX = re.compile(r"(model\.language_model|model\.text_model|language_model\.model|model)\.|(language_model\.)(?=lm_head)")
 CASES = sorted(path.stem for path in GOLDENS.glob("*.npz"))
 # their text families have separate cases
-NESTED = {"cohere2_vision", "gemma3_nested", "gemma4_nested", "gemma4_unified", "glm4v", "llama4_nested", "llava", "mistral3",
+NESTED = {"cohere2_vision", "gemma3_nested", "gemma4_nested", "gemma4_unified", "glm4v", "llama4_nested", "llava", "mistral3", "mllama",
           "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
           "qwen3_vl_moe", "smolvlm"}  # fmt: skip
 # multimodal types without a case of their own -> the case of their language model
@@ -63,7 +63,9 @@ def language_model(config: dict, files: dict[str, np.ndarray]) -> dict[str, np.n
     """The tensors of a file's language model, named as in a file with nothing else."""
     if "vision_config" not in config:
         return files
-    return {PREFIX.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
+    named = {PREFIX.sub(lambda found: "" if found[2] else "model.", name): a for name, a in files.items() if not BESIDE.match(name)}
+    passed = tuple(f"model.layers.{layer}." for layer in config["text_config"].get("cross_attention_layers", ()))
+    return {name: a for name, a in named.items() if not name.startswith(passed)}
 
 
 def tree(config, tensors: dict[str, np.ndarray]) -> dict:

@@ -447,6 +447,16 @@ CASES |= {
     | dict(n_groups=2, chunk_size=4, layer_norm_epsilon=1e-3),
     "falcon_alibi": FALCON  # slopes that bfloat16 rounds
     | dict(alibi=True, bias=True, parallel_attn=False, multi_query=False, hidden_size=24, num_attention_heads=12),
+    "mllama": dict(
+        model_type="mllama",
+        text_config={key: value for key, value in SMALL.items() if key != "head_dim"}
+        | dict(model_type="mllama_text_model", num_hidden_layers=5, cross_attention_layers=[1, 3], pad_token_id=0)
+        | dict(rope_scaling=LLAMA3),
+        vision_config=dict(hidden_size=8, num_hidden_layers=1, num_global_layers=1, attention_heads=1, intermediate_size=8)
+        | dict(vision_output_dim=16, image_size=4, patch_size=2, max_num_tiles=1, intermediate_layers_indices=[0])
+        | dict(supported_aspect_ratios=[[1, 1]]),
+        image_token_index=96,
+    ),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

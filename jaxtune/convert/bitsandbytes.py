@@ -68,12 +68,13 @@ def is_skipped(hf: Mapping[str, Any], module: str) -> bool:
 
 def cut(config: ModelConfig, is_packed: Callable[[str], bool]) -> ModelConfig:
     """The config with stacks whose layers are quantised alike, if some layers are dense; `is_packed(tensor)` says which."""
-    layers: list[set[str]] = [set() for _ in range(config.num_layers)]
+    layers: dict[int, set[str]] = {name: set() for name in config.layer_names}
     for path, row in spec(config).items():
         for layer, name in zip(row.layers, row.hf_names(), strict=False):
             if row.is_matrix and is_packed(name):
                 layers[layer].add(path.rpartition("/")[2])
-    return dataclasses.replace(config, cuts=tuple(n for n in range(1, config.num_layers) if layers[n] != layers[n - 1]))
+    packed = list(layers.values())
+    return dataclasses.replace(config, cuts=tuple(n for n in range(1, config.num_layers) if packed[n] != packed[n - 1]))
 
 
 class Bitsandbytes:

@@ -15,6 +15,8 @@ log = logging.getLogger("jaxtune")
 
 def check(c: ModelConfig, a: Architecture) -> None:
     """ModelError for what this architecture's loader or graph does not support."""
+    if c.file_layers:
+        raise ModelError(f"llama.cpp has no {c.outer} models; export it with --format hf (or its adapter with --format peft)")
     if c.out_bias and "out" not in a.biases:
         raise ModelError(f"llama.cpp knows no bias of the attention's output in a {a.name} model; this one has attention_bias")
     if c.mlp_bias and "mlp" not in a.biases:

@@ -65,7 +65,8 @@ class OtherTensors:
             own = [nested.module(config, name) for name in settings.get("llm_int8_skip_modules") or ["lm_head"]]
             outer = NESTED[config.outer]
             before = "model." if outer.modules[0].startswith("model.") else ""
-            settings["llm_int8_skip_modules"] = own + [f"{before}{name.rstrip('.')}" for name in outer.other_prefixes]
+            passed = [f"{outer.modules[0]}layers.{layer}" for layer in nested.passed_layers(config)]
+            settings["llm_int8_skip_modules"] = own + passed + [f"{before}{name.rstrip('.')}" for name in outer.other_prefixes]
 
     def write_files(self, folder: Path) -> None:
         """The processor's files."""
@@ -102,6 +103,8 @@ def set_apart(checkpoint: Safetensors, config: ModelConfig, folder: Path) -> tup
     own = [name for name in entries if name not in others]
     stem = next((stem for stem in (outer.modules[0], *STEMS) if any(name.startswith(stem) for name in own)), outer.stem)
     head = HEADS[1] if stem == STEMS[1] else HEADS[0]
+    others |= {name: entries[name] for name in own if nested.is_passed(config, _text_name(name, stem))}
+    own = [name for name in own if name not in others]
     checkpoint.entries = {_text_name(name, stem): entries[name] for name in own}
     turned = frozenset(name for name, entry in checkpoint.entries.items() if outer.together and _lies_turned(name, entry, config))
     return Turned(checkpoint, turned) if turned else checkpoint, OtherTensors(folder, others, stem, head, turned)

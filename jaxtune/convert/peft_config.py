@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.convert.load import Model
-from jaxtune.convert.tensors import Entry
+from jaxtune.convert.tensors import Entry, read_entry
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.model.families import NESTED, ModelConfig, heads
+from jaxtune.model.families import NESTED, ModelConfig, heads, nested
 from jaxtune.model.families.nested import MODULES, OLDER
 from jaxtune.peft import KINDS, kind_of
 from jaxtune.peft.adapter import Adapter, Kind
@@ -85,7 +85,9 @@ def _inside(fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Fields that restrict PEFT to the language model: other modules have names with the same suffixes."""
     found, (modules, head) = {}, map(re.escape, NESTED[config.outer].modules)
     if "exclude_modules" in fields:
-        outside, left_out = rf"(?!{modules}|{head}$).*", fields["exclude_modules"] or ()
+        passed = "|".join(map(str, nested.passed_layers(config)))
+        inside = modules + (rf"(?!layers\.({passed})\.)" if passed else "")
+        outside, left_out = rf"(?!{inside}|{head}$).*", fields["exclude_modules"] or ()
         own = left_out if isinstance(left_out, str) else rf"(.*\.)?({'|'.join(map(re.escape, left_out))})"
         found["exclude_modules"] = f"{outside}|{own}" if left_out else outside
     if saved := tuple(fields.get("modules_to_save") or ()):
@@ -127,13 +129,31 @@ def read_config(saved: dict[str, Any], path: Path) -> tuple[Kind, AnyConfig]:
 
 
 def current_names(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """An adapter's tensors under today's names; ModelError if some belong to modules outside the language model."""
-    others = NESTED[config.outer].other_prefixes
-    if foreign := [name for name in entries if name.removeprefix(PREFIX).removeprefix("model.").startswith(others)]:
+    """An adapter's tensors under today's names, without those of modules outside the language model: pairs whose second matrix is zero,
+    since training on text never reached them. ModelError if others belong to such modules."""
+    entries = _renamed(entries, config)
+    foreign = {name for name in entries if _is_outside(name.removeprefix(PREFIX), config)}
+    idle = {name for name in foreign if name.endswith(".lora_B.weight") and not read_entry(name, entries[name]).any()}
+    idle |= foreign & {name.replace(".lora_B.", ".lora_A.") for name in idle}
+    if idle:
+        log.info("%s: %d tensors beside the language model are left out; their pairs are zero", path, len(idle))
+        entries = {name: entry for name, entry in entries.items() if name not in idle}
+    if foreign := sorted(foreign - idle):
         raise ModelError(
             f"{path}: {len(foreign)} tensors change what is beside the language model, the first {foreign[0]}; jaxtune runs and trains the "
             "language model alone. Train the adapter with PEFT's exclude_modules for the rest, or take these tensors out of its file"
         )
+    return entries
+
+
+def _is_outside(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor of transformers' class belongs to no module that text passes through."""
+    outer = NESTED[config.outer]
+    text_name = "model." + name.removeprefix(outer.modules[0]) if name.startswith(outer.modules[0]) else name
+    return name.removeprefix("model.").startswith(outer.other_prefixes) or nested.is_passed(config, text_name)
+
+
+def _renamed(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
     if NESTED[config.outer].modules == OLDER:
         return entries
     older = re.compile(rf"(?<=^{re.escape(PREFIX)})language_model\.(?:(model\.)|(?=lm_head\.))")  # before transformers 4.52

@@ -19,7 +19,8 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One parameter: its definition (shape, axes, init), its names elsewhere (hf, gguf), and the layers it stacks.
+    """One parameter: its definition (shape, axes, init), its names elsewhere (hf, gguf), and the layers it stacks (their
+    numbers in names: `ModelConfig.layer_names`).
 
     `shape` is `[L, ...]` if the row stacks layers, `[L, E, out, in]` if it stacks the experts of layers. Matrices are `[out, in]` here in
     any case: `transposed` says that the Hugging Face file stores `[in, out]` (GPT-2's Conv1D), `part` that it stores a layer's experts in

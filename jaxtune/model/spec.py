@@ -17,7 +17,8 @@ def spec(config: ModelConfig) -> dict[str, Row]:
     """The row table of a model, keyed by `/`-joined path, in tree order."""
     c, family = config, FAMILIES[config.model_type]
     table = (c.vocab_size, c.hidden_size), ("vocab", "embed"), "normal"
-    rows = {"embed": Row(*table, f"{family.ends['embed']}.weight", "token_embd.weight")}
+    width = c.vocab_size + c.unwritten
+    rows = {"embed": Row((width, c.hidden_size), *table[1:], f"{family.ends['embed']}.weight", "token_embd.weight")}
     if "positions" in family.ends:
         shape, name = (c.position_offset + c.max_position_embeddings, c.hidden_size), f"{family.ends['positions']}.weight"
         rows["positions"] = Row(shape, (None, "embed"), "normal", name, "position_embd.weight")
@@ -29,7 +30,7 @@ def spec(config: ModelConfig) -> dict[str, Row]:
                 axes=("layers", *row.axes),
                 hf=family.prefix + row.hf,
                 gguf="blk.{layer}." + row.gguf,
-                layers=layers,
+                layers=tuple(c.layer_names[layer] for layer in layers),
             )
     rows |= dict(norm(c, "norm", family.ends["norm"], "output_norm"))
     if c.num_labels:

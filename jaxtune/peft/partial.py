@@ -22,7 +22,7 @@ def cuts(config: ModelConfig, patterns: Sequence[str]) -> tuple[int, ...]:
     """
     for pattern in patterns:
         _check(config, pattern)
-    names = _matched(config, patterns)
+    names, numbers = _matched(config, patterns), {name: layer for layer, name in enumerate(config.layer_names)}
     layers: list[set[str]] = [set() for _ in range(config.num_layers)]  # the rows of each layer that are trained
     for path, row in spec(config).items():
         own = row.hf_names()
@@ -34,7 +34,7 @@ def cuts(config: ModelConfig, patterns: Sequence[str]) -> tuple[int, ...]:
                 raise ConfigError(
                     f"trainable_parameters takes {min(found)} without {left}, but the experts of a layer are one array; take all or none"
                 )
-            layers[layer] |= {path.rpartition("/")[2]} if found else set()
+            layers[numbers[layer]] |= {path.rpartition("/")[2]} if found else set()
     return tuple(layer for layer in range(1, config.num_layers) if layers[layer] != layers[layer - 1])
 
 
@@ -48,7 +48,8 @@ def lowest(config: ModelConfig, patterns: Sequence[str]) -> int:
     """The first layer that gradients pass through; `num_layers` if only parameters after the layers are trained."""
     rows, taken = spec(config), trained_paths(config, patterns)
     before = any(path in ("embed", "positions") or path.startswith("layer_inputs/") for path in taken)
-    return 0 if before else min((rows[path].layers[0] for path in taken if rows[path].layers), default=config.num_layers)
+    layers = [config.layer_names.index(rows[path].layers[0]) for path in taken if rows[path].layers]
+    return 0 if before else min(layers, default=config.num_layers)
 
 
 def dtypes(config: ModelConfig, patterns: Sequence[str], trained: str, frozen: str) -> Callable[[str], str]:

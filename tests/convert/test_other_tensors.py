@@ -20,9 +20,9 @@ from jaxtune.convert.load import load, open_model
 from jaxtune.convert.peft import load_adapter, save_adapter
 from jaxtune.errors import ModelError
 from jaxtune.export import export
-from jaxtune.model.families import nested
+from jaxtune.model.families import from_hf, nested
 from jaxtune.model.spec import abstract
-from jaxtune.peft import init_adapter
+from jaxtune.peft import init_adapter, partial
 
 GOLDEN = references.load("gemma3_nested")
 
@@ -86,6 +86,34 @@ def test_names_of_a_type_without_a_golden(tmp_path, outer):
     tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tiny.read_all(tmp_path / "in"))
     modules = "model.text_model.layers" if outer == "idefics3" else "model.language_model.layers"
     assert nested.module(model.config, "model.layers.0.mlp") == f"{modules}.0.mlp"
+
+
+def test_layers_that_text_passes_over_keep_their_numbers(tmp_path):
+    golden = references.load("mllama")
+    tiny.write(tmp_path / "in", golden.config, golden.files)
+    model = load(tmp_path / "in")
+    assert model.config.num_layers == 3 and {"language_model.model.layers.3.cross_attn.q_proj.weight"} < model.other_tensors.entries.keys()
+    assert partial.cuts(model.config, ["layers.4."]) == (2,)
+    assert partial.lowest(dataclasses.replace(model.config, cuts=(2,)), ["layers.4."]) == 2
+    hf.save(model.config, model.params, tmp_path / "out", other_tensors=model.other_tensors)
+    tiny.assert_same_bytes(tiny.read_all(tmp_path / "out"), tiny.read_all(tmp_path / "in"))
+    adapter = init_adapter(jax.random.key(0), model, LoraConfig(r=2, target_modules=("q_proj",)))
+    save_adapter(adapter, model, tmp_path / "adapter")
+    excluded = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["exclude_modules"]
+    outside = [f"model.language_model.layers.{layer}.cross_attn.q_proj" for layer in (1, 3)]
+    inside = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 2, 4, 13)]
+    assert [bool(re.fullmatch(excluded, name)) for name in outside + inside] == [True] * 2 + [False] * 4
+    assert len(tensors := load_file(tmp_path / "adapter/adapter_model.safetensors")) == 6
+    name = next(name for name in tensors if ".layers.0." in name).replace("0.self_attn", "1.cross_attn")
+    save_file(tensors | {name: np.ones((2, 16), np.float32)}, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"what is beside the language model, the first .*layers\.1\.cross_attn"):
+        load_adapter(tmp_path / "adapter", model)
+    for format, why in (("text", "export it with --format hf"), ("gguf", "llama.cpp has no mllama models")):
+        with pytest.raises(ModelError, match=why):
+            export(tmp_path / "in", tmp_path / "other", format=format)
+    config = golden.config | {"text_config": golden.config["text_config"] | {"cross_attention_layers": [0, 1, 2, 3, 4]}}
+    with pytest.raises(ModelError, match="text passes through none"):
+        from_hf(config)
 
 
 def test_the_template_of_an_older_processor(tmp_path):
@@ -172,5 +200,9 @@ def test_an_adapter_stays_within_the_language_model(tmp_path):
     save_file(tensors | {"base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 8))}, file)
     with pytest.raises(ModelError, match=r"1 tensors change what is beside the language model"):
         load_adapter(tmp_path / "adapter", model)
+    idle = {"lora_A": np.ones((2, 8), np.float32), "lora_B": np.zeros((8, 2), np.float32)}  # as after PEFT's training on text
+    tower = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    save_file(tensors | {f"{tower}.{name}.weight": a for name, a in idle.items()}, file)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "adapter", model).params, adapter.params)
     export(tmp_path / "in", tmp_path / "merged")  # and a model is exported as it is
     assert tiny.read_all(tmp_path / "merged").keys() == GOLDEN.files.keys()

@@ -395,6 +395,12 @@ PUBLISHED = {
         nested("llava_onevision", model_type="qwen2", vocab_size=152000, num_key_value_heads=4, **size(3584, 18944, 28, 28)),
         7615157760,
     ),
+    # the text model of Llama 3.1, with eight more rows of its embedding; the eight layers that attend to images are left as they are
+    "Llama-3.2-11B-Vision": (nested("mllama", rope_scaling=LLAMA31["rope_scaling"]), 8030261248 + 8 * 4096),
+    "Llama-3.2-90B-Vision": (
+        nested("mllama", cross_attention_layers=list(range(3, 100, 5)), **size(8192, 28672, 100, 64)),
+        70553706496 + 8 * 8192,
+    ),
     "SmolVLM-Instruct": (nested("smolvlm", model_type="llama", vocab_size=49155, **size(2048, 8192, 24, 32)), 1812051968),
     "Idefics3-8B": (
         nested("idefics3", model_type="llama", vocab_size=128259, num_key_value_heads=8, **size(4096, 14336, 32, 32)),

@@ -168,8 +168,7 @@ FAMILIES: dict[str, Family] = {
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """`ModelConfig` of a config.json dict; ModelError for an unsupported family or switch."""
     if nested.is_nested(hf):
-        outer = hf["model_type"]
-        return dataclasses.replace(from_hf(nested.text_config(hf)), outer=outer, together=NESTED[outer].together, hf_json=json.dumps(hf))
+        return dataclasses.replace(from_hf(nested.text_config(hf)), **nested.fields(hf))
     model_type = hf.get("model_type")
     if model_type == "mistral" and hf.get("layer_types"):  # as in transformers' AutoConfig: windows by layer
         return dataclasses.replace(from_hf({**hf, "model_type": "ministral"}), hf_json=json.dumps(hf))
@@ -193,7 +192,6 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 # whose tensors are listed one by one
 _LISTED = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_MOST = 10_000
 _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings",
            "original_max_position_embeddings", "n_positions", "n_inner", "ffn_hidden_size", "sliding_window", "moe_intermediate_size",
            "full_attention_interval", "linear_conv_kernel_dim",
@@ -238,8 +236,8 @@ def _check_values(hf: Mapping[str, Any], family: Family) -> None:
     """Check that values have the type that a key needs, or that of transformers' default; null where it has a meaning."""
     defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
     for key, value in hf.items():
-        if key in _LISTED and isinstance(value, int) and value > _MOST:
-            raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {_MOST} are possible")
+        if key in _LISTED and isinstance(value, int) and value > nested.MOST:
+            raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {nested.MOST} are possible")
         if isinstance(value, int) and value > _LARGEST and key in _WANTED and key not in _BASES:
             raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {_LARGEST} is possible")
         default = defaults.get(key)

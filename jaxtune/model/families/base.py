@@ -17,7 +17,7 @@ from jaxtune.model.row import Row
 
 # fields that say how to compute a model, or what accompanies it: configs that differ only in these describe the same model
 HOW = ("dtype", "remat", "logits_chunk", "mlp_chunk", "attention", "attention_tile", "quantization_kernel", "mesh", "cuts", "value_head",
-       "outer", "together")  # fmt: skip
+       "outer", "together", "file_layers")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,8 @@ class ModelConfig:
     value_head: bool = False  # a value per token beside the vocabulary head, which objective ppo trains
     outer: str = ""  # the outer `model_type` of a multimodal checkpoint (families/nested.py); "": not multimodal
     together: bool = False  # its files store a layer's experts in one tensor, where the family's store each separately
+    file_layers: tuple[int, ...] = ()  # the layers' numbers in its files, if text passes over some there (Mllama); (): 0, 1, 2, ...
+    unwritten: int = 0  # rows of the embedding after the vocabulary's, of tokens that no text has (Mllama's image)
     # how to compute the model
     dtype: str = "float32"  # of activations and products
     attention: str = "xla"  # xla | flash | splash: what computes attention in training (model/attention.py)
@@ -140,6 +142,11 @@ class ModelConfig:
     cuts: tuple[int, ...] = ()  # layers at which a stack begins, besides changes of the kind of layer (peft/partial.py)
     mesh: Mesh | None = None  # sharding of activations (model/layout.py); None: left to the compiler
     hf_json: str = dataclasses.field(default="", compare=False, repr=False)  # config.json as it was read, for writing it again
+
+    @property
+    def layer_names(self) -> tuple[int, ...]:
+        """The layers' numbers in names of tensors and modules."""
+        return self.file_layers or tuple(range(self.num_layers))
 
     @property
     def interleaved(self) -> bool:
@@ -216,8 +223,7 @@ class ModelConfig:
 
     @property
     def carries_state(self) -> bool:
-        """Whether layers pass a state from token to token: it contains the whole document so far, so a text cannot continue another segment
-        (shared prompts) or virtual tokens."""
+        """Whether layers pass on a state of the whole document so far: no text continues another segment or virtual tokens then."""
         return self.recurrent is not None
 
     @property

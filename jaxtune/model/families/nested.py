@@ -15,6 +15,7 @@ from jaxtune.model.families.base import ModelConfig, architecture
 from jaxtune.model.row import Part, Row
 
 MODULES = "model.language_model."  # transformers 5's usual name for the text model's modules, and hence PEFT's, whatever the file says
+MOST = 10_000  # layers and experts, since their tensors are listed one by one
 OLDER = ("language_model.model.", "language_model.lm_head")  # and the name that it still uses for Llama 4's
 
 
@@ -30,6 +31,8 @@ class Nested(NamedTuple):
     tied_inside  whether text_config's tie_word_embeddings counts if the outer one is false, as in older files
     tied      the outer tie_word_embeddings if it is missing; None: text_config's counts
     together  whether files store a layer's experts in one tensor, where the family's store each separately and nothing says so
+    passed    (key, default): the layers that text passes over, since they only attend to images
+    unwritten  rows of the embedding after the vocabulary's, which the head lacks
     """
 
     texts: Mapping[str, str]
@@ -41,6 +44,8 @@ class Nested(NamedTuple):
     tied_inside: bool = False
     tied: bool | None = None
     together: bool = False
+    passed: tuple[str, tuple[int, ...]] | None = None
+    unwritten: int = 0
 
 
 _LLAVA = dict(stem="language_model.model.", other_prefixes=("vision_tower.", "multi_modal_projector.", "image_newline"))
@@ -51,6 +56,8 @@ _GLM = dict(num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1
 _GLM_VISION = dict(stem=MODULES, other_prefixes=("visual.",))
 _QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_window_layers=80)
 _QWEN3 = dict(rope_theta=5e5, max_position_embeddings=128000)
+_MLLAMA = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=40, num_attention_heads=32)
+_MLLAMA |= dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=131072, pad_token_id=128004)
 NESTED: dict[str, Nested] = {
     "aya_vision": Nested({"cohere2": "cohere2", "cohere": "cohere"}, **_LLAVA, fixed=_PLAIN, tied=True),
     "cohere2_vision": Nested({"cohere2": "cohere2"}, **_LLAVA, fixed=_PLAIN, tied=True),
@@ -89,6 +96,15 @@ NESTED: dict[str, Nested] = {
     "llama4": Nested({"llama4_text": "llama4_text"}, OLDER[0], ("vision_model.", "multi_modal_projector."), modules=OLDER),
     "mistral3": Nested(
         {"mistral": "mistral", "ministral3": "ministral3", "mistral4": "mistral4"}, **_LLAVA, fixed=dict(layer_types=None)
+    ),
+    "mllama": Nested(
+        {"mllama_text_model": "llama"},
+        OLDER[0],
+        ("vision_model.", "multi_modal_projector."),
+        _MLLAMA,
+        dict(attention_bias=False, mlp_bias=False, head_dim=None, tie_word_embeddings=False),
+        passed=("cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38)),
+        unwritten=8,
     ),
     "qwen2_5_vl": Nested({"qwen2_5_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
     "qwen2_vl": Nested({"qwen2_vl_text": "qwen2"}, "model.", ("visual.",), _QWEN2, tied_inside=True),
@@ -153,9 +169,7 @@ def is_nested(hf: Mapping[str, Any]) -> bool:
 
 def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the language model alone, in its family's form. ModelError if there is none of a known kind."""
-    outer, inner = NESTED[hf["model_type"]], hf.get("text_config")
-    if inner is None and "hidden_size" in hf:  # flat, as in Qwen 2 VL's files
-        inner = {key: value for key, value in hf.items() if key not in ("model_type", "vision_config")}
+    outer, inner = NESTED[hf["model_type"]], _inner(hf)
     if not isinstance(inner, Mapping):
         raise ModelError(f"this {hf['model_type']} model has text_config={inner!r}; it has to be an object")
     kind = inner.get("model_type") or next(iter(outer.texts))
@@ -163,16 +177,62 @@ def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(f"text_config.model_type {kind!r} is not supported in {hf['model_type']}; supported are {', '.join(outer.texts)}")
     if architecture(hf).endswith("Classification"):
         raise ModelError(f"a scoring head on a {hf['model_type']} model is not supported; that of a {outer.texts[kind]} model is")
-    text = {**_SIZES.get(outer.texts[kind], {}), **outer.defaults, **inner, **outer.fixed, "model_type": outer.texts[kind]}
+    text = {**_SIZES.get(outer.texts[kind], {}), **outer.defaults, **inner, "model_type": outer.texts[kind]}
     if "tie_word_embeddings" not in hf and outer.tied is not None:
         text["tie_word_embeddings"] = outer.tied
     if hf.get("tie_word_embeddings") or ("tie_word_embeddings" in hf and not outer.tied_inside):
         text["tie_word_embeddings"] = bool(hf["tie_word_embeddings"])  # where transformers looks
+    text |= outer.fixed
+    if numbers := _file_layers(outer, text):
+        text["num_hidden_layers"] = len(numbers)
     for key in ("rope_scaling", "rope_parameters"):
         text |= {key: _one_axis(text[key])} if isinstance(text.get(key), Mapping) else {}
     for key in ("dtype", "torch_dtype"):
         text |= {key: hf[key]} if key in hf else {}
     return {key: value for key, value in text.items() if key != "architectures"}
+
+
+def _inner(hf: Mapping[str, Any]) -> Any:
+    """The part of config.json about the language model, as it is there."""
+    if hf.get("text_config") is None and "hidden_size" in hf:  # flat, as in Qwen 2 VL's files
+        return {key: value for key, value in hf.items() if key not in ("model_type", "vision_config")}
+    return hf.get("text_config")
+
+
+def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a language model's `ModelConfig` that say what it is part of."""
+    outer = NESTED[hf["model_type"]]
+    inner = {**outer.defaults, **_inner(hf)}
+    said = dict(together=outer.together, file_layers=_file_layers(outer, inner), unwritten=outer.unwritten)
+    return dict(outer=hf["model_type"], hf_json=json.dumps(hf)) | said
+
+
+def _file_layers(outer: Nested, text: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of the layers that text passes through; () if these are all. ModelError if config.json lists none or no numbers."""
+    if outer.passed is None or type(count := text.get("num_hidden_layers")) is not int:
+        return ()
+    key, default = outer.passed
+    passed = default if text.get(key) is None else text[key]
+    if not isinstance(passed, list | tuple) or any(type(layer) is not int for layer in passed):
+        raise ModelError(f"text_config has {key}={passed!r}; it needs a list of layers' numbers there")
+    kept = tuple(layer for layer in range(min(count, MOST)) if layer not in passed)
+    if count > 0 and not kept:
+        raise ModelError(f"text_config has {key}={passed!r}, which are all of num_hidden_layers={count}, so that text passes through none")
+    return kept
+
+
+def is_passed(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor, by its name in a text model, belongs to a layer that text passes over."""
+    found = re.match(r"model\.layers\.(\d+)\.", name) if config.file_layers else None
+    return found is not None and int(found[1]) in passed_layers(config)
+
+
+def passed_layers(config: ModelConfig) -> tuple[int, ...]:
+    """The numbers of the layers in its files that text passes over."""
+    if not config.file_layers:
+        return ()
+    inner = {**NESTED[config.outer].defaults, **_inner(json.loads(config.hf_json))}
+    return tuple(layer for layer in range(inner["num_hidden_layers"]) if layer not in config.file_layers)
 
 
 def _one_axis(rope: Mapping[str, Any]) -> dict[str, Any]:
