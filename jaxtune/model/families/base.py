@@ -46,8 +46,7 @@ class Moe:
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """Keys and values (and queries) of all heads from a low-rank latent per token: DeepSeek's multi-head latent attention (arXiv
-    2405.04434)."""
+    """Keys, values (and queries) of all heads from a low-rank latent per token: multi-head latent attention (arXiv 2405.04434)."""
 
     kv_rank: int
     q_rank: int  # 0: queries are projected from x directly
