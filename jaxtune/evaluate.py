@@ -34,7 +34,7 @@ from jaxtune.convert.load import open_config
 from jaxtune.data.prepare import check_fits, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
-from jaxtune.disk import make_folder, naming, write_text
+from jaxtune.disk import replacing, write_text
 from jaxtune.errors import ConfigError
 from jaxtune.generate import generate_tokens
 from jaxtune.objectives import OBJECTIVES
@@ -130,7 +130,7 @@ def evaluate(
     adapter, tuned  what to compare with, at most one: an adapter or its folder; a whole tuned model or its location
     metric          metrics of the answers, by name or as functions (see `jaxtune.metrics`); () for perplexity and token accuracy alone
     limit           the number of rows to answer; perplexity covers all rows
-    predictions     a new file for the answers, one JSON object per line, written continuously
+    predictions     a new file for the answers, one JSON object per line; it gets its name when all are there
     objective       dpo: the rows are pairs of answers, measured by `pair_scores` instead of perplexity
     options         keys of the config's `data` group: max_length, columns, system, chat_template, ...
 
@@ -178,7 +178,7 @@ def compare(
     scores: dict[str, dict[str, list[float]]] = {}
     answers: dict[str, list[str]] = {}
     pairs: Source | None = None
-    with _new_file(predictions) as out:
+    with _writing(predictions) as out:
         for side, model, adapter in sides:
             if judges and not asked:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
@@ -216,12 +216,8 @@ def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report
         else:
             yield from (("base", model, None), ("tuned", model, trainable))
 
-    scratch = folder / ".predictions.jsonl.new"
-    scratch.unlink(missing_ok=True)
-    answering = bool(config.evaluate.metric)
-    report = compare(config, sides(), "eval" if config.data.test is None else "test", predictions=scratch if answering else None)
-    if answering:
-        os.replace(scratch, folder / "predictions.jsonl")
+    predictions = folder / "predictions.jsonl" if config.evaluate.metric else None
+    report = compare(config, sides(), "eval" if config.data.test is None else "test", predictions=predictions)
     write_text(folder / "evaluation.json", json.dumps(report.to_dict(), indent=2))
     return report
 
@@ -299,13 +295,11 @@ def _shown(question: Question) -> str:
 
 
 @contextlib.contextmanager
-def _new_file(path: str | os.PathLike | None) -> Iterator[IO | None]:
+def _writing(path: str | os.PathLike | None) -> Iterator[IO | None]:
     if path is None:
         yield None
         return
-    _refuse_old(path)
-    make_folder(Path(path).absolute().parent)
-    with naming(Path(path)), open(path, "x", encoding="utf-8", buffering=1) as out:
+    with replacing(Path(path)) as scratch, open(scratch, "x", encoding="utf-8") as out:
         yield out
 
 

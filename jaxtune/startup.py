@@ -22,7 +22,7 @@ from jaxtune.data.prepare import check_fits
 from jaxtune.data.rollout_prompts import Prompts
 from jaxtune.errors import ConfigError
 from jaxtune.losses import objective_of
-from jaxtune.model import nf4_kernel
+from jaxtune.model import families, nf4_kernel
 from jaxtune.model.block import RECOMPUTED
 from jaxtune.model.families import ModelConfig
 from jaxtune.objectives.answers import check_shared_prompts
@@ -92,6 +92,9 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
     started = time.monotonic()
     model_config, params = read_params(opened, param_dtypes(config, opened.config), config.quantization, mesh)
     log.info("model: %s in %.1f s, %.2f GB of weights", model_config.model_type, time.monotonic() - started, nbytes(params) / 1e9)
+    if rates := families.dropouts(model_config):
+        said = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
+        log.info("model: %s of config.json are not applied; transformers drops in training, lora.lora_dropout is for adapters", said)
     return model_config, params
 
 

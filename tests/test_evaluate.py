@@ -193,6 +193,13 @@ def test_mistakes_say_what_to_do(folder, tmp_path):
     with pytest.raises(ConfigError, match="the file exists and is not overwritten"):
         jt.evaluate("no/such/model", rows, predictions=tmp_path / "old.jsonl")
     assert (tmp_path / "old.jsonl").read_text() == "kept"
+
+    def broken(predictions, references, rows):
+        raise ValueError("no")
+
+    with pytest.raises(ConfigError, match="broken"):
+        jt.evaluate(model, rows, metric=broken, max_new_tokens=4, predictions=tmp_path / "new.jsonl", max_length=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
     with pytest.raises(DataError, match="no such file"):
         jt.evaluate(model, tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="data.no_such_key is not a key"):

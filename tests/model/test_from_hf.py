@@ -7,7 +7,7 @@ import pytest
 import references
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families import FAMILIES, NESTED, from_hf, nested
+from jaxtune.model.families import FAMILIES, NESTED, dropouts, from_hf, nested
 from jaxtune.model.spec import spec
 
 FIRST = {}  # a golden config of every family, alone or within another
@@ -246,6 +246,14 @@ def test_a_nested_config_is_that_of_its_language_model():
     assert from_hf(FIRST["mistral3"] | layer_types) == from_hf(FIRST["mistral3"])  # a Mistral within: no Ministral
     mistral = FIRST["mistral3"] | dict(tie_word_embeddings=True)
     assert from_hf(mistral).tie_word_embeddings  # the outer value, which transformers reads
+
+
+def test_dropout_of_training_is_named():
+    rates = dict(attn_pdrop=0.1, embd_pdrop=0.0, resid_pdrop=0.2, summary_first_dropout=0.1)
+    assert dropouts(from_hf(FIRST["gpt2"] | rates)) == dict(attn_pdrop=0.1, resid_pdrop=0.2)
+    inside = FIRST["mistral3"]["text_config"] | dict(attention_dropout=0.3)
+    assert dropouts(from_hf(FIRST["mistral3"] | dict(text_config=inside))) == dict(attention_dropout=0.3)
+    assert dropouts(from_hf(LLAMA)) == {}
 
 
 def test_an_untied_copy_has_a_head_row():

@@ -190,6 +190,14 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, **heads.fields(settings), hf_json=json.dumps(hf))
 
 
+def dropouts(config: ModelConfig) -> dict[str, float]:
+    """The dropout rates of config.json that transformers applies in training and jaxtune does not, by key."""
+    hf = json.loads(config.hf_json or "{}")
+    said = {**hf, **nested.text_config(hf)} if nested.is_nested(hf) else hf
+    own = {key: said[key] for key in said if key.endswith(("dropout", "pdrop")) and not key.startswith(("classifier", "summary"))}
+    return {key: rate for key, rate in own.items() if isinstance(rate, int | float) and rate > 0}
+
+
 # whose tensors are listed one by one
 _LISTED = ("num_hidden_layers", "n_layer", "num_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "max_position_embeddings",

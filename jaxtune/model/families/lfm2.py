@@ -130,7 +130,7 @@ def _lfm3(hf: dict[str, Any]) -> ModelConfig:
         hf,
         kinds,
         (FULL, SLIDING),
-        ropes=tuple(whole_rope(own[kind], hf["head_dim"]) for kind in ROPES),
+        ropes=tuple(whole_rope(own[kind], hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]) for kind in ROPES),
         layer_ropes=tuple(1 if kind == SLIDING else 0 for kind in kinds),
         layer_windows=tuple(hf["sliding_window"] if kind == SLIDING else 0 for kind in kinds),
         qkv_bias=bias,
