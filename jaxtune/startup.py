@@ -94,7 +94,7 @@ def read_weights(config: Config, opened: Opened, mesh: Mesh) -> tuple[ModelConfi
     log.info("model: %s in %.1f s, %.2f GB of weights", model_config.model_type, time.monotonic() - started, nbytes(params) / 1e9)
     if rates := families.dropouts(model_config):
         said = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
-        log.info("model: %s of config.json are not applied; transformers drops in training, lora.lora_dropout is for adapters", said)
+        log.info("model: the dropout of config.json (%s) is not applied; transformers applies it in training", said)
     return model_config, params
 
 
