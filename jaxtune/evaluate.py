@@ -31,6 +31,7 @@ from jaxtune.config import Config, load_config
 from jaxtune.config.objectives import ON_TOKENS
 from jaxtune.convert import Model, heads, load, load_adapter
 from jaxtune.convert.load import open_config
+from jaxtune.convert.retokenised import as_tuned, beside, for_run
 from jaxtune.data.prepare import check_fits, evaluation
 from jaxtune.data.prompts import Question, questions
 from jaxtune.data.source import Source
@@ -149,17 +150,21 @@ def evaluate(
     })  # fmt: skip
 
     def opened(what: Model | str | os.PathLike) -> Model:
-        found = what if isinstance(what, Model) else load(what, dtype=dtype, quantization=quantization)
-        return heads.attach(found, heads.head_of(config), jax.random.key(config.seed))
+        return what if isinstance(what, Model) else load(what, dtype=dtype, quantization=quantization)
+
+    def ready(found: Model) -> Model:
+        return heads.attach(for_run(config, found), heads.head_of(config), jax.random.key(config.seed))
 
     def sides() -> Iterator[Side]:
         base = opened(model)
+        base = beside([adapter], base) if isinstance(adapter, (str, os.PathLike)) else base
+        base = ready(base if tuned is None else as_tuned(base, tuned))  # both sides read the same tokens
         yield "base", base, None
         if adapter is not None:
             yield "tuned", base, load_adapter(adapter, base) if isinstance(adapter, (str, os.PathLike)) else adapter
         del base  # so that two whole models are in memory only if the caller holds one
         if tuned is not None:
-            yield "tuned", opened(tuned), None
+            yield "tuned", ready(opened(tuned)), None
 
     return compare(config, sides(), "test", {} if scoring else judges, predictions)
 
@@ -180,7 +185,7 @@ def compare(
     pairs: Source | None = None
     with _writing(predictions) as out:
         for side, model, adapter in sides:
-            if judges and not asked:
+            if judges:
                 asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
             # no perplexity of pairs: half of the answers should not be learnt
             measured = config.objective in ON_TOKENS or heads.head_of(config) is not None
@@ -211,7 +216,9 @@ def of_run(config: Config, model: Model, trainable: Any, folder: Path) -> Report
 
     def sides() -> Iterator[Side]:
         if config.method == "full":
-            yield "base", heads.attach(load(config.model, dtype=config.dtype), heads.head_of(config), jax.random.key(config.seed)), None
+            base = for_run(config, load(config.model, dtype=config.dtype))
+            yield "base", heads.attach(base, heads.head_of(config), jax.random.key(config.seed)), None
+            del base
             yield "tuned", dataclasses.replace(model, params=compose(model.params, trainable)), None
         else:
             yield from (("base", model, None), ("tuned", model, trainable))

@@ -37,6 +37,7 @@ from jaxtune.convert.merge import Packed, composed
 from jaxtune.convert.modelfile import modelfile
 from jaxtune.convert.peft import load_adapter
 from jaxtune.convert.quantised import format_of
+from jaxtune.convert.retokenised import beside
 from jaxtune.convert.tensors import Safetensors, check_finite, read_json
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
@@ -117,6 +118,7 @@ def export(
     if format == "peft":
         return _copy_adapter(found, Path(out))
     opened, head = open_model(found.base), _head(found)
+    opened = beside([found.adapter], opened) if found.adapter else opened
     if format.startswith("gguf") and (head or opened.config.num_labels):
         raise ModelError(f"{run} scores texts, and GGUF files are supported for language models only; export it with --format hf")
     if format == "text" and not opened.config.outer:
@@ -177,7 +179,7 @@ def _copy_adapter(found: Found, out: Path) -> Path:
     for name in tensors.entries:  # a damaged file must not be passed on
         check_finite(name, tensors.read(name))
     with new_folder(out) as folder:
-        for file in found.adapter.iterdir():
+        for file in filter(Path.is_file, found.adapter.iterdir()):  # not the checkpoints that HF's Trainer leaves there
             shutil.copyfile(file, folder / file.name)
     log.info("adapter: %s", out)
     return out

@@ -26,6 +26,7 @@ from jaxtune import cli, errors
 from jaxtune.compilation import in_32_bits
 from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.retokenised import beside
 from jaxtune.errors import ConfigError, DataError, check_argument
 from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import CHUNK, Row, Run
@@ -99,7 +100,7 @@ def generate_tokens(
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; remove it")
     if isinstance(adapter, (str, os.PathLike)):
-        adapter = load_adapter(adapter, model)
+        model, adapter = beside([adapter], model), load_adapter(adapter, model)
     ids = _encode(model, prompts, chat, max_new_tokens, virtual_tokens(adapter))
     if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
         raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")
@@ -197,7 +198,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
     """The adapter for the prompts: None, one for all, or several mixed; and each prompt's choice."""
-    adapters = load_adapters(arguments.adapter, model)
+    adapters = {name: load_adapter(folder, model) for name, folder in adapter_folders(arguments.adapter).items()}
     uses = [_choice(text) for text in arguments.use]
     if len(uses) > 1:
         if len(uses) != len(arguments.prompt):
@@ -211,14 +212,14 @@ def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tup
     return mix(adapters, [None if choice == BASE else choice for choice in choices]), choices
 
 
-def load_adapters(given: Sequence[str], model: Any) -> dict[str, Any]:
-    """The adapters of `--adapter [NAME=]DIR ...`, by name."""
+def adapter_folders(given: Sequence[str]) -> dict[str, str]:
+    """The folders of `--adapter [NAME=]DIR ...`, by name."""
     folders = dict(_name_and_folder(text) for text in given)
     if len(folders) < len(given):
         raise ConfigError(f"{len(given)} adapters need as many names; write --adapter first=DIR --adapter second=DIR")
     if BASE in folders:
         raise ConfigError(f"{BASE} is the model without an adapter; give the adapter another name: --adapter NAME={folders[BASE]}")
-    return {name: load_adapter(folder, model) for name, folder in folders.items()}
+    return folders
 
 
 def _name_and_folder(text: str) -> tuple[str, str]:
@@ -243,6 +244,7 @@ def main() -> None:
     arguments = _arguments()
     prompts, named = _prompts(arguments)
     model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
+    model = beside(adapter_folders(arguments.adapter).values(), model)
     adapter, choices = _adapter(arguments, model, named)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS} | {"chat": False if arguments.no_chat else None}
     settings["temperature"] = float(arguments.best_of is not None) if arguments.temperature is None else arguments.temperature

@@ -22,8 +22,9 @@ from typing import Any
 from jaxtune import cli, errors
 from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.retokenised import beside
 from jaxtune.errors import ConfigError, ModelError, check_argument
-from jaxtune.generate import BASE, load_adapters
+from jaxtune.generate import BASE, adapter_folders
 from jaxtune.generation.prompts import require_tokenizer
 from jaxtune.serving.server import Server
 from jaxtune.serving.worker import Worker
@@ -69,11 +70,13 @@ def open_server(
     if api_key == "":
         raise ConfigError("the API key is empty; leave --api-key out, or give it a text")
     served: dict[str, Any] = {BASE: None}
+    models = {BASE: model}
     for name, given in (adapters or {}).items():
         if name == BASE:
             raise ConfigError(f"{BASE} is the model without an adapter; give the adapter another name")
-        served[name] = load_adapter(given, model) if isinstance(given, (str, os.PathLike)) else given
-    worker = Worker(model, served, batch_size)
+        folder = given if isinstance(given, (str, os.PathLike)) else None
+        served[name], models[name] = (given, model) if folder is None else (load_adapter(folder, model), beside([folder], model))
+    worker = Worker(models, served, batch_size)
     server = Server(worker, host, port, api_key=api_key, max_new_tokens=max_new_tokens, log_requests=log_requests)
     if api_key is None and not ipaddress.ip_address(server.server_name).is_loopback:
         log.warning("anyone who can reach %s can use this server; --api-key restricts it", server.url)
@@ -126,7 +129,7 @@ def main() -> None:
     cli.log_to_terminal()
     model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
     serve(
-        model, load_adapters(arguments.adapter, model), host=arguments.host, port=arguments.port,
+        model, adapter_folders(arguments.adapter), host=arguments.host, port=arguments.port,
         api_key=arguments.api_key or os.environ.get("JAXTUNE_API_KEY"), max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size, log_requests=arguments.log_requests,
     )  # fmt: skip

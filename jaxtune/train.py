@@ -26,6 +26,8 @@ from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_config, open_model
 from jaxtune.convert.peft_config import config_file
+from jaxtune.convert.retokenised import for_run
+from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.disk import write_text
 from jaxtune.evaluate import of_run
 from jaxtune.folds import CrossValidation, cross_validate
@@ -104,7 +106,7 @@ def _run(config: Config, mesh: jax.sharding.Mesh, reward_funcs: Sequence[Callabl
     distributed.on_first(lambda: _check_folder(config))  # refuse a folder in use before any long work
     log.info("%s", describe(config))
     rewards = find_rewards(config, reward_funcs) if config.objective in POLICY else []
-    opened = open_model(_base(config))
+    opened = for_run(config, open_model(_base(config)))
     opened.config = heads.cut(config, opened.config)
     check_attention(config, opened.config, mesh)
     startup.check_method(config, opened)
@@ -254,6 +256,7 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
     if distributed.is_first():
         if isinstance(trainable, Adapter):
             peft_files.save_adapter(trainable, model, scratch)
+            save_tokenizer(model.tokenizer, scratch)
         else:
             whole = compose(model.params, trainable)
             settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "other_tensors": model.other_tensors}

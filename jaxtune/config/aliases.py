@@ -67,6 +67,7 @@ ALIASES: dict[str, str] = {
         "assistant_only_loss",
         "data.shuffle": "shuffle_dataset shuffle shuffle_merged_datasets",
         "data.chat_template": "chat_template chat_template_path",
+        "data.eos_token": "eos_token special_tokens",
         "data.cache_dir": "dataset_prepared_path tokenized_path",
         "data.system": "default_system new_system_prompt",
         "data.streaming": "streaming dataset_streaming",
@@ -219,8 +220,6 @@ DIFFERENT: dict[str, str] = {
         "write save_steps: SHARE, a part of all steps: 1 / (saves_per_epoch x num_train_epochs)": "saves_per_epoch",
         "write data.train: {path: FILE, limit: ROWS}": "max_samples",
         "the model's own tokenizer is used; put another into the model's folder": "tokenizer tokenizer_name tokenizer_name_or_path",
-        "the tokenizer's own special tokens are used, and padding needs none; change them in its tokenizer_config.json": "eos_token "
-        "special_tokens",
         "write the keys themselves (dtype, quantization, attention)": "model_init_kwargs",
         "write model: NAME@REVISION": "model_revision",
         "rows are judged from the first evaluation on; write eval_steps": "eval_delay",

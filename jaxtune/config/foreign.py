@@ -110,8 +110,14 @@ def report_to(value: Any) -> Any:
 
 
 def special_tokens(value: Any) -> Any:
-    """Axolotl's table, if it only contains a padding token."""
-    return DEFAULT if isinstance(value, Mapping) and not {name for name in value if value[name]} - {"pad_token"} else value
+    """The EOS token of Axolotl's table; padding needs no token here."""
+    said = {name: token for name, token in value.items() if token} if isinstance(value, Mapping) else {"": value}
+    if others := sorted(said.keys() - {"eos_token", "pad_token"}):
+        raise ConfigError(
+            f"special_tokens holds {', '.join(others) or repr(value)}, but the tokenizer's own special tokens are used, except for "
+            "eos_token; leave the others out, or change them in the model's tokenizer_config.json"
+        )
+    return said.get("eos_token", DEFAULT)
 
 
 def column_map(value: Any) -> Any:

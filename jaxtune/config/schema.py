@@ -77,6 +77,7 @@ class DataConfig(Group):
     shuffle: bool = True
     system: str | None = None
     chat_template: str | None = None  # the path of a Jinja file; by default the tokenizer's own template
+    eos_token: str | None = None  # the token that ends texts and answers; by default the tokenizer's own
     cache_dir: str | None = None
     streaming: bool = False  # for corpora larger than memory: hub rows are not downloaded first, and rows are not compared with each other
     quality: tuple[tuple[str, Literal["drop", "keep", "error"]], ...] = ()  # {problem: action}, in addition to data/quality.py's defaults

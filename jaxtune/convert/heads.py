@@ -17,6 +17,7 @@ from jaxtune import parallel
 from jaxtune.config import Config
 from jaxtune.convert import peft, value
 from jaxtune.convert.load import Model, load
+from jaxtune.convert.retokenised import beside
 from jaxtune.convert.tensors import Safetensors, read_json
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model.families import ModelConfig, heads
@@ -188,7 +189,7 @@ def _adapted(path: Path, dtype: str, quantization: str | None) -> Model:
     if head is None:
         raise ModelError(f"{path} is an adapter of a language model: it has no head to score with; give that of a reward model")
     base = load(read_json(path / "adapter_config.json")["base_model_name_or_path"], dtype, quantization)
-    model = attach(base, head, jax.random.key(0))
+    model = attach(beside([path], base), head, jax.random.key(0))
     return dataclasses.replace(model, params=compose(model.params, peft.load_adapter(path, model)), source=str(path))
 
 

@@ -33,6 +33,7 @@ from jaxtune.model.spec import spec
 log = logging.getLogger("jaxtune")
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass
@@ -215,7 +216,7 @@ def _described(hf_json: dict, file: Path) -> ModelConfig:
 
 def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
     """ModelError for special tokens that are no token ids, a warning about those that the model lacks: other programs may fail on them."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in SPECIAL:
         ids = settings.get(key)
         for token in ids if isinstance(ids, list) else [ids]:
             if token is not None and type(token) is not int:

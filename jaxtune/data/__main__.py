@@ -104,11 +104,12 @@ def _generate(argv: list[str]) -> None:
     done = [] if judged else generate.written(args.target, "prompt", "completion")
 
     from jaxtune.convert import load, load_adapter
+    from jaxtune.convert.retokenised import beside
     from jaxtune.generate import generate as write
 
     cli.log_to_terminal()
     model = load(args.model)
-    adapter = load_adapter(args.adapter, model) if args.adapter else None
+    model, adapter = (beside([args.adapter], model), load_adapter(args.adapter, model)) if args.adapter else (model, None)
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
     ask = functools.partial(write, model, adapter=adapter)
     writer, made = generate.Writer(ask, settings, args.batch_size, args.seed), generate.Made()

@@ -47,7 +47,7 @@ class Encoder:
     A row of `kinds` SFT, Labelled or Steps gives one document; a Pair gives two, the chosen one first.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, ledger: Ledger, kinds: tuple[type, ...] = SFT, template: str | None = None):
+    def __init__(self, config: Config, tokenizer: Any, ledger: Ledger, kinds: tuple[type, ...] = SFT):
         data = config.data
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -58,14 +58,14 @@ class Encoder:
             raise DataError("the tokenizer has no EOS token to end rows with; set data.add_eos: false")
         self.data, self.tokenizer, self.ledger = data, tokenizer, ledger
         self.kinds, self.objective, self.config = kinds, config.objective, config
-        self._override, self._after = template, added_after(tokenizer)
+        self._after = added_after(tokenizer)
         self._template: Template | None = None
 
     @property
     def template(self) -> Template:
         """Created at the first chat row: plain rows need none."""
         if self._template is None:
-            self._template = Template(self.tokenizer, self._override)
+            self._template = Template(self.tokenizer)
         return self._template
 
     def encode(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Encoded]:

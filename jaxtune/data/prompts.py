@@ -10,7 +10,7 @@ from jaxtune.data.files import Row
 from jaxtune.data.masks import open_ids
 from jaxtune.data.prepare import held_out, require
 from jaxtune.data.templates import Template
-from jaxtune.data.tokenised import template
+from jaxtune.data.tokenizer import run_tokenizer
 from jaxtune.errors import DataError
 
 
@@ -43,7 +43,7 @@ def questions(config: Config, tokenizer: Any, limit: int | None = None, name: st
         DataError: there are no evaluation rows, or none of them asks anything.
     """
     require(config, name)
-    found = []
+    tokenizer, found = run_tokenizer(config, tokenizer), []
     for row, example in held_out(config, tokenizer, name):
         question = _question(row, example, config, tokenizer)
         if question is not None:
@@ -72,6 +72,6 @@ def _question(row: Row, example: Any, config: Config, tokenizer: Any) -> Questio
     last = max((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), default=0)
     if not last:
         return None
-    text = Template(tokenizer, template(config)).render(row, chat, chat.messages[:last], generation=True)
+    text = Template(tokenizer).render(row, chat, chat.messages[:last], generation=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Question(row, text, ids, chat.messages[last].get("content") or "", chat.messages[:last])

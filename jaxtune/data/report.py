@@ -13,6 +13,7 @@ from jaxtune.data.prepare import divide, load, total_steps
 from jaxtune.data.rollout_prompts import Prompts
 from jaxtune.data.screen import items, sources_of
 from jaxtune.data.source import Source
+from jaxtune.data.tokenizer import run_tokenizer
 from jaxtune.data.units import Pairs, Stepwise
 from jaxtune.errors import DataError
 
@@ -100,6 +101,7 @@ def report(config: Config, tokenizer: Any, data_parallel: int = 1, vocabulary: i
     Raises:
         DataError: a source cannot be read at all, or none of its rows can be used.
     """
+    tokenizer = run_tokenizer(config, tokenizer)
     data = load(config, tokenizer, data_parallel, survey=True)
     sides = {name: source for name in ("train", "eval", "test") if (source := getattr(data, name)) is not None}
     parts = divide(config, tokenizer, survey=True)

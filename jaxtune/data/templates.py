@@ -25,6 +25,7 @@ _BASE = 0x100000
 _SHOW = "remove the message, or set data.chat_template to a template that shows it"
 # Switches in a message for the template, which removes them from the text (SmolLM3, Nemotron).
 _SWITCH = re.compile(r"/(?:no_)?think\b")
+_PROBE = "ZQX"  # an answer that no template changes
 REASONING = ("reasoning_content", "reasoning", "thinking")  # Qwen's, vLLM's, gpt-oss's
 
 
@@ -55,18 +56,18 @@ def refusal(error: Exception) -> str:
     return f"the chat template refuses the messages: {reason}. Write them as it expects them"
 
 
-def written(tokenizer: Any, messages: Sequence[Mapping], template: str | None = None, **keys: Any) -> str:
-    """Messages as the text that the tokenizer's template, or `template`, makes of them (`apply_chat_template`)."""
-    messages = _in_parts(messages) if wants_parts(tokenizer, template) else list(messages)
-    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **keys)
+def written(tokenizer: Any, messages: Sequence[Mapping], **keys: Any) -> str:
+    """Messages as the text that the tokenizer's template makes of them (`apply_chat_template`)."""
+    messages = _in_parts(messages) if wants_parts(tokenizer) else list(messages)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **keys)
 
 
-def wants_parts(tokenizer: Any, template: str | None = None) -> bool:
+def wants_parts(tokenizer: Any) -> bool:
     """Whether the template shows `[{"type": "text", "text": ...}]` alone, no plain content: those of LLaVA, Idefics 3 and SmolVLM."""
     plain = [{"role": "user", "content": "word"}]
     for messages in (plain, _in_parts(plain)):
         try:
-            if "word" in tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False):
+            if "word" in tokenizer.apply_chat_template(messages, tokenize=False):
                 return messages is not plain
         except Exception:  # jinja2's own, or a TypeError inside the template
             continue
@@ -77,23 +78,40 @@ def _in_parts(messages: Sequence[Mapping]) -> list[dict]:
     return [{**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else dict(m) for m in messages]
 
 
-class Template:
-    """The chat template of a tokenizer, or `override` (Jinja source) instead."""
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that the chat template writes after an assistant's answer; None without a template, such a turn or such a token.
 
-    def __init__(self, tokenizer: Any, override: str | None = None):
-        self.tokenizer, self.override = tokenizer, override
-        if not (override or tokenizer.chat_template):
+    Found by rendering an answer and taking the first special or added token after it.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = written(tokenizer, turns)
+    except Exception:  # jinja2's own, or a TypeError inside the template: it has no such turn
+        return None
+    after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special), None)
+
+
+class Template:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, so messages cannot be written as text; use the tokenizer of an instruct "
                 "model, or set data.chat_template to a .jinja file"
             )
-        if not override and isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none of them is the default; save one of "
                 "them as a .jinja file and set data.chat_template to it"
             )
         added = tokenizer.added_tokens_decoder.values()
-        self._parts = wants_parts(tokenizer, override)
+        self._parts = wants_parts(tokenizer)
         self._asks: str | None = None
         self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
         self._end = re.compile(f"(?:{self._special.pattern})*?{re.escape(tokenizer.eos_token)}") if tokenizer.eos_token else self._special
@@ -105,8 +123,7 @@ class Template:
         turns = _in_parts(turns) if self._parts else turns
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tools=chat.tools, chat_template=self.override, tokenize=False, add_generation_prompt=generation,
-                **chat.template_kwargs,
+                turns, tools=chat.tools, tokenize=False, add_generation_prompt=generation, **chat.template_kwargs,
             )  # fmt: skip
         except Exception as error:  # jinja2's own, raise_exception() of the template, or a TypeError inside it
             raise row.fail(f"{refusal(error)}, or set data.chat_template to another", "template_refuses") from None

@@ -23,6 +23,7 @@ from jaxtune.data.documents import Documents, Entry
 from jaxtune.data.encode import Encoder
 from jaxtune.data.examples import Example
 from jaxtune.data.ledger import Ledger
+from jaxtune.data.tokenizer import run_tokenizer
 from jaxtune.disk import cache_folder
 from jaxtune.errors import DataError
 
@@ -30,7 +31,7 @@ log = logging.getLogger("jaxtune")
 SILENCE = 10.0  # seconds
 MAKERS = (
     "documents", "encode", "examples", "files", "formats", "jsonfile", "labels", "ledger", "masks", "quality", "slices", "sniff",
-    "steps", "templates", "textfile", "tokenised", "turns",
+    "steps", "templates", "textfile", "tokenised", "tokenizer", "turns",
 )  # fmt: skip
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 KEYS = (
@@ -48,6 +49,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
     """
     if tokenizer is None:
         raise DataError("the model has no tokenizer, so rows cannot be tokenised; give a model folder that holds tokenizer.json")
+    tokenizer = run_tokenizer(config, tokenizer)
     cache, key = cache_dir(config), _key(source, config, tokenizer)
     for name in (key, f"{key}-survey") if survey else (key,):
         if (cache / name).is_dir():
@@ -57,7 +59,7 @@ def tokenise(source: SourceConfig, config: Config, tokenizer: Any, kinds: tuple[
                 log.warning("data: %s, so the rows are tokenised again", error)
                 shutil.rmtree(cache / name)
     ledger = Ledger(source.path).by(quality.policies(config), survey)
-    encoder = Encoder(config, tokenizer, ledger, kinds, template(config))
+    encoder = Encoder(config, tokenizer, ledger, kinds)
 
     def entries() -> Iterator[Entry]:
         said = time.monotonic()
@@ -107,18 +109,6 @@ def content_key(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
-def template(config: Config) -> str | None:
-    """The Jinja source in the file `data.chat_template`; None for the tokenizer's own."""
-    if not config.data.chat_template:
-        return None
-    path = Path(config.data.chat_template).expanduser()
-    if not path.is_file():
-        missing = "no such file; name a Jinja file"
-        what = "a folder; name the Jinja file in it, whose tokens this tokenizer has to have" if path.is_dir() else missing
-        raise DataError(f"data.chat_template {config.data.chat_template}: {what}")
-    return path.read_text(encoding="utf-8")
-
-
 def cache_dir(config: Config) -> Path:
     """The folder for tokenised rows: `data.cache_dir`, or the user's cache folder."""
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else cache_folder() / "data"
@@ -133,7 +123,7 @@ def _key(source: SourceConfig, config: Config, tokenizer: Any) -> str:
     key = hashlib.sha256()
     for part in (
         _tokenizer_bytes(tokenizer),
-        json.dumps([tokenizer.chat_template, template(config)]).encode(),
+        json.dumps(tokenizer.chat_template).encode(),
         b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MAKERS),
         json.dumps([importlib.metadata.version(name) for name in LIBRARIES]).encode(),
         json.dumps(

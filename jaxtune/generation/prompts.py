@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.data.masks import open_ids
-from jaxtune.data.templates import dropped, refusal, written
+from jaxtune.data.templates import dropped, end_of_turn, refusal, written
 from jaxtune.errors import DataError, ModelError
-
-_PROBE = "ZQX"  # an answer that no template changes
 
 
 def is_one_prompt(prompts: Any) -> bool:
@@ -97,20 +95,3 @@ def stop_tokens(model: Any) -> set[int]:
             raise ModelError(f"eos_token_id of {model.source or 'this model'} is {wrong[0]!r}; it has to be a token id or a list of them")
         found.update(named)
     return {token for token in found if token is not None and 0 <= token < model.config.vocab_size}
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The token that the chat template writes after an assistant's answer; None without a template, such a turn or such a token.
-
-    Found by rendering an answer and taking the first special or added token after it.
-    """
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = written(tokenizer, turns)
-    except Exception:  # jinja2's own, or a TypeError inside the template: it has no such turn
-        return None
-    after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special), None)

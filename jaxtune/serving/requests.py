@@ -1,6 +1,7 @@
 """Parse a request: its body, key by key, under OpenAI's names. Unsupported values are refused, never ignored silently."""
 
 import difflib
+import functools
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -74,12 +75,15 @@ def parse(raw: bytes) -> dict:
     return {key: value for key, value in body.items() if value is not None}
 
 
-def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: int, encode: Callable[..., list[int]]) -> Request:
+def read(
+    body: dict, chat: bool, names: Mapping[str, int], models: Mapping[str, Any], default: int, encode: Callable[..., list[int]]
+) -> Request:
     """Read a request's body.
 
     names    the served models, each with the number of its virtual tokens
     default  the most tokens of an answer, if the request sets no limit and the context has room
-    encode   the model's `prompts.token_ids`
+    models   the model under each of these names
+    encode   `prompts.token_ids`, given a name
     """
     _check_keys(body, chat)
     there = f"this server has {', '.join(names)}"
@@ -88,7 +92,7 @@ def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: 
     if name not in names:
         raise Refusal(404, f"there is no model {_short(name)}; {there}", code="model_not_found", param="model")
     try:
-        ids = _prompts(body, chat, model, encode)
+        ids = _prompts(body, chat, models[name], functools.partial(encode, name))
         sampling = Sampling.create(
             temperature=_number(body, "temperature", 1.0),
             top_k=max(0, _number(body, "top_k", 0, whole=True, least=-1, most=2**31 - 1)),  # -1: off, in vLLM
@@ -107,7 +111,7 @@ def read(body: dict, chat: bool, names: Mapping[str, int], model: Any, default: 
         chat=chat,
         model=name,
         ids=ids,
-        most=_most(body, ids, model.config, names[name], default),
+        most=_most(body, ids, models[name].config, names[name], default),
         each=each,
         sampling=sampling,
         seed=_number(body, "seed", secrets.randbits(31), whole=True, least=-(2**63), most=2**63 - 1),

@@ -64,8 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._json(200, {"status": "ok"}) if worker.thread.is_alive() else self._refuse(Refusal(503, "the server is stopping"))
         self._check_key()
         models = [
-            {"id": name, "object": "model", "created": self.server.started, "owned_by": "jaxtune", "root": worker.model.source,
-             "max_model_len": worker.model.config.max_position_embeddings - virtual}
+            {"id": name, "object": "model", "created": self.server.started, "owned_by": "jaxtune", "root": worker.models[name].source,
+             "max_model_len": worker.models[name].config.max_position_embeddings - virtual}
             for name, virtual in worker.names.items()
         ]  # fmt: skip
         if path == "/v1/models":
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if path not in CHATS:
             self._no_such(path, ("/v1/models", "/health"))
         server, worker = self.server, self.server.worker
-        request = read(parsed := parse(body), CHATS[path], worker.names, worker.model, server.max_new_tokens, worker.encode)
+        request = read(parsed := parse(body), CHATS[path], worker.names, worker.models, server.max_new_tokens, worker.encode)
         if server.log_requests:
             log.info("asked: %s", json.dumps(parsed, ensure_ascii=False))
         job = worker.submit(request)

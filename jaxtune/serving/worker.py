@@ -95,27 +95,28 @@ class Job:
 
 
 class Worker:
-    """A model and its adapters by name (None: the model alone), and the requests that wait for them."""
+    """A model with its adapters by name (None: the model alone), and the requests that wait for them. Under each name of `models` it is the
+    same model, with the tokenizer of that adapter."""
 
-    def __init__(self, model: Any, adapters: Mapping[str, Any], batch_size: int | None = None):
-        self.model, self.adapters, self.batch_size = model, adapters, batch_size
+    def __init__(self, models: Mapping[str, Any], adapters: Mapping[str, Any], batch_size: int | None = None):
+        self.models, self.adapters, self.batch_size = models, adapters, batch_size
         self.names = {name: virtual_tokens(adapter) for name, adapter in adapters.items()}
-        self.stops = frozenset(stop_tokens(model))
+        self.stops = {name: frozenset(stop_tokens(model)) for name, model in models.items()}
         self._tokenizer, self._changed = threading.Lock(), threading.Condition()
         self._waiting: deque[Job] = deque()
         self._stopping = False
-        # this disables the tokenizer's own truncation and padding now, rather than while other threads use it
-        self.encode("x", "prompt", chat=False)
+        for name in models:  # this disables a tokenizer's own truncation and padding now, rather than while other threads use it
+            self.encode(name, "x", "prompt", chat=False)
         self.thread = threading.Thread(target=self._work, name="jaxtune-worker", daemon=True)
 
-    def encode(self, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
+    def encode(self, model: str, prompt: Any, name: str, chat: bool | None = None) -> list[int]:
         """`prompts.token_ids`, for one prompt at a time."""
         with self._tokenizer:
-            return token_ids(self.model, prompt, name, chat)
+            return token_ids(self.models[model], prompt, name, chat)
 
     def submit(self, request: Request) -> Job:
         """Queue a request."""
-        job = Job(request, Reader(self.model.tokenizer, self.stops, request.stop))
+        job = Job(request, Reader(self.models[request.model].tokenizer, self.stops[request.model], request.stop))
         with self._changed:
             if self._stopping:
                 raise Refusal(503, "the server is stopping; try again after it restarts")
@@ -162,11 +163,12 @@ class Worker:
     def _answer(self, jobs: list[Job]) -> None:
         rows = [row for job in jobs for row in job.rows() if row.answer.finish_reason is None]
         wanted = [job.request.likely for job in jobs if job.request.likely is not None]
+        name = jobs[0].request.model
         run = Run(
-            config=replace(self.model.config, remat="none"),
-            params=self.model.params,
-            adapter=self.adapters[jobs[0].request.model],
-            stops=jnp.asarray(sorted(self.stops), jnp.int32),
+            config=replace(self.models[name].config, remat="none"),
+            params=self.models[name].params,
+            adapter=self.adapters[name],
+            stops=jnp.asarray(sorted(self.stops[name]), jnp.int32),
             new=bucket(max(most for job in jobs for most in job.request.most), LEAST_NEW),
             chunk=1 if any(job.request.stream for job in jobs) else CHUNK,
             likely=(MOST_LIKELY if max(wanted) else 0) if wanted else None,

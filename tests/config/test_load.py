@@ -153,7 +153,7 @@ EXAMPLES = {
     "enable_activation_checkpointing": True, "enable_activation_offloading": True, "disable_gradient_checkpointing": True,
     "streaming": True, "dataset_streaming": True,
     "init_lora_weights": True, "peft_init_lora_weights": "gaussian", "num_epochs": 2, "dataset_text_field": "body",
-    "loftq_config.loftq_bits": 8, "peft.loftq_config.loftq_bits": 8,
+    "loftq_config.loftq_bits": 8, "peft.loftq_config.loftq_bits": 8, "special_tokens": {"eos_token": "</s>", "pad_token": "<pad>"},
 }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ PLAIN = {"model": "base", "prompt": "hello"}
 
 
 def _read(model, body, chat):
-    def encode(prompt, name, chat=None):
-        return generate.token_ids(model, prompt, name, chat)
+    def encode(asked, prompt, name, chat=None):
+        return generate.token_ids(models[asked], prompt, name, chat)
 
-    return read(body, chat, {"base": 0, "tuned": 10}, model, 100, encode)
+    models = {"base": model, "tuned": model}
+    return read(body, chat, {"base": 0, "tuned": 10}, models, 100, encode)
 
 
 @pytest.mark.parametrize(
