@@ -38,7 +38,7 @@ def by_cause(config: Config, model_config: ModelConfig, state, base, batch, peak
     packed = sum(per_device(leaf.codes) for leaf in scales)
     _, rows, length = batch.tokens.sharding.shard_shape(batch.tokens.shape)
     itemsize = jnp.dtype(model_config.dtype).itemsize
-    kept = inputs_kept(config, model_config) * model_config.hidden_size + products_kept(model_config)
+    kept = inputs_kept(config, model_config) * model_config.residual_size + products_kept(model_config)
     causes = {
         "weights": per_device(base) - sum(per_device(leaf) for leaf in scales) + packed,
         "scales": sum(per_device(leaf) for leaf in scales) - packed,

@@ -18,8 +18,8 @@ from jaxtune import moments, peft
 from jaxtune.config import Config
 from jaxtune.schedules import arguments, schedule
 
-STACKED = re.compile(r"(^|/)(layers/\d+|layer_inputs/projection)(/|$)")
-WITHOUT_DECAY = re.compile(r"norm|bias|correct|act_beta|act_eps|layer_scale")  # and buffers of transformers' modules
+STACKED = re.compile(r"(^|/)(layers/\d+|layer_inputs/projection|streams)(/|$)")
+WITHOUT_DECAY = re.compile(r"norm|bias|router_correction|act_beta|act_eps|layer_scale")  # and buffers of transformers' modules
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:

@@ -457,6 +457,11 @@ CASES |= {
         | dict(supported_aspect_ratios=[[1, 1]]),
         image_token_index=96,
     ),
+    "gemma3n": SMALL | GEMMA
+    | dict(model_type="gemma3n_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5)
+    | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=90, altup_num_inputs=3, altup_active_idx=1)
+    | dict(laurel_rank=4, activation_sparsity_pattern=[0.4, 0.0, 0.0, 0.3], final_logit_softcapping=0.5, intermediate_size=[24] * 4)
+    | dict(rope_local_base_freq=100.0),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

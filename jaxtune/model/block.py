@@ -17,7 +17,7 @@ from jaxtune.model.families.base import Latent
 from jaxtune.model.families.factors import Growth
 from jaxtune.model.families.gpt2 import SHARDS
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, ShortConvolution
-from jaxtune.model.layers import ACTIVATIONS, NORMS, scaled, xielu
+from jaxtune.model.layers import ACTIVATIONS, NORMS, above, scaled, xielu
 from jaxtune.model.layout import constrain, each_part, partition, split
 from jaxtune.model.mamba import mamba
 from jaxtune.model.memory import Memory, Place
@@ -51,16 +51,30 @@ def block(config: ModelConfig, w: Mapping, x_BTD: jax.Array, place: Place, kv: M
     if "o" in w or "out" in w:  # otherwise the layer is feed-forward only
         attn, kv = attend_to(x_BTD)
         attended = x_BTD + scaled(norm(config, w, "attn_post_norm", attn), config.residual_multiplier)
+    if "laurel_left" in w:
+        attended = _beside_attention(config, w, x_BTD, attended)
     if not FED.isdisjoint(w):
         fed, sums = _fed(config, w, x_BTD if config.parallel_residual else attended, place)
         attended = attended + fed
     x_BTD = attended
-    if "layer_input" in w:  # inside a small gated network beside the layer's own
-        inner = ACTIVATIONS[config.hidden_act](linear(w["input_gate"], x_BTD)) * w["layer_input"]
-        x_BTD = x_BTD + norm(config, w, "input_post_norm", linear(w["input_projection"], inner))
+    if "layer_input" in w and config.streams is None:  # which add it to other streams
+        x_BTD = x_BTD + input_network(config, w, x_BTD)
     if "layer_scale" in w:  # transformers does not train it
         x_BTD = x_BTD * jax.lax.stop_gradient(w["layer_scale"]).astype(x_BTD.dtype)
     return x_BTD, kv, sums
+
+
+def _beside_attention(config: ModelConfig, w: Mapping, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
+    """`(attended + x + norm(right(left x))) / sqrt(2)` with the normalised x (LAuReL, arXiv 2411.07501)."""
+    x_BTD = norm(config, w, "attn_norm", x_BTD)
+    low = norm(config, w, "laurel_norm", linear(w["laurel_right"], linear(w["laurel_left"], x_BTD)))
+    return (attended_BTD + x_BTD + low) * jnp.asarray(2**-0.5, x_BTD.dtype)
+
+
+def input_network(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> jax.Array:
+    """What a layer's own input adds: `norm(projection (act(gate x) * input))`."""
+    inner = ACTIVATIONS[config.hidden_act](linear(w["input_gate"], x_BTD)) * w["layer_input"]
+    return norm(config, w, "input_post_norm", linear(w["input_projection"], inner))
 
 
 def norm(config: ModelConfig, w: Mapping, name: str, x: jax.Array) -> jax.Array:
@@ -306,6 +320,7 @@ def _mlp(config: ModelConfig, w: Mapping, x_BTD: jax.Array, prefix: str = "") ->
         gate = project("gate", x_BTD)
         # One after the other, also backward, because otherwise their dequantised matrices would exist at the same time.
         gate, x_BTD = jax.lax.optimization_barrier((gate, x_BTD))
+        gate = above(gate, w["gate_cutoff"]) if "gate_cutoff" in w else gate
         inner = act(scaled(gate, config.multipliers.gate)) * project("up", x_BTD)
     else:
         inner = act(project("up", x_BTD))

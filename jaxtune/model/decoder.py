@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import ModelError, check_argument
-from jaxtune.model import virtual_tokens
+from jaxtune.model import streams, virtual_tokens
 from jaxtune.model.attention_mask import Keys
 from jaxtune.model.block import norm
 from jaxtune.model.embedding import lookup
@@ -63,7 +63,7 @@ def embed(config: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
 
 
 def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, keys: Keys) -> tuple[jax.Array, Shared]:
-    """The first layer's input for embeddings `[B, T, D]`, and what all layers share."""
+    """The first layer's input for embeddings `[B, T, D]`, of all streams, and what all layers share."""
     if config.embedding_multiplier != 1.0:
         x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, config.dtype)
     if "positions" in params:
@@ -71,7 +71,7 @@ def entered(config: ModelConfig, params: dict, x_BTD: jax.Array, queries: Keys, 
     x_BTD = norm(config, params, "embed_norm", constrain(config.mesh, x_BTD, "rows", "tokens", None))
     if config.alibi is not None:
         keys = keys._replace(bias=config.alibi.bias(keys.positions))
-    return x_BTD, Shared(*cos_sin(config.ropes, queries.positions, queries.segments), queries, keys)
+    return streams.entered(config, params, x_BTD), Shared(*cos_sin(config.ropes, queries.positions, queries.segments), queries, keys)
 
 
 def hidden(
@@ -134,7 +134,7 @@ def hidden(
         cache = cache.replace(memory=kv, length=cache.length + T)
     aux = jax.tree.map(lambda *x: sum(x), *routed) if routed else None
     x_BTD = x_BTD[:, P:] if P and first else x_BTD
-    return Output(norm(config, params, "norm", x_BTD), cache, aux)
+    return Output(norm(config, params, "norm", streams.left(config, params, x_BTD)), cache, aux)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxtune.model.layout import constrain, split
 from jaxtune.model.memory import Place
 from jaxtune.model.quant import NF4, Int8
 from jaxtune.model.spec import spec
+from jaxtune.model.streams import corrected, predicted
 
 
 class Shared(NamedTuple):
@@ -27,7 +28,13 @@ class Shared(NamedTuple):
 
 def one_layer(config: ModelConfig, stack: int, number: jax.Array, w, x_BTD: jax.Array, shared: Shared, kv=None):
     """`x_BTD` after layer `number` of the stack with the weights `w`; the cache's memory and the router's sums."""
-    x_BTD, kv, sums = block(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared), kv)
+    place, streams = _place(config, stack, number, shared), None
+    if config.streams is not None:
+        streams = predicted(config, w, x_BTD)
+        x_BTD = streams[:, :, config.streams.active]
+    x_BTD, kv, sums = block(config.at(config.stacks[stack][0]), w, x_BTD, place, kv)
+    if streams is not None:
+        x_BTD = corrected(config, w, streams, x_BTD)
     return constrain(config.mesh, x_BTD, "rows", "tokens", None), kv, sums
 
 
@@ -35,6 +42,8 @@ def made_before(config: ModelConfig, stack: int, weights: dict, x_BTD: jax.Array
     """Keys and values of the only layer of a stack, which later layers use too, from its input."""
     number = jnp.zeros((), jnp.int32)
     w = Layer(config, stack, weights, number)
+    if config.streams is not None:
+        x_BTD = predicted(config, w, x_BTD)[:, :, config.streams.active]
     return keys_values(config.at(config.stacks[stack][0]), w, x_BTD, _place(config, stack, number, shared))
 
 

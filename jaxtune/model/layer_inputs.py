@@ -1,6 +1,6 @@
-"""What layers read besides the residual stream: per-layer inputs, and keys and values of an earlier layer (Gemma 3n and 4).
+"""What layers read besides the residual stream: per-layer inputs, cutoffs, and keys and values of an earlier layer (Gemma 3n and 4).
 
-Both are leaves of a layer's tree beside its weights, `[layers of the stack, ...]`, so that stacks, their backward passes and gradients need
+They are leaves of a layer's tree beside its weights, `[layers of the stack, ...]`, so that stacks, their backward passes and gradients need
 no special case. A layer whose keys and values others use is a separate stack: they are computed from its input before it runs, and it
 reads them too.
 """
@@ -29,6 +29,8 @@ class LayerInputs:
         layers, extra = self.config.stacks[stack], {}
         if self.inputs_LBTP is not None:
             extra["layer_input"] = self.inputs_LBTP[np.asarray(layers)]
+        if self.config.cutoff(layers[0]) is not None:
+            extra["gate_cutoff"] = jnp.asarray([self.config.cutoff(layer) for layer in layers], jnp.float32)
         source = self.config.kv_source(layers[0])
         if source not in self.config.kv_sources:
             return weights | extra
@@ -42,7 +44,8 @@ class LayerInputs:
 def per_layer_inputs(config: ModelConfig, params: dict, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """`(norm(projection x / sqrt(D)) + sqrt(P) embedding) / sqrt(2)`, `[L, B, T, P]`: P numbers per token and layer."""
     w, (L, P) = params["layer_inputs"], (config.num_layers, config.layer_inputs[1])
-    own = constrain(config.mesh, lookup(config, w["embed"], tokens_BT, P**0.5), "rows", "tokens", None)
+    known = jnp.where(tokens_BT < config.layer_inputs[0], tokens_BT, 0)  # the vocabulary of these may be smaller
+    own = constrain(config.mesh, lookup(config, w["embed"], known, P**0.5), "rows", "tokens", None)
     projection = jax.tree.map(lambda leaf: cut(leaf, jnp.zeros((), jnp.int32)), w["projection"])
     projected = (linear(projection, x_BTD) * jnp.asarray(config.hidden_size**-0.5, config.dtype)).reshape(*tokens_BT.shape, L, P)
     projected = NORMS[config.norm](projected, w["norm"], None, config.norm_eps)

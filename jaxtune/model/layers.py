@@ -31,6 +31,13 @@ def scaled(x: jax.Array, by: float) -> jax.Array:
     return x if by == 1.0 else (x.astype(jnp.float32) * by).astype(x.dtype)
 
 
+def above(x: jax.Array, cutoff: jax.Array) -> jax.Array:
+    """What x is above `mean + cutoff * std` of its last axis, 0 below: of normal numbers the largest (Gemma 3n)."""
+    x32 = x.astype(jnp.float32)
+    variance = jnp.maximum(x32.var(-1, keepdims=True), 1e-30)  # the root's derivative at 0 is infinite
+    return jax.nn.relu(x32 - x32.mean(-1, keepdims=True) - cutoff * jnp.sqrt(variance)).astype(x.dtype)
+
+
 def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
     """`p x^2 + beta x` above 0, else `n (exp(min(x, eps)) - 1 - x) + beta x`, in float32, with `p = softplus(alpha_p)` and `n = beta +
     softplus(alpha_n)` (arXiv 2411.13010). Beta and eps are constants."""

@@ -60,6 +60,7 @@ def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
 NAMES = {
     "aya_vision": ("language_model.model.", "vision_tower.x", "multi_modal_projector.x"),
     "exaone4_5": ("model.language_model.", "model.visual.x", "mtp.layers.0.x"),
+    "gemma3n": ("model.language_model.", "model.vision_tower.x", "model.audio_tower.x", "model.embed_audio.x"),
     "glm46v": ("model.language_model.", "model.visual.x"),
     "glm4v_moe": ("model.language_model.", "model.visual.x"),
     "granite4_vision": ("model.language_model.", "model.vision_tower.x", "model.image_newline", "model.layerwise_projectors.0.x"),

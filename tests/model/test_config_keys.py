@@ -32,7 +32,8 @@ NEEDED = {"deepseek_v2": dict(num_experts_per_tok=2, topk_method="group_limited_
           "lfm2": dict(full_attn_idxs=[0, 3]),
           "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 16),
           "gemma4_text": dict(num_kv_shared_layers=12, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)}
-UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "cohere2": {"head_dim"},
+UNREAD = {"gemma3_text": {"attn_logit_softcapping"}, "gemma3n_text": {"altup_coef_clip"},  # 120, of coefficients in training
+          "cohere2": {"head_dim"},
           "gpt_bigcode": {"num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
           "llama4_text": {"router_aux_loss_coef", "router_jitter_noise"},
           "nemotron_h": {"attention_bias", "expand", "mamba_proj_bias", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",

@@ -92,6 +92,12 @@ PUBLISHED = {
         dict(model_type="gemma3_text", vocab_size=262144, num_key_value_heads=1, sliding_window=512) | size(1152, 6912, 26, 4),
         999885952,
     ),
+    "gemma-3n-E2B": (
+        nested("gemma3n", model_type="gemma3n_text", num_kv_shared_layers=10, activation_sparsity_pattern=[0.95] * 10 + [0.0] * 20,
+               **size(2048, 8192, 30, 8) | dict(intermediate_size=[8192] * 30)),
+        4435182688,
+    ),
+    "gemma-3n-E4B (text)": (dict(model_type="gemma3n_text") | size(2048, 16384, 35, 8), 6835235568),
     "gemma-4-E2B (text)": (
         dict(model_type="gemma4_text", num_key_value_heads=1, num_kv_shared_layers=20, use_double_wide_mlp=True, vocab_size=262144)
         | dict(layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7, final_logit_softcapping=30.0)

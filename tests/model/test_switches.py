@@ -39,7 +39,7 @@ PLAIN = {  # the value of a field in a model without special features
     "alibi": None,
 }
 OPTIONAL = ("_bias", "q_norm", "k_norm", "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "positions", "embed_norm",
-            "shared_router", "sinks", "router_correction", "layer_scale", "input_post_norm", "attn_gate")  # fmt: skip
+            "shared_router", "sinks", "router_correction", "layer_scale", "input_post_norm", "attn_gate", "laurel_norm")  # fmt: skip
 
 
 def without(config: ModelConfig) -> dict[str, ModelConfig]:
@@ -57,6 +57,11 @@ def without(config: ModelConfig) -> dict[str, ModelConfig]:
     fields["hidden_act"] = "gelu" if config.hidden_act in ("gelu_pytorch_tanh", "gelu_new") else "relu"
     fields["norm_eps"] = 0.1
     changed = {name: dataclasses.replace(config, **{name: value}) for name, value in fields.items()}
+    if config.cutoffs:
+        changed["cutoffs"] = dataclasses.replace(config, cutoffs=tuple(c if c is None else c + 1 for c in config.cutoffs))
+    if config.streams:
+        for name, plain in (("active", 0), ("scaled", False)):
+            changed[f"streams {name}"] = dataclasses.replace(config, streams=config.streams._replace(**{name: plain}))
     if config.interleaved:
         changed["interleaved"] = dataclasses.replace(config, ropes=tuple(dataclasses.replace(r, interleaved=False) for r in config.ropes))
     if any(rope.backwards for rope in config.ropes):
@@ -126,6 +131,11 @@ SWITCHES = {
     "gemma3": {
         "embed_scale", "logits_softcap", "attention_scale", "layer_windows", "window of one more", "one rope", "rope 0 kind",
         "rope 1 theta", "hidden_act", "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm",
+    },
+    "gemma3n": {
+        "embed_scale", "logits_softcap", "attention_scale", "bare_norms", "layer_windows", "window of one more", "one rope", "rope 1 theta",
+        "q_norm", "k_norm", "attn_post_norm", "mlp_post_norm", "input_post_norm", "cutoffs", "streams active", "streams scaled",
+        "laurel_norm",
     },
     "gemma4": {
         "embed_scale", "logits_softcap", "attention_scale", "bare_norms", "layer_windows", "window of one more", "one rope", "rope 0 kind",

@@ -27,6 +27,7 @@ from jaxtune.model.families.exaone import EXAONE
 from jaxtune.model.families.falcon import FALCON
 from jaxtune.model.families.falcon_h1 import FALCON_H1
 from jaxtune.model.families.gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
+from jaxtune.model.families.gemma3n import GEMMA3N
 from jaxtune.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jaxtune.model.families.glm import GLM, GLM4
 from jaxtune.model.families.glm4_moe import DOTS1, GLM4_MOE, GLM4_MOE_LITE, SOLAR_OPEN
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma3n_text": GEMMA3N,
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": GEMMA4_UNIFIED,
     "glm": GLM,
@@ -206,6 +208,7 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
            "global_attn_every_n_layers", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
+           "altup_num_inputs", "laurel_rank",
            "conv_L_cache", "seq_length", "max_seq_len", "block_ff_dim", "block_multiple_of",
            "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
            "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",
@@ -214,7 +217,7 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
 _WHOLE = (*_LISTED[3:], "num_experts_per_tok", "moe_k", "n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "shared_intermediate_size",
           "shared_expert_intermediate_size", "max_window_layers", "q_lora_rank", "qk_nope_head_dim", "rotary_dim",
-          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers",
+          "hidden_size_per_layer_input", "num_kv_shared_layers", "top_k_experts", "num_dense_layers", "altup_active_idx",
           "moe_latent_size", "moe_shared_expert_intermediate_size", "num_shared_experts")  # fmt: skip
 _POSITIVE = ("rms_norm_eps", "rope_theta", "layer_norm_eps", "layer_norm_epsilon", "rope_local_base_freq", "rotary_emb_base",
              "query_pre_attn_scalar", "logit_scale", "norm_epsilon", "norm_eps", "clip_qkv", "partial_rotary_factor", "rotary_pct",
@@ -243,7 +246,8 @@ _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_windo
 def _check_values(hf: Mapping[str, Any], family: Family) -> None:
     """Check that values have the type that a key needs, or that of transformers' default; null where it has a meaning."""
     defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
-    for key, value in hf.items():
+    each = {key: value if key in family.lists and isinstance(value, list) else [value] for key, value in hf.items()}
+    for key, value in ((key, value) for key, values in each.items() for value in values):
         if key in _LISTED and isinstance(value, int) and value > nested.MOST:
             raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {nested.MOST} are possible")
         if isinstance(value, int) and value > _LARGEST and key in _WANTED and key not in _BASES:

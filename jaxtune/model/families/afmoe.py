@@ -3,8 +3,9 @@ sigmoids beside shared ones."""
 
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, windows_by_period
+from jaxtune.model.families.base import Family, ModelConfig
 from jaxtune.model.families.deepseek import experts_of
+from jaxtune.model.families.kinds import windows_by_period
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import experts
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert

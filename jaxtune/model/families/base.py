@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from jaxtune.errors import ModelError
 from jaxtune.model.attention import TILE, Tile
-from jaxtune.model.families.factors import Alibi, Growth, Multipliers
+from jaxtune.model.families.factors import Alibi, Growth, Multipliers, Streams
+from jaxtune.model.families.kinds import whole_rope
 from jaxtune.model.families.patterns import Pattern, patterns_of
 from jaxtune.model.families.recurrent import DeltaNet, Mamba, Recurrent, ShortConvolution
 from jaxtune.model.layers import ACTIVATIONS
@@ -117,6 +118,9 @@ class ModelConfig:
     wide: Wide | None = None
     kv_sharing: int = 0  # number of last layers that use keys and values of the last earlier layer of their kind
     kv_sharing_mlp: int = 1  # and the relative width of their feed-forward part
+    streams: Streams | None = None
+    laurel: int = 0  # rank of a low-rank layer beside attention; 0: none
+    cutoffs: tuple[float | None, ...] = ()  # per layer, in standard deviations: the part of a gate above it counts; None: all of it
     layer_inputs: tuple[int, int] = (0, 0)  # (vocabulary, width) of a per-layer token input beside the residual stream; 0: none
     padding_idx: int | None = None  # the token whose embedding gets no gradient
     initializer_range: float = 0.02
@@ -148,6 +152,11 @@ class ModelConfig:
         return self.file_layers or tuple(range(self.num_layers))
 
     @property
+    def residual_size(self) -> int:
+        """The width of the residual stream, of all its parts."""
+        return self.hidden_size * (self.streams.count if self.streams else 1)
+
+    @property
     def interleaved(self) -> bool:
         """Whether neighbouring dimensions of a head rotate together."""
         return any(rope.interleaved for rope in self.ropes)
@@ -155,20 +164,23 @@ class ModelConfig:
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The layers in order, as consecutive patterns; a repeating pattern of kinds of layers is compiled once."""
-        sparse = set(self.moe.layers) if self.moe else set()
-        linear = set(self.recurrent.layers) if self.recurrent else set()
-        return patterns_of(
-            tuple(
-                (i in sparse, i in linear, i in self.feed_forward_only, *self._heads_of(i), sum(cut <= i for cut in self.cuts))
-                for i in range(self.num_layers)
-            )
-        )
+        return patterns_of(tuple(map(self._kind_of, range(self.num_layers))))
+
+    def _kind_of(self, layer: int) -> tuple:
+        """What layers of one stack have in common."""
+        moe, recurrent = (part is not None and layer in part.layers for part in (self.moe, self.recurrent))
+        whole, cuts = self.cutoff(layer) is None, sum(cut <= layer for cut in self.cuts)
+        return moe, recurrent, layer in self.feed_forward_only, whole, *self._heads_of(layer), cuts
 
     def _heads_of(self, layer: int) -> tuple:
         """What distinguishes a layer's keys and values: their shape, and whether they are shared with other layers."""
         source = self.kv_source(layer)
         given = source if source != layer else layer in self.kv_sources and -1 - layer
         return self._is_wide(layer), given
+
+    def cutoff(self, layer: int) -> float | None:
+        """The cutoff of a layer's gate."""
+        return self.cutoffs[layer] if self.cutoffs else None
 
     def _is_wide(self, layer: int) -> bool:
         return self.wide is not None and layer in self.wide.layers
@@ -178,7 +190,8 @@ class ModelConfig:
         first = self.num_layers - self.kv_sharing
         if layer < first:
             return layer
-        return max(i for i in range(first) if self._is_wide(i) == self._is_wide(layer))
+        kinds = [(self._is_wide(i), self.layer_windows[i] == 0) for i in range(self.num_layers)]
+        return max(i for i in range(first) if kinds[i] == kinds[layer])
 
     @property
     def kv_sources(self) -> frozenset[int]:
@@ -242,6 +255,7 @@ class Family(NamedTuple):
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
     ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token
               ahead; `{layers}` is their number, `{sharing}` those that take the keys of others
+    lists      keys that may be a list with a value for each layer
     extra_rows  the rows outside the layers that are none of `ends`, `(path, Row)`
     moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """
@@ -255,6 +269,7 @@ class Family(NamedTuple):
     ends: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     pads: bool = True
     ignored: str | None = None
+    lists: tuple[str, ...] = ()
     extra_rows: Callable[[ModelConfig], Iterator[tuple[str, Row]]] = lambda config: iter(())
     moe: tuple[str, str] = ("mlp.gate", "mlp.experts")
 
@@ -300,51 +315,3 @@ def common(hf: Mapping[str, Any], *, partial: bool = False, interleaved: bool = 
     if fields["hidden_act"] not in (known := [*filter(None, [own_act]), *ACTIVATIONS]):
         raise ModelError(f"hidden_act {fields['hidden_act']!r} is not supported; supported are {', '.join(known)}")
     return ModelConfig(**fields)
-
-
-def whole_rope(hf: Mapping[str, Any], head_dim: int, interleaved: bool = False) -> Rope:
-    """The rotary scheme of a family with fully rotated heads; ModelError if config.json says otherwise."""
-    rope = Rope.from_hf(hf, head_dim, interleaved)
-    if rope.dim != head_dim:
-        raise ModelError(f"partial_rotary_factor is not implemented for {hf['model_type']}; transformers turns whole heads there")
-    return rope
-
-
-def ropes_by_kind(hf: Mapping[str, Any], head_dim: int, sliding_theta: float) -> tuple[Rope, Rope]:
-    """The rotary schemes of full and sliding layers: `rope_parameters` by kind (transformers 5), or `rope_scaling` for full ones (4)."""
-    nested, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    full, sliding = (nested.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
-    if wrong := next((rope for rope in (full, sliding) if not isinstance(rope, Mapping)), None):
-        raise ModelError(f"rope_parameters of this {hf['model_type']} model holds {wrong!r}; it needs an object for each kind of layer")
-    if not nested and "rope_type" not in scaling and scaling.get("type", "default") != "default":
-        raise ModelError(f"rope_scaling of this {hf['model_type']} model has type={scaling['type']!r}; transformers reads rope_type there")
-    hf = {**hf, "rope_parameters": None, "original_max_position_embeddings": None}  # which counts inside of a scheme alone
-    of_sliding = whole_rope({**hf, "rope_scaling": sliding, "rope_theta": sliding_theta}, head_dim)
-    return whole_rope({**hf, "rope_scaling": {**full, **scaling}}, head_dim), of_sliding
-
-
-def windows(hf: Mapping[str, Any], layer_types: list[str]) -> tuple[int, ...]:
-    """The window of each layer from its type; ModelError for a type that is neither sliding nor full, or a missing window."""
-    check_layer_types(hf, layer_types, "sliding_attention", "full_attention")
-    if "sliding_attention" in layer_types and not hf.get("sliding_window"):
-        raise ModelError(f"layer_types has sliding_attention but sliding_window is {hf.get('sliding_window')!r}, not a number of tokens")
-    return tuple(hf["sliding_window"] if kind == "sliding_attention" else 0 for kind in layer_types)
-
-
-def windows_by_period(hf: Mapping[str, Any], period: int) -> tuple[int, ...]:
-    """The window of each layer by `layer_types`; by default all layers except every `period`-th have one (0: none)."""
-    kinds = ["sliding_attention" if period and (layer + 1) % period else "full_attention" for layer in range(hf["num_hidden_layers"])]
-    return windows(hf, hf.get("layer_types") or kinds)
-
-
-def check_layer_types(hf: Mapping[str, Any], layer_types: list[str], *known: str) -> None:
-    """ModelError for a list of the wrong length, or with a type that is not `known`."""
-    if len(layer_types) != hf["num_hidden_layers"]:
-        raise ModelError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={hf['num_hidden_layers']}")
-    if unknown := set(layer_types) - set(known):
-        raise ModelError(f"layer_types: {sorted(unknown)[0]!r} is not supported; supported are {', '.join(known)}")
-
-
-def one_window(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """The same window on every layer, or none."""
-    return (hf.get("sliding_window") or 0,) * hf["num_hidden_layers"]

@@ -4,7 +4,8 @@ rotate together. Cohere 2 MoE: experts, and RMS norms by flag."""
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, common, windows, windows_by_period
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import windows, windows_by_period
 from jaxtune.model.families.moe import moe_of, qwen_experts, sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, shared_expert
 

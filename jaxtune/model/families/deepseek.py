@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common, whole_rope
+from jaxtune.model.families.base import Family, Latent, ModelConfig, Moe, common
 from jaxtune.model.families.factors import Growth
+from jaxtune.model.families.kinds import whole_rope
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of, qwen_experts
 from jaxtune.model.families.nested import together

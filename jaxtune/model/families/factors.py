@@ -44,3 +44,12 @@ class Multipliers(NamedTuple):
     mamba_out: float = 1.0
     gate: float = 1.0
     down: float = 1.0
+
+
+class Streams(NamedTuple):
+    """Residual streams side by side (model/streams.py): how many, which of them a layer's parts see, and whether that one is scaled for the
+    layer's own input."""
+
+    count: int
+    active: int
+    scaled: bool

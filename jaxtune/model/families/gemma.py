@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, ropes_by_kind, windows_by_period
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import ropes_by_kind, windows_by_period
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, pre_norm_layer, query_key_norms
 
 DEFAULTS = dict(

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, Moe, Wide, common, windows
+from jaxtune.model.families.base import Family, ModelConfig, Moe, Wide, common
 from jaxtune.model.families.gemma import sandwich
+from jaxtune.model.families.kinds import windows
 from jaxtune.model.families.moe import moe_of
 from jaxtune.model.families.parts import Rows, linear, mlp, norm
 from jaxtune.model.rope import Rope
@@ -55,10 +56,17 @@ def _moe(hf: Mapping[str, Any]) -> Moe | None:
     return moe_of(said, hf["num_experts"], hf["moe_intermediate_size"], list(range(hf["num_hidden_layers"])), True, aux_loss_coef=None)
 
 
-def _gemma4(hf: dict[str, Any]) -> ModelConfig:
-    kinds, shared = _kinds(hf), hf["num_kv_shared_layers"]
+def check_sharing(hf: Mapping[str, Any], kinds: list[str]) -> int:
+    """The number of last layers that use the keys and values of earlier ones; ModelError if there are none of some kind."""
+    shared = hf["num_kv_shared_layers"]
     if shared < 0 or set(kinds[: len(kinds) - shared]) != set(kinds):
         raise ModelError(f"num_kv_shared_layers={shared} leaves no layer of each kind that makes keys and values; kinds are {kinds}")
+    return shared
+
+
+def _gemma4(hf: dict[str, Any]) -> ModelConfig:
+    kinds = _kinds(hf)
+    shared = check_sharing(hf, kinds)
     vocabulary, inputs = hf["vocab_size_per_layer_input"], hf["hidden_size_per_layer_input"] or 0
     if inputs and vocabulary < hf["vocab_size"]:
         raise ModelError(f"vocab_size_per_layer_input={vocabulary} is less than vocab_size={hf['vocab_size']}; each token needs an input")
@@ -94,7 +102,8 @@ def _gemma4(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _attention(c: ModelConfig, layer: int) -> Rows:
+def sharing_attention(c: ModelConfig, layer: int) -> Rows:
+    """Attention with norms of queries and keys, without keys and values where those of an earlier layer are used."""
     at = c.at(layer)
     q, kv, size = at.num_heads * at.head_dim, at.num_kv_heads * at.head_dim, at.head_dim
     yield from linear("q", q, c.hidden_size, ("heads", "embed"), "self_attn.q_proj", "attn_q", c.qkv_bias)
@@ -122,15 +131,21 @@ def _experts(c: ModelConfig, moe: Moe) -> Rows:
     yield from norm(c, "experts_post_norm", "post_feedforward_layernorm_2", "post_ffw_norm_2")
 
 
+def input_rows(c: ModelConfig) -> Rows:
+    """The gated network for a layer's own input."""
+    width, inner = c.hidden_size, c.layer_inputs[1]
+    yield from linear("input_gate", inner, width, ("mlp", "embed"), "per_layer_input_gate", "inp_gate")
+    yield from linear("input_projection", width, inner, ("embed", "mlp"), "per_layer_projection", "proj")
+    yield from norm(c, "input_post_norm", "post_per_layer_input_norm", "post_norm")
+
+
 def _layer(c: ModelConfig, layer: int) -> Rows:
-    own, width, inner = c.kv_source(layer) == layer, c.hidden_size, c.layer_inputs[1]
-    yield from sandwich(c, _attention(c, layer), mlp(c, 1 if own else c.kv_sharing_mlp))
+    own = c.kv_source(layer) == layer
+    yield from sandwich(c, sharing_attention(c, layer), mlp(c, 1 if own else c.kv_sharing_mlp))
     if c.moe:
         yield from _experts(c, c.moe)
-    if inner:
-        yield from linear("input_gate", inner, width, ("mlp", "embed"), "per_layer_input_gate", "inp_gate")
-        yield from linear("input_projection", width, inner, ("embed", "mlp"), "per_layer_projection", "proj")
-        yield from norm(c, "input_post_norm", "post_per_layer_input_norm", "post_norm")
+    if c.layer_inputs[1]:
+        yield from input_rows(c)
     yield "layer_scale", Row((1,), (None,), "ones", "layer_scalar", "layer_output_scale.weight")
 
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, common, windows
+from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.deepseek import DEEPSEEK_V3, dense_or_experts, experts_of, latent_config
+from jaxtune.model.families.kinds import windows
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, norm, query_key_norms

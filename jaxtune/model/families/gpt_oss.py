@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, windows_by_period
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import windows_by_period
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.moe import moe_of
 from jaxtune.model.families.parts import Rows, attention, linear, norm

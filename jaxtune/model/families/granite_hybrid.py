@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import ModelConfig, check_layer_types
+from jaxtune.model.families.base import ModelConfig
+from jaxtune.model.families.kinds import check_layer_types
 from jaxtune.model.families.llama import granite_config
 from jaxtune.model.families.mamba import mamba_of, mamba_rows
 from jaxtune.model.families.moe import GRANITEMOE, granite_experts, moe_of

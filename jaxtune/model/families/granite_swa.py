@@ -3,7 +3,8 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, whole_rope
+from jaxtune.model.families.base import Family, ModelConfig
+from jaxtune.model.families.kinds import whole_rope
 from jaxtune.model.families.llama import GRANITE, every_fourth, granite_config
 from jaxtune.model.families.moe import GRANITEMOESHARED, granite_experts, granitemoe_config
 from jaxtune.model.families.parts import Rows, attention, mlp, norm

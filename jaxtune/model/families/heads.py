@@ -43,6 +43,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma": ("Gemma", BOTH),
     "gemma2": ("Gemma2", BOTH),
     "gemma3_text": ("Gemma3Text", (SEQUENCE,)),
+    "gemma3n_text": ("Gemma3n", ()),
     "gemma4_text": ("Gemma4", ()),
     "gemma4_unified_text": ("Gemma4Unified", ()),
     "glm": ("Glm", BOTH),

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jaxtune.model.families.base import Family, ModelConfig, common, one_window
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import one_window
 from jaxtune.model.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from jaxtune.model.families.llama import llama_config
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, plain_mlp, query_key_norms

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common, whole_rope
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import check_layer_types, whole_rope
 from jaxtune.model.families.moe import experts, moe_of
 from jaxtune.model.families.parts import Rows, attention, linear, norm, query_key_norms
 from jaxtune.model.families.recurrent import ShortConvolution

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, common, one_window, windows
+from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.factors import Growth
+from jaxtune.model.families.kinds import one_window, windows
 from jaxtune.model.families.parts import Rows, attention, fused_mlp, linear, mlp, norm, pre_norm_layer, query_key_norms
 
 DEFAULTS = dict(

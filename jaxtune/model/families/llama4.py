@@ -4,8 +4,9 @@ position; and experts with a shared one, of which a token uses one, scaled by th
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types
+from jaxtune.model.families.base import Family, ModelConfig
 from jaxtune.model.families.factors import Growth
+from jaxtune.model.families.kinds import check_layer_types
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import moe_of
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, shared_expert

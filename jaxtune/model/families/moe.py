@@ -3,7 +3,8 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, Moe, common, one_window, ropes_by_kind, windows
+from jaxtune.model.families.base import Family, ModelConfig, Moe, common
+from jaxtune.model.families.kinds import one_window, ropes_by_kind, windows
 from jaxtune.model.families.llama import DEFAULTS, MULTIPLIERS, granite_config, llama_config
 from jaxtune.model.families.parts import Rows, attention, linear, mlp, norm, query_key_norms, shared_expert
 from jaxtune.model.row import Part, Row

@@ -4,8 +4,9 @@ gate, dense or with experts and a shared one."""
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common
+from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.deepseek import experts_of
+from jaxtune.model.families.kinds import check_layer_types
 from jaxtune.model.families.mamba import mamba_of, mamba_rows
 from jaxtune.model.families.parts import Rows, attention, linear, norm, plain_mlp
 from jaxtune.model.row import Row

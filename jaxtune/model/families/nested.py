@@ -58,6 +58,7 @@ _QWEN2 = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, max_wind
 _QWEN3 = dict(rope_theta=5e5, max_position_embeddings=128000)
 _MLLAMA = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=40, num_attention_heads=32)
 _MLLAMA |= dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=131072, pad_token_id=128004)
+_GEMMA = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 NESTED: dict[str, Nested] = {
     "aya_vision": Nested({"cohere2": "cohere2", "cohere": "cohere"}, **_LLAVA, fixed=_PLAIN, tied=True),
     "cohere2_vision": Nested({"cohere2": "cohere2"}, **_LLAVA, fixed=_PLAIN, tied=True),
@@ -67,7 +68,8 @@ NESTED: dict[str, Nested] = {
         **_LLAVA,
         defaults=dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8),
     ),
-    "gemma4": Nested({"gemma4_text": "gemma4_text"}, MODULES, ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")),
+    "gemma3n": Nested({"gemma3n_text": "gemma3n_text"}, MODULES, _GEMMA, tied=True),
+    "gemma4": Nested({"gemma4_text": "gemma4_text"}, MODULES, _GEMMA),
     "gemma4_unified": Nested(
         {"gemma4_unified_text": "gemma4_unified_text"}, MODULES, ("vision_embedder.", "embed_vision.", "embed_audio.")
     ),

@@ -3,8 +3,9 @@
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, ropes_by_kind, windows_by_period
+from jaxtune.model.families.base import Family, ModelConfig
 from jaxtune.model.families.deepseek import dense_or_experts, experts_of
+from jaxtune.model.families.kinds import ropes_by_kind, windows_by_period
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.moe import OLMOE, moe_of, qwen_experts, sparse_by_type
 from jaxtune.model.families.parts import Rows, attention, mlp, norm, query_key_norms

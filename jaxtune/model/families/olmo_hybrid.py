@@ -4,7 +4,8 @@ with norms after them, usually without positions."""
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types
+from jaxtune.model.families.base import Family, ModelConfig
+from jaxtune.model.families.kinds import check_layer_types
 from jaxtune.model.families.llama import DEFAULTS, llama_config
 from jaxtune.model.families.olmo import post_norm_layer
 from jaxtune.model.families.parts import Rows, linear, mlp, norm

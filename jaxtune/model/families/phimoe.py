@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import ModelConfig, common, one_window
+from jaxtune.model.families.base import ModelConfig, common
+from jaxtune.model.families.kinds import one_window
 from jaxtune.model.families.moe import MIXTRAL, mixtral_experts, moe_of
 from jaxtune.model.families.parts import Rows, attention, norm, query_key_norms
 from jaxtune.model.row import Row

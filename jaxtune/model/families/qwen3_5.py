@@ -4,7 +4,8 @@ gate; dense, or with a mixture of experts in each layer."""
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, check_layer_types, common
+from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.kinds import check_layer_types
 from jaxtune.model.families.moe import moe_of, qwen_fed, sparse_layers
 from jaxtune.model.families.parts import Rows, attention, linear, norm, query_key_norms
 from jaxtune.model.families.recurrent import DeltaNet
