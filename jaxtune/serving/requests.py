@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.data.turns import text_of
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import ConfigError, JaxtuneError
 from jaxtune.generation.prompts import check_room, is_one_prompt
 from jaxtune.generation.sampling import Sampling
 
@@ -93,6 +93,9 @@ def read(
         raise Refusal(404, f"there is no model {_short(name)}; {there}", code="model_not_found", param="model")
     try:
         ids = _prompts(body, chat, models[name], functools.partial(encode, name))
+    except JaxtuneError as error:
+        raise Refusal(400, str(error), param="messages" if chat else "prompt") from None
+    try:
         sampling = Sampling.create(
             temperature=_number(body, "temperature", 1.0),
             top_k=max(0, _number(body, "top_k", 0, whole=True, least=-1, most=2**31 - 1)),  # -1: off, in vLLM
@@ -100,13 +103,13 @@ def read(
             min_p=_number(body, "min_p", 0.0),
             repetition_penalty=_number(body, "repetition_penalty", 1.0),
         )
-    except JaxtuneError as error:
-        raise Refusal(400, str(error)) from None
+    except ConfigError as error:  # whose text begins with the key
+        raise Refusal(400, str(error), param=str(error).partition(" ")[0]) from None
     each = _number(body, "n", 1, whole=True, least=1, most=128)
     if each > 1 and sampling.temperature is None:
         raise Refusal(400, f"n is {each}, but temperature 0 repeats the same answer; set temperature to 0.7, or n to 1", param="n")
     if each * len(ids) > MOST_ROWS:
-        raise Refusal(400, f"{each * len(ids)} answers are asked for; ask for {MOST_ROWS} at most at a time")
+        raise Refusal(400, f"{each * len(ids)} answers are asked for; ask for {MOST_ROWS} at most at a time", param="n")
     return Request(
         chat=chat,
         model=name,
@@ -175,7 +178,8 @@ def _most(body: dict, ids: list[list[int]], config: Any, virtual: int, default: 
         try:
             check_room(config, prompt, found[-1], virtual, f"prompt {number} of {len(ids)}", key)
         except JaxtuneError as error:
-            raise Refusal(400, str(error), code="context_length_exceeded", param=key if asked else None) from None
+            given = key if asked else "messages" if "messages" in body else "prompt"
+            raise Refusal(400, str(error), code="context_length_exceeded", param=given) from None
     return found
 
 

@@ -70,6 +70,8 @@ def test_what_cannot_be_done_is_refused(model, body, said):
     with pytest.raises(Refusal, match=said) as refused:
         _read(model, body, "messages" in body)
     assert refused.value.status == (404 if body.get("model") == "gpt" else 400)
+    named = str(refused.value).split()[0]
+    assert refused.value.param in {*body, "model"} and (named not in body.keys() - {"prompt"} or refused.value.param == named)
     assert refused.value.code == ("context_length_exceeded" if "asked for, but the" in str(refused.value) else refused.value.code)
 
 
