@@ -23,7 +23,7 @@ NESTED = {"cohere2_vision", "gemma3_nested", "gemma4_nested", "gemma4_unified", 
           "qwen2_5_vl", "qwen2_vl", "qwen3_5_moe_nested", "qwen3_5_nested", "qwen3_vl",
           "qwen3_vl_moe", "smolvlm"}  # fmt: skip
 # multimodal types without a case of their own -> the case of their language model
-ALIKE = {"aya_vision": "cohere2_vision", "exaone4_5": "exaone4", "gemma3n": "gemma3n",
+ALIKE = {"apertus1p5": "apertus1p5", "aya_vision": "cohere2_vision", "exaone4_5": "exaone4", "gemma3n": "gemma3n",
          "glm46v": "glm4v", "glm4v_moe": "glm4_moe", "granite4_vision": "granite",
          "idefics3": "smolvlm", "internvl": "llava", "lfm2_vl": "lfm2", "lfm3_vl": "lfm3", "llava_next": "llava",
          "llava_onevision": "llava"}  # fmt: skip

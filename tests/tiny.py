@@ -46,7 +46,7 @@ def hf_tensors(hf=LLAMA, dtype="float32", seed=0):
         shape = shape if row.part is None else whole_shape(row)
         for name in row.hf_names():
             noise = rng.standard_normal(shape).astype(np.float32) * 0.2
-            tensors[name] = (noise + (row.init == "ones")).astype(DTYPES["float32" if row.float32 else dtype])
+            tensors[name] = np.asarray(noise + (row.init == "ones"), DTYPES["float32" if row.float32 else dtype])
     return tensors
 
 

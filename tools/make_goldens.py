@@ -462,6 +462,8 @@ CASES |= {
     | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=90, altup_num_inputs=3, altup_active_idx=1)
     | dict(laurel_rank=4, activation_sparsity_pattern=[0.4, 0.0, 0.0, 0.3], final_logit_softcapping=0.5, intermediate_size=[24] * 4)
     | dict(rope_local_base_freq=100.0),
+    "apertus1p5": {key: value for key, value in SMALL.items() if key != "rope_theta"}
+    | dict(model_type="apertus1p5_text", vocab_size=104, output_vocab_size=96),
 }
 EQUAL_LENGTHS = ("dynamic",)  # transformers takes the frequencies of the longest row for the whole batch; here each text has its own
 

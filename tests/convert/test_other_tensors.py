@@ -58,6 +58,7 @@ def test_a_head_of_its_own_is_said_inside_and_outside(tmp_path):
 
 # the hub's names of the language model, and of other tensors, where no golden has them
 NAMES = {
+    "apertus1p5": ("model.language_model.", "model.vision_tokenizer.x", "model.audio_tokenizer.x"),
     "aya_vision": ("language_model.model.", "vision_tower.x", "multi_modal_projector.x"),
     "exaone4_5": ("model.language_model.", "model.visual.x", "mtp.layers.0.x"),
     "gemma3n": ("model.language_model.", "model.vision_tower.x", "model.audio_tower.x", "model.embed_audio.x"),

@@ -92,6 +92,11 @@ PUBLISHED = {
         dict(model_type="gemma3_text", vocab_size=262144, num_key_value_heads=1, sliding_window=512) | size(1152, 6912, 26, 4),
         999885952,
     ),
+    "Apertus-v1.5-8B": (
+        dict(model_type="apertus1p5_text", vocab_size=266752, output_vocab_size=131272, num_key_value_heads=8)
+        | size(4096, 21504, 32, 32),
+        8609902656,
+    ),
     "gemma-3n-E2B": (
         nested("gemma3n", model_type="gemma3n_text", num_kv_shared_layers=10, activation_sparsity_pattern=[0.95] * 10 + [0.0] * 20,
                **size(2048, 8192, 30, 8) | dict(intermediate_size=[8192] * 30)),

@@ -203,9 +203,9 @@ SWITCHES = {
 
 
 # whose switches are all among those of other cases (lfm2_moe: lfm2's and glm4_moe's; minimax_m2: olmoe's and lfm2_moe's)
-KIN = {"bamba", "codegen", "cohere2_moe", "cwm", "dots1", "exaone", "exaone_moe", "falcon_alibi", "flex_olmo", "glm4_moe_lite",
-       "gpt_neo", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense", "hunyuan_moe", "hy_v3", "internlm3", "jais2",
-       "lfm2_moe", "mamba2", "mellum", "minicpm3", "minimax_m2", "mistral4", "qwen3_next", "solar_open", "vaultgemma", "youtu"}
+KIN = {"apertus1p5", "bamba", "codegen", "cohere2_moe", "cwm", "dots1", "exaone", "exaone_moe", "falcon_alibi", "flex_olmo",
+       "glm4_moe_lite", "gpt_neo", "granitemoe_swa", "granitemoehybrid", "granitemoehybrid_dense", "hunyuan_moe", "hy_v3", "internlm3",
+       "jais2", "lfm2_moe", "mamba2", "mellum", "minicpm3", "minimax_m2", "mistral4", "qwen3_next", "solar_open", "vaultgemma", "youtu"}
 # whose switches were each checked once (docs/decisions.md): a program for each takes a second
 SEEN = {"afmoe", "falcon_h1", "granite_swa", "hyperclovax", "llama4", "nemotron_h", "olmo_hybrid", "phimoe"}
 

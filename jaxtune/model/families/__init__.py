@@ -16,7 +16,7 @@ from typing import Any
 from jaxtune.errors import ModelError
 from jaxtune.model.families import heads, nested
 from jaxtune.model.families.afmoe import AFMOE
-from jaxtune.model.families.apertus import APERTUS
+from jaxtune.model.families.apertus import APERTUS, APERTUS1P5
 from jaxtune.model.families.bamba import BAMBA, MAMBA2
 from jaxtune.model.families.base import Family, ModelConfig, Moe, Pattern
 from jaxtune.model.families.bloom import BLOOM, MPT
@@ -73,6 +73,7 @@ __all__ = ["FAMILIES", "NESTED", "Family", "ModelConfig", "Moe", "Pattern", "fro
 FAMILIES: dict[str, Family] = {
     "afmoe": AFMOE,
     "apertus": APERTUS,
+    "apertus1p5_text": APERTUS1P5,
     "arcee": ARCEE,
     "bamba": BAMBA,
     "bloom": BLOOM,
@@ -208,7 +209,7 @@ _COUNTS = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim
            "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "decoder_sparse_step",
            "moe_layer_interval", "no_rope_layer_interval", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
            "global_attn_every_n_layers", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
-           "altup_num_inputs", "laurel_rank",
+           "output_vocab_size", "altup_num_inputs", "laurel_rank",
            "conv_L_cache", "seq_length", "max_seq_len", "block_ff_dim", "block_multiple_of",
            "attention_chunk_size", "floor_scale", "interleave_moe_layer_step", "intermediate_size_mlp",
            "mamba_n_heads", "mamba_n_groups", "mamba_d_ssm", "mamba_num_heads",

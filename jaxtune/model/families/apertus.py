@@ -1,7 +1,9 @@
 """Apertus (Swiss AI): Llama with query and key norms, and a feed-forward part without a gate whose activation is trained."""
 
+import dataclasses
 from typing import Any
 
+from jaxtune.errors import ModelError
 from jaxtune.model.families.base import Family, ModelConfig, common
 from jaxtune.model.families.llama import DEFAULTS
 from jaxtune.model.families.parts import Rows, attention, norm, plain_mlp, query_key_norms
@@ -34,3 +36,16 @@ APERTUS = Family(
     DEFAULTS
     | dict(hidden_act="xielu", max_position_embeddings=65536, rms_norm_eps=1e-5, rope_theta=12e6, rope_parameters=None, pad_token_id=3),
 )
+
+
+# ---- Apertus 1.5: the head may lack the vocabulary's last rows, of tokens that stand for images and sounds ----
+
+
+def _apertus1p5(hf: dict[str, Any]) -> ModelConfig:
+    size, kept = hf["vocab_size"], hf["output_vocab_size"] or hf["vocab_size"]
+    if not 0 < kept <= size or kept < size and hf["tie_word_embeddings"]:
+        raise ModelError(f"this {hf['model_type']} model has output_vocab_size={kept}; at most vocab_size={size} is possible, and only this if tied")
+    return dataclasses.replace(_apertus(hf | dict(vocab_size=kept)), unwritten=size - kept)
+
+
+APERTUS1P5 = APERTUS._replace(config=_apertus1p5, defaults=APERTUS.defaults | dict(output_vocab_size=None))

@@ -21,6 +21,7 @@ BOTH = (SEQUENCE, TOKEN)
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "afmoe": ("Afmoe", ()),
     "apertus": ("Apertus", (TOKEN,)),
+    "apertus1p5_text": ("Apertus1p5Text", ()),
     "arcee": ("Arcee", BOTH),
     "bamba": ("Bamba", ()),
     "bloom": ("Bloom", BOTH),

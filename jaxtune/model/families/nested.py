@@ -60,6 +60,7 @@ _MLLAMA = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num
 _MLLAMA |= dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=131072, pad_token_id=128004)
 _GEMMA = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 NESTED: dict[str, Nested] = {
+    "apertus1p5": Nested({"apertus1p5_text": "apertus1p5_text"}, MODULES, ("vision_tokenizer.", "audio_tokenizer."), tied=False),
     "aya_vision": Nested({"cohere2": "cohere2", "cohere": "cohere"}, **_LLAVA, fixed=_PLAIN, tied=True),
     "cohere2_vision": Nested({"cohere2": "cohere2"}, **_LLAVA, fixed=_PLAIN, tied=True),
     "exaone4_5": Nested({"exaone4": "exaone4", "exaone4_5_text": "exaone4"}, MODULES, ("visual.", "mtp."), tied=False),
@@ -205,7 +206,8 @@ def fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a language model's `ModelConfig` that say what it is part of."""
     outer = NESTED[hf["model_type"]]
     inner = {**outer.defaults, **_inner(hf)}
-    said = dict(together=outer.together, file_layers=_file_layers(outer, inner), unwritten=outer.unwritten)
+    said = dict(together=outer.together, file_layers=_file_layers(outer, inner))
+    said |= dict(unwritten=outer.unwritten) if outer.unwritten else {}  # otherwise the family's
     return dict(outer=hf["model_type"], hf_json=json.dumps(hf)) | said
 
 
