@@ -95,7 +95,7 @@ PUBLISHED = {
     "Apertus-v1.5-8B": (
         dict(model_type="apertus1p5_text", vocab_size=266752, output_vocab_size=131272, num_key_value_heads=8)
         | size(4096, 21504, 32, 32),
-        8609902656,
+        8609902656 + 2 * 32,  # with two buffers a layer, which the file holds
     ),
     "gemma-3n-E2B": (
         nested("gemma3n", model_type="gemma3n_text", num_kv_shared_layers=10, activation_sparsity_pattern=[0.95] * 10 + [0.0] * 20,

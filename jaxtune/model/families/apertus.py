@@ -44,7 +44,8 @@ APERTUS = Family(
 def _apertus1p5(hf: dict[str, Any]) -> ModelConfig:
     size, kept = hf["vocab_size"], hf["output_vocab_size"] or hf["vocab_size"]
     if not 0 < kept <= size or kept < size and hf["tie_word_embeddings"]:
-        raise ModelError(f"this {hf['model_type']} model has output_vocab_size={kept}; at most vocab_size={size} is possible, and only this if tied")
+        what = f"this {hf['model_type']} model has output_vocab_size={kept}"
+        raise ModelError(f"{what}; at most vocab_size={size} is possible, and only this if tied")
     return dataclasses.replace(_apertus(hf | dict(vocab_size=kept)), unwritten=size - kept)
 
 
