@@ -39,6 +39,7 @@ from jaxtune.convert.peft import load_adapter
 from jaxtune.convert.quantised import format_of
 from jaxtune.convert.retokenised import beside
 from jaxtune.convert.tensors import Safetensors, check_finite, read_json
+from jaxtune.convert.tokenizer import TEMPLATES
 from jaxtune.data.prompts import questions
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.families import nested
@@ -179,8 +180,10 @@ def _copy_adapter(found: Found, out: Path) -> Path:
     for name in tensors.entries:  # a damaged file must not be passed on
         check_finite(name, tensors.read(name))
     with new_folder(out) as folder:
-        for file in filter(Path.is_file, found.adapter.iterdir()):  # not the checkpoints that HF's Trainer leaves there
-            shutil.copyfile(file, folder / file.name)
+        # not the checkpoints that HF's Trainer leaves there
+        for file in filter(Path.is_file, (*found.adapter.iterdir(), *found.adapter.glob(f"{TEMPLATES}/*"))):
+            (folder / file.relative_to(found.adapter)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.relative_to(found.adapter))
     log.info("adapter: %s", out)
     return out
 

@@ -26,7 +26,7 @@ from jaxtune import cli, errors
 from jaxtune.compilation import in_32_bits
 from jaxtune.convert.load import Model
 from jaxtune.convert.peft import load_adapter
-from jaxtune.convert.retokenised import beside
+from jaxtune.convert.retokenised import beside, with_adapter
 from jaxtune.errors import ConfigError, DataError, check_argument
 from jaxtune.generation.answer import Answer, Reader
 from jaxtune.generation.batches import CHUNK, Row, Run
@@ -100,7 +100,7 @@ def generate_tokens(
     if "" in strings:
         raise ConfigError("stop holds an empty string, which every text contains; remove it")
     if isinstance(adapter, (str, os.PathLike)):
-        model, adapter = beside([adapter], model), load_adapter(adapter, model)
+        model, adapter = with_adapter(adapter, model)
     ids = _encode(model, prompts, chat, max_new_tokens, virtual_tokens(adapter))
     if isinstance(adapter, Mixed) and len(adapter.weights) != len(ids):
         raise ConfigError(f"the adapters were mixed for {len(adapter.weights)} prompts, but there are {len(ids)}; make a choice for each")

@@ -29,7 +29,8 @@ from jaxtune.config.load import word
 from jaxtune.config.objectives import draws_answers
 from jaxtune.config.policy import POLICY, least_batch
 from jaxtune.convert import heads
-from jaxtune.convert.load import open_config, open_tokenizer
+from jaxtune.convert.load import open_config
+from jaxtune.convert.retokenised import tokenizer_of
 from jaxtune.data import files
 from jaxtune.data.rollout_prompts import Layout, Prompts
 from jaxtune.errors import ConfigError, DataError, JaxtuneError, ModelError
@@ -108,7 +109,7 @@ def _model(config: Config) -> ModelConfig:
     head, tokenizer = heads.head_of(config), None
     if head is not None:
         with contextlib.suppress(ModelError):  # not on this machine: the padding token is then unknown, which costs nothing
-            tokenizer = open_tokenizer(config.model, fetch=False)
+            tokenizer = tokenizer_of(config, fetch=False)
     return heads.valued(config, heads.headed(heads.cut(config, open_config(config.model)), head, tokenizer))
 
 
@@ -116,11 +117,10 @@ def rows_at_hand(config: Config, data_parallel: int) -> tuple[data.Source | None
     """The training rows, or why they are unknown; nothing is downloaded."""
     try:
         sides = (config.data.train, config.data.eval, config.data.test, (config.data.replay,) if config.data.replay else ())
-        named = [source for side in sides if isinstance(side, tuple) for source in side]
-        missing = [source.path for source in named if files.find(source.path) is None]
+        missing = [source.path for side in sides if isinstance(side, tuple) for source in side if files.find(source.path) is None]
         if not config.data.train or missing:
             return None, f"steps and hours are not known without the rows ({', '.join(missing) or 'data.train is not set'})"
-        tokenizer = open_tokenizer(config.model, fetch=False)
+        tokenizer = tokenizer_of(config, fetch=False)
     except (DataError, ModelError) as error:
         return None, f"steps and hours are not known: {error}"
     try:

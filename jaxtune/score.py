@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxtune import cli, errors
 from jaxtune.compilation import in_32_bits
-from jaxtune.convert import heads, load_adapter
-from jaxtune.convert.retokenised import beside
+from jaxtune.convert import heads
+from jaxtune.convert.retokenised import with_adapter
 from jaxtune.data import Batch, files, formats
 from jaxtune.data.examples import Chat, Completion, Steps, Text
 from jaxtune.data.files import Row
@@ -55,7 +55,7 @@ def score(
         raise ModelError("the model is a language model: it has no head to score with; give a reward model (jt.load_scorer opens one)")
     require_tokenizer(model)
     if isinstance(adapter, (str, os.PathLike)):
-        model, adapter = beside([adapter], model), load_adapter(adapter, model)
+        model, adapter = with_adapter(adapter, model)
     texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
     asked = [_tokens(model, text, Row("texts", number, "text", {}, number), step_separator) for number, text in enumerate(texts, 1)]
     return _scores_of(model, adapter, asked, batch_size)

@@ -21,8 +21,7 @@ from typing import Any
 
 from jaxtune import cli, errors
 from jaxtune.convert.load import Model
-from jaxtune.convert.peft import load_adapter
-from jaxtune.convert.retokenised import beside
+from jaxtune.convert.retokenised import with_adapter
 from jaxtune.errors import ConfigError, ModelError, check_argument
 from jaxtune.generate import BASE, adapter_folders
 from jaxtune.generation.prompts import require_tokenizer
@@ -75,7 +74,7 @@ def open_server(
         if name == BASE:
             raise ConfigError(f"{BASE} is the model without an adapter; give the adapter another name")
         folder = given if isinstance(given, (str, os.PathLike)) else None
-        served[name], models[name] = (given, model) if folder is None else (load_adapter(folder, model), beside([folder], model))
+        served[name], models[name] = (given, model) if folder is None else with_adapter(folder, model)[::-1]
     worker = Worker(models, served, batch_size)
     server = Server(worker, host, port, api_key=api_key, max_new_tokens=max_new_tokens, log_requests=log_requests)
     if api_key is None and not ipaddress.ip_address(server.server_name).is_loopback:

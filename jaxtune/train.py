@@ -26,7 +26,7 @@ from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_config, open_model
 from jaxtune.convert.peft_config import config_file
-from jaxtune.convert.retokenised import for_run
+from jaxtune.convert.retokenised import for_run, tokenizer_of
 from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.disk import write_text
 from jaxtune.evaluate import of_run
@@ -84,7 +84,7 @@ def train(
     config = settled(config)
     if config.data.kfold is None or config.data.fold is not None:
         return _train(config, mesh, reward_funcs)
-    tokenizer = open_model(config.model).tokenizer
+    tokenizer = tokenizer_of(config)
     try:
         found = cross_validate(config, tokenizer, parallel.data_parallel(mesh), lambda fold: _train(fold, mesh, reward_funcs))
     finally:

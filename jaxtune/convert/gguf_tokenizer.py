@@ -217,5 +217,6 @@ def _wrap(backend: Tokenizer, info: _Info, add_bos: bool) -> "PreTrainedTokenize
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials
     )
     if template := info.metadata.get("tokenizer.chat_template"):
-        tokenizer.chat_template = template
+        named = {name: info.metadata.get(f"tokenizer.chat_template.{name}") for name in info.metadata.get("tokenizer.chat_templates", ())}
+        tokenizer.chat_template = {"default": template} | named if named else template
     return tokenizer

@@ -7,6 +7,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxtune.convert.gguf_tokenizer import SEQUENCES, SPACE, SPLITTINGS, Splitting
+from jaxtune.data.templates import written
 from jaxtune.errors import ModelError
 
 
@@ -23,7 +24,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generatio
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
         writer.add_token_scores(_scores(tokens, merges))
-        writer.add_add_space_prefix(_has_prefix(described))
+        writer.add_add_space_prefix(_has_prefix(described, tokenizer))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(splitting_name(described))
@@ -31,8 +32,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generatio
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_types(types)
     _add_specials(writer, tokenizer, generation_config, vocab_size)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        several = isinstance(template, dict)
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()] if several else template)
 
 
 def _tokens(tokenizer: Any, vocab_size: int, sentencepiece: bool) -> tuple[list[str], list[TokenType]]:
@@ -67,10 +69,23 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
-def _has_prefix(described: dict) -> bool:
-    """Whether a space is prepended to the text."""
+def _has_prefix(described: dict, tokenizer: Any) -> bool:
+    """Whether llama.cpp should prepend a space to the text, which it then does after every special token, too.
+
+    A tokenizer that does so at the very beginning only (`first`) has none in a chat that begins with a special token.
+    """
     text = json.dumps([described["normalizer"], described["pre_tokenizer"]])
-    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
+    everywhere = '"Prepend"' in text or '"prepend_scheme": "always"' in text
+    return everywhere or '"prepend_scheme": "first"' in text and not _opens_specially(tokenizer)
+
+
+def _opens_specially(tokenizer: Any) -> bool:
+    """Whether the chat template begins a conversation with a special or added token."""
+    try:
+        text = written(tokenizer, [{"role": "user", "content": "?"}])
+    except Exception:  # there is no template, or it refuses this conversation
+        return False
+    return tokenizer(text, add_special_tokens=False)["input_ids"][0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def splitting_name(described: dict) -> str:

@@ -18,6 +18,7 @@ from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skippe
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
+from jaxtune.convert.more_tokens import entries_with_tokens
 from jaxtune.convert.names import leave_out, unstack_experts
 from jaxtune.convert.other_tensors import OtherTensors, set_apart
 from jaxtune.convert.quantised import dense, format_of
@@ -109,8 +110,11 @@ def read_params(opened: Opened, dtype: Dtypes, quantization: str | None, mesh: M
     return config, hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)
 
 
-def open_model(source: str | os.PathLike) -> Opened:
-    """Everything of a model except its tensors, which `checkpoint.read(name)` reads one at a time."""
+def open_model(source: str | os.PathLike, tokens: int | None = None) -> Opened:
+    """Everything of a model except its tensors, which `checkpoint.read(name)` reads one at a time.
+
+    tokens  for a folder: the size of its vocabulary, with zeros for those that its files lack
+    """
     path = sources.resolve(source)
     if path.suffix == ".gguf" and path.is_file():
         file = GGUFFile(path)
@@ -118,9 +122,11 @@ def open_model(source: str | os.PathLike) -> Opened:
         tokenizer = functools.partial(gguf_tokenizer, file.metadata, str(path))
         return Opened(config, GGUFCheckpoint(file, config), tokenizer, generation_config(file), path, os.fspath(source))
     config_json = _config_json(path)
+    config_json = nested.changed(config_json, vocab_size=tokens) if tokens else config_json
     checkpoint: Any = Safetensors(path)
     config = _described(config_json, path / "config.json")
     checkpoint.entries = dense(checkpoint.entries, config_json, config)
+    checkpoint.entries = entries_with_tokens(checkpoint.entries, config) if tokens else checkpoint.entries
     checkpoint, other_tensors = set_apart(checkpoint, config, path)
     config = nested.as_in_file(config, checkpoint.entries) if other_tensors else config
     ignored = FAMILIES[config.model_type].ignored

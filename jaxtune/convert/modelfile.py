@@ -52,7 +52,7 @@ def modelfile(gguf_name: str, tokenizer: Any, stop: list[str], context: int) -> 
 
 def find_turns(tokenizer: Any) -> Turns | None:
     """The turns of a chat template, or None if it cannot be expressed this way (or there is none)."""
-    if not isinstance(tokenizer.chat_template, str):
+    if not tokenizer.chat_template:
         return None
     try:
         turns = _probe(tokenizer)

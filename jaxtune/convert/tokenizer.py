@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 PROCESSORS = "chat_template.json"  # where older processors (Mistral Small 3's, for example) kept the template
+TEMPLATES = "additional_chat_templates"  # the folder of those with names of their own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 

@@ -51,9 +51,10 @@ def _report(argv: list[str]) -> None:
     cli.log_to_terminal()
     config = load_config(args.config, args.overrides)
 
-    from jaxtune.convert.load import open_config, open_tokenizer
+    from jaxtune.convert.load import open_config
+    from jaxtune.convert.retokenised import tokenizer_of
 
-    tokenizer, vocabulary = open_tokenizer(config.model), None
+    tokenizer, vocabulary = tokenizer_of(config), None
     with contextlib.suppress(ModelError):  # a folder may hold only the tokenizer
         vocabulary = open_config(config.model).vocab_size
     found = report(config, tokenizer, vocabulary=vocabulary)
@@ -103,13 +104,13 @@ def _generate(argv: list[str]) -> None:
     judged = args.make in ("revisions", "preferences")
     done = [] if judged else generate.written(args.target, "prompt", "completion")
 
-    from jaxtune.convert import load, load_adapter
-    from jaxtune.convert.retokenised import beside
+    from jaxtune.convert import load
+    from jaxtune.convert.retokenised import with_adapter
     from jaxtune.generate import generate as write
 
     cli.log_to_terminal()
     model = load(args.model)
-    model, adapter = (beside([args.adapter], model), load_adapter(args.adapter, model)) if args.adapter else (model, None)
+    model, adapter = with_adapter(args.adapter, model) if args.adapter else (model, None)
     settings = {"temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
     ask = functools.partial(write, model, adapter=adapter)
     writer, made = generate.Writer(ask, settings, args.batch_size, args.seed), generate.Made()

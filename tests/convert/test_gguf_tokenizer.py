@@ -127,6 +127,25 @@ def test_sentencepiece_recovers_its_merges(tmp_path, prefix):
     assert (kinds[0], kinds[1], kinds[3], kinds[259], kinds[-1]) == (2, 3, 6, 1, 4)
 
 
+@pytest.mark.parametrize("opening, prefix", [("{{ bos_token }}", False), ("User: ", True)])
+def test_a_space_at_the_beginning_alone(tmp_path, opening, prefix):
+    """llama.cpp prepends one after every special token or none: as a chat needs it."""
+    tokenizer = sentencepiece(False)
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.chat_template = opening + "{{ messages[0].content }}"
+    again = through_gguf(tokenizer, tmp_path / "t.gguf")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello world"}], tokenize=False)
+    assert again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert GGUFFile(tmp_path / "t.gguf").metadata["tokenizer.ggml.add_space_prefix"] is prefix
+
+
+def test_templates_with_names(tmp_path):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    assert_same(through_gguf(tokenizer, tmp_path / "t.gguf"), tokenizer)
+
+
 def test_turns_may_end_in_two_ways(tmp_path):
     tokenizer = make_tokenizer("chatml")
     other = tokenizer.convert_tokens_to_ids("<|endoftext|>")

@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 import tiny
 from chat import CHATML
 
 import jaxtune as jt
-from jaxtune.convert.load import open_model
-from jaxtune.convert.retokenised import beside
+from jaxtune.config import load_config
+from jaxtune.convert.load import open_model, read_model
+from jaxtune.convert.more_tokens import with_tokens
+from jaxtune.convert.retokenised import beside, for_run, tokenizer_of, with_adapter
 from jaxtune.convert.tokenizer import load_tokenizer, save_tokenizer
 from jaxtune.errors import DataError, ModelError
 from jaxtune.export import export
@@ -112,12 +116,61 @@ def test_adapters_that_differ_and_a_damaged_one(made, tmp_path, caplog):
     assert beside([tmp_path / "other"], base) is base and "the tokenizer beside the adapter is not used" in caplog.text
 
 
+def test_ends_of_answers_that_the_models_own_files_leave_out(made, tmp_path):
+    """A base with a template, whose config names the end of a document alone: its run's result ends answers where `generate` does."""
+    shutil.copytree(made / "base", tmp_path / "base")
+    tokenizer = load_tokenizer(made / "base")
+    tokenizer.chat_template = CHATML
+    save_tokenizer(tokenizer, tmp_path / "base")
+    model, run = open_model(tmp_path / "base"), load_config({"model": str(tmp_path / "base"), "data": {"train": "rows.jsonl"}})
+    end, turn = ids(tokenizer, END, TURN)
+    for found in (for_run(run, model), beside([tmp_path / "base"], model), beside([tmp_path], model)):
+        assert found.generation_config == {"eos_token_id": [end, turn]} and found.config == model.config
+    assert model.generation_config == {}
+
+
+def test_a_run_goes_on_with_the_tokenizer_of_its_adapter(made):
+    run = load_config({"model": str(made / "base"), "init_adapter": str(made / "lora" / "adapter"), "data": {"train": "rows.jsonl"}})
+    for tokenizer in (for_run(run, open_model(made / "base")).tokenizer, tokenizer_of(run)):
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (CHATML, TURN)
+
+
+def test_an_adapter_with_a_larger_vocabulary(made, tmp_path, caplog):
+    """As PEFT saves it after resize_token_embeddings: embedding and head whole."""
+    caplog.set_level("INFO", "jaxtune")
+    base = jt.load(made / "base")
+    config, params = with_tokens(base.config, base.params, base.config.vocab_size + 5)
+    larger = jt.Model(config, params, base.tokenizer, source=base.source)
+    adapter = jt.init_adapter(jax.random.key(0), larger, jt.LoraConfig(r=2, modules_to_save=("embed_tokens", "lm_head")))
+    adapter = adapter.replace(saved={path: value + 1 for path, value in adapter.saved.items()})
+    jt.save_adapter(adapter, larger, tmp_path / "adapter")
+    found, opened = with_adapter(tmp_path / "adapter", base)
+    assert found.config.vocab_size == found.hf_config["vocab_size"] == config.vocab_size and "vocabulary: resized from" in caplog.text
+    assert all(np.array_equal(opened.saved[path], value) for path, value in adapter.saved.items())
+    with pytest.raises(ModelError, match="resized for the adapter"):
+        jt.load_adapter(tmp_path / "adapter", base)
+    export(tmp_path / "adapter", tmp_path / "out", merge=True)
+    merged = jt.load(tmp_path / "out")
+    assert all(np.array_equal(merged.params[path], value) for path, value in adapter.saved.items())
+    read = read_model(beside([tmp_path / "adapter"], open_model(made / "base"))).params
+    assert all(np.array_equal(read[path], params[path]) for path in ("embed", "head"))
+
+
+def test_templates_with_names_are_exported_too(made, tmp_path):
+    shutil.copytree(made / "lora" / "adapter", tmp_path / "adapter")
+    tokenizer = load_tokenizer(tmp_path / "adapter")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    save_tokenizer(tokenizer, tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
 def test_a_model_that_names_an_end_in_a_list_keeps_its_own(made):
     base = open_model(made / "base")
     base.config = base.config.__class__(**{**vars(base.config), "hf_json": json.dumps({"eos_token_id": [5, 2], "pad_token_id": 0})})
     found = beside([made / "lora" / "adapter"], base)
     assert ids(found.tokenizer, TURN) == [2] and json.loads(found.config.hf_json)["eos_token_id"] == [5, 2]
-    assert found.generation_config == {"eos_token_id": [2, 5], "pad_token_id": 0}
+    assert found.generation_config == {}  # transformers takes those of config.json
 
 
 def test_an_end_that_the_tokenizer_lacks(made):
