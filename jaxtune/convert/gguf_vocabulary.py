@@ -1,6 +1,7 @@
 """A transformers tokenizer as GGUF metadata: vocabulary, merges or scores, the splitting rule's name, special tokens, chat template."""
 
 import json
+import logging
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from jaxtune.convert.gguf_tokenizer import SEQUENCES, SPACE, SPLITTINGS, Splitting
 from jaxtune.data.templates import written
 from jaxtune.errors import ModelError
+
+log = logging.getLogger("jaxtune")
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generation_config: dict) -> None:
@@ -39,10 +42,13 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, generatio
 
 def _tokens(tokenizer: Any, vocab_size: int, sentencepiece: bool) -> tuple[list[str], list[TokenType]]:
     """The text and kind of every id up to the model's vocabulary; ids without a token are padding."""
-    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    if max(by_id) >= vocab_size:
+    by_id, added = {number: token for token, number in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
+    beyond = [number for number in by_id if number >= vocab_size]
+    if not added.keys() >= set(beyond):
         raise ModelError(f"the tokenizer has {max(by_id) + 1} tokens, but the model's vocabulary {vocab_size}; they do not belong together")
-    added = tokenizer.added_tokens_decoder
+    if beyond:  # a padding token that was added without an embedding, say
+        names = ", ".join(by_id[number] for number in sorted(beyond))
+        log.warning("left out of the GGUF file, because the model has no embedding of them: %s", names)
     tokens, types = [], []
     for number in range(vocab_size):
         token, kind = by_id.get(number), TokenType.NORMAL
@@ -144,7 +150,7 @@ def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict, v
         "eot": next((n for n in ends if n not in (None, tokenizer.eos_token_id) and 0 <= n < vocab_size), None),
     }  # fmt: skip
     for name, number in numbers.items():
-        if number is not None:
+        if number is not None and number < vocab_size:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)

@@ -21,9 +21,9 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def through_gguf(tokenizer, path, generation_config=None):
+def through_gguf(tokenizer, path, generation_config=None, size=None):
     writer = GGUFWriter(path, "llama")
-    add_tokenizer(writer, tokenizer, len(tokenizer), generation_config or {})
+    add_tokenizer(writer, tokenizer, size or len(tokenizer), generation_config or {})
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -144,6 +144,16 @@ def test_templates_with_names(tmp_path):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
     assert_same(through_gguf(tokenizer, tmp_path / "t.gguf"), tokenizer)
+
+
+def test_a_token_without_an_embedding_is_left_out(tmp_path, caplog):
+    tokenizer = make_tokenizer("chatml")
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    again = through_gguf(tokenizer, tmp_path / "t.gguf", size=size)
+    assert len(again) == size and again.pad_token is None and "no embedding of them: [PAD]" in caplog.text
+    with pytest.raises(ModelError, match="do not belong together"):
+        through_gguf(tokenizer, tmp_path / "u.gguf", size=size - 1)
 
 
 def test_turns_may_end_in_two_ways(tmp_path):
