@@ -26,7 +26,7 @@ from jaxtune.convert import heads, hf
 from jaxtune.convert import peft as peft_files
 from jaxtune.convert.load import Model, Opened, open_config, open_model
 from jaxtune.convert.peft_config import config_file
-from jaxtune.convert.retokenised import for_run, tokenizer_of
+from jaxtune.convert.retokenised import for_run, tokenizer_of, with_tokenizer
 from jaxtune.convert.tokenizer import save_tokenizer
 from jaxtune.disk import write_text
 from jaxtune.evaluate import of_run
@@ -258,6 +258,8 @@ def save_result(config: Config, model: Model, trainable: Any, folder: Path) -> P
             peft_files.save_adapter(trainable, model, scratch)
             save_tokenizer(model.tokenizer, scratch)
         else:
+            if not model.config.num_labels:  # other programs find the ends of answers in the generation config
+                model = with_tokenizer(model, model.tokenizer)
             whole = compose(model.params, trainable)
             settings = {"tokenizer": model.tokenizer, "generation_config": model.generation_config, "other_tensors": model.other_tensors}
             hf.save(model.config, whole, scratch, **settings)

@@ -27,7 +27,9 @@ _SHOWN = ("chat_template", "bos_token", "eos_token")  # what else than the vocab
 def for_run(config: Config, model: AnyModel) -> AnyModel:
     """The model with the tokenizer of a run: that beside `init_adapter`, or its own, with the chat template and EOS token of the config."""
     model = beside([config.init_adapter], model) if config.init_adapter else model
-    return model if model.tokenizer is None else with_tokenizer(model, run_tokenizer(config, model.tokenizer))
+    if config.data.chat_template is None and config.data.eos_token is None or model.tokenizer is None:  # opened later, beside other work
+        return model
+    return with_tokenizer(model, run_tokenizer(config, model.tokenizer))
 
 
 def tokenizer_of(config: Config, fetch: bool = True) -> Any:

@@ -19,7 +19,7 @@ from jaxtune.errors import DataError, ModelError
 from jaxtune.export import export
 from jaxtune.generation.prompts import stop_tokens, token_ids
 from jaxtune.serve import open_server
-from jaxtune.train import train
+from jaxtune.train import save_result, train
 
 ASKED = [{"role": "user", "content": "hello there"}]
 ROWS = [{"messages": [*ASKED, {"role": "assistant", "content": word}]} for word in "one two three fox dog lazy".split()]
@@ -124,9 +124,12 @@ def test_ends_of_answers_that_the_models_own_files_leave_out(made, tmp_path):
     save_tokenizer(tokenizer, tmp_path / "base")
     model, run = open_model(tmp_path / "base"), load_config({"model": str(tmp_path / "base"), "data": {"train": "rows.jsonl"}})
     end, turn = ids(tokenizer, END, TURN)
-    for found in (for_run(run, model), beside([tmp_path / "base"], model), beside([tmp_path], model)):
+    for found in (beside([tmp_path / "base"], model), beside([tmp_path], model)):
         assert found.generation_config == {"eos_token_id": [end, turn]} and found.config == model.config
-    assert model.generation_config == {}
+    assert model.generation_config == {} and for_run(run, model) is model
+    loaded = read_model(model)
+    found = jt.load(save_result(run.replace(method="full"), loaded, loaded.params, tmp_path))
+    assert found.generation_config == {"eos_token_id": [end, turn]}
 
 
 def test_a_run_goes_on_with_the_tokenizer_of_its_adapter(made):
