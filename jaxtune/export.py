@@ -150,6 +150,10 @@ def find(run: str | os.PathLike) -> Found:
             given = f"has base_model_name_or_path={base!r}" if base else "has no base_model_name_or_path"
             raise ModelError(f"{adapter}/adapter_config.json {given}, so its base is unknown; write the model's folder or hub id")
         return Found(base, adapter, config)
+    inside = [file.parent for file in path.glob("*/run.json")]
+    if inside and not any((path / name).is_file() for name in ("run.json", "config.json")):
+        names = ", ".join(sorted(folder.name for folder in inside)[:10])
+        raise ModelError(f"{path} holds several runs; name one of them (there are {names}{', ...' if len(inside) > 10 else ''})")
     if (path / "config.yaml").is_file():
         if not (path / "model" / "config.json").is_file():
             raise ModelError(f"{path} is a run without a result (no adapter/, no model/); let it finish, or continue it with resume=true")

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxtune.config import Config
@@ -70,9 +71,9 @@ def _checked(spec: str, function: Callable) -> Callable:
 def _loss(spec: str, found: Any) -> Loss:
     """The returned Loss, in float32. ConfigError unless it is a Loss of scalars."""
     if not isinstance(found, Loss):
-        kind = type(found).__name__
+        what = "an array" if isinstance(found, jax.Array) else f"a {type(found).__name__}"
         raise ConfigError(
-            f"loss_function {spec} returned a {kind}; return Loss(total, weight, metrics) of jaxtune.objectives: a sum over the batch, the "
+            f"loss_function {spec} returned {what}; return Loss(total, weight, metrics) of jaxtune.objectives: a sum over the batch, the "
             "sum of its weights, and of each metric such a pair"
         )
     pairs = {"": (found.total, found.weight)} | dict(found.metrics)

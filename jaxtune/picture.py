@@ -50,7 +50,8 @@ def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") 
             steps, values = zip(*evals, strict=True)
             axes.plot(steps, values, color=colour, linewidth=1.5, linestyle="--", marker="o", markersize=4, label=label)
     figure.legend(frameon=False, fontsize="small", loc="outside upper left")
-    _save(figure, axes, [train for train, _ in points.values()], [evals for _, evals in points.values()], name, path)
+    both = any(evals for _, evals in points.values())
+    _save(figure, axes, *zip(*points.values(), strict=True), f"{name} (dashed: eval_{name})" if both else name, path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ class Entry:
 
     Attributes:
         run: its folder.
-        keys: values of the keys that differ between runs.
+        keys: values of the keys that differ between runs whose objective and method have them; without those that this run's have not.
         step: the last step, of `steps`.
         finished: whether its result exists.
-        metrics: `loss` (smoothed, as in its plot), the `eval_*` of the relevant evaluation (the last, or the best one if that model is the
-            result), and `tuned_*` from its evaluation.json.
+        metrics: `loss` and `reward` (smoothed, as in their plots), the `eval_*` of the relevant evaluation (the last, or the best one
+            if that model is the result), and `tuned_*` from its evaluation.json.
     """
 
     run: str
@@ -70,10 +71,21 @@ class Report:
         return {"by": self.by, "runs": [run.to_dict() for run in self.runs]}
 
     def draw(self, path: str | os.PathLike) -> None:
-        """Plot the losses of all runs over their steps, as a PNG."""
+        """Plot the losses of all runs over their steps, or their rewards if each has some, as a PNG named `path`.
+
+        Raises ConfigError for a name that does not end in .png (it would replace a file of another kind), CheckpointError if no run has
+        logged a loss.
+        """
+        path = Path(path).expanduser()
+        if path.suffix.lower() != ".png":
+            raise ConfigError(f"the plot is written as a PNG, and {path} is not named like one; write {path}.png")
+        logged = [run.metrics for run in self.runs if run.history]
+        if not any("loss" in metrics for metrics in logged):
+            raise CheckpointError("no run has logged a loss yet, so there is nothing to plot; wait for its first logging_steps")
         names = {run.run: ", ".join(f"{key}={word(value)}" for key, value in run.keys.items()) or run.run for run in self.runs}
         clear = len(set(names.values())) == len(names) and max(map(len, names.values()), default=0) <= WIDEST
-        draw_runs({names[run.run] if clear else run.run: run.history for run in self.runs}, Path(path))
+        name = "reward" if all("reward" in metrics for metrics in logged) else "loss"
+        draw_runs({names[run.run] if clear else run.run: run.history for run in self.runs}, path, name)
 
     def show(self, console: Console | None = None) -> None:
         """Print a table with one row per run."""
@@ -84,7 +96,7 @@ class Report:
         for run in self.runs:
             values = (f"{run.metrics[name]:.4g}" if name in run.metrics else "" for name in metrics)
             step = f"{run.step}" if run.finished else f"{run.step} of {run.steps or '?'}"
-            table.add_row(run.run, *(word(run.keys.get(key)) for key in keys), step, *values)
+            table.add_row(run.run, *(word(run.keys[key]) if key in run.keys else "" for key in keys), step, *values)
         cli.print_table(console or Console(), table)
 
 
@@ -99,9 +111,7 @@ def report(runs: str | os.PathLike | Sequence[str | os.PathLike], by: str | None
     given = [runs] if isinstance(runs, (str, os.PathLike)) else runs
     folders = [folder for one in given for folder in _runs_in(Path(one).expanduser())]
     configs = [read_config(folder) for folder in folders]
-    flat = [{key: value for key, value in leaves(config.to_dict()).items() if key not in NAMES} for config in configs]
-    differ = [key for key in _all(flat) if any(one.get(key) != flat[0].get(key) for one in flat)]
-    keys = [{key: one.get(key) for key in differ} for one in flat]
+    keys = _differing([config.to_dict() for config in configs])
     found = [_entry(*one) for one in zip(folders, configs, keys, strict=True)]
     known = _all(entry.metrics for entry in found)
     if by is not None and by not in known:
@@ -114,10 +124,23 @@ def report(runs: str | os.PathLike | Sequence[str | os.PathLike], by: str | None
     return Report(by, found)
 
 
+def _differing(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each config, the keys whose values differ; one of an objective or method is compared among the runs that have it."""
+    flat = [{key: value for key, value in leaves(config).items() if key not in NAMES} for config in configs]
+
+    def values(key: str) -> list[Any]:
+        return [one.get(key) for one, config in zip(flat, configs, strict=True) if key.partition(".")[0] in config]
+
+    differ = [key for key in _all(flat) if any(value != values(key)[0] for value in values(key))]
+    return [{key: one.get(key) for key in differ if key.partition(".")[0] in config} for one, config in zip(flat, configs, strict=True)]
+
+
 def _runs_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give the folder that a run was written to")
     if (folder / "run.json").is_file():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    inside = sorted(path.parent for path in folder.glob("*/run.json"))
     if not inside:
         raise CheckpointError(f"{folder} holds no run (no run.json), nor do folders in it; give the folder that a run was written to")
     return inside
@@ -126,8 +149,8 @@ def _runs_in(folder: Path) -> list[Path]:
 def _entry(folder: Path, config: Any, keys: dict[str, Any]) -> Entry:
     file = folder / "metrics.jsonl"
     history = read_metrics(file) if file.is_file() else []
-    losses = [row["loss"] for row in history if row.get("loss") is not None]
-    metrics = {"loss": smoothed(losses)[-1]} if losses else {}
+    logged = {name: [row[name] for row in history if row.get(name) is not None] for name in ("loss", "reward")}
+    metrics = {name: smoothed(values)[-1] for name, values in logged.items() if values}
     metrics |= measured(folder, chosen_evaluation(config, history) or {})
     steps = read_entry(folder / "run.json", "counts").get("steps")
     return Entry(str(folder), keys, history[-1]["step"] if history else 0, steps, is_finished(folder), metrics, history)
@@ -154,6 +177,7 @@ def main() -> None:
     found = report(arguments.runs, arguments.by)
     if arguments.plot:
         found.draw(arguments.plot)
+        print(f"plot: {arguments.plot}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(found.to_dict(), default=str))
     else:

@@ -217,6 +217,12 @@ def test_a_fully_tuned_run_is_its_model(run, tmp_path):
     (full / "config.yaml").write_text(yaml.safe_dump({"model": "org/base", "method": "full", "data": {"train": "x.jsonl"}}))
     with pytest.raises(ModelError, match="a run without a result"):
         export(full, tmp_path / "out")
+    for fold in ("fold_0", "fold_1"):
+        (full / fold).mkdir()
+        (full / fold / "run.json").touch()
+    with pytest.raises(ModelError, match="holds several runs; name one of them .there are fold_0, fold_1"):
+        export(full, tmp_path / "out")
+    (full / "run.json").touch()
     tiny.write(full / "model")
     export(full, tmp_path / "out", dtype="bfloat16")
     assert load(tmp_path / "out", "auto").config.dtype == "bfloat16"

@@ -1,5 +1,7 @@
 """One run per combination; finished runs are skipped, failures are reported; and the comparison of runs."""
 
+import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from jaxtune import report, sweep
 from jaxtune.config import load_config
 from jaxtune.errors import CheckpointError, ConfigError
 from jaxtune.loop import TrainingError
+from jaxtune.runfolder import write_config
 from jaxtune.sweep import _axis, combinations
 
 CONFIG = {"model": "m", "data": {"train": "x.jsonl"}, "output_dir": "runs/x"}
@@ -47,10 +50,34 @@ def test_what_cannot_be_swept_over(axes, changes, words):
 )
 def test_runs_of_a_picture_are_called_by_what_differs_while_that_is_short(monkeypatch, model, names):
     found: list[str] = []
-    monkeypatch.setattr(report, "draw_runs", lambda histories, path: found.extend(histories))
+    monkeypatch.setattr(report, "draw_runs", lambda histories, path, name: found.extend(histories))
     keys = {"runs/1": {"model": model}, "runs/2": {"model": "b"}}
-    report.Report(None, [report.Entry(run, differ, 1, 1, True, {}, []) for run, differ in keys.items()]).draw("x.png")
+    entries = [report.Entry(run, differ, 1, 1, True, {"loss": 1.0}, [{"step": 1, "loss": 1.0}]) for run, differ in keys.items()]
+    report.Report(None, entries).draw("x.png")
     assert found == names
+    with pytest.raises(ConfigError, match="rows.jsonl is not named like one; write rows.jsonl.png"):
+        report.Report(None, entries).draw("rows.jsonl")
+    with pytest.raises(CheckpointError, match="no run has logged a loss yet"):
+        report.Report(None, [report.Entry("runs/3", {}, 0, 1, False, {}, [])]).draw("x.png")
+
+
+def test_runs_of_two_objectives_are_compared_by_what_both_have(tmp_path):
+    """Keys of an objective only where several runs have them, and the reward of those that have one."""
+    for name, keys, row in (
+        ("sft", {"learning_rate": 1e-3}, {"loss": 2.0}),
+        ("grpo", {"objective": "grpo", "reward_funcs": "f1"}, {"loss": 0.0, "reward": 0.5}),
+        ("more", {"objective": "grpo", "reward_funcs": "f1", "num_generations": 4}, {"loss": 0.0, "reward": 0.75}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_config(folder, load_config(CONFIG | keys))
+        (folder / "run.json").write_text('{"counts": {"steps": 1}}')
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1} | row))
+    found = {Path(run.run).name: run for run in report(tmp_path).runs}
+    assert found["more"].keys["num_generations"] == 4 and "num_generations" not in found["sft"].keys
+    assert not {"reward_funcs", "epsilon"} & found["more"].keys.keys() and found["sft"].keys.keys() >= {"objective", "learning_rate"}
+    assert found["more"].metrics == {"loss": 0.0, "reward": 0.75} and found["sft"].metrics == {"loss": 2.0}
+    report(tmp_path, by="reward").show()
 
 
 def test_a_run_that_memory_does_not_suffice_for_leaves_the_others_their_turn(monkeypatch, tmp_path):

@@ -6,22 +6,27 @@ The sum is exact: ranks are concatenated, so the result's rank is the sum of the
 """
 
 import argparse
+from pathlib import Path
 
-from jaxtune import errors
+from jaxtune import cli, errors
 from jaxtune.convert import load_adapter, save_adapter
+from jaxtune.convert.folders import check_new
 from jaxtune.convert.load import Model, open_model
 from jaxtune.peft.combine import combine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("out")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]")
+    parser.add_argument("model", metavar="MODEL", help="the adapters' base model")
+    parser.add_argument("out", metavar="OUT", help="the new folder")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="PEFT's folder, and its weight in the sum (1)")
     given = parser.parse_args()
+    cli.log_to_terminal()
+    check_new(given.out)
     opened = open_model(given.model)
     model = Model(opened.config, {}, opened.tokenizer, source=given.model)
-    pairs = [text.rpartition("=") if "=" in text else (text, "", "1") for text in given.adapters]
+    alone = [Path(text).expanduser().is_dir() or "=" not in text for text in given.adapters]  # a sweep's folders have = in their names
+    pairs = [(text, "", "1") if whole else text.rpartition("=") for text, whole in zip(given.adapters, alone, strict=True)]
     try:
         weights = [float(weight) for _, _, weight in pairs]
     except ValueError:

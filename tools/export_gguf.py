@@ -12,9 +12,9 @@ from jaxtune.export import export
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("out")
-    parser.add_argument("--type", choices=TYPES, default="f16")
+    parser.add_argument("run", metavar="RUN", help="a run folder, an adapter folder, or a model")
+    parser.add_argument("out", metavar="OUT", help="the new folder, or the new file NAME.gguf")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="of the matrices; default: f16")
     given = parser.parse_args()
     cli.log_to_terminal()
     print(export(given.run, given.out, format="gguf", type=given.type))

@@ -12,8 +12,8 @@ from jaxtune.export import export
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("out")
+    parser.add_argument("run", metavar="RUN", help="a run folder, an adapter folder, or a model")
+    parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--dtype", choices=DTYPES[:3], help="default: the base's own")
     given = parser.parse_args()
     cli.log_to_terminal()

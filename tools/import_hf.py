@@ -8,8 +8,9 @@ format, which transformers opens.
 
 import argparse
 
-from jaxtune import errors
+from jaxtune import cli, errors
 from jaxtune.convert import hf
+from jaxtune.convert.folders import check_new
 from jaxtune.convert.load import DTYPES, load, open_model
 from jaxtune.model.quant import QUANTIZERS
 from jaxtune.model.spec import abstract
@@ -17,11 +18,13 @@ from jaxtune.model.spec import abstract
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("out")
+    parser.add_argument("model", metavar="MODEL", help="a hub id, a folder, a .gguf file or pypi:PACKAGE==VERSION/PATH")
+    parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.add_argument("--dtype", choices=DTYPES[:3], help="default: the file's own")
-    parser.add_argument("--quantization", choices=QUANTIZERS)
+    parser.add_argument("--quantization", choices=QUANTIZERS, help="default: dense")
     given = parser.parse_args()
+    cli.log_to_terminal()
+    check_new(given.out)
     if given.quantization:
         model = load(given.model, given.dtype or "auto", given.quantization)
         extra = dict(tokenizer=model.tokenizer, generation_config=model.generation_config, other_tensors=model.other_tensors)

@@ -155,7 +155,7 @@ def save(
             `jax.ShapeDtypeStruct` is read from `base`, tensor by tensor, so a model is merged and converted without being loaded.
     dtype   of the tensors; by default each leaf's own, and `config.dtype` for quantised ones
     other_tensors  for the language model of a multimodal checkpoint: its other tensors (`Model.other_tensors`)
-    keep_packed  write quantised leaves as bitsandbytes does instead, byte for byte
+    keep_packed  write quantised leaves as bitsandbytes does instead, byte for byte, and all others in one dtype
 
     The folder is written under a temporary name and renamed. Raises ModelError if `out` exists and is not empty. Returns `out`.
     """
@@ -191,6 +191,9 @@ def write_model(
     max_shard_size: str | int = "5GB",
 ) -> None:
     """The files of `save`, written into an existing folder."""
+    if keep_packed:  # transformers casts no tensor of a quantised model: a norm in another dtype than the head would end its first step
+        dtype = dtype or config.dtype
+        config = dataclasses.replace(config, dtype=dtype)
     config, plans, make = tensors_out(config, params, dtype, base)
     described = config_json(config, plans)
     if keep_packed:

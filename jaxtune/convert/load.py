@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.convert import hf, sources
-from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skipped
+from jaxtune.convert.bitsandbytes import Bitsandbytes, cut, is_packed, is_skipped, packed_as
 from jaxtune.convert.gguf import GGUFCheckpoint, generation_config, gguf_config
 from jaxtune.convert.gguf_file import GGUFFile
 from jaxtune.convert.gguf_tokenizer import gguf_tokenizer
@@ -105,6 +105,9 @@ def read_params(opened: Opened, dtype: Dtypes, quantization: str | None, mesh: M
     compute = stored_dtype(opened) if dtype == "auto" else dtype if isinstance(dtype, str) else opened.config.dtype
     config = dataclasses.replace(opened.config, dtype=compute)
     packed = isinstance(opened.checkpoint, Bitsandbytes)  # what is quantised in the file stays so, and the rest was left dense on purpose
+    in_file = packed_as(json.loads(config.hf_json)) if packed else None
+    if in_file and quantization not in (None, in_file):
+        log.info("quantization: the files of %s are quantised as %s and stay so; %s does not apply", opened.source, in_file, quantization)
     quantization = None if packed else quantization
     shards = Shards(opened.checkpoint, mesh, quantization) if mesh is not None else None
     return config, hf.load_params(opened.checkpoint, config, dtype, quantizer(config, quantization), shards)

@@ -4,6 +4,7 @@ Both concatenate the adapters' ranks: `sum_n w_n s_n b_n (a_n x) = [b_1 b_2 ..] 
 has one number per rank and, in a batch, one row per row.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def combine(model_config: ModelConfig, adapters: Sequence[Adapter], weights: Seq
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight")
+    if not np.isfinite(np.asarray(weights, np.float64)).all():
+        raise ConfigError(f"the weights are {', '.join(map(str, weights))}; each has to be a finite number")
     _refuse(adapters)
     table, params, sites = adaptable(model_config), {}, []
     ranks: dict[str, int] = {}
@@ -147,7 +150,8 @@ def mix(adapters: Mapping[str, Adapter], choices: Sequence[Choice]) -> Mixed:
     weights = np.zeros((len(choices), len(names)), np.float32)
     for row, choice in enumerate(choices):
         wanted = {choice: 1.0} if isinstance(choice, str) else choice or {}
-        if not isinstance(wanted, Mapping) or not all(isinstance(weight, (int, float)) for weight in wanted.values()):
+        weighted = isinstance(wanted, Mapping) and all(isinstance(w, (int, float)) and math.isfinite(w) for w in wanted.values())
+        if not weighted:
             raise ConfigError(f"the choice for prompt {row + 1} is {choice!r}; write a name, or weights by name, {{{names[0]}: 0.7}}")
         for name, weight in wanted.items():
             if name not in adapters:

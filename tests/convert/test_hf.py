@@ -159,6 +159,20 @@ def test_packed_while_loading_is_packed_layer_by_layer(tmp_path, kind):
         jax.tree.map(lambda a, b, i=layer: np.testing.assert_array_equal(a[i], b), leaves["layers/0/gate"], alone)
 
 
+def test_what_is_dense_beside_packed_matrices_has_one_dtype(tmp_path, caplog):
+    """transformers casts no tensor of a quantised model, and GGUF files hold norms in float32 beside matrices in 16 bits."""
+    tensors = tiny.hf_tensors(tiny.LLAMA, "float16")
+    tensors = {name: t.astype(np.float32) if t.ndim == 1 else t for name, t in tensors.items()}
+    tiny.write(tmp_path / "in", tensors=tensors, dtype="float16")
+    model = load(tmp_path / "in", dtype="auto", quantization="nf4")
+    hf.save(model.config, model.params, tmp_path / "out", keep_packed=True)
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert {str(written[name].dtype) for name in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight")} == {"float16"}
+    with caplog.at_level("INFO"):
+        assert load(tmp_path / "out", quantization="int8").params["layers"]["0"]["q"].kind == "nf4"
+    assert "quantised as nf4 and stay so; int8 does not apply" in caplog.text
+
+
 def test_experts_are_packed_too(tmp_path):
     """In memory; bitsandbytes has no quantised experts, so they are written dense."""
     golden = references.load("mixtral")

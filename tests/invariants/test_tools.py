@@ -43,7 +43,9 @@ def test_every_converter(monkeypatch, capsys, tmp_path):
         merged = jt.load(path)
         np.testing.assert_allclose(forward(merged.config, merged.params, TOKENS), wanted, atol=1e-4)
 
-    half = [f"{tmp_path / 'adapter'}=0.5"] * 2
+    (tmp_path / "adapter").rename(tmp_path / "r=2")  # a sweep's folders have such names
+    assert tool(monkeypatch, "convert_adapter", tmp_path / "model", tmp_path / "again", tmp_path / "r=2") == 0
+    half = [f"{tmp_path / 'r=2'}=0.5"] * 2
     assert tool(monkeypatch, "convert_adapter", tmp_path / "model", tmp_path / "sum", *half) == 0
     halves = jt.load_adapter(tmp_path / "sum", model)
     np.testing.assert_allclose(forward(model.config, jt.compose(model.params, halves), TOKENS), wanted, atol=1e-4)

@@ -98,6 +98,8 @@ def test_what_cannot_be_mixed_or_added(model, adapters):
             call()
     with pytest.raises(ConfigError, match="1 adapters and 2 weights"):
         jt.combine(model.config, [adapters["a"]], [1.0, 2.0])
+    with pytest.raises(ConfigError, match="the weights are nan; each has to be a finite number"):
+        jt.combine(model.config, [adapters["a"]], [float("nan")])
     with pytest.raises(ConfigError, match="prompt 2 asks for adapter 'c'; there are a, b"):
         jt.mix(adapters, ["a", "c"])
     with pytest.raises(ConfigError, match="choice for prompt 1"):
