@@ -50,8 +50,8 @@ def draw_runs(histories: Mapping[str, History], path: Path, name: str = "loss") 
             steps, values = zip(*evals, strict=True)
             axes.plot(steps, values, color=colour, linewidth=1.5, linestyle="--", marker="o", markersize=4, label=label)
     figure.legend(frameon=False, fontsize="small", loc="outside upper left")
-    both = any(evals for _, evals in points.values())
-    _save(figure, axes, *zip(*points.values(), strict=True), f"{name} (dashed: eval_{name})" if both else name, path)
+    trains, evals = ([pair[side] for pair in points.values()] for side in (0, 1))
+    _save(figure, axes, trains, evals, f"{name} (dashed: eval_{name})" if any(evals) else name, path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
