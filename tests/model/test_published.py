@@ -97,6 +97,10 @@ PUBLISHED = {
         | size(4096, 21504, 32, 32),
         8609902656 + 2 * 32,  # with two buffers a layer, which the file holds
     ),
+    "Apertus-v1.5-8B, beside its tokenizers": (
+        nested("apertus1p5", vocab_size=266752, output_vocab_size=131272, num_key_value_heads=8, **size(4096, 21504, 32, 32)),
+        8609902656 + 2 * 32,
+    ),
     "gemma-3n-E2B": (
         nested("gemma3n", model_type="gemma3n_text", num_kv_shared_layers=10, activation_sparsity_pattern=[0.95] * 10 + [0.0] * 20,
                **size(2048, 8192, 30, 8) | dict(intermediate_size=[8192] * 30)),

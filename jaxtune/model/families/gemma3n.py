@@ -37,7 +37,7 @@ def _gemma3n(hf: dict[str, Any]) -> ModelConfig:
     count, active = hf["altup_num_inputs"], hf["altup_active_idx"]
     if not 0 <= active < count:
         raise ModelError(f"altup_active_idx={active} is none of the altup_num_inputs={count} streams of this gemma3n_text model")
-    bias = bool(hf["attention_bias"])
+    bias, head_dim = bool(hf["attention_bias"]), hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
     return common(
         hf | {"intermediate_size": sizes.pop()},
         hidden_act=hf["hidden_activation"],
@@ -48,7 +48,7 @@ def _gemma3n(hf: dict[str, Any]) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
         logits_softcap=hf["final_logit_softcapping"] or 0.0,
-        ropes=ropes_by_kind(hf, hf["head_dim"], hf["rope_local_base_freq"]),
+        ropes=ropes_by_kind(hf, head_dim, hf["rope_local_base_freq"]),
         layer_ropes=tuple(0 if kind == FULL else 1 for kind in kinds),
         layer_windows=windows(hf, kinds),
         kv_sharing=shared,
