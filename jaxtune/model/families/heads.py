@@ -179,7 +179,9 @@ def class_name(config: ModelConfig, of: str) -> str:
 
 def language_class(model_type: str) -> str:
     """The class of transformers that opens a language model of this family."""
-    return CLASSES[model_type][0].removesuffix("Text") + ("LMHeadModel" if model_type == "gpt2" else "ForCausalLM")
+    start = CLASSES[model_type][0]
+    start = "Gemma3" if start == "Gemma3Text" else start  # whose scoring classes are others than those of Gemma 3 with its tower
+    return start + ("LMHeadModel" if model_type == "gpt2" else "ForCausalLM")
 
 
 def has_class(config: ModelConfig, of: str) -> bool:
