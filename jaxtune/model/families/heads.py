@@ -180,7 +180,7 @@ def class_name(config: ModelConfig, of: str) -> str:
 def language_class(model_type: str) -> str:
     """The class of transformers that opens a language model of this family."""
     start = CLASSES[model_type][0]
-    start = "Gemma3" if start == "Gemma3Text" else start  # whose scoring classes are others than those of Gemma 3 with its tower
+    start = start if model_type == "apertus1p5_text" else start.removesuffix("Text")  # which the others have for scoring alone
     return start + ("LMHeadModel" if model_type == "gpt2" else "ForCausalLM")
 
 
