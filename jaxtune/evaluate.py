@@ -179,14 +179,15 @@ def compare(
     """Measure each side, the base first, on the `eval` or `test` rows of `config`, by `judges` or else the metrics of `config.evaluate`."""
     judges = metrics.find_all(config.evaluate.metric) if judges is None else judges
     asked: list[Question] = []
+    read_by: Any = None  # the tokenizer of the questions
     values: dict[str, dict[str, float]] = {}
     scores: dict[str, dict[str, list[float]]] = {}
     answers: dict[str, list[str]] = {}
     pairs: Source | None = None
     with _writing(predictions) as out:
         for side, model, adapter in sides:
-            if judges:
-                asked = questions(config, model.tokenizer, config.evaluate.limit, rows)
+            if judges and model.tokenizer is not read_by:
+                asked, read_by = questions(config, model.tokenizer, config.evaluate.limit, rows), model.tokenizer
             # no perplexity of pairs: half of the answers should not be learnt
             measured = config.objective in ON_TOKENS or heads.head_of(config) is not None
             values[side] = loss_metrics(config, model, adapter, rows) if measured else {}

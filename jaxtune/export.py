@@ -41,6 +41,7 @@ from jaxtune.convert.retokenised import beside
 from jaxtune.convert.tensors import Safetensors, check_finite, read_json
 from jaxtune.convert.tokenizer import TEMPLATES
 from jaxtune.data.prompts import questions
+from jaxtune.data.tokenizer import listed
 from jaxtune.errors import ConfigError, JaxtuneError, ModelError
 from jaxtune.model.families import nested
 from jaxtune.model.families.heads import language_class
@@ -307,8 +308,7 @@ def _write(opened: Opened, params: Any, base: Any, folder: Path, target: Target)
 
 def _stop_texts(opened: Opened) -> list[str]:
     ends = opened.generation_config.get("eos_token_id", opened.tokenizer.eos_token_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    known = (number for number in ends if number is not None and 0 <= number < opened.config.vocab_size)
+    known = (number for number in listed(ends) if number is not None and 0 <= number < opened.config.vocab_size)
     texts = map(opened.tokenizer.convert_ids_to_tokens, known)
     return [text for text in texts if text is not None]  # for an id that the tokenizer lacks
 

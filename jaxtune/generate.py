@@ -196,9 +196,8 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     return prompts, named
 
 
-def _adapter(arguments: argparse.Namespace, model: Any, named: list[Any]) -> tuple[Any, list[Any]]:
+def _adapter(arguments: argparse.Namespace, adapters: dict[str, Any], named: list[Any]) -> tuple[Any, list[Any]]:
     """The adapter for the prompts: None, one for all, or several mixed; and each prompt's choice."""
-    adapters = {name: load_adapter(folder, model) for name, folder in adapter_folders(arguments.adapter).items()}
     uses = [_choice(text) for text in arguments.use]
     if len(uses) > 1:
         if len(uses) != len(arguments.prompt):
@@ -244,8 +243,9 @@ def main() -> None:
     arguments = _arguments()
     prompts, named = _prompts(arguments)
     model = load(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
-    model = beside(adapter_folders(arguments.adapter).values(), model)
-    adapter, choices = _adapter(arguments, model, named)
+    folders = adapter_folders(arguments.adapter)
+    model = beside(folders.values(), model)
+    adapter, choices = _adapter(arguments, {name: load_adapter(folder, model) for name, folder in folders.items()}, named)
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS} | {"chat": False if arguments.no_chat else None}
     settings["temperature"] = float(arguments.best_of is not None) if arguments.temperature is None else arguments.temperature
     live = len(prompts) * arguments.num_return_sequences == 1 and not arguments.json and arguments.best_of is None

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxtune.convert.gguf_tokenizer import SEQUENCES, SPACE, SPLITTINGS, Splitting
 from jaxtune.data.templates import written
+from jaxtune.data.tokenizer import listed, special_ids
 from jaxtune.errors import ModelError
 
 log = logging.getLogger("jaxtune")
@@ -91,7 +92,7 @@ def _opens_specially(tokenizer: Any) -> bool:
         text = written(tokenizer, [{"role": "user", "content": "?"}])
     except Exception:  # there is no template, or it refuses this conversation
         return False
-    return tokenizer(text, add_special_tokens=False)["input_ids"][0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tokenizer(text, add_special_tokens=False)["input_ids"][0] in special_ids(tokenizer)
 
 
 def splitting_name(described: dict) -> str:
@@ -143,8 +144,7 @@ def _pattern(step: dict) -> str | None:
 
 
 def _add_specials(writer: GGUFWriter, tokenizer: Any, generation_config: dict, vocab_size: int) -> None:
-    ends = generation_config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = listed(generation_config.get("eos_token_id"))
     numbers = {
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id,
         "eot": next((n for n in ends if n not in (None, tokenizer.eos_token_id) and 0 <= n < vocab_size), None),

@@ -26,6 +26,7 @@ from jaxtune.convert.shards import Shards
 from jaxtune.convert.tensors import Checkpoint, Safetensors, main_dtype, natural, read_json
 from jaxtune.convert.together import Apart
 from jaxtune.convert.tokenizer import load_tokenizer
+from jaxtune.data.tokenizer import listed
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.model import quant
 from jaxtune.model.families import FAMILIES, ModelConfig, from_hf, nested
@@ -227,7 +228,7 @@ def _check_ids(file: Path, settings: dict, config: ModelConfig) -> None:
     """ModelError for special tokens that are no token ids, a warning about those that the model lacks: other programs may fail on them."""
     for key in SPECIAL:
         ids = settings.get(key)
-        for token in ids if isinstance(ids, list) else [ids]:
+        for token in listed(ids):
             if token is not None and type(token) is not int:
                 raise ModelError(f"{file}: {key} is {ids!r}; it has to be a token id or a list of them")
             if token is not None and token >= config.vocab_size:

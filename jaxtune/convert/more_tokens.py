@@ -5,31 +5,17 @@ Such an adapter's file holds the whole embedding and head, which replace the mod
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.convert.names import spellings
-from jaxtune.convert.tensors import Entry, Safetensors, read_entry
-from jaxtune.errors import ModelError
+from jaxtune.convert.tensors import Entry, read_entry
 from jaxtune.model.families import ModelConfig, nested
 from jaxtune.model.spec import spec
 
 PATHS = ("embed", "head")
-_ENDS = ("weight", "token_adapter.base_layer.weight")  # whole, or with some of its tokens trained
-
-
-def tokens_of(folder: str | os.PathLike, config: ModelConfig) -> int:
-    """The size of the vocabulary that an adapter's file was resized to; the model's own if it was not, or if there is no such file."""
-    try:
-        entries = Safetensors(Path(folder).expanduser(), stem="adapter_model").entries
-    except ModelError:  # reported where the adapter is read
-        return config.vocab_size
-    names = {f"base_model.model.{row.hf.removesuffix('weight')}{end}" for row in _rows(config).values() for end in _ENDS}
-    return max([config.vocab_size, *(entries[name].shape[0] for name in names & entries.keys())])
 
 
 def with_tokens(config: ModelConfig, params: dict, count: int) -> tuple[ModelConfig, dict]:

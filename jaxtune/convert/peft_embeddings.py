@@ -6,6 +6,8 @@ replaces it when PEFT opens the file.
 
 import dataclasses
 import logging
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,28 +16,47 @@ import numpy as np
 from jaxtune.config import LoraConfig
 from jaxtune.convert.load import Model
 from jaxtune.convert.peft_config import PREFIX
-from jaxtune.convert.tensors import Checkpoint
+from jaxtune.convert.tensors import Checkpoint, Entry, Safetensors
 from jaxtune.errors import ModelError
+from jaxtune.model.families import ModelConfig
 from jaxtune.model.weight import dense
 from jaxtune.peft.sites import AnyConfig, Whole, adaptable, names
 
 log = logging.getLogger("jaxtune")
 
+_ADAPTED = ".base_layer.weight"  # the matrix under a pair
 _UNDER_TOKENS = ".token_adapter.base_layer.weight"  # the matrix, some of whose tokens are trained
 _TOKENS = ".token_adapter.trainable_tokens_delta"  # those tokens, as they are after training
 
 
+def tokens_of(folder: str | os.PathLike, config: ModelConfig) -> int:
+    """The size of the vocabulary that an adapter's file was resized to, of which it holds the embedding or head whole; the model's own if
+    it was not, or if there is no such file."""
+    try:
+        entries = Safetensors(Path(folder).expanduser(), stem="adapter_model").entries
+    except ModelError:  # reported where the adapter is read
+        return config.vocab_size
+    whole = (found for tensor, found, _ in _matrices(config, entries) if not tensor.endswith(_ADAPTED) or tensor.endswith(_UNDER_TOKENS))
+    return max([config.vocab_size, *(size for size, *_ in whole)])
+
+
 def check_vocabulary(path: Path, model: Model, checkpoint: Checkpoint) -> None:
     """ModelError for an adapter whose file has an embedding or head of another size than the model's."""
-    rows = adaptable(model.config)
+    for tensor, shape, own in _matrices(model.config, checkpoint.entries):
+        if shape != own:
+            raise ModelError(
+                f"{path}: {tensor} is {shape}, but this model's is {own}. If its vocabulary was resized for the adapter, "
+                f"give that model: in transformers resize_token_embeddings({shape[0]}), save_pretrained, with the adapter's tokenizer"
+            )
+
+
+def _matrices(config: ModelConfig, entries: Mapping[str, Entry]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The embeddings and heads in an adapter's file: name, shape, and the shape of the model's own."""
+    rows = adaptable(config)
     for name in sorted({"embed", "head"} & rows.keys()):
         stem = f"{PREFIX}{names(name, rows[name])[0]}"
-        for tensor in {f"{stem}.weight", f"{stem}.base_layer.weight", f"{stem}{_UNDER_TOKENS}"} & checkpoint.entries.keys():
-            if (shape := checkpoint.entries[tensor].shape) != rows[name].shape:
-                raise ModelError(
-                    f"{path}: {tensor} is {shape}, but this model's is {rows[name].shape}. If its vocabulary was resized for the adapter, "
-                    f"give that model: in transformers resize_token_embeddings({shape[0]}), save_pretrained, with the adapter's tokenizer"
-                )
+        for tensor in sorted({f"{stem}{end}" for end in (".weight", _ADAPTED, _UNDER_TOKENS)} & entries.keys()):
+            yield tensor, entries[tensor].shape, rows[name].shape
 
 
 def read_embeddings(

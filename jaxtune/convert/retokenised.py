@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from jaxtune.config import Config
 from jaxtune.convert.load import SPECIAL, Model, Opened, open_model, open_tokenizer
-from jaxtune.convert.more_tokens import tokens_of, with_tokens
+from jaxtune.convert.more_tokens import with_tokens
 from jaxtune.convert.peft import load_adapter
+from jaxtune.convert.peft_embeddings import tokens_of
 from jaxtune.convert.tokenizer import load_tokenizer
 from jaxtune.data.templates import end_of_turn
-from jaxtune.data.tokenizer import run_tokenizer
+from jaxtune.data.tokenizer import listed, run_tokenizer
 from jaxtune.errors import ModelError
 from jaxtune.model.families import ModelConfig, nested
 
@@ -45,7 +46,7 @@ def beside(folders: Iterable[str | os.PathLike], model: AnyModel) -> AnyModel:
     The log says if folders differ, or if one's tokenizer cannot be read (many hold a part of its files): the model's own is used then.
     """
     folders = list(folders)
-    model = _resized(model, max([model.config.vocab_size, *(tokens_of(folder, model.config) for folder in folders)]))
+    model = _resized(model, max((tokens_of(folder, model.config) for folder in folders), default=model.config.vocab_size))
     found = [_beside(folder, model) for folder in folders]
     first = found[0] if found else model
     if all(one is first or _alike(one.tokenizer, first.tokenizer) for one in found):
@@ -62,9 +63,10 @@ def with_adapter(folder: str | os.PathLike, model: Model) -> tuple[Model, Any]:
 
 def as_tuned(base: Model, tuned: Model | str | os.PathLike) -> Model:
     """A base with the tokenizer of the model tuned from it, so that both read the same tokens; itself if the vocabularies differ."""
-    found = tuned.tokenizer if isinstance(tuned, Model) else open_tokenizer(tuned)
-    same = _alike(found, base.tokenizer) or None in (found, base.tokenizer) or found.get_vocab() != base.tokenizer.get_vocab()
-    return base if same else with_tokenizer(base, found)
+    own, found = base.tokenizer, tuned.tokenizer if isinstance(tuned, Model) else open_tokenizer(tuned)
+    if own is None or found is None or _alike(found, own) or found.get_vocab() != own.get_vocab():
+        return base
+    return with_tokenizer(base, found)
 
 
 def _beside(folder: str | os.PathLike, model: AnyModel) -> AnyModel:
@@ -115,18 +117,14 @@ def with_tokenizer(model: AnyModel, tokenizer: Any) -> AnyModel:
 def _ends(config: ModelConfig, generation: dict, tokenizer: Any) -> tuple[ModelConfig, dict]:
     hf = json.loads(config.hf_json)
     said, eos = hf.get("text_config") or hf, tokenizer.eos_token_id
-    own = _listed(said.get("eos_token_id"))
+    own = listed(said.get("eos_token_id"))
     if eos is not None and eos not in own:
         config = dataclasses.replace(config, hf_json=json.dumps(nested.changed(hf, eos_token_id=eos)))
     ends = [token for token in (eos, end_of_turn(tokenizer)) if token is not None]
-    named = _listed(generation.get("eos_token_id")) if generation else own
+    named = listed(generation.get("eos_token_id")) if generation else own
     if set(ends) <= set(named):
         return config, generation
     if not generation:  # what transformers makes of config.json
         generation = {key: said[key] for key in SPECIAL if said.get(key) is not None}
     ends = list(dict.fromkeys((*ends, *named, *own)))
     return config, generation | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-
-
-def _listed(ids: Any) -> list:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]

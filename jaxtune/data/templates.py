@@ -18,6 +18,7 @@ from jinja2 import TemplateSyntaxError
 from jaxtune.data.examples import Chat
 from jaxtune.data.files import Row, RowError
 from jaxtune.data.masks import FLAGS, squeeze
+from jaxtune.data.tokenizer import special_ids, special_texts
 from jaxtune.errors import DataError
 
 _MARK = re.compile("[\U00100000-\U0010fffd]")
@@ -91,7 +92,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     except Exception:  # jinja2's own, or a TypeError inside the template: it has no such turn
         return None
     after = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    special = special_ids(tokenizer)
     return next((token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special), None)
 
 
@@ -113,7 +114,7 @@ class Template:
         added = tokenizer.added_tokens_decoder.values()
         self._parts = wants_parts(tokenizer)
         self._asks: str | None = None
-        self._special = _any_of({str(token) for token in added} | set(tokenizer.all_special_tokens))
+        self._special = _any_of(special_texts(tokenizer))
         self._end = re.compile(f"(?:{self._special.pattern})*?{re.escape(tokenizer.eos_token)}") if tokenizer.eos_token else self._special
         self.control = _any_of({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
 

@@ -24,6 +24,21 @@ def run_tokenizer(config: Config, tokenizer: Any) -> Any:
     return changed
 
 
+def listed(ids: Any) -> list:
+    """The tokens of a key like eos_token_id, which holds one, a list of them or null."""
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of special and added tokens."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def special_texts(tokenizer: Any) -> set[str]:
+    """The texts of special and added tokens."""
+    return {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+
+
 def _template(config: Config) -> str | None:
     """The Jinja source in the file `data.chat_template`; None for the tokenizer's own."""
     if not config.data.chat_template:
@@ -39,7 +54,7 @@ def _template(config: Config) -> str | None:
 def _known(tokenizer: Any, token: str) -> str:
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
-        special = sorted({str(added) for added in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens))
+        special = sorted(special_texts(tokenizer))
         near = difflib.get_close_matches(token, special, 3) or special[:5]
         raise DataError(
             f"data.eos_token {token!r} is no token of the model's tokenizer, and a new one has no embedding; name one of its own"

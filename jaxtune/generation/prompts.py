@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtune.data.masks import open_ids
 from jaxtune.data.templates import dropped, end_of_turn, refusal, written
+from jaxtune.data.tokenizer import listed
 from jaxtune.errors import DataError, ModelError
 
 
@@ -89,8 +90,7 @@ def stop_tokens(model: Any) -> set[int]:
     """
     found = {end_of_turn(model.tokenizer), model.tokenizer.eos_token_id}
     for settings in (model.generation_config, model.hf_config, model.hf_config.get("text_config") or {}):
-        named = settings.get("eos_token_id")
-        named = named if isinstance(named, (list, tuple)) else [named]
+        named = listed(settings.get("eos_token_id"))
         if wrong := [token for token in named if token is not None and not _is_token(token)]:
             raise ModelError(f"eos_token_id of {model.source or 'this model'} is {wrong[0]!r}; it has to be a token id or a list of them")
         found.update(named)

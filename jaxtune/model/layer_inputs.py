@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxtune.model.embedding import lookup
 from jaxtune.model.families import ModelConfig
-from jaxtune.model.layer import Shared, cut, made_before
+from jaxtune.model.layer import Shared, made_before
 from jaxtune.model.layers import NORMS
 from jaxtune.model.layout import constrain
-from jaxtune.model.weight import linear
+from jaxtune.model.weight import alone, linear
 
 
 class LayerInputs:
@@ -46,8 +46,8 @@ def per_layer_inputs(config: ModelConfig, params: dict, tokens_BT: jax.Array, x_
     w, (L, P) = params["layer_inputs"], (config.num_layers, config.layer_inputs[1])
     known = jnp.where(tokens_BT < config.layer_inputs[0], tokens_BT, 0)  # the vocabulary of these may be smaller
     own = constrain(config.mesh, lookup(config, w["embed"], known, P**0.5), "rows", "tokens", None)
-    projection = jax.tree.map(lambda leaf: cut(leaf, jnp.zeros((), jnp.int32)), w["projection"])
-    projected = (linear(projection, x_BTD) * jnp.asarray(config.hidden_size**-0.5, config.dtype)).reshape(*tokens_BT.shape, L, P)
+    projected = linear(alone(w["projection"]), x_BTD) * jnp.asarray(config.hidden_size**-0.5, config.dtype)
+    projected = projected.reshape(*tokens_BT.shape, L, P)
     projected = NORMS[config.norm](projected, w["norm"], None, config.norm_eps)
     both = (projected + own.reshape(projected.shape)) * jnp.asarray(2**-0.5, config.dtype)
     return constrain(config.mesh, jnp.moveaxis(both, 2, 0), None, "rows", "tokens", None)

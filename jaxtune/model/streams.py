@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtune.model.block import input_network, norm
 from jaxtune.model.families import ModelConfig
 from jaxtune.model.families.factors import Streams
-from jaxtune.model.weight import linear
+from jaxtune.model.weight import alone, linear
 
 _LEAST = 1e-5  # of a mean square that is divided by
 _NONE = 1e-30  # of any, since the root's derivative at 0 is infinite
@@ -66,7 +66,7 @@ def _modalities(config: ModelConfig, w: Mapping, x_BTD: jax.Array) -> jax.Array:
 
 def _matrices(streams: Streams, params: dict, name: str) -> list:
     """The projections of all streams but the first."""
-    return [jax.tree.map(lambda leaf: leaf[0], params["streams"][f"{name}_{n}"]) for n in range(streams.count - 1)]
+    return [alone(params["streams"][f"{name}_{n}"]) for n in range(streams.count - 1)]
 
 
 def _as_large_as(like_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:

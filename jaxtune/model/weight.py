@@ -52,6 +52,11 @@ def linear(w: Matrix, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+def alone(stack: Matrix) -> Matrix:
+    """The matrix of a stack of one."""
+    return jax.tree.map(lambda leaf: leaf[0], stack)
+
+
 def grouped(w: Matrix, x: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows sorted by expert, each times its expert's matrix: `[N, in]` and `[E, out, in]` -> `[N, out]`, for any leaf."""
     return checkpoint_name(w.grouped(x, sizes) if isinstance(w, Weight) else ragged(x, w.astype(x.dtype), sizes), "linear")

@@ -247,8 +247,8 @@ _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "sliding_windo
 def _check_values(hf: Mapping[str, Any], family: Family) -> None:
     """Check that values have the type that a key needs, or that of transformers' default; null where it has a meaning."""
     defaults = {**dict.fromkeys(_POSITIVE[:2], 1.0), **family.defaults}
-    each = {key: value if key in family.lists and isinstance(value, list) else [value] for key, value in hf.items()}
-    for key, value in ((key, value) for key, values in each.items() for value in values):
+    pairs = ((key, value if key in family.lists and isinstance(value, list) else [value]) for key, value in hf.items())
+    for key, value in ((key, value) for key, values in pairs for value in values):
         if key in _LISTED and isinstance(value, int) and value > nested.MOST:
             raise ModelError(f"this {hf['model_type']} model has {key}={value}; at most {nested.MOST} are possible")
         if isinstance(value, int) and value > _LARGEST and key in _WANTED and key not in _BASES:

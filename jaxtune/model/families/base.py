@@ -255,7 +255,7 @@ class Family(NamedTuple):
     pads      whether transformers' embedding has a `padding_idx`, config.json's `pad_token_id`
     ignored   tensors that transformers leaves in the file, a regular expression: layers that predict more than one token
               ahead; `{layers}` is their number, `{sharing}` those that take the keys of others
-    lists      keys that may be a list with a value for each layer
+    lists     keys that may be a list with a value for each layer
     extra_rows  the rows outside the layers that are none of `ends`, `(path, Row)`
     moe       what transformers 5 (so PEFT) calls the router and the experts of a layer, whatever files do
     """

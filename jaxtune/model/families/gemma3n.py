@@ -5,11 +5,11 @@ from statistics import NormalDist
 from typing import Any
 
 from jaxtune.errors import ModelError
-from jaxtune.model.families.base import Family, ModelConfig, common
+from jaxtune.model.families.base import Family, ModelConfig
 from jaxtune.model.families.factors import Streams
 from jaxtune.model.families.gemma import sandwich
-from jaxtune.model.families.gemma4 import FULL, GEMMA4, SLIDING, check_sharing, input_rows, sharing_attention
-from jaxtune.model.families.kinds import ropes_by_kind, windows
+from jaxtune.model.families.gemma4 import DEFAULTS, FULL, GEMMA4, SLIDING, check_sharing, input_rows, sharing_attention, sharing_config
+from jaxtune.model.families.kinds import ropes_by_kind
 from jaxtune.model.families.parts import Rows, linear, mlp, norm
 from jaxtune.model.row import Row
 
@@ -37,20 +37,11 @@ def _gemma3n(hf: dict[str, Any]) -> ModelConfig:
     count, active = hf["altup_num_inputs"], hf["altup_active_idx"]
     if not 0 <= active < count:
         raise ModelError(f"altup_active_idx={active} is none of the altup_num_inputs={count} streams of this gemma3n_text model")
-    bias, head_dim = bool(hf["attention_bias"]), hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    return common(
+    head_dim = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    return sharing_config(
         hf | {"intermediate_size": sizes.pop()},
-        hidden_act=hf["hidden_activation"],
-        norm="rms_float32",
-        embed_scale=hf["hidden_size"] ** 0.5,
-        attention_scale=1.0,
-        bare_norms=("v_norm",),
-        qkv_bias=bias,
-        out_bias=bias,
-        logits_softcap=hf["final_logit_softcapping"] or 0.0,
+        kinds,
         ropes=ropes_by_kind(hf, head_dim, hf["rope_local_base_freq"]),
-        layer_ropes=tuple(0 if kind == FULL else 1 for kind in kinds),
-        layer_windows=windows(hf, kinds),
         kv_sharing=shared,
         layer_inputs=(hf["vocab_size_per_layer_input"], hf["hidden_size_per_layer_input"]),
         streams=Streams(count, active, bool(hf["altup_correct_scale"])),
@@ -90,25 +81,15 @@ def _extra_rows(c: ModelConfig) -> Rows:
 GEMMA3N = Family(
     _gemma3n,
     _layer,
-    dict(
+    DEFAULTS
+    | dict(
         vocab_size=262400,
         intermediate_size=16384,
         num_key_value_heads=2,
-        head_dim=256,
-        hidden_activation="gelu_pytorch_tanh",
         max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        pad_token_id=0,
-        sliding_window=512,
-        layer_types=None,
-        rope_parameters=None,
         rope_theta=1e6,
         rope_local_base_freq=1e4,
         final_logit_softcapping=30.0,
-        vocab_size_per_layer_input=262144,
-        hidden_size_per_layer_input=256,
         num_kv_shared_layers=15,
         altup_active_idx=0,
         altup_correct_scale=True,

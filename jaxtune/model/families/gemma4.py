@@ -14,6 +14,19 @@ from jaxtune.model.rope import Rope
 from jaxtune.model.row import Part, Row
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+DEFAULTS = dict(
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    pad_token_id=0,
+    sliding_window=512,
+    layer_types=None,
+    rope_parameters=None,
+    vocab_size_per_layer_input=262144,
+    hidden_size_per_layer_input=256,
+)
 ROPES = {
     FULL: dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6),
     SLIDING: dict(rope_type="default", rope_theta=1e4),
@@ -64,6 +77,25 @@ def check_sharing(hf: Mapping[str, Any], kinds: list[str]) -> int:
     return shared
 
 
+def sharing_config(hf: dict[str, Any], kinds: list[str], **changes) -> ModelConfig:
+    """The fields of a model of layers of these kinds, which may have inputs of their own and share keys and values."""
+    bias = bool(hf["attention_bias"])
+    return common(
+        hf,
+        hidden_act=hf["hidden_activation"],
+        norm="rms_float32",
+        embed_scale=hf["hidden_size"] ** 0.5,
+        attention_scale=1.0,
+        bare_norms=("v_norm",),
+        qkv_bias=bias,
+        out_bias=bias,
+        logits_softcap=hf["final_logit_softcapping"] or 0.0,
+        layer_ropes=tuple(0 if kind == FULL else 1 for kind in kinds),
+        layer_windows=windows(hf, kinds),
+        **changes,
+    )
+
+
 def _gemma4(hf: dict[str, Any]) -> ModelConfig:
     kinds = _kinds(hf)
     shared = check_sharing(hf, kinds)
@@ -80,20 +112,10 @@ def _gemma4(hf: dict[str, Any]) -> ModelConfig:
     ropes = tuple(Rope.from_hf(own[kind], size) for kind, size in sizes.items())
     if ropes[1].dim != hf["head_dim"] or ropes[0].dim != wide[1]:
         raise ModelError("partial_rotary_factor is implemented for gemma4_text with rope_type proportional alone")
-    bias = bool(hf["attention_bias"])
-    return common(
+    return sharing_config(
         hf,
-        hidden_act=hf["hidden_activation"],
-        norm="rms_float32",
-        embed_scale=hf["hidden_size"] ** 0.5,
-        attention_scale=1.0,
-        bare_norms=("v_norm",),
-        qkv_bias=bias,
-        out_bias=bias,
-        logits_softcap=hf["final_logit_softcapping"] or 0.0,
+        kinds,
         ropes=ropes,
-        layer_ropes=tuple(0 if kind == FULL else 1 for kind in kinds),
-        layer_windows=windows(hf, kinds),
         wide=Wide(*wide, tuple(layer for layer, kind in enumerate(kinds) if kind == FULL), not hf["attention_k_eq_v"]),
         kv_sharing=shared,
         kv_sharing_mlp=2 if hf["use_double_wide_mlp"] and shared else 1,
@@ -165,21 +187,11 @@ def _extra_rows(c: ModelConfig) -> Rows:
 GEMMA4 = Family(
     _gemma4,
     _layer,
-    dict(
+    DEFAULTS
+    | dict(
         num_key_value_heads=4,
-        head_dim=256,
-        hidden_activation="gelu_pytorch_tanh",
         max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        pad_token_id=0,
-        sliding_window=512,
-        layer_types=None,
-        rope_parameters=None,
         final_logit_softcapping=None,
-        vocab_size_per_layer_input=262144,
-        hidden_size_per_layer_input=256,
         attention_k_eq_v=False,
         num_kv_shared_layers=0,
         use_double_wide_mlp=False,
